@@ -1,0 +1,1 @@
+"""Documents and conversations into token batches: readers, chat masks, packing."""

@@ -1,0 +1,92 @@
+"""Which examples a training step sees, and how they become rectangles. numpy only.
+
+Everything is a pure function of the seed and the step number, so that a resumed run sees what an
+uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+IGNORED = -100  # target of a position that is not trained on
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of ``count`` items in pass number ``epoch``: a new permutation for each."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def items_at(step: int, per_step: int, count: int, seed: int) -> list[int]:
+    """The items of optimizer step ``step``: ``per_step`` of them, each item once a pass over the data."""
+    first = step * per_step
+    orders: dict[int, NDArray[np.int64]] = {}
+    chosen = []
+    for place in range(first, first + per_step):
+        epoch = place // count
+        if epoch not in orders:
+            orders[epoch] = epoch_order(count, seed, epoch)
+        chosen.append(int(orders[epoch][place % count]))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training example: token ids, and for each whether the loss is over it."""
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+
+    @property
+    def count(self) -> int:
+        """Tokens the loss is over: supervised ones that have a predecessor to predict them from."""
+        return sum(self.supervised[1:])
+
+
+def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
+    """Inputs and targets [B, T] of next-token prediction, padded on the right.
+
+    Targets are set before padding, so a pad id that equals the stop id hides no stop token.
+    """
+    width = max(len(example.ids) for example in examples) - 1
+    tokens = np.full((len(examples), width), pad_id, dtype=np.int64)
+    targets = np.full((len(examples), width), IGNORED, dtype=np.int64)
+    for row, example in enumerate(examples):
+        ids = np.asarray(example.ids, dtype=np.int64)
+        tokens[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = np.where(np.asarray(example.supervised[1:]), ids[1:], IGNORED)
+    return tokens, targets
+
+
+def micro_batches(examples: Sequence[Encoded], pad_id: int, budget: int) -> list[tuple[Tokens, Tokens]]:
+    """``examples`` of one step cut into rectangles of at most ``budget`` tokens (or a single row).
+
+    Sorted by length first, so that little is padding; the loss is weighted by token, so the cut
+    changes nothing else.
+    """
+    pieces: list[list[Encoded]] = []
+    for example in sorted(examples, key=lambda example: len(example.ids)):
+        # Sorted, so this example is the longest of its piece so far.
+        if pieces and (len(pieces[-1]) + 1) * len(example.ids) <= budget:
+            pieces[-1].append(example)
+        else:
+            pieces.append([example])
+    return [padded(piece, pad_id) for piece in pieces]
+
+
+def window_count(tokens: int, width: int) -> int:
+    """How many windows of ``width`` predictions ``tokens`` tokens hold."""
+    return max(0, (tokens - 1) // width)
+
+
+def windows(stream: NDArray[np.unsignedinteger], rows: Sequence[int], width: int) -> tuple[Tokens, Tokens]:
+    """Inputs and targets [B, width] of the numbered windows of one long token stream.
+
+    Window i predicts tokens i*width+1 .. (i+1)*width: each token but the first is predicted once.
+    """
+    block = np.stack([stream[row * width : row * width + width + 1] for row in rows]).astype(np.int64)
+    return block[:, :-1], block[:, 1:]

@@ -1,0 +1,11 @@
+"""The one exception that is the user's to mend."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input, told in one line: what is wrong, where, and what to do about it.
+
+    The command line prints the message after ``error:`` and exits with status 2; nothing else
+    in Tercet prints or swallows it. Anything that is *our* mistake stays an ordinary exception.
+    """

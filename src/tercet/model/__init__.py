@@ -1,0 +1,1 @@
+"""The network: configuration, transformer, families, checkpoint directories, tokenizer."""

@@ -1,0 +1,40 @@
+"""The directory a build, tune or climb works in: one run each, resumed by the same command."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tercet.errors import UserError
+from tercet.files import locked, read_json, write_atomic, write_json
+
+
+@contextlib.contextmanager
+def open_run(out: Path, command: str, key: str, config: dict[str, Any]) -> Iterator[None]:
+    """Hold ``out`` for the run ``key`` and leave ``config.yaml`` there.
+
+    key: a fingerprint of everything that decides the run's result.
+
+    Raises:
+        UserError: another process works there, it belongs to another run, or it holds other files.
+    """
+    import yaml
+
+    from tercet import __version__
+
+    with locked(out):
+        marker = out / "run.json"
+        if marker.is_file():
+            if read_json(marker) != {"command": command, "key": key}:
+                raise UserError(
+                    f"{out} holds a run with other data or settings; choose another --out or delete it"
+                )
+        elif any(path.name != ".lock" for path in out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no run of tercet; choose another --out")
+        else:
+            write_json(marker, {"command": command, "key": key})
+        config = {"command": command, "version": __version__, **config}
+        write_atomic(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        yield

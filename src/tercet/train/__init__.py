@@ -1,0 +1,1 @@
+"""Gradient steps: loop, schedule, losses, resume state, machine calibration."""

@@ -1,0 +1,123 @@
+"""How fast this machine trains a given shape: measured, never assumed, and remembered.
+
+bfloat16 is nearly twice as fast as float32 on a CPU that has the instructions and hundreds of
+times slower on one that emulates them; a second thread helps an idle machine and hurts a busy one.
+A second of measuring settles it. The answer is kept in the user's cache, so that the same command
+on the same machine plans the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tercet.errors import UserError
+from tercet.files import fingerprint, read_json, write_json
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
+from tercet.train.loss import Batch, loss_sum
+
+
+AGREE = 0.7  # measurements of an idle machine scatter less than this; a busy or another one is further off
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training speed of one shape on this machine, in tokens per second of forward and backward."""
+
+    tokens_per_second: float
+    compute_dtype: str  # "float32" or "bfloat16"
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.compute_dtype == "bfloat16" else torch.float32
+
+
+def cache_directory() -> Path:
+    """Where measurements are kept: ``$XDG_CACHE_HOME/tercet``, by default ``~/.cache/tercet``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet"
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Cores this process may use (containers and taskset allow fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def calibrate(config: ModelConfig, rows: int, time_steps: int) -> Speed:
+    """The fastest way to train ``config`` with batches of ``rows`` x ``time_steps`` tokens here.
+
+    Sets torch's thread count to the chosen one.
+    """
+    key = fingerprint([asdict(config), rows, time_steps, processor(), available_cores(), torch.__version__])
+    path = cache_directory() / "speed.json"
+    known = _remembered(path)
+    before = known.get(key)
+    speed = _measure(config, rows, time_steps)
+    if before is not None and AGREE < speed.tokens_per_second / before.tokens_per_second < 1 / AGREE:
+        speed = before  # the machine is as it was, so the plan is too
+    else:
+        with suppress(UserError):  # a cache that can't be written makes plans less repeatable, nothing else
+            write_json(path, {name: asdict(value) for name, value in {**known, key: speed}.items()})
+    torch.set_num_threads(speed.threads)
+    return speed
+
+
+def _remembered(path: Path) -> dict[str, Speed]:
+    try:
+        return {key: Speed(**value) for key, value in read_json(path).items()}
+    except (UserError, AttributeError, TypeError):  # no such file, or one that is not ours
+        return {}
+
+
+def _measure(config: ModelConfig, rows: int, time_steps: int) -> Speed:
+    model = Transformer(config)
+    tokens = torch.zeros(rows, time_steps, dtype=torch.long)
+    batch = Batch(tokens, tokens)
+    results: list[tuple[float, str, int]] = []  # seconds a pass, type, threads
+    threads = available_cores()
+    for dtype in ("float32", "bfloat16"):
+        torch.set_num_threads(threads)
+        model.compute_dtype = getattr(torch, dtype)
+        seconds = _pace(model, batch, patience=3.0 if not results else 3 * results[0][0])
+        results.append((seconds, dtype, threads))
+    if threads > 1:
+        torch.set_num_threads(1)
+        fastest = min(results)
+        model.compute_dtype = getattr(torch, fastest[1])
+        results.append((_pace(model, batch, patience=2 * fastest[0]), fastest[1], 1))
+    seconds, dtype, threads = min(results)
+    # Two digits are what the measurement is worth, and rounding makes plans repeatable.
+    return Speed(float(f"{rows * time_steps / seconds:.2g}"), dtype, threads)
+
+
+def _pace(model: Transformer, batch: Batch, patience: float) -> float:
+    """Median seconds of a forward and backward pass; gives up early past ``patience`` seconds a pass."""
+    times = []
+    for _ in range(6):
+        begun = time.monotonic()
+        loss_sum(model, batch).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+        times.append(time.monotonic() - begun)
+        if times[-1] > patience:
+            break
+    times = sorted(times[1:] or times)
+    return times[len(times) // 2]

@@ -1,0 +1,59 @@
+"""Cross-entropy over the supervised tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tercet.model.transformer import Transformer
+
+IGNORE = -100  # the label of a token that is not trained on, as everywhere in the field
+
+# Logits larger than this many numbers (256 MB in float32) are made in pieces and recomputed in the
+# backward pass, so that a vocabulary of 150,000 does not decide how long a sequence may be.
+LARGEST_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one forward pass.
+
+    tokens: [B, T] input ids. Rows are padded on the right; causal attention never sees padding.
+    targets: [B, T] the id that should follow each input token, or `IGNORE`.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens the loss is over."""
+        return int((self.targets != IGNORE).sum())
+
+
+def loss_sum(model: Transformer, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, summed over the supervised tokens of ``batch``.
+
+    A sum, not a mean: dividing by the tokens of the whole optimizer step, not of each piece, makes
+    the gradient independent of how a step was cut into pieces.
+    """
+    hidden = model.hidden(batch.tokens)
+    chosen = batch.targets != IGNORE
+    # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked.
+    hidden, targets = hidden[chosen], batch.targets[chosen]
+    rows = max(1, LARGEST_LOGITS // model.config.vocab_size)
+    if len(targets) <= rows:
+        return _piece(model, hidden, targets)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), rows):
+        piece = hidden[start : start + rows], targets[start : start + rows]
+        total = total + checkpoint(_piece, model, *piece, use_reentrant=False)
+    return total
+
+
+def _piece(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model.logits(hidden), targets, reduction="sum")

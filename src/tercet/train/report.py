@@ -1,0 +1,87 @@
+"""The page a training run leaves: facts, the loss curve, samples. Opens from disk, needs no network."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tercet.files import write_atomic
+
+TITLES = {"bits_per_byte": "bits per byte, held out", "loss": "loss, held out"}
+
+
+def write_training_report(
+    directory: Path,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    history: Sequence[Mapping[str, Any]],
+    heldout: str,
+    samples: Sequence[Mapping[str, str]] = (),
+) -> Path:
+    """Write ``directory/report.html`` from ``directory/metrics.jsonl`` and held-out measurements.
+
+    heldout: which measurement of ``history`` to draw. samples: each has ``prompt`` and ``continuation``.
+    """
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+
+    rows = [
+        json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    environment = Environment(loader=PackageLoader("tercet.train", "."), autoescape=True)
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        facts=facts,
+        samples=samples,
+        plot=Markup(loss_plot(rows, history, heldout)),
+    )
+    path = directory / "report.html"
+    write_atomic(path, page)
+    return path
+
+
+def loss_plot(rows: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], heldout: str) -> str:
+    """Training loss (smoothed, with the raw values behind it) and held-out measurements, as inline SVG."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    gray, strong, accent = "#8a8f98", "#3b74c4", "#c4603b"  # readable on white and on near-black
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    smooth: list[float] = []
+    for loss in losses:
+        smooth.append(loss if not smooth else 0.95 * smooth[-1] + 0.05 * loss)
+    axes.plot(steps, losses, color=strong, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, smooth, color=strong, linewidth=1.6, label="training loss (nats a token)")
+    if history:
+        axes.plot(
+            [point["step"] for point in history],
+            [point[heldout] for point in history],
+            color=accent,
+            marker="o",
+            markersize=4,
+            linewidth=1.4,
+            label=TITLES[heldout],
+        )
+    axes.set_xlabel("step", color=gray)
+    axes.tick_params(colors=gray)
+    axes.legend(frameon=False, labelcolor=gray)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(gray)
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    buffer = io.StringIO()
+    # No date and a fixed salt: the same run gives the same file.
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "tercet", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]

@@ -1,0 +1,35 @@
+"""The learning rate over a run: up, flat, down to zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, a plateau, and a linear cool-down to zero (a trapezoid).
+
+    It needs no total length until the cool-down begins, which is what lets a run that is short of
+    time end properly; at equal length it matches cosine (Hägele et al. 2024, arXiv:2405.18392).
+    """
+
+    steps: int
+    warmup: int
+    cooldown: int
+
+    @staticmethod
+    def of(steps: int, warmup: float = 0.05, cooldown: float = 0.5) -> Schedule:
+        """Warm-up and cool-down as shares of ``steps``."""
+        steps = max(1, steps)
+        return Schedule(steps, min(steps, max(1, round(warmup * steps))), min(steps, round(cooldown * steps)))
+
+    def rate(self, step: int) -> float:
+        """The share of the peak rate at ``step`` (from 0); the step after the last would have none."""
+        up = (step + 1) / self.warmup if step < self.warmup else 1.0
+        down = (self.steps - step) / (self.cooldown + 1) if self.cooldown else 1.0
+        return max(0.0, min(up, down, 1.0))
+
+    def shortened(self, step: int, remaining: int) -> Schedule:
+        """The schedule that ends ``remaining`` steps after ``step``, cooling down all the way there."""
+        steps = min(self.steps, step + max(1, remaining))
+        return replace(self, steps=steps, cooldown=min(self.cooldown, steps - step))

@@ -1,0 +1,47 @@
+"""Batches are a pure function of seed and step, and lose nothing."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tercet.data.batches import IGNORED, Encoded, items_at, micro_batches, padded, window_count, windows
+
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
+def test_each_item_comes_once_a_pass(count: int, per_step: int, seed: int) -> None:
+    steps = count * 2  # enough for 2 * per_step passes
+    seen = [item for step in range(steps) for item in items_at(step, per_step, count, seed)]
+    for start in range(0, len(seen) - count + 1, count):
+        assert sorted(seen[start : start + count]) == list(range(count))
+
+
+def test_passes_come_in_different_orders() -> None:
+    assert items_at(0, 50, 50, 0) != items_at(1, 50, 50, 0) != list(range(50))
+
+
+def test_targets_are_the_next_tokens_and_padding_hides_no_stop_token() -> None:
+    pad = stop = 9
+    a = Encoded((1, 2, 3, stop), (False, False, True, True))
+    b = Encoded((4, 5), (True, True))
+    tokens, targets = padded([a, b], pad)
+    assert tokens.tolist() == [[1, 2, 3], [4, pad, pad]]
+    assert targets.tolist() == [[IGNORED, 3, stop], [5, IGNORED, IGNORED]]
+    assert a.count == 2 and b.count == 1  # nothing predicts the first token
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(8, 64))
+def test_pieces_hold_every_example_within_the_budget(lengths: list[int], budget: int) -> None:
+    examples = [Encoded(tuple(range(100 * i, 100 * i + n)), (True,) * n) for i, n in enumerate(lengths)]
+    pieces = micro_batches(examples, -1, budget)
+    assert all(len(tokens) == 1 or tokens.shape[0] * (tokens.shape[1] + 1) <= budget for tokens, _ in pieces)
+    targets = sorted(int(t) for _, piece in pieces for t in piece.ravel() if t != IGNORED)
+    assert targets == sorted(token for example in examples for token in example.ids[1:])
+
+
+@given(st.integers(2, 200), st.integers(1, 20))
+def test_windows_predict_each_token_but_the_first_once(length: int, width: int) -> None:
+    stream = np.arange(length, dtype=np.uint16)
+    count = window_count(length, width)
+    predicted = [int(t) for row in range(count) for t in windows(stream, [row], width)[1].ravel()]
+    assert predicted == list(range(1, count * width + 1))
+    assert length - 1 - count * width < width

@@ -1,0 +1,250 @@
+"""The loop: gradients weighted by token, runs that go on bit for bit, deadlines, and refusals."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tercet.errors import UserError
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
+from tercet.train import loop as loop_module
+from tercet.train import loss as loss_module
+from tercet.train.loop import Recipe, train
+from tercet.train.loss import IGNORE, Batch, loss_sum
+from tercet.train.schedule import Schedule
+
+CONFIG = ModelConfig(
+    family="qwen3", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
+    num_kv_heads=1, head_dim=16, max_positions=32, qk_norm=True, tie_embeddings=True,
+)  # fmt: skip
+
+
+def make_model(seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(CONFIG)
+
+
+def batch_of(step: int, rows: int = 4, width: int = 12) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 64, (rows, width), generator=generator)
+    return Batch(tokens, torch.randint(0, 64, (rows, width), generator=generator))
+
+
+def recipe(steps: int, **changes: object) -> Recipe:
+    return Recipe(Schedule.of(steps), learning_rate=1e-2, **changes)  # type: ignore[arg-type]
+
+
+def weights(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_loss_is_the_cross_entropy_of_the_supervised_tokens() -> None:
+    model, batch = make_model(), batch_of(0)
+    targets = batch.targets.clone()
+    targets[0, :5] = IGNORE
+    expected = F.cross_entropy(
+        model(batch.tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    assert torch.allclose(loss_sum(model, Batch(batch.tokens, targets)), expected, rtol=1e-6)
+
+
+def test_a_head_made_in_pieces_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces, batch = make_model(), make_model(), batch_of(0)
+    loss_sum(whole, batch).backward()
+    monkeypatch.setattr(loss_module, "LARGEST_LOGITS", 64 * 5)
+    loss_sum(pieces, batch).backward()
+    for (name, a), b in zip(whole.named_parameters(), pieces.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.allclose(a.grad, b.grad, atol=1e-5), name
+
+
+def test_accumulated_pieces_of_unequal_length_give_the_gradient_of_one_batch(tmp_path: Path) -> None:
+    long, short = batch_of(1, rows=3, width=12), batch_of(2, rows=1, width=4)
+    joined_tokens = torch.zeros(4, 12, dtype=torch.long)
+    joined_targets = torch.full((4, 12), IGNORE)
+    joined_tokens[:3], joined_targets[:3] = long.tokens, long.targets
+    joined_tokens[3, :4], joined_targets[3, :4] = short.tokens, short.targets
+    results = []
+    for name, batches in (("pieces", [long, short]), ("joined", [Batch(joined_tokens, joined_targets)])):
+        model = make_model().double()
+        train(model, recipe(3), lambda step, b=batches: b, tmp_path / name, fingerprint="x", title="test")  # type: ignore[misc]
+        results.append(weights(model))
+    for name, value in results[0].items():
+        # Adam divides by the root of the squared gradient, so equal weights mean equal gradients.
+        assert torch.allclose(value, results[1][name], atol=1e-6), name
+
+
+def test_a_piece_without_supervised_tokens_changes_nothing(tmp_path: Path) -> None:
+    empty = Batch(torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), IGNORE))
+    a, b = make_model(), make_model()
+    train(a, recipe(2), lambda step: [batch_of(step)], tmp_path / "a", fingerprint="x", title="test")
+    train(b, recipe(2), lambda step: [batch_of(step), empty], tmp_path / "b", fingerprint="x", title="test")
+    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+SCRIPT = """
+import os, signal, sys, torch
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_train_loop import batch_of, make_model, recipe, weights
+from tercet.train.loop import train
+from safetensors.torch import save_file
+kill_at = int(sys.argv[2])
+def batches(step):
+    if step == kill_at:
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
+    return [batch_of(step)]
+model = make_model()
+measure = lambda: {{"loss": float(model(batch_of(99).tokens).square().mean())}}
+train(model, recipe(40, save_seconds=0, evaluate_every=7), batches, Path(sys.argv[1]), fingerprint="x", title="t",
+      evaluate=measure, keep_best=True)
+save_file({{k: v.contiguous() for k, v in weights(model).items() if k != "lm_head.weight"}}, sys.argv[1] + "/final.safetensors")
+"""
+
+
+def run_script(directory: Path, kill_at: int, sign: str = "SIGKILL") -> subprocess.CompletedProcess[str]:
+    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
+    return subprocess.run(
+        [sys.executable, "-c", script, str(directory), str(kill_at), sign],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path: Path, sign: str) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_script(whole, -1).returncode == 0
+    first = run_script(killed, 17, sign)
+    assert first.returncode != 0
+    if sign == "SIGTERM":
+        assert "the same command goes on from there" in first.stderr.lower()
+    second = run_script(killed, -1)
+    assert second.returncode == 0, second.stderr
+    assert "going on from step" in second.stderr
+    assert (whole / "final.safetensors").read_bytes() == (killed / "final.safetensors").read_bytes()
+
+    def losses(directory: Path) -> list[tuple[int, float]]:
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        return [(row["step"], row["loss"]) for row in rows]
+
+    assert losses(whole) == losses(killed)
+    assert [step for step, _ in losses(killed)] == list(range(1, 41))
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
+    train(make_model(), recipe(2), lambda step: [batch_of(step)], tmp_path, fingerprint="one", title="test")
+    with pytest.raises(UserError, match="other data or settings"):
+        train(
+            make_model(), recipe(2), lambda step: [batch_of(step)], tmp_path, fingerprint="two", title="test"
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    model = make_model()
+
+    def batches(step: int) -> list[Batch]:
+        if step == 3:
+            with torch.no_grad():
+                model.model.embed_tokens.weight[0, 0] = math.nan
+        return [batch_of(step)]
+
+    with pytest.raises(UserError, match=r"the loss is nan at step 4 .* lower learning rate"):
+        train(model, recipe(9, save_seconds=0), batches, tmp_path, fingerprint="x", title="test")
+    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 3
+
+
+def test_the_best_weights_are_kept_and_measured_where_asked(tmp_path: Path) -> None:
+    model = make_model()
+    seen: list[dict[str, torch.Tensor]] = []
+    script = iter([3.0, 1.0, 2.0])
+
+    def evaluate() -> dict[str, float]:
+        seen.append(weights(model))
+        return {"loss": next(script)}
+
+    trained = train(model, recipe(6, evaluate_every=2), lambda step: [batch_of(step)], tmp_path,
+                    fingerprint="x", title="test", evaluate=evaluate, keep_best=True)  # fmt: skip
+    assert (trained.best, trained.best_step) == (1.0, 4)
+    assert all(torch.equal(value, seen[1][name]) for name, value in weights(model).items())
+    assert not torch.equal(seen[1]["model.norm.weight"], seen[2]["model.norm.weight"])
+
+
+def test_the_update_is_adamw_by_hand(tmp_path: Path) -> None:
+    model = make_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = weights(model)[name]
+    batch = batch_of(0)
+    (loss_sum(model, batch) / batch.supervised).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.sqrt(sum((g.square().sum() for g in gradients), torch.zeros(())))
+    gradient = dict(model.named_parameters())[name].grad
+    assert gradient is not None
+    clipped = gradient / max(1.0, float(norm) + 1e-6)
+    model.zero_grad()
+    train(model, Recipe(Schedule(1, 1, 0), 1e-2, weight_decay=0.5), lambda step: [batch], tmp_path,
+          fingerprint="x", title="test")  # fmt: skip
+    # At the first step the moments, corrected for their bias, are the gradient and its square.
+    expected = before * (1 - 1e-2 * 0.5) - 1e-2 * clipped / (clipped.abs() + 1e-8)
+    assert torch.allclose(weights(model)[name], expected, atol=1e-6)
+
+
+def test_embeddings_and_norms_are_not_decayed(tmp_path: Path) -> None:
+    model = make_model()
+    unseen = torch.ones(4, 12, dtype=torch.long)
+    before = weights(model)
+    untied = Transformer(ModelConfig(**{**CONFIG.__dict__, "tie_embeddings": False}))
+    untied.load_state_dict({**before, "lm_head.weight": before["model.embed_tokens.weight"].clone()})
+    train(untied, Recipe(Schedule(1, 1, 0), 1e-2, weight_decay=0.5), lambda step: [Batch(unseen, unseen)], tmp_path,
+          fingerprint="x", title="test")  # fmt: skip
+    # Token 7 was never seen, so only decay could have changed its embedding.
+    assert torch.equal(
+        weights(untied)["model.embed_tokens.weight"][7], before["model.embed_tokens.weight"][7]
+    )
+
+
+def test_the_schedule_rises_holds_and_falls() -> None:
+    schedule = Schedule(steps=10, warmup=2, cooldown=4)
+    assert [round(schedule.rate(step), 3) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+
+
+def test_a_shortened_schedule_cools_down_to_its_new_end() -> None:
+    shorter = Schedule(steps=1000, warmup=10, cooldown=500).shortened(step=100, remaining=50)
+    assert shorter.steps == 150 and shorter.cooldown == 50
+    rates = [shorter.rate(step) for step in range(100, 150)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
+
+
+def test_a_run_that_is_late_ends_near_its_deadline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    now = 0.0
+
+    def batches(step: int) -> list[Batch]:
+        nonlocal now
+        now += 2.0  # each step takes two seconds of this clock
+        return [batch_of(step)]
+
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: now)
+    trained = train(model, recipe(1000, deadline=60.0), batches, tmp_path, fingerprint="x", title="test")
+    assert trained.steps == 30 and trained.seconds == 60.0
+    assert "slower than when it was measured" in capsys.readouterr().err
+    rates = [
+        json.loads(line)["learning_rate"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rates[-1] < 0.15 * max(rates), "a shortened run still cools down"
+
+
+def test_sigint_is_left_to_python_outside_a_run(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    train(make_model(), recipe(1), lambda step: [batch_of(step)], tmp_path, fingerprint="x", title="test")
+    assert signal.getsignal(signal.SIGINT) is before
