@@ -107,7 +107,8 @@ model = make_model()
 measure = lambda: {{"loss": float(model(batch_of(99).tokens).square().mean())}}
 train(model, recipe(40, save_seconds=0, evaluate_every=7), batches, Path(sys.argv[1]), fingerprint="x", title="t",
       evaluate=measure, keep_best=True)
-save_file({{k: v.contiguous() for k, v in weights(model).items() if k != "lm_head.weight"}}, sys.argv[1] + "/final.safetensors")
+final = {{k: v.contiguous() for k, v in weights(model).items() if k != "lm_head.weight"}}
+save_file(final, sys.argv[1] + "/final.safetensors")
 """
 
 
@@ -119,10 +120,17 @@ def run_script(directory: Path, kill_at: int, sign: str = "SIGKILL") -> subproce
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("whole")
+    assert run_script(directory, -1).returncode == 0
+    return directory
+
+
 @pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path: Path, sign: str) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_script(whole, -1).returncode == 0
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(whole: Path, tmp_path: Path, sign: str) -> None:
+    killed = tmp_path / "killed"
     first = run_script(killed, 17, sign)
     assert first.returncode != 0
     if sign == "SIGTERM":

@@ -14,7 +14,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,7 +22,6 @@ from tercet.files import fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train.loss import Batch, loss_sum
-
 
 AGREE = 0.7  # measurements of an idle machine scatter less than this; a busy or another one is further off
 

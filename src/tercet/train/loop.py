@@ -53,6 +53,7 @@ class Trained:
     best: float | None
     best_step: int
     history: list[dict[str, Any]]
+    shortened: bool  # a deadline cut the schedule, so the clock had a say in the result
 
     @property
     def tokens_per_second(self) -> float:
@@ -180,6 +181,7 @@ def train(
         progressed.best,
         progressed.best_step,
         progressed.history,
+        progressed.shortened,
     )
 
 
@@ -224,21 +226,22 @@ def _step(
 
 def _meet_deadline(schedule: Schedule, progressed: Progressed, deadline: float, title: str) -> Schedule:
     """A shorter schedule when this one would end more than a tenth past the deadline."""
-    # The first steps are not typical (memory is touched for the first time).
-    if progressed.step < 10:
+    # Judge by a sixth of the time at least: the first steps touch memory for the first time, and a
+    # machine is often busy for a moment.
+    if progressed.seconds < deadline / 6:
         return schedule
     pace = progressed.seconds / progressed.step
     if pace * schedule.steps <= 1.1 * deadline:
         return schedule
     remaining = int((deadline - progressed.seconds) / pace)
     shorter = schedule.shortened(progressed.step, remaining)
-    if shorter.steps < 0.97 * schedule.steps:
+    if not progressed.shortened:
         say(
-            f"{title}: the machine is slower than when it was measured; ending at step {shorter.steps} "
-            f"instead of {schedule.steps}, so a rerun may give other numbers"
+            f"{title}: the machine is slower than when it was measured; ending near step {shorter.steps} "
+            f"instead of {schedule.steps} to keep to the time, so a rerun may give other numbers"
         )
-        return shorter
-    return schedule
+    progressed.shortened = True
+    return shorter
 
 
 @contextmanager

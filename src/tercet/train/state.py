@@ -27,6 +27,7 @@ class Progressed:
     best: float | None = None  # lowest held-out loss and the step it was seen after
     best_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # held-out measurements
+    shortened: bool = False  # a deadline cut the schedule
     done: bool = False
 
 

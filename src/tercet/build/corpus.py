@@ -1,0 +1,200 @@
+"""Documents into one long stream of tokens on disk: the tokenizer, the training part, the held-out part."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.data.decontaminate import Decontaminator
+from tercet.data.documents import Document
+from tercet.errors import UserError
+from tercet.files import atomic_directory, read_json, write_json
+from tercet.model.tokenizer import Tokenizer
+from tercet.progress import Progress
+
+END_OF_TEXT = "<|endoftext|>"
+# ChatML's markers are reserved from the start, so that a chat model can be tuned from any base.
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+TOKENIZER_SAMPLE = 20_000_000  # bytes a tokenizer is trained on; merges change little beyond
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the stream was made of. Sizes in bytes are of UTF-8 text."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    heldout_documents: int
+    heldout_bytes: int
+    heldout_tokens: int
+    vocab_size: int
+    decontamination: dict[str, Any] | None
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes / max(1, self.tokens)
+
+
+def is_heldout(text: str, share: float) -> bool:
+    """Decided by the document's own content, so that adding documents moves no other."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def gather(documents: Iterable[Document], limit: int) -> Iterator[Document]:
+    """Documents until their text reaches ``limit`` bytes."""
+    total = 0
+    with Progress("reading the corpus", limit, "bytes") as bar:
+        for document in documents:
+            yield document
+            size = len(document.text.encode("utf-8"))
+            total += size
+            bar.advance(size)
+            if total >= limit:
+                return
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes: GPT-2).
+
+    Digits are split one by one (Llama), words keep their leading space, every byte has a token, so
+    no text is out of vocabulary and encoding is lossless.
+    """
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+
+    backend = Backend(models.BPE())
+    # GPT-4's word pattern with single digits: contractions, words, digits, punctuation, spaces.
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = ByteLevelDecoder()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_until(texts, TOKENIZER_SAMPLE), trainer)
+    return Tokenizer.from_backend(backend, bos=END_OF_TEXT, eos=END_OF_TEXT, pad=END_OF_TEXT)
+
+
+def _until(texts: Iterable[str], limit: int) -> Iterator[str]:
+    total = 0
+    for text in texts:
+        if total >= limit:
+            return
+        total += len(text)
+        yield text
+
+
+def prepare(
+    documents: Iterable[Document],
+    directory: Path,
+    *,
+    vocab_size: int,
+    limit: int,
+    heldout: float = 0.01,
+    decontaminator: Decontaminator | None = None,
+    tokenizer: Tokenizer | None = None,
+    key: str,
+) -> Corpus:
+    """Write ``directory`` with `train.bin`, `heldout.bin` (16- or 32-bit ids) and `tokenizer/`.
+
+    Does nothing when the directory already holds the corpus of the same ``key``.
+
+    Raises:
+        UserError: there is too little text.
+    """
+    done = directory / "corpus.json"
+    if done.is_file():
+        stored = read_json(done)
+        if stored.pop("key", None) != key:
+            raise UserError(f"{directory} holds another corpus; choose another --out or delete it")
+        return Corpus(**stored)
+    train: list[str] = []
+    held: list[str] = []
+    for document in gather(documents, limit):
+        cleaned: Document | None = document
+        if decontaminator is not None:
+            cleaned, _ = decontaminator.clean(document)
+        if cleaned is None or not cleaned.text.strip():
+            continue
+        (held if is_heldout(cleaned.text, heldout) else train).append(cleaned.text)
+    if not held and train:
+        held.append(_cut_tail(train))
+    if sum(map(len, train)) < 20_000:
+        raise UserError(
+            f"the corpus has {sum(map(len, train)):,} characters; building a model needs at least 20,000 "
+            f"(a million gives the first readable sentences)"
+        )
+    if tokenizer is None:
+        tokenizer = train_tokenizer(train, vocab_size)
+    with atomic_directory(directory) as temporary:
+        counts = {}
+        for name, texts in (("train", train), ("heldout", held)):
+            stream = encode_stream(tokenizer, texts)
+            stream.tofile(temporary / f"{name}.bin")
+            counts[name] = len(stream)
+        tokenizer.save(temporary / "tokenizer")
+        corpus = Corpus(
+            documents=len(train),
+            bytes=sum(len(text.encode()) for text in train),
+            tokens=counts["train"],
+            heldout_documents=len(held),
+            heldout_bytes=sum(len(text.encode()) for text in held),
+            heldout_tokens=counts["heldout"],
+            vocab_size=tokenizer.vocab_size,
+            decontamination=decontaminator.summary() if decontaminator is not None else None,
+        )
+        write_json(temporary / "corpus.json", {**asdict(corpus), "key": key})
+    return corpus
+
+
+def _cut_tail(texts: list[str]) -> str:
+    """Take the last hundredth of the longest document away as held-out text, at a line's end."""
+    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
+    text = texts[longest]
+    cut = text.find("\n", int(len(text) * 0.99))
+    cut = cut if 0 < cut < len(text) - 1 else int(len(text) * 0.99)
+    texts[longest] = text[:cut]
+    return text[cut:]
+
+
+def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def encode_stream(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.unsignedinteger]:
+    """All texts as one stream, each closed by the end-of-text token."""
+    end = tokenizer.eos_id
+    pieces: list[NDArray[np.unsignedinteger]] = []
+    kind = token_type(tokenizer.vocab_size)
+    with Progress("encoding the corpus", len(texts), "documents") as bar:
+        for start in range(0, len(texts), 256):
+            for ids in tokenizer.encode_batch(texts[start : start + 256], special=False):
+                pieces.append(np.array([*ids, end] if end is not None else ids, dtype=kind))
+            bar.advance(min(256, len(texts) - start))
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=kind)
+
+
+def open_stream(path: Path, vocab_size: int) -> NDArray[np.unsignedinteger]:
+    """The stream memory-mapped: what is not read takes no memory."""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype=token_type(vocab_size))
+    return np.memmap(path, dtype=token_type(vocab_size), mode="r")

@@ -1,0 +1,354 @@
+"""Build a model from raw text: corpus, tokenizer, shape, training, checkpoint, report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tercet.build.corpus import SPECIAL_TOKENS, Corpus, open_stream, prepare
+from tercet.build.initialize import initialize
+from tercet.build.plan import Shape, learning_rate_for, network, rows_for, shape_for, vocabulary_for
+from tercet.data.batches import items_at, window_count, windows
+from tercet.data.decontaminate import Decontaminator
+from tercet.data.documents import read_documents, source_fingerprint
+from tercet.errors import UserError
+from tercet.files import atomic_directory, fingerprint, read_json, write_json
+from tercet.model.config import ModelConfig
+from tercet.model.loading import save_model
+from tercet.model.tokenizer import Tokenizer
+from tercet.model.transformer import Transformer
+from tercet.progress import duration, say
+from tercet.run_directory import open_run
+from tercet.train.calibrate import Speed, calibrate
+from tercet.train.loop import Recipe, Trained, train
+from tercet.train.loss import Batch
+from tercet.train.report import write_training_report
+from tercet.train.schedule import Schedule
+
+# Bytes of English or source code per token of the small vocabularies built here, for planning only.
+PLANNED_BYTES_PER_TOKEN = 3.3
+# Share of a budget in minutes that goes to training; the rest is reading, the tokenizer, evaluation.
+TRAINING_SHARE = 0.85
+EVALUATIONS = 8  # held-out measurements in a run
+HELDOUT_WINDOWS = 64  # windows measured; 64 x 512 tokens pin the loss to about 1%
+
+
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` made. Sizes: parameters in all, tokens trained on, seconds of training."""
+
+    model: str
+    parameters: int
+    matmul_parameters: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    bits_per_byte: float
+    corpus: Corpus
+    samples: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that was decided from measurements; kept, so that a resumed run repeats it."""
+
+    layers: int
+    width: int
+    vocab_size: int
+    context: int
+    rows: int
+    steps: int
+    learning_rate: float
+    speed: dict[str, Any]
+    deadline: float | None
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.rows * self.context
+
+
+def build(
+    data: Sequence[str | Path] | str | Path,
+    out: str | Path,
+    *,
+    minutes: float | None = None,
+    tokens: int | None = None,
+    layers: int | None = None,
+    width: int | None = None,
+    vocab_size: int | None = None,
+    context: int = 512,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+) -> Built:
+    """Train a tokenizer and a Qwen3-shaped network on ``data`` and write them to ``out/model``.
+
+    data: files, directories or ``builtin:python-docs``.
+    minutes: time for everything; size, steps and schedule follow from it (default 5). Or
+    tokens: how many tokens to train on, which makes the run repeatable on any machine.
+    layers, width, vocab_size, context, learning_rate: override what the budget implies.
+    exclude: texts, and near-copies of them, that are removed from the corpus (a locked test split).
+
+    Raises:
+        UserError: bad data or settings; ``out`` belongs to another run.
+        KeyboardInterrupt: stopped; the same call goes on from there.
+    """
+    sources = [str(data)] if isinstance(data, str | Path) else [str(source) for source in data]
+    if not sources:
+        raise UserError("no data given; name files, directories or builtin:python-docs")
+    if minutes is not None and tokens is not None:
+        raise UserError("give --minutes or --tokens, not both: each decides how long the run is")
+    if minutes is None and tokens is None:
+        minutes = 5.0
+    _check_positive(
+        minutes=minutes,
+        tokens=tokens,
+        layers=layers,
+        width=width,
+        vocab_size=vocab_size,
+        context=context,
+        learning_rate=learning_rate,
+    )
+    if vocab_size is not None and vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"--vocab-size is {vocab_size}; it must be at least {SMALLEST_VOCABULARY}: a token for each of the "
+            f"256 bytes and {len(SPECIAL_TOKENS)} special ones"
+        )
+    if width is not None and (width < 32 or width % 32):
+        raise UserError(f"--width is {width}; it must be a multiple of 32, the size of an attention head")
+    if (layers is None) != (width is None):
+        raise UserError("give layers and width together: one without the other is no shape")
+    out = Path(out)
+    asked: dict[str, Any] = {
+        "data": sources,
+        "minutes": minutes,
+        "tokens": tokens,
+        "layers": layers,
+        "width": width,
+        "vocab_size": vocab_size,
+        "context": context,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    key = fingerprint([asked, source_fingerprint(sources), list(exclude)])
+    with open_run(out, "build", key, asked):
+        if (out / "result.json").is_file():
+            say(f"{out} is finished already; delete it or choose another --out to build again")
+            return _read_result(out)
+        plan = _plan(out, asked)
+        limit = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+        corpus = prepare(
+            read_documents(sources),
+            out / "corpus",
+            vocab_size=plan.vocab_size,
+            limit=limit,
+            decontaminator=Decontaminator(exclude) if exclude else None,
+            key=key,
+        )
+        return _pretrain(out, plan, corpus, seed, key)
+
+
+def _check_positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a positive number")
+
+
+def _plan(out: Path, asked: dict[str, Any]) -> Plan:
+    """Decide shape and steps once; measure this machine when the budget is in minutes."""
+    path = out / "plan.json"
+    if path.is_file():
+        plan = Plan(**read_json(path))
+        # Sums in another order give other last bits.
+        torch.set_num_threads(plan.speed["threads"])
+        return plan
+    seconds = 60 * asked["minutes"] * TRAINING_SHARE if asked["minutes"] else None
+    context = asked["context"]
+    if asked["layers"]:
+        config = network(asked["layers"], asked["width"], 1, context)
+        vocab = asked["vocab_size"] or vocabulary_for(config.matmul_parameters)
+        config = replace(config, vocab_size=vocab)
+        shape = Shape(config, rows_for(config.matmul_parameters), context)
+    else:
+        shape = shape_for(seconds=seconds, tokens=asked["tokens"], context=context)
+        if asked["vocab_size"]:
+            shape = replace(shape, config=replace(shape.config, vocab_size=asked["vocab_size"]))
+    speed = calibrate(shape.config, shape.rows, context)
+    if seconds is not None:
+        steps = max(20, int(seconds * speed.tokens_per_second / shape.step_tokens))
+    else:
+        steps = max(1, round(asked["tokens"] / shape.step_tokens))
+    plan = Plan(
+        layers=shape.config.num_layers,
+        width=shape.config.hidden_size,
+        vocab_size=shape.config.vocab_size,
+        context=context,
+        rows=shape.rows,
+        steps=steps,
+        learning_rate=asked["learning_rate"] or learning_rate_for(shape.config.matmul_parameters),
+        speed=asdict(speed),
+        deadline=seconds,
+    )
+    write_json(path, asdict(plan))
+    say(
+        f"plan: {plan.layers} layers of width {plan.width} ({shape.config.matmul_parameters / 1e6:.1f}M matrix weights), "
+        f"{plan.steps} steps of {shape.step_tokens:,} tokens, rate {plan.learning_rate:g}; this machine trains it at "
+        f"{speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on {speed.threads} threads: "
+        f"about {duration(plan.tokens / speed.tokens_per_second)}"
+    )
+    return plan
+
+
+def _network_of(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
+    config = network(plan.layers, plan.width, tokenizer.vocab_size, plan.context)
+    stops = (tokenizer.eos_id,) if tokenizer.eos_id is not None else ()
+    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=stops, pad_token_id=tokenizer.pad_id)
+
+
+def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str) -> Built:
+    tokenizer = Tokenizer.load(out / "corpus" / "tokenizer")
+    config = _network_of(plan, tokenizer)
+    model = Transformer(config, compute_dtype=Speed(**plan.speed).dtype)
+    initialize(model, seed)
+    stream = open_stream(out / "corpus" / "train.bin", config.vocab_size)
+    held = open_stream(out / "corpus" / "heldout.bin", config.vocab_size)
+    count = window_count(len(stream), plan.context)
+    if count < 1:
+        raise UserError(
+            f"the corpus has {len(stream):,} tokens, fewer than one context of {plan.context}; "
+            f"give more text or a smaller --context"
+        )
+
+    def batches_at(step: int) -> list[Batch]:
+        rows = items_at(step, plan.rows, count, seed)
+        inputs, targets = windows(stream, rows, plan.context)
+        return [Batch(torch.from_numpy(inputs), torch.from_numpy(targets))]
+
+    evaluate = heldout_loss(model, tokenizer, held, plan.context)
+    recipe = Recipe(
+        Schedule.of(plan.steps),
+        plan.learning_rate,
+        evaluate_every=max(1, plan.steps // EVALUATIONS),
+        deadline=plan.deadline,
+    )
+    trained = train(model, recipe, batches_at, out, fingerprint=key, title="pre-training", evaluate=evaluate)
+    bits = trained.history[-1]["bits_per_byte"]
+    model.compute_dtype = None  # written and sampled in float32
+    with atomic_directory(out / "model") as directory:
+        save_model(model, directory)
+        tokenizer.save(directory)
+    samples = _samples(out / "model", held, tokenizer)
+    built = Built(
+        model=str(out / "model"),
+        parameters=sum(p.numel() for p in model.parameters()),
+        matmul_parameters=config.matmul_parameters,
+        tokens=trained.tokens,
+        seconds=round(trained.seconds, 2),
+        tokens_per_second=round(trained.tokens_per_second, 1),
+        bits_per_byte=bits,
+        corpus=corpus,
+        samples=samples,
+    )
+    _report(out, built, plan, trained)
+    write_json(out / "result.json", asdict(built))
+    return built
+
+
+def heldout_loss(
+    model: Transformer, tokenizer: Tokenizer, stream: NDArray[np.unsignedinteger], context: int
+) -> Callable[[], dict[str, float]]:
+    """A function that measures loss (nats a token) and bits per byte on the first held-out windows.
+
+    Bits per byte divides by the UTF-8 bytes of the predicted tokens, so that it compares across
+    tokenizers; special tokens stand for no text and are left out of both sums.
+    """
+    width = min(context, max(1, len(stream) - 1))
+    rows = list(range(min(HELDOUT_WINDOWS, window_count(len(stream), width))))
+    if not rows:
+        raise UserError("no text is held out; the corpus is too small")
+    byte_counts = torch.tensor([tokenizer.byte_length(index) for index in range(model.config.vocab_size)])
+
+    def evaluate() -> dict[str, float]:
+        model.eval()
+        nats = text_nats = 0.0
+        tokens = size = 0
+        with torch.inference_mode():
+            for start in range(0, len(rows), 8):
+                inputs, targets = windows(stream, rows[start : start + 8], width)
+                target = torch.from_numpy(targets)
+                logits = model(torch.from_numpy(inputs))
+                losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+                lengths = byte_counts[target]
+                nats += float(losses.sum())
+                tokens += target.numel()
+                text_nats += float(losses[lengths > 0].sum())
+                size += int(lengths.sum())
+        return {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / max(1, size)}
+
+    return evaluate
+
+
+def _samples(
+    directory: Path, held: NDArray[np.unsignedinteger], tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """Four continuations of held-out beginnings, to be read by a person."""
+    from tercet.engine.load import load_engine
+    from tercet.engine.request import Request, Sampling
+
+    engine = load_engine(directory)
+    ends = [0, *(np.flatnonzero(np.asarray(held) == tokenizer.eos_id) + 1).tolist()]
+    prompts = [[int(token) for token in held[start : start + 16]] for start in ends[:4]]
+    prompts = [prompt for prompt in prompts if len(prompt) == 16 and tokenizer.eos_id not in prompt] or [
+        [int(token) for token in held[:16]]
+    ]
+    sampling = Sampling(max_tokens=80, temperature=0.7, top_p=0.95, seed=0)
+    completions = engine.generate([Request(tuple(prompt), sampling) for prompt in prompts])
+    return [
+        {"prompt": tokenizer.decode(prompt), "continuation": completion.text}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
+    corpus = built.corpus
+    facts = {
+        "model": f"{plan.layers} layers, width {plan.width}, vocabulary {corpus.vocab_size:,}, context {plan.context}",
+        "parameters": f"{built.parameters:,} ({built.matmul_parameters:,} in matrices)",
+        "trained on": f"{built.tokens:,} tokens of {corpus.tokens:,} "
+        f"({built.tokens / max(1, corpus.tokens):.2f} passes)",
+        "corpus": f"{corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB, "
+        f"{corpus.bytes_per_token:.2f} bytes a token",
+        "held out": f"{corpus.heldout_documents:,} documents, {corpus.heldout_bytes / 1e3:.0f} kB",
+        "bits per byte (held out)": f"{built.bits_per_byte:.3f}",
+        "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
+        f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
+        "steps": f"{trained.steps:,} of {plan.rows * plan.context:,} tokens, peak rate {plan.learning_rate:g}",
+    }
+    if corpus.decontamination:
+        facts["removed as test text"] = (
+            f"{corpus.decontamination['passages_removed']:,} passages that hold one of "
+            f"{corpus.decontamination['test_examples_found']:,} test examples, or a near-copy"
+        )
+    write_training_report(
+        out,
+        title="Built from raw text",
+        facts=facts,
+        history=trained.history,
+        heldout="bits_per_byte",
+        samples=built.samples,
+    )
+
+
+def _read_result(out: Path) -> Built:
+    stored = read_json(out / "result.json")
+    return Built(**{**stored, "corpus": Corpus(**stored["corpus"])})

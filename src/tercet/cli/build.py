@@ -1,0 +1,61 @@
+"""``tercet build``: from raw text to a model of one's own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLE = "tercet build --data builtin:python-docs --out runs/mine --minutes 5"
+
+
+def build(
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data", metavar="PATH", help="File, directory or builtin:python-docs; may be repeated."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run directory; the model is DIR/model.")],
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Time for everything; default 5. Size and schedule follow."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens to train on instead: the same run on any machine.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Layers, with --width.")] = None,
+    width: Annotated[int | None, typer.Option(metavar="N", help="Hidden size, with --layers.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(metavar="N", help="Tokens in the vocabulary.")] = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens the model reads at once.")] = 512,
+    learning_rate: Annotated[float | None, typer.Option(metavar="R", help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights and data order.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Build a model from raw text: tokenizer, network, training, checkpoint, report."""
+    from tercet.build.pretrain import build as run
+    from tercet.files import dump_json
+    from tercet.progress import duration, say
+
+    built = run(
+        data,
+        out,
+        minutes=minutes,
+        tokens=tokens,
+        layers=layers,
+        width=width,
+        vocab_size=vocab_size,
+        context=context,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    say(
+        f"{built.parameters:,} parameters, {built.tokens:,} tokens in {duration(built.seconds)}, "
+        f"{built.bits_per_byte:.3f} bits per byte on held-out text"
+    )
+    say(f"model: {built.model}   report: {out / 'report.html'}   next: tercet chat {built.model}")
+    if json:
+        sys.stdout.write(dump_json(asdict(built)))

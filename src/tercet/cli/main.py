@@ -1,0 +1,106 @@
+"""The ``tercet`` command: finds the command's file, and tells what went wrong in one line.
+
+Each command is one file in this directory: a typed function of the file's name, whose docstring
+is its help, and an EXAMPLE to show below it. Only the file of the command that is asked for is
+imported, and it imports its heavy parts inside the function, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from tercet.errors import UserError
+
+# In the order --help shows them.
+COMMANDS = ("climb", "prompt", "chat", "tune", "build", "eval")
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tercet import __version__
+
+        print(f"tercet {__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Prompt, tune or build a large language model, and measure which one your task needs."""
+
+
+def application(names: Sequence[str] = COMMANDS) -> typer.Typer:
+    """The typer application with the commands in ``names``."""
+    app = typer.Typer(
+        name="tercet",
+        add_completion=False,
+        rich_markup_mode=None,  # plain help: readable in a pipe, and without importing rich
+        pretty_exceptions_enable=False,
+        epilog="Start here: tercet climb builtin:docs-routing",
+    )
+    app.callback()(_top)
+    for name in names:
+        module = importlib.import_module(f"tercet.cli.{name}")
+        # \b keeps typer from wrapping the example.
+        app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit status.
+
+    0: done. 2: a mistake of the user's, told in one line on stderr. 130: interrupted. What is our
+    own mistake gives Python's ordinary traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except UserError as problem:
+        return _fail(str(problem))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left. Python would complain again when it flushes at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _run(arguments: list[str]) -> int:
+    # Only the command that is asked for is imported; --help and a mistyped name need all.
+    named = arguments[0] if arguments else ""
+    command = typer.main.get_command(application([named] if named in COMMANDS else COMMANDS))
+    try:
+        with command.make_context("tercet", arguments or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as leaving:
+        return leaving.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except typer.TyperException as problem:  # a missing argument, an unknown option, not a number
+        asked = getattr(getattr(problem, "ctx", None), "command_path", "tercet")
+        line = " ".join(problem.format_message().split())
+        return _fail(f"{line.rstrip('.')}; see: {asked} --help")
+    return 0
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 2

@@ -1,0 +1,1 @@
+"""The levels measured on one task: tasks, metrics, statistics, rungs, report."""

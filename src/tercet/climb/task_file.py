@@ -1,0 +1,240 @@
+"""Reading a task file: YAML to checked fields, with the line of whatever is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tercet.errors import UserError
+from tercet.files import read_text
+
+# Field: the types it may have, and how messages call them.
+_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "name": ((str,), "text"),
+    "description": ((str,), "text"),
+    "data": ((str, list, dict), "a path, a list of paths, or a mapping with train, dev and test"),
+    "prompt": ((str,), "text with {field} in it"),
+    "target": ((str,), "a field name, or text with {field} in it"),
+    "labels": ((list, str), "a list of labels, or auto"),
+    "metric": ((str, dict), "a name, or a mapping with a name and its options"),
+    "corpus": ((str, list), "a path or a list of paths"),
+    "system": ((str,), "text"),
+    "few_shot": ((int,), "a whole number"),
+    "max_tokens": ((int,), "a whole number"),
+    "test_size": ((int, float), "a share below 1, or a number of examples"),
+    "dev_size": ((int, float), "a share below 1, or a number of examples"),
+}
+_REQUIRED = ("data", "prompt", "target")
+_DATA_FIELDS = ("path", "train", "dev", "test", "format", "columns", "encoding", "quoting")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the parts of a task come from, so that a message can name the file, the line, the row."""
+
+    name: str  # the task file, or the task's name
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)  # "file:line" of each field
+    files: dict[str, list[tuple[str, int]]] = dataclasses.field(
+        default_factory=dict
+    )  # split: (file, rows in it)
+
+    def field(self, name: str) -> str:
+        return self.fields.get(name, self.name)
+
+    def data(self, split: str) -> str:
+        return ", ".join(file for file, _ in self.files.get(split, [])) or f"the {split} data"
+
+    def row(self, split: str, number: int) -> str:
+        """The file that row ``number`` (from 1) of a split came from, and its number there."""
+        for file, count in self.files.get(split, []):
+            if number <= count:
+                return f"{file}, row {number}"
+            number -= count
+        return f"{self.name}: {split} row {number}"
+
+
+class TaskFile:
+    """The fields of a task file, each with its line.
+
+    Raises:
+        UserError: not YAML, not a mapping, a repeated, unknown or missing field, or a wrong type.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values, self._lines = _parse(path)
+        unknown = [name for name in self.values if name not in _FIELDS]
+        if unknown:
+            raise UserError(
+                f"{self.at(unknown[0])}: unknown field {unknown[0]!r}; {nearest(unknown[0], list(_FIELDS))}"
+            )
+        for name, value in self.values.items():
+            kinds, words = _FIELDS[name]
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise UserError(f"{self.at(name)}: {name} must be {words}, not {_kind(value)}")
+        missing = [name for name in _REQUIRED if name not in self.values]
+        if missing:
+            raise UserError(
+                f"{path}: the field {missing[0]!r} is missing; a task needs {', '.join(_REQUIRED)}"
+            )
+
+    def at(self, field: str) -> str:
+        """``file:line`` of a field; the file alone when it has no such field."""
+        return f"{self.path}:{self._lines[field]}" if field in self._lines else str(self.path)
+
+    def data(self) -> dict[str, Any]:
+        """``data`` as a mapping: train, dev and test (lists of paths) and the options of ``read_rows``."""
+        value = self.values["data"]
+        where = self.at("data")
+        data: dict[str, Any] = dict(value) if isinstance(value, dict) else {"train": value}
+        for key in data:
+            if key not in _DATA_FIELDS:
+                raise UserError(
+                    f"{where}: data has no field {key!r}; {nearest(str(key), list(_DATA_FIELDS))}"
+                )
+        if "path" in data:
+            if "train" in data:
+                raise UserError(f"{where}: data has both path and train; path is the same as train, keep one")
+            data["train"] = data.pop("path")
+        if "train" not in data:
+            raise UserError(
+                f"{where}: data has no train; give a path, or train: (and test:, dev:) with paths"
+            )
+        for key in ("train", "dev", "test"):
+            if key in data:
+                data[key] = [data[key]] if isinstance(data[key], str) else data[key]
+                if not isinstance(data[key], list) or not all(isinstance(path, str) for path in data[key]):
+                    raise UserError(f"{where}: data.{key} must be a path or a list of paths")
+                if not data[key]:
+                    raise UserError(f"{where}: data.{key} is an empty list; give a path")
+        for key in ("format", "encoding"):
+            if key in data and not isinstance(data[key], str):
+                raise UserError(f"{where}: data.{key} must be text")
+        if "quoting" in data and not isinstance(data["quoting"], bool):
+            raise UserError(f"{where}: data.quoting must be true or false")
+        columns = data.get("columns", ["a name"])
+        if not isinstance(columns, list) or not columns or not all(isinstance(name, str) for name in columns):
+            raise UserError(f"{where}: data.columns must be a list of names, such as [label, text]")
+        return data
+
+    def labels(self) -> list[str] | str | None:
+        """``labels``: a list of text, ``"auto"``, or None for an open task."""
+        value = self.values.get("labels")
+        if value is None or value == "auto":
+            return value
+        where = self.at("labels")
+        if isinstance(value, str):
+            raise UserError(f"{where}: labels must be a list, or auto, not {value!r}")
+        for label in value:
+            if isinstance(label, bool):
+                raise UserError(
+                    f"{where}: YAML reads one of the labels as {str(label).lower()}; write it in quotes, such as 'yes'"
+                )
+            if not isinstance(label, str | int | float):
+                raise UserError(f"{where}: each label must be text, not {_kind(label)}")
+        return [str(label) for label in value]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``did you mean X?`` or else all there are."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    names = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Top-level values and the line each field stands on."""
+    import yaml
+
+    text = read_text(path)
+    try:
+        # Composed first, built second: the nodes know their lines, and a dict has already lost repeated keys.
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            raise UserError(f"{path} is empty; a task needs {', '.join(_REQUIRED)}")
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(
+                f"{path}:{root.start_mark.line + 1}: a task file is a mapping (name: ..., data: ...)"
+            )
+        _refuse_repeated(root, path)
+        value = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as problem:
+        mark = problem.problem_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        what = " ".join(str(problem.problem or problem.context).split())
+        line = text.split("\n")[mark.line] if mark and mark.line < text.count("\n") + 1 else ""
+        hint = "; put text with { or ': ' in it in quotes" if "{" in line or "mapping values" in what else ""
+        raise UserError(f"{place} is not valid YAML: {what}{hint}") from problem
+    except (yaml.YAMLError, ValueError) as problem:
+        if isinstance(problem, UserError):
+            raise
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
+    for key in value:
+        if not isinstance(key, str):
+            raise UserError(f"{path}: unknown field {key!r}; {nearest(str(key), list(_FIELDS))}")
+    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+    return value, lines
+
+
+def _refuse_repeated(node: Any, path: Path, seen_nodes: set[int] | None = None) -> None:
+    import yaml
+
+    seen_nodes = seen_nodes if seen_nodes is not None else set()
+    if id(node) in seen_nodes:  # an alias may lead back to where we are
+        return
+    seen_nodes.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, inner in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise UserError(
+                        f"{path}:{line}: {key.value!r} is given twice, first in line {seen[key.value]}"
+                    )
+                seen[key.value] = line
+            _refuse_repeated(inner, path, seen_nodes)
+    elif isinstance(node, yaml.SequenceNode):
+        for inner in node.value:
+            _refuse_repeated(inner, path, seen_nodes)
+
+
+def check_label_list(labels: Sequence[str], where: str) -> None:
+    """Raise UserError for fewer than two labels, an empty one, or one given twice."""
+    for label in labels:
+        if not label.strip():
+            raise UserError(f"{where}: one of the labels is empty")
+        if label != label.strip():
+            raise UserError(f"{where}: the label {label!r} has spaces around it; write it without")
+    repeated = [label for index, label in enumerate(labels) if label in labels[:index]]
+    if repeated:
+        raise UserError(f"{where}: the label {repeated[0]!r} is given twice")
+    if len(labels) < 2:
+        have = f"only {labels[0]!r}" if labels else "none"
+        raise UserError(f"{where}: a closed task needs at least 2 labels and there is {have}")
+
+
+def canonical_target(value: Any) -> Any:
+    """Objects and lists in the one form a model is to learn: JSON with sorted keys; the rest as it is."""
+    import json
+
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return value
+
+
+def canonical_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """``canonical_target`` of every value."""
+    return {name: canonical_target(value) for name, value in fields.items()}

@@ -1,0 +1,306 @@
+"""Taking test examples, and near-copies of them, out of a corpus before a model is trained on it.
+
+Texts are compared as runs of words: case folded, punctuation and line breaks ignored, so that a test
+text is found however it is wrapped, indented or quoted. A document is divided into passages at blank
+lines and only the passages that match are removed.
+
+A test text matches where
+1. all of its words stand in a row (texts under four words: where they are the whole passage), or
+2. at least half of its distinct word 5-grams stand within a stretch of twice its length (texts of eight
+   words or more).
+
+Why 5-grams and a half: GPT-3 compared 13-grams and Llama 2 runs of more than ten tokens, sizes for
+benchmark questions and articles; a docstring's paragraph or a text message has a dozen words, too few
+for that. PaLM called an example contaminated when 70% of its 8-grams were found. One changed word spoils
+up to n of the L - n + 1 n-grams, so at twelve words a single edit leaves nothing of the 8-grams but a
+half to seven eighths of the 5-grams, the size that FineWeb's near-duplicate removal works with. Below
+eight words half would be one 5-gram or two, which unrelated sentences share.
+(GPT-3: arXiv 2005.14165, appendix C. PaLM: 2204.02311, section 8. Llama 2: 2307.09288, appendix A.6.
+FineWeb: 2406.17557, section 3.4.)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+from tercet.data.documents import Document
+
+N = 5
+SHARE = 0.5
+NEAR_MINIMUM_WORDS = 8
+RUN_MINIMUM_WORDS = 4
+_EXAMPLES_KEPT = 20
+
+Gram = tuple[str, ...]
+
+_WORD = re.compile(r"[^\W_]+")
+# Scripts written without spaces between words: each character counts as a word there.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD_OR_CHARACTER = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+
+
+def words(text: str) -> list[str]:
+    """The text's words as they are compared: case folded, without punctuation ("don't" is one word)."""
+    if text.isascii():
+        return _WORD.findall(text.casefold().replace("'", ""))
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return _WORD_OR_CHARACTER.findall(folded.replace("'", "").replace("\u2019", ""))
+
+
+def passages(text: str) -> list[str]:
+    """The text divided at blank lines; each part keeps the blank lines after it: joined, they are ``text``."""
+    ends = [match.end() for match in _BLANK_LINES.finditer(text)]
+    starts = [0, *ends]
+    return [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True) if start < end]
+
+
+def grams(sequence: Sequence[str], n: int) -> Iterator[Gram]:
+    """The runs of ``n`` words, in order."""
+    return zip(*(sequence[start:] for start in range(n)), strict=False)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A passage that was taken out, the first test text it matched, and how much of that it held.
+
+    ``share`` is the share of the test text's 5-grams, None where its words are all there in a row.
+    """
+
+    document: str
+    passage: str
+    test: int
+    test_text: str
+    share: float | None
+
+    @property
+    def reason(self) -> str:
+        if self.share is None:
+            return "holds the whole test text"
+        return f"holds {100 * self.share:.0f}% of the test text's {N}-grams"
+
+
+@dataclass
+class Counts:
+    """What decontamination did, for the report."""
+
+    documents: int = 0
+    documents_touched: int = 0
+    documents_dropped: int = 0
+    passages_removed: int = 0
+    characters: int = 0
+    characters_removed: int = 0
+    tests_matched: set[int] = field(default_factory=set)
+    examples: list[Removed] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Test:
+    index: int
+    text: str
+    words: list[str]
+    distinct: int  # 5-grams
+    needed: int  # of them, for a near-copy
+
+
+@dataclass(frozen=True)
+class _Match:
+    test: _Test
+    start: int  # words of the document, from start to end
+    end: int
+    share: float | None  # as in Removed
+
+
+class Decontaminator:
+    """Removes every one of ``texts``, and near-copies, from documents; ``counts`` says what it did.
+
+    What it returns holds no test text of four words or more as a run of words, not even across the
+    places where passages were taken out.
+
+    Args:
+        texts: the test examples; their positions are the test numbers in what is reported.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.counts = Counts()
+        self.tests = 0
+        self._runs: dict[int, dict[Gram, list[_Test]]] = {
+            N: defaultdict(list),
+            RUN_MINIMUM_WORDS: defaultdict(list),
+        }
+        self._near: dict[Gram, list[_Test]] = defaultdict(list)
+        self._grams: dict[int, set[Gram]] = {N: set(), RUN_MINIMUM_WORDS: set()}
+        self._whole: dict[Gram, _Test] = {}
+        for index, text in enumerate(texts):
+            self.tests += 1
+            self._add(index, text)
+        self._longest_whole = max(map(len, self._whole), default=0)
+
+    def _add(self, index: int, text: str) -> None:
+        found = words(text)
+        distinct = set(grams(found, N))
+        test = _Test(index, text, found, len(distinct), math.ceil(SHARE * len(distinct)))
+        if len(found) >= RUN_MINIMUM_WORDS:
+            n = N if len(found) >= N else RUN_MINIMUM_WORDS
+            self._runs[n][tuple(found[:n])].append(test)
+            self._grams[n].update(grams(found, n))
+        elif found:
+            self._whole.setdefault(tuple(found), test)
+        if len(found) >= NEAR_MINIMUM_WORDS:
+            for gram in distinct:
+                self._near[gram].append(test)
+
+    def clean(self, document: Document) -> tuple[Document | None, list[Removed]]:
+        """The document without what matches a test text (None when no word is left), and what went."""
+        self.counts.documents += 1
+        self.counts.characters += len(document.text)
+        text, removed = document.text, list[Removed]()
+        # Taking a passage out brings others together, so look again until there is nothing.
+        while self._may_match(text) and (found := self._matches(parts := passages(text))):
+            for position, match in sorted(found.items()):
+                removed.append(
+                    Removed(
+                        document.id, parts[position].strip(), match.test.index, match.test.text, match.share
+                    )
+                )
+            text = "".join(part for position, part in enumerate(parts) if position not in found)
+        if not removed:
+            return document, []
+        self.counts.documents_touched += 1
+        self.counts.passages_removed += len(removed)
+        self.counts.characters_removed += len(document.text) - len(text)
+        self.counts.examples += removed[: max(0, _EXAMPLES_KEPT - len(self.counts.examples))]
+        if not words(text):
+            self.counts.documents_dropped += 1
+            return None, removed
+        return replace(document, text=text), removed
+
+    def clean_all(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents, cleaned; those with nothing left are not among them."""
+        for document in documents:
+            cleaned, _ = self.clean(document)
+            if cleaned is not None:
+                yield cleaned
+
+    def summary(self) -> dict[str, Any]:
+        """The counts and some examples, as plain values for ``report.json``."""
+        counts = self.counts
+        return {
+            "test_examples": self.tests,
+            "test_examples_found": len(counts.tests_matched),
+            "documents": counts.documents,
+            "documents_touched": counts.documents_touched,
+            "documents_dropped": counts.documents_dropped,
+            "passages_removed": counts.passages_removed,
+            "characters": counts.characters,
+            "characters_removed": counts.characters_removed,
+            "examples": [
+                {
+                    "document": one.document,
+                    "passage": one.passage,
+                    "test_text": one.test_text,
+                    "reason": one.reason,
+                }
+                for one in counts.examples
+            ],
+        }
+
+    def _may_match(self, text: str) -> bool:
+        """False only if nothing can match: the quick way past most documents, without their passages."""
+        if self._whole:
+            return True
+        found = words(text)
+        for n, known in self._grams.items():
+            shared = known.intersection(grams(found, n)) if known else known
+            near: Counter[int] = Counter()
+            for gram in shared:
+                if any(shared.issuperset(grams(test.words, n)) for test in self._runs[n].get(gram, ())):
+                    return True
+                for test in self._near.get(gram, ()):
+                    near[test.index] += 1
+                    if near[test.index] >= test.needed:
+                        return True
+        return False
+
+    def _matches(self, parts: list[str]) -> dict[int, _Match]:
+        """The passages (by position) that hold part of a match, with the strongest match of each."""
+        found: list[str] = []
+        ends: list[int] = []  # how many words there are up to the end of each passage
+        result: dict[int, _Match] = {}
+        for position, part in enumerate(parts):
+            start = len(found)
+            found += words(part)
+            ends.append(len(found))
+            if len(found) - start <= self._longest_whole and (test := self._whole.get(tuple(found[start:]))):
+                self._note(result, position, _Match(test, start, len(found), None))
+        matches = self._matches_in_words(found, ends)
+        matches.sort(key=lambda match: match.start)
+        position = 0
+        for match in matches:
+            while ends[position] <= match.start:
+                position += 1
+            last = position
+            self._note(result, last, match)
+            while ends[last] < match.end:
+                last += 1
+                self._note(result, last, match)
+        return result
+
+    def _matches_in_words(self, found: list[str], ends: list[int]) -> list[_Match]:
+        matches: list[_Match] = []
+        near: dict[int, list[tuple[int, Gram]]] = defaultdict(list)
+        tests: dict[int, _Test] = {}
+        for n, known in self._grams.items():
+            hits = [(start, gram) for start, gram in enumerate(grams(found, n)) if gram in known]
+            for start, gram in hits:
+                for test in self._runs[n].get(gram, ()):
+                    end = start + len(test.words)
+                    if found[start:end] == test.words:
+                        matches.append(_Match(test, start, end, None))
+                for test in self._near.get(gram, ()):
+                    tests[test.index] = test
+                    near[test.index].append((start, gram))
+        for index, places in near.items():
+            if len(places) < tests[index].needed:
+                continue
+            for _, within in groupby(places, key=lambda place: bisect_right(ends, place[0])):
+                matches += _near_stretches(tests[index], list(within))
+        if matches:
+            return matches
+        # Only where no passage matches by itself: a copy that blank lines cut through.
+        return [match for index, places in near.items() for match in _near_stretches(tests[index], places)]
+
+    def _note(self, result: dict[int, _Match], position: int, match: _Match) -> None:
+        self.counts.tests_matched.add(match.test.index)
+        if position not in result or _strength(result[position]) < _strength(match):
+            result[position] = match
+
+
+def _strength(match: _Match) -> float:
+    return 2.0 if match.share is None else match.share
+
+
+def _near_stretches(test: _Test, hits: list[tuple[int, Gram]]) -> Iterator[_Match]:
+    """The 5-grams (at their places in the document) that together are enough of the test text."""
+    window: Counter[Gram] = Counter()
+    left = 0
+    for right, (start, gram) in enumerate(hits):
+        window[gram] += 1
+        while start + N - hits[left][0] > 2 * len(test.words):
+            leaving = hits[left][1]
+            window[leaving] -= 1
+            if not window[leaving]:
+                del window[leaving]
+            left += 1
+        if len(window) >= test.needed:
+            share = len(window) / test.distinct
+            for place, _ in hits[left : right + 1]:
+                yield _Match(test, place, place + N, share)

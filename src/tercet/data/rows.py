@@ -1,0 +1,189 @@
+"""Tables of examples: jsonl, json, csv, tsv and parquet, also compressed with gzip, as lists of dicts."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tercet.errors import UserError
+
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+_SUFFIXES = {"ndjson": "jsonl", "tab": "tsv", "pq": "parquet"}
+
+
+def read_rows(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    columns: Sequence[str] | None = None,
+    encoding: str = "utf-8",
+    quoting: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Every row of a file, in its order. Values of csv and tsv are text.
+
+    Args:
+        path: the file; ``.gz`` after the format's own suffix is decompressed.
+        format: one of ``FORMATS``; by default what the suffix says.
+        columns: names for a csv or tsv file without a header line.
+        encoding: of the text formats. A byte order mark is not part of the text.
+        quoting: whether ``"`` quotes a value in csv and tsv. By default in csv (RFC 4180) and not
+            in tsv, where a quote character is text like any other and a line is a row.
+
+    Raises:
+        UserError: naming the file and, where there is one, the line.
+    """
+    path = Path(path)
+    format = format or _format_of(path)
+    if format not in FORMATS:
+        raise UserError(f"{path}: format {format!r} is not one of {', '.join(FORMATS)}")
+    if format not in ("csv", "tsv") and (columns is not None or quoting is not None):
+        option = "columns" if columns is not None else "quoting"
+        raise UserError(f"{path}: {option} is for csv and tsv files; this one is {format}")
+    content = _content(path)
+    if format == "parquet":
+        return _parquet(path, content)
+    text = _decode(path, content, encoding)
+    if format == "jsonl":
+        return _jsonl(path, text)
+    if format == "json":
+        return _json(path, text)
+    return _table(
+        path, text, "\t" if format == "tsv" else ",", columns, format == "csv" if quoting is None else quoting
+    )
+
+
+def _format_of(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    suffix = Path(name).suffix.removeprefix(".").lower()
+    format = _SUFFIXES.get(suffix, suffix)
+    if format not in FORMATS:
+        what = f"its suffix .{suffix} says no format" if suffix else "its name has no suffix"
+        raise UserError(f"{path}: {what} that is read here; say which with format: {', '.join(FORMATS)}")
+    return format
+
+
+def _content(path: Path) -> bytes:
+    if not path.exists():
+        raise UserError(f"there is no file {path}{nearest_file(path)}")
+    try:
+        data = path.read_bytes()
+        # By its first bytes rather than its name: a renamed file is read all the same.
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        raise UserError(f"{path} is not a whole gzip file: {problem}") from problem
+    except OSError as problem:
+        raise UserError(f"cannot read {path}: {problem.strerror or problem}") from problem
+
+
+def nearest_file(path: Path) -> str:
+    """``; did you mean X?`` where the directory holds a name like this one, else nothing."""
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _decode(path: Path, content: bytes, encoding: str) -> str:
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except LookupError as problem:
+        raise UserError(f"{path}: there is no encoding {encoding!r}") from problem
+    except UnicodeDecodeError as problem:
+        line = content.count(b"\n", 0, problem.start) + 1
+        raise UserError(
+            f"{path}:{line} is not {encoding} text; set encoding (latin-1, cp1252, ...)"
+        ) from problem
+
+
+def _jsonl(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise UserError(f"{path}:{number} is not valid JSON: {problem.msg}") from problem
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} is a {type(row).__name__}; each line must be a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _json(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise UserError(
+            f"{path}:{problem.lineno}:{problem.colno} is not valid JSON: {problem.msg}"
+        ) from problem
+    if not isinstance(value, list):
+        raise UserError(
+            f"{path} holds a {type(value).__name__}; a json file of rows must be a list of objects"
+        )
+    for number, row in enumerate(value, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number} is a {type(row).__name__}; each row must be a JSON object")
+    return value
+
+
+def _table(
+    path: Path, text: str, delimiter: str, columns: Sequence[str] | None, quoting: bool
+) -> list[dict[str, Any]]:
+    lines = _quoted(path, text, delimiter) if quoting else _plain(text, delimiter)
+    if columns is None:
+        if not lines:
+            return []
+        columns = lines.pop(0)[1]
+    repeated = [name for index, name in enumerate(columns) if name in columns[:index]]
+    if repeated:
+        raise UserError(f"{path}: two columns are called {repeated[0]!r}")
+    rows = []
+    for number, values in lines:
+        if len(values) != len(columns):
+            kind = "tab" if delimiter == "\t" else "comma"
+            raise UserError(
+                f"{path}:{number} has {len(values)} {kind}-separated values for {len(columns)} columns "
+                f"({', '.join(columns)})"
+            )
+        rows.append(dict(zip(columns, values, strict=True)))
+    return rows
+
+
+def _plain(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    # Only a line feed ends a line here: a stray carriage return inside a message is part of it.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return [(number, line.split(delimiter)) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _quoted(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long documents
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    start = 1
+    try:
+        for values in reader:
+            if values:
+                rows.append((start, values))
+            start = reader.line_num + 1
+    except csv.Error as problem:
+        raise UserError(f"{path}:{start} is not valid csv: {problem}") from problem
+    return rows
+
+
+def _parquet(path: Path, content: bytes) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(content)).to_pylist()
+    except (pa.ArrowInvalid, OSError) as problem:
+        raise UserError(f"{path} is not a parquet file: {str(problem).splitlines()[0]}") from problem
+    return rows

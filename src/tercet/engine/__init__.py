@@ -1,0 +1,1 @@
+"""Tokens out: requests, sampling, KV cache, batched generation and scoring."""

@@ -1,0 +1,161 @@
+"""Chat templates: jinja2 programs from checkpoints, run in a sandbox as transformers runs them.
+
+The rules are those of ``apply_chat_template`` in transformers 5: blocks are trimmed, ``break`` and
+``continue`` work, ``tojson`` keeps HTML characters and other alphabets as they are, templates can
+call ``raise_exception`` and ``strftime_now``, and ``{% generation %}`` marks what the assistant says.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from tercet.errors import UserError
+
+# Names under which servers and datasets give a message's reasoning; templates read the first.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}…{% endgeneration %}`` renders what is inside, in a scope of its own."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Macro) -> str:
+        return caller()
+
+
+class _Namespace(Namespace):
+    """jinja2's ``namespace()`` without underscored names, which lead to Python's internals."""
+
+    def __init__(*args: Any, **attributes: Any) -> None:
+        self, *rest = args
+        found = dict(*rest, **attributes)
+        for name in found:
+            _check_name(name)
+        Namespace.__init__(self, found)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a namespace can't hold {name!r}: it begins with an underscore"
+        )
+
+
+def _dict(*args: Any, **entries: Any) -> dict[Any, Any]:
+    return dict(*args, **entries)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise,
+        strftime_now=lambda form: datetime.now().strftime(form),
+        dict=_dict,
+        namespace=_Namespace,
+    )
+    return environment.from_string(template)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of JSON values only: objects would give templates methods that the sandbox can't judge."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _plain(item, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    raise UserError(f"{where} holds a {type(value).__name__}; chat templates take JSON values only")
+
+
+def _message(message: Any, number: int) -> dict[str, Any]:
+    where = f"message {number}"
+    if not isinstance(message, Mapping):
+        raise UserError(f"{where} is a {type(message).__name__}; it must be an object with role and content")
+    # Servers give null for what is absent; templates would print it as None.
+    plain = {key: _plain(value, where) for key, value in message.items() if value is not None}
+    reasoning = next((plain[name] for name in REASONING if name in plain), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def render_template(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    special_tokens: Mapping[str, str] | None = None,
+    **variables: Any,
+) -> str:
+    """The text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` gives it.
+
+    special_tokens: ``bos_token`` and the like, visible to the template; ``variables`` too, and first.
+
+    Raises:
+        UserError: the conversation is empty or not JSON, or the template is wrong or refuses it.
+    """
+    if not messages:
+        raise UserError("the conversation is empty; a chat template needs at least one message")
+    documents = variables.pop("documents", None)
+    given = {
+        **(special_tokens or {}),
+        **{name: _plain(value, f"template variable {name!r}") for name, value in variables.items()},
+        "messages": [_message(message, number) for number, message in enumerate(messages, start=1)],
+        "tools": None if tools is None else _plain(list(tools), "tools"),
+        "documents": _plain(documents, "documents"),
+        "add_generation_prompt": add_generation_prompt,
+    }
+    try:
+        return _compile(template).render(given)
+    except jinja2.TemplateSyntaxError as problem:
+        raise UserError(f"chat template, line {problem.lineno}: {_line(problem)}") from problem
+    except jinja2.TemplateError as problem:
+        raise UserError(f"the chat template refuses this conversation: {_line(problem)}") from problem
+    except Exception as problem:  # a template is a program of someone else's: it may raise anything
+        raise UserError(f"the chat template fails: {type(problem).__name__}: {_line(problem)}") from problem
+
+
+def _line(problem: Exception) -> str:
+    return " ".join(str(problem).split())

@@ -1,0 +1,66 @@
+"""A model on the Hugging Face Hub as a local directory: downloaded once, then from the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tercet.errors import UserError
+
+# Weights, configuration and templates. Pickled weights and Python files are never fetched, nor
+# subdirectories (other formats of the same weights) and Mistral's second copy of its weights.
+WANTED = ("*.safetensors", "*.json", "*.jinja")
+UNWANTED = ("*/*", "consolidated*")
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The directory of ``name`` ("org/name") at ``revision`` (branch, tag or commit).
+
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured. When the Hub can't be reached,
+    a complete snapshot in the cache is used.
+
+    Raises:
+        UserError: no such model or revision, no permission, no connection, no safetensors.
+    """
+    from huggingface_hub import constants, errors, snapshot_download
+
+    called = name if revision is None else f"{name}@{revision}"
+    hub = constants.ENDPOINT
+    try:
+        directory = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            )
+        )
+    except errors.GatedRepoError as problem:
+        raise UserError(
+            f"{called} is gated: accept its terms at {hub}/{name}, then set HF_TOKEN to your token"
+        ) from problem
+    except errors.RevisionNotFoundError as problem:
+        raise UserError(f"{name} has no revision {revision!r} on {hub}") from problem
+    except errors.RepositoryNotFoundError as problem:
+        raise UserError(
+            f"no model {name} on {hub} (a private one needs HF_TOKEN), and no such directory here"
+        ) from problem
+    except errors.HFValidationError as problem:
+        raise UserError(f"{called} is not a name the Hub can have: {_line(problem)}") from problem
+    except errors.LocalEntryNotFoundError as problem:
+        if constants.is_offline_mode():
+            raise UserError(
+                f"{called} is not in the cache, and HF_HUB_OFFLINE forbids fetching it"
+            ) from problem
+        cause = problem.__cause__ or problem
+        if isinstance(cause, errors.RevisionNotFoundError):
+            raise UserError(f"{name} has no revision {revision!r} on {hub}") from problem
+        raise UserError(
+            f"{called} is no directory here, not in the cache, and {hub} cannot be reached: {_line(cause)}"
+        ) from problem
+    except (errors.HfHubHTTPError, OSError) as problem:
+        raise UserError(f"cannot fetch {called} from {hub}: {_line(problem)}") from problem
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{called} holds no .safetensors; Tercet reads no other weights (never pickles)")
+    return directory
+
+
+def _line(problem: BaseException) -> str:
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

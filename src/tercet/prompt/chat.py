@@ -1,0 +1,232 @@
+"""A conversation with a model, and the commands on it. No terminal here: text in, text out."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tercet.engine.request import Completion
+from tercet.errors import UserError
+from tercet.files import read_json, write_atomic, write_json
+from tercet.prompt.llm import LLM, Prompt
+from tercet.prompt.messages import ContextOverflow, Message, check_messages, check_text
+
+HELP = {
+    "/system [TEXT]": "set the system message for the answers to come; without TEXT show it",
+    "/undo": "take back the last exchange",
+    "/retry": "ask the last message again",
+    "/history": "show the conversation",
+    "/save PATH": "write the conversation to PATH, .json or .md",
+    "/load PATH": "go on with a conversation saved as .json",
+    "/clear": "forget the conversation; the system message stays",
+    "/help": "this list",
+    "/exit": "leave (or Ctrl-D)",
+}
+
+
+@dataclass
+class Reply:
+    """What a line that begins with / gave: a note to show, an answer to stream, or the end."""
+
+    note: str = ""
+    answer: Iterator[str] | None = None
+    leave: bool = False
+
+
+class ChatSession:
+    """The messages of one conversation, and the model that answers them.
+
+    A model without a chat template (a base model) continues text: there every message stands
+    alone, and the answer is its continuation.
+
+    Args:
+        llm: who answers.
+        system: the system message, if any.
+        settings: fields of Sampling for every answer.
+
+    Raises:
+        UserError: a system message for a base model, which has no place for one.
+    """
+
+    def __init__(self, llm: LLM, system: str | None = None, **settings: Any) -> None:
+        self.llm, self.settings = llm, settings
+        self.messages: list[Message] = []
+        self.last: Completion | None = None  # of the last answer that ended by itself
+        self._unanswered: str | None = None  # what /retry asks after a failure
+        self._files: set[Path] = set()  # written or read by this session, so it may overwrite them
+        if system is not None:
+            self._set_system(system)
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the model continues text for lack of a chat template."""
+        return not self.llm.has_chat_template
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        first = self.messages[0] if self.messages else None
+        return str(first["content"]) if first and first["role"] == "system" else None
+
+    def say(self, text: str) -> Iterator[str]:
+        """Send ``text`` and yield the answer as it comes.
+
+        The exchange joins the conversation when the answer ends, or with what came of it when the
+        caller closes this generator or Ctrl-C stops it. When the answer fails, the conversation is
+        as it was before.
+
+        Raises:
+            ContextOverflow: it no longer fits, with the counts and what to do. Nothing is cut off.
+            UserError: the model or its server failed.
+        """
+        check_text(text, "the message")
+        prompt: Prompt = text if self.is_base else [*self.messages, {"role": "user", "content": text}]
+        self.last, self._unanswered = None, text
+        came: list[str] = []
+        try:
+            with self.llm.stream(prompt, **self.settings) as stream:
+                for piece in stream:
+                    came.append(piece)
+                    yield piece
+            self.last = stream.completion
+        except ContextOverflow as problem:
+            way = "send less" if self.is_base else "/undo takes back the last exchange, /clear starts anew"
+            raise ContextOverflow(f"{problem}; {way}") from problem
+        except (GeneratorExit, KeyboardInterrupt):
+            if came:
+                self._add(text, "".join(came))
+            raise
+        self._add(text, "".join(came))
+
+    def _add(self, text: str, answer: str) -> None:
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        self._unanswered = None
+
+    def run(self, line: str) -> Reply:
+        """Do the command in ``line`` ("/undo", "/save talk.json").
+
+        Raises:
+            UserError: no such command (the nearest is named), or it can't be done.
+        """
+        name, _, argument = line.strip().partition(" ")
+        argument = argument.strip()
+        actions: dict[str, Callable[[str], Reply]] = {
+            "/system": self._command_system,
+            "/undo": self._command_undo,
+            "/retry": self._command_retry,
+            "/history": self._command_history,
+            "/save": self._command_save,
+            "/load": self._command_load,
+            "/clear": self._command_clear,
+            "/help": lambda _: Reply("\n".join(f"{usage:<16} {what}" for usage, what in HELP.items())),
+            "/exit": lambda _: Reply(leave=True),
+        }
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+            raise UserError(
+                f"there is no {name}; {f'did you mean {near[0]}?' if near else '/help lists the commands'}"
+            )
+        if argument and name not in ("/system", "/save", "/load"):
+            raise UserError(f"{name} takes nothing after it")
+        return actions[name](argument)
+
+    def _set_system(self, text: str) -> None:
+        if self.is_base:
+            raise UserError(f"{self.llm.name} has no chat template, so it has no place for a system message")
+        check_text(text, "the system message")
+        rest = self.messages[1:] if self.system is not None else self.messages
+        self.messages = [{"role": "system", "content": text}, *rest]
+
+    def _command_system(self, text: str) -> Reply:
+        if text:
+            self._set_system(text)
+            return Reply("system message set")
+        return Reply(self.system if self.system is not None else "no system message; /system TEXT sets one")
+
+    def _last_user(self) -> int | None:
+        """Where the last exchange begins."""
+        places = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        return places[-1] if places else None
+
+    def _command_undo(self, _: str) -> Reply:
+        place = self._last_user()
+        if place is None:
+            raise UserError("there is nothing to undo")
+        taken = self.messages[place]["content"]
+        del self.messages[place:]
+        self._unanswered = None
+        return Reply(f"took back: {_short(taken)}")
+
+    def _command_retry(self, _: str) -> Reply:
+        text, place = self._unanswered, self._last_user()
+        if text is None and place is None:
+            raise UserError("there is nothing to retry")
+        return Reply(answer=self.say(text) if text is not None else self._again(place or 0))
+
+    def _again(self, place: int) -> Iterator[str]:
+        """Answer the message at ``place`` anew; when that gives nothing the old answer stays."""
+        before, text = list(self.messages), self.messages[place]["content"]
+        del self.messages[place:]
+        try:
+            yield from self.say(text)
+        finally:
+            if len(self.messages) <= place:
+                self.messages, self._unanswered = before, None
+
+    def _command_history(self, _: str) -> Reply:
+        if not self.messages:
+            return Reply("nothing has been said")
+        return Reply("\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages))
+
+    def _command_clear(self, _: str) -> Reply:
+        self.messages = self.messages[:1] if self.system is not None else []
+        self._unanswered = None
+        return Reply("forgotten")
+
+    def _command_save(self, argument: str) -> Reply:
+        path = _path(argument, "/save", (".json", ".md"))
+        if not self.messages:
+            raise UserError("nothing has been said, so there is nothing to save")
+        if path.exists() and path.resolve() not in self._files:
+            raise UserError(f"{path} exists and is not from this chat; choose another name")
+        if path.suffix == ".json":
+            write_json(path, {"messages": self.messages})
+        else:
+            parts = [f"## {message['role']}\n\n{message['content']}\n" for message in self.messages]
+            write_atomic(path, "\n".join([f"# Chat with {self.llm.name}\n", *parts]))
+        self._files.add(path.resolve())
+        return Reply(f"saved {len(self.messages)} messages to {path}")
+
+    def _command_load(self, argument: str) -> Reply:
+        path = _path(argument, "/load", (".json",))
+        content = read_json(path)
+        if not isinstance(content, dict) or "messages" not in content:
+            raise UserError(f'{path} is not a saved chat; it must be {{"messages": [...]}}')
+        messages = check_messages(content["messages"], f"{path}: messages")
+        if self.is_base and any(message["role"] == "system" for message in messages):
+            raise UserError(f"{path} has a system message, and {self.llm.name} has no chat template for one")
+        self.messages = messages
+        self._unanswered = None
+        self._files.add(path.resolve())
+        return Reply(f"loaded {len(messages)} messages from {path}")
+
+
+def _path(argument: str, command: str, endings: tuple[str, ...]) -> Path:
+    if not argument:
+        raise UserError(f"{command} needs a path that ends in {' or '.join(endings)}")
+    path = Path(argument)
+    with contextlib.suppress(RuntimeError):  # ~name of nobody: the name itself
+        path = path.expanduser()
+    if path.suffix not in endings:
+        raise UserError(f"{command} {argument}: the path must end in {' or '.join(endings)}")
+    return path
+
+
+def _short(text: str) -> str:
+    line = json.dumps(text, ensure_ascii=False)[1:-1]
+    return line if len(line) <= 60 else line[:57] + "..."

@@ -1,0 +1,110 @@
+"""A model whose weights run here: references and conversations in front of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tercet.engine.load import load_engine
+from tercet.engine.request import Completion, Request, Sampling, Score
+from tercet.errors import UserError
+from tercet.model.reference import Reference
+from tercet.prompt.messages import ContextOverflow, Message
+
+Prompt = str | list[Message]
+
+
+class LocalModel:
+    """A checkpoint, an adapter on its base, or a download from the Hub.
+
+    Raises:
+        UserError: the directory holds no model that can be loaded.
+    """
+
+    def __init__(self, reference: Reference, dtype: str | None = None, device: str | None = None) -> None:
+        self.reference = reference
+        self.directory = _directory(reference)
+        self.engine = load_engine(self.directory, dtype=dtype, device=device)
+        self.tokenizer = self.engine.tokenizer
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self.tokenizer.chat_template is not None
+
+    @property
+    def max_tokens_context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.engine.max_positions
+
+    def batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """All prompts in one batch."""
+        return self.engine.generate([self._request(prompt, sampling) for prompt in prompts])
+
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str | Completion]:
+        """Pieces of text, then the Completion. Closing the iterator stops the engine."""
+        for delta in self.engine.stream([self._request(prompt, sampling)]):
+            if delta.text:
+                yield delta.text
+            if delta.completion is not None:
+                yield delta.completion
+
+    def score(self, prompt: Prompt, continuation: str) -> Score:
+        """Log-probability of the continuation."""
+        text, special = self._text(prompt)
+        return self.engine.score([(text, continuation)], special=special)[0]
+
+    def choose(
+        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], end: bool = False
+    ) -> list[list[float]]:
+        """Log-probability of each choice after its prompt; ``end``: with the end-of-text token after it."""
+        found: dict[int, list[float]] = {}
+        texts = [self._text(prompt) for prompt in prompts]
+        for kind in {special for _, special in texts}:  # one call for all, unless kinds are mixed
+            rows = [number for number, (_, special) in enumerate(texts) if special == kind]
+            scores = self.engine.choose(
+                [texts[row][0] for row in rows], [choices[row] for row in rows], end=end, special=kind
+            )
+            found |= dict(zip(rows, scores, strict=True))
+        return [found[number] for number in range(len(texts))]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """How many tokens the model reads for a prompt, special tokens included."""
+        return len(self._tokens(prompt))
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        text, special = self._text(prompt)
+        return self.tokenizer.encode(text, special=special)
+
+    def _text(self, prompt: Prompt) -> tuple[str, bool]:
+        """The prompt as text, and whether encoding adds special tokens: a template writes its own."""
+        if isinstance(prompt, str):
+            return prompt, True
+        if not self.has_chat_template:
+            raise UserError(
+                f"{self.reference.text} has no chat template (a base model), so it cannot chat; "
+                "use generate to continue text, or tune it on conversations"
+            )
+        return self.tokenizer.render(prompt, add_generation_prompt=True), False
+
+    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
+        tokens = self._tokens(prompt)
+        if not tokens:
+            raise UserError(
+                "the prompt is empty, and this model has no token to begin a text with; write something"
+            )
+        if len(tokens) > self.max_tokens_context:
+            what = "prompt" if isinstance(prompt, str) else "conversation"
+            raise ContextOverflow(
+                f"the {what} is {len(tokens)} tokens, and {self.reference.text} takes "
+                f"{self.max_tokens_context} with the answer"
+            )
+        return Request(tuple(tokens), sampling)
+
+
+def _directory(reference: Reference) -> Path:
+    if reference.path is not None:
+        return reference.path
+    from tercet.model.hub import fetch
+
+    return fetch(reference.name, reference.revision)

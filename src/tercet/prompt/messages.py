@@ -1,0 +1,61 @@
+"""Conversations: lists of ``{"role": ..., "content": ...}``, checked before a model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tercet.errors import UserError
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "developer", "tool")
+
+
+class ContextOverflow(UserError):
+    """The prompt does not fit into the model's context. Nothing is ever cut off silently."""
+
+
+def check_text(text: object, what: str) -> str:
+    """``text`` when it is a string that UTF-8 can express; UserError otherwise.
+
+    Bytes on a command line that are not UTF-8 reach Python as lone surrogates, which no tokenizer
+    and no server takes.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"{what} is a {type(text).__name__}; it must be a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise UserError(
+            f"{what} is not valid Unicode text (character {problem.start}); send it as UTF-8"
+        ) from problem
+    return text
+
+
+def check_messages(messages: object, what: str = "messages") -> list[Message]:
+    """The conversation as a new list; UserError names the message and field that is wrong."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise UserError(
+            f'{what} must be a list such as [{{"role": "user", "content": "hi"}}], not {messages!r:.60}'
+        )
+    if not messages:
+        raise UserError(f"{what} is empty; a conversation has at least one message")
+    for number, message in enumerate(messages):
+        where = f"{what}[{number}]"
+        if not isinstance(message, dict):
+            raise UserError(
+                f"{where} is a {type(message).__name__}; it must be an object with role and content"
+            )
+        missing = [name for name in ("role", "content") if name not in message]
+        if missing:
+            raise UserError(f"{where} has no {' and no '.join(missing)}")
+        if message["role"] not in ROLES:
+            raise UserError(f"{where} has the role {message['role']!r}; roles are {', '.join(ROLES)}")
+        check_text(message["content"], f"{where} content")
+    return [dict(message) for message in messages]
+
+
+def conversation(prompt: str, system: str | None = None) -> list[Message]:
+    """A conversation of one user message, after a system message where there is one."""
+    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": prompt}]

@@ -1,0 +1,1 @@
+"""Level 2: change some of a model for your task."""

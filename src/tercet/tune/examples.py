@@ -1,0 +1,167 @@
+"""Rows of a data file into masked training examples, and an account of what became of each row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tercet.data.batches import Encoded
+from tercet.data.chat_mask import Message, Rendered, Span, encode_spans, mask_conversation
+from tercet.errors import UserError
+from tercet.model.tokenizer import Tokenizer
+
+OverLength = Literal["drop", "truncate", "error"]
+
+# ChatML, for a base model that has no template of its own but has ChatML's markers as single tokens.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Prepared:
+    """Examples ready for training, and the account."""
+
+    examples: list[Encoded] = field(default_factory=list)
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    truncated_rows: int = 0
+    truncated_tokens: int = 0
+    stops_cut: int = 0  # truncated examples that lost their stop token
+    stops: set[str] = field(default_factory=set)  # the tokens that end what is trained on
+
+    @property
+    def supervised(self) -> int:
+        """Tokens the loss is over, in one pass."""
+        return sum(example.count for example in self.examples)
+
+    def account(self) -> list[str]:
+        """What happened to the rows, in lines to show before training."""
+        total = sum(len(example.ids) for example in self.examples)
+        lines = [
+            f"{self.rows:,} rows gave {len(self.examples):,} examples: {total:,} tokens, "
+            f"{self.supervised:,} of them trained on"
+        ]
+        lines += [f"dropped {count:,} rows: {reason}" for reason, count in self.dropped.most_common()]
+        if self.truncated_rows:
+            lines.append(
+                f"truncated {self.truncated_rows:,} examples by {self.truncated_tokens:,} tokens; "
+                f"{self.stops_cut:,} lost their stop token"
+            )
+        return lines
+
+
+def prepare(
+    rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int, over_length: OverLength = "drop"
+) -> Prepared:
+    """Encode and mask every row. See `encode_row` for the forms a row may have.
+
+    Raises:
+        UserError: a row has no known form (its number is named), the template can't be trained on,
+            a row is too long and ``over_length`` is "error", or no row is left.
+    """
+    prepared = Prepared()
+    for number, row in enumerate(rows, start=1):
+        prepared.rows += 1
+        try:
+            texts = render_row(row, tokenizer)
+        except UserError as problem:
+            raise UserError(f"row {number}: {problem}") from problem
+        if isinstance(texts, str):
+            prepared.dropped[texts] += 1
+            continue
+        for rendered in texts:
+            prepared.stops.update(span.stop for span in rendered.spans)
+            example = encode_spans(
+                tokenizer, rendered.text, [(span.start, span.end) for span in rendered.spans]
+            )
+            if len(example.ids) > max_tokens:
+                if over_length == "error":
+                    raise UserError(
+                        f"row {number} has {len(example.ids)} tokens, more than the {max_tokens} allowed; "
+                        f"raise --max-tokens or choose --over-length drop or truncate"
+                    )
+                if over_length == "drop":
+                    prepared.dropped[f"longer than {max_tokens} tokens"] += 1
+                    continue
+                prepared.truncated_rows += 1
+                prepared.truncated_tokens += len(example.ids) - max_tokens
+                prepared.stops_cut += example.supervised[-1]
+                example = Encoded(example.ids[:max_tokens], example.supervised[:max_tokens])
+            if not example.count:
+                prepared.dropped["nothing left to train on"] += 1
+                continue
+            prepared.examples.append(example)
+    if not prepared.examples:
+        reasons = (
+            "; ".join(f"{count} {reason}" for reason, count in prepared.dropped.items())
+            or "the file is empty"
+        )
+        raise UserError(f"no training example is left of {prepared.rows} rows ({reasons})")
+    return prepared
+
+
+def render_row(row: dict[str, Any], tokenizer: Tokenizer) -> list[Rendered] | str:
+    """The training texts of a row with their supervised spans, or the reason to leave the row out.
+
+    ``messages``: a conversation [{role, content}, ...], optionally with ``tools``; assistant turns are
+        trained on.
+    ``prompt`` and ``completion``: strings, joined as they are, the completion and a stop token trained
+        on; or lists of messages.
+    ``text``: all of it trained on, and a stop token after it.
+
+    Raises:
+        UserError: no such fields, or fields of the wrong type.
+    """
+    if "messages" in row:
+        return _conversation(row["messages"], tokenizer, row.get("tools"))
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _conversation([*prompt, *completion], tokenizer, row.get("tools"), first=len(prompt))
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise UserError("prompt and completion must both be strings or both be lists of messages")
+        if not completion.strip():
+            return "empty completion"
+        return [_stopped(tokenizer, prompt + completion, len(prompt))]
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise UserError(f"text is a {type(row['text']).__name__}, not a string")
+        return [_stopped(tokenizer, row["text"], 0)] if row["text"].strip() else "empty text"
+    raise UserError(
+        f"needs messages, or prompt and completion, or text; it has {', '.join(row) or 'nothing'}"
+    )
+
+
+def _conversation(
+    messages: Any, tokenizer: Tokenizer, tools: Any = None, first: int = 0
+) -> list[Rendered] | str:
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise UserError("messages must be a list of objects with role and content")
+    if not messages:
+        return "empty conversation"
+    if all(message["role"] != "assistant" for message in messages[first:]):
+        return "no assistant message"
+    typed: Sequence[Message] = messages
+    return mask_conversation(tokenizer, typed, tools=tools, first=first)
+
+
+def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:
+    """``text`` with the stop token after it, all from ``start`` on trained on."""
+    if tokenizer.eos_id is None:
+        raise UserError("the tokenizer has no end-of-text token, so a completion could never be ended")
+    stop = tokenizer.token_text(tokenizer.eos_id)
+    return Rendered(text + stop, (Span(start, len(text) + len(stop), stop),))
+
+
+def show_mask(example: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The example's text in runs that are, or are not, trained on: what ``tercet tune --show-mask`` prints."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, supervised in zip(example.ids, example.supervised, strict=True):
+        if not runs or runs[-1][1] != supervised:
+            runs.append(([], supervised))
+        runs[-1][0].append(token)
+    return [(tokenizer.decode(ids, skip_special=False), supervised) for ids, supervised in runs]

@@ -1,0 +1,383 @@
+"""Supervised fine-tuning: all weights, or low-rank adapters beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from tercet.data.batches import Encoded, items_at, micro_batches
+from tercet.data.rows import read_rows
+from tercet.errors import UserError
+from tercet.files import atomic_directory, fingerprint, read_json, read_text, write_json
+from tercet.model.adapter import AdapterConfig, add_lora, merge_lora, save_adapter
+from tercet.model.checkpoint import read_config, read_generation_config
+from tercet.model.hub import fetch
+from tercet.model.loading import load_model, save_model
+from tercet.model.reference import parse_reference
+from tercet.model.tokenizer import Tokenizer
+from tercet.model.transformer import Transformer
+from tercet.progress import duration, say
+from tercet.run_directory import open_run
+from tercet.train.calibrate import calibrate
+from tercet.train.loop import Recipe, Trained, train
+from tercet.train.loss import Batch, loss_sum
+from tercet.train.report import write_training_report
+from tercet.train.schedule import Schedule
+from tercet.tune.examples import CHATML, OverLength, Prepared, prepare
+
+Method = Literal["lora", "full"]
+
+TOKEN_BUDGET = 4096  # tokens in one forward pass; larger steps are accumulated
+HELDOUT_SHARE, HELDOUT_MOST = 0.05, 200  # of the examples, where no dev data is given
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a run. Rates left at None follow from the size of the model."""
+
+    method: Method = "lora"
+    epochs: float = 3.0
+    batch_size: int = 16  # examples an optimizer step
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    rank: int = 16
+    alpha: float | None = None  # None: twice the rank
+    rank_stabilised: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
+    max_tokens: int | None = None  # longest example; None: what the model can read, at most 2048
+    over_length: OverLength = "drop"
+    minutes: float | None = None  # fewer steps than the epochs ask for where they would take longer
+    merge: bool = False  # write a merged checkpoint instead of an adapter
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lora", "full"):
+            raise UserError(f"method is {self.method!r}; it must be lora or full")
+        checked_policy(self.over_length)
+        for name in ("epochs", "batch_size", "learning_rate", "rank", "alpha", "max_tokens", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a positive number")
+        if self.method == "full" and (self.merge or self.rank_stabilised or self.alpha is not None):
+            raise UserError(
+                "--merge, --rslora and --alpha belong to --method lora; full tuning has no adapter"
+            )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` made."""
+
+    model: str  # a checkpoint directory, or an adapter directory
+    method: str
+    steps: int
+    tokens: int  # supervised tokens trained on
+    seconds: float
+    loss: float  # best held-out loss, nats a token; these weights are the ones written
+    best_step: int
+    trainable_parameters: int
+    examples: int
+    account: list[str] = field(default_factory=list)
+
+
+def learning_rate_for(parameters: int, method: str) -> float:
+    """Peak AdamW rate by size, as people have found it to work: 1e-5 to 2e-5 for full tuning at a few
+    billion weights, 1e-3 at a million; ten times that for LoRA ("LoRA without regret", Schulman 2025).
+    """
+    full = min(1e-3, 1e-3 * (1e6 / parameters) ** 0.5)
+    return float(f"{min(5e-3, 10 * full) if method == 'lora' else full:.2g}")
+
+
+def resolve(reference: str | Path) -> Path:
+    """The checkpoint directory of a local or Hub reference.
+
+    Raises:
+        UserError: it is a hosted model or an adapter, or there is nothing of that name.
+    """
+    found = parse_reference(str(reference))
+    if found.kind == "adapter":
+        raise UserError(f"{reference} is an adapter; tune its base, or merge it first (tercet tune --merge)")
+    if not found.is_local:
+        raise UserError(f"{reference} is a hosted model: its weights are not here to be tuned")
+    return found.path if found.path is not None else fetch(found.name, found.revision)
+
+
+def checked_policy(name: str) -> OverLength:
+    """The policy for over-long examples called ``name``. UserError when there is no such policy."""
+    for policy in get_args(OverLength):
+        if name == policy:
+            found: OverLength = policy
+            return found
+    raise UserError(f"--over-length is {name!r}; it must be drop, truncate or error")
+
+
+def checked_limit(directory: Path, max_tokens: int | None) -> int:
+    """The longest example allowed: ``max_tokens``, by default what the model reads but at most 2048."""
+    positions = read_config(directory).max_positions
+    if max_tokens is not None and max_tokens > positions:
+        raise UserError(f"--max-tokens is {max_tokens}, but {directory} reads at most {positions}")
+    return max_tokens or min(2048, positions)
+
+
+def load_for_tuning(
+    directory: str | Path, chat_template: str | Path | None, rows: Sequence[dict[str, Any]]
+) -> Tokenizer:
+    """The tokenizer of ``directory``, with a chat template where the rows need one.
+
+    Raises:
+        UserError: the rows are conversations, the model has no template, and none can be supplied.
+    """
+    tokenizer = Tokenizer.load(directory)
+    if chat_template is not None:
+        return tokenizer.with_template(read_text(chat_template))
+    conversational = any("messages" in row or isinstance(row.get("prompt"), list) for row in rows)
+    if conversational and not tokenizer.chat_template:
+        if tokenizer.id_of("<|im_start|>") is None or tokenizer.id_of("<|im_end|>") is None:
+            raise UserError(
+                f"{directory} has no chat template; pass one with --chat-template FILE, "
+                f"or give prompt and completion instead of messages"
+            )
+        say("the model has no chat template: using ChatML, whose markers its tokenizer knows")
+        return tokenizer.with_template(CHATML)
+    return tokenizer
+
+
+def tune(
+    model: str | Path,
+    data: str | Path | Sequence[dict[str, Any]],
+    out: str | Path,
+    *,
+    dev: str | Path | Sequence[dict[str, Any]] | None = None,
+    chat_template: str | Path | None = None,
+    **settings: Any,
+) -> Tuned:
+    """Fine-tune the checkpoint directory ``model`` on ``data`` and write the result to ``out/model``.
+
+    data, dev: a file or rows in the forms `tercet.tune.examples.render_row` lists. Without ``dev`` a
+        twentieth of the examples is held out. The weights with the lowest held-out loss are kept.
+    settings: fields of `Tuning`.
+
+    Raises:
+        UserError: bad data or settings; ``out`` belongs to another run.
+        KeyboardInterrupt: stopped; the same call goes on from there.
+    """
+    known = Tuning.__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            raise UserError(f"tune has no setting {name!r}; it has {', '.join(known)}")
+    tuning = Tuning(**settings)
+    out = Path(out)
+    source = resolve(model)
+    rows = _rows(data)
+    dev_rows = None if dev is None else _rows(dev)
+    tokenizer = load_for_tuning(source, chat_template, rows)
+    asked = {
+        "model": str(source),
+        "data": str(data) if isinstance(data, str | Path) else "rows given in Python",
+        "dev": str(dev) if isinstance(dev, str | Path) else None,
+        "chat_template": str(chat_template) if chat_template else None,
+        **asdict(tuning),
+    }
+    key = fingerprint([asked, rows, dev_rows, _weights_identity(source), tokenizer.fingerprint])
+    with open_run(out, "tune", key, asked):
+        if (out / "result.json").is_file():
+            say(f"{out} is finished already; delete it or choose another --out to tune again")
+            return Tuned(**read_json(out / "result.json"))
+        return _run(source, tokenizer, rows, dev_rows, out, tuning, key)
+
+
+def _rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return read_rows(data) if isinstance(data, str | Path) else list(data)
+
+
+def _weights_identity(directory: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the weight files: tells a changed base without reading gigabytes."""
+    files = sorted(directory.glob("*.safetensors"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _split(prepared: Prepared, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Training and held-out examples, where no dev data was given."""
+    count = min(HELDOUT_MOST, round(HELDOUT_SHARE * len(prepared.examples)))
+    if count < 1:
+        return prepared.examples, prepared.examples
+    held = set(items_at(0, count, len(prepared.examples), seed + 1))
+    train_part = [example for index, example in enumerate(prepared.examples) if index not in held]
+    return train_part, [prepared.examples[index] for index in sorted(held)]
+
+
+def _run(
+    source: Path,
+    tokenizer: Tokenizer,
+    rows: list[dict[str, Any]],
+    dev_rows: list[dict[str, Any]] | None,
+    out: Path,
+    tuning: Tuning,
+    key: str,
+) -> Tuned:
+    model = load_model(source, dtype=torch.float32, trainable=True)
+    limit = checked_limit(source, tuning.max_tokens)
+    prepared = prepare(rows, tokenizer, limit, tuning.over_length)
+    if dev_rows is None:
+        examples, held = _split(prepared, tuning.seed)
+    else:
+        examples, held = prepared.examples, prepare(dev_rows, tokenizer, limit, "truncate").examples
+    for line in prepared.account():
+        say(line)
+
+    adapter: AdapterConfig | None = None
+    if tuning.method == "lora":
+        adapter = AdapterConfig(
+            r=tuning.rank,
+            alpha=tuning.alpha or 2 * tuning.rank,
+            use_rslora=tuning.rank_stabilised,
+            base_model=str(source.resolve()),
+        )
+        add_lora(model, adapter, tuning.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rate = tuning.learning_rate or learning_rate_for(parameters, tuning.method)
+
+    batch_size = min(tuning.batch_size, len(examples))
+    plan = _plan(out, model, tuning, examples, batch_size)
+    torch.set_num_threads(plan["threads"])
+    model.compute_dtype = getattr(torch, plan["compute_dtype"])
+    say(
+        f"{tuning.method}: {count:,} of {parameters:,} weights, {plan['steps']} steps of {batch_size} examples, "
+        f"rate {rate:g}, {plan['compute_dtype']}"
+    )
+
+    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
+
+    def batches_at(step: int) -> list[Batch]:
+        chosen = [examples[index] for index in items_at(step, batch_size, len(examples), tuning.seed)]
+        return [
+            Batch(torch.from_numpy(a), torch.from_numpy(b))
+            for a, b in micro_batches(chosen, pad, TOKEN_BUDGET)
+        ]
+
+    recipe = Recipe(
+        Schedule.of(plan["steps"], warmup=0.06, cooldown=0.9),
+        rate,
+        weight_decay=tuning.weight_decay,
+        betas=(0.9, 0.98),
+        evaluate_every=max(1, min(math.ceil(len(examples) / batch_size), plan["steps"] // 4)),
+        deadline=plan["deadline"],
+    )
+    trained = train(
+        model,
+        recipe,
+        batches_at,
+        out,
+        fingerprint=key,
+        title=f"tuning ({tuning.method})",
+        evaluate=_heldout(model, held, pad),
+        keep_best=True,
+    )
+    model.compute_dtype = None
+    _write(model, source, tokenizer, prepared.stops, out, adapter, tuning)
+    tuned = Tuned(
+        model=str(out / "model"),
+        method=tuning.method,
+        steps=trained.steps,
+        tokens=trained.tokens,
+        seconds=round(trained.seconds, 2),
+        loss=trained.best if trained.best is not None else math.nan,
+        best_step=trained.best_step,
+        trainable_parameters=count,
+        examples=len(examples),
+        account=prepared.account(),
+    )
+    _report(out, tuned, trained, source, rate, parameters)
+    write_json(out / "result.json", asdict(tuned))
+    return tuned
+
+
+def _plan(
+    out: Path, model: Transformer, tuning: Tuning, examples: list[Encoded], batch_size: int
+) -> dict[str, Any]:
+    """Steps, arithmetic and threads; decided once and kept, so that a resumed run repeats them."""
+    path = out / "plan.json"
+    if path.is_file():
+        stored: dict[str, Any] = read_json(path)
+        return stored
+    mean = sum(len(example.ids) for example in examples) / len(examples)
+    width = max(8, 1 << round(math.log2(mean)))
+    speed = calibrate(model.config, max(1, TOKEN_BUDGET // 2 // width), width)
+    steps = max(1, round(tuning.epochs * len(examples) / batch_size))
+    deadline = None
+    if tuning.minutes is not None:
+        deadline = 60 * tuning.minutes
+        # Half again for what the measured pass lacks: the optimizer, padding, held-out measurements.
+        affordable = int(deadline / (1.5 * mean * batch_size / speed.tokens_per_second))
+        steps = max(1, min(steps, affordable))
+    plan = {
+        "steps": steps,
+        "deadline": deadline,
+        "threads": speed.threads,
+        "compute_dtype": speed.compute_dtype,
+        "tokens_per_second": speed.tokens_per_second,
+    }
+    write_json(path, plan)
+    estimate = 1.3 * steps * mean * batch_size / speed.tokens_per_second
+    say(f"about {duration(estimate)} at {speed.tokens_per_second:,.0f} tokens/s")
+    return plan
+
+
+def _heldout(model: Transformer, held: Sequence[Encoded], pad: int) -> Callable[[], dict[str, float]]:
+    """Loss per supervised token over all held-out examples, each token weighing the same."""
+    pieces = [
+        Batch(torch.from_numpy(a), torch.from_numpy(b)) for a, b in micro_batches(held, pad, TOKEN_BUDGET)
+    ]
+    total = sum(piece.supervised for piece in pieces)
+
+    def evaluate() -> dict[str, float]:
+        model.eval()
+        with torch.no_grad():
+            return {"loss": sum(float(loss_sum(model, piece)) for piece in pieces) / total}
+
+    return evaluate
+
+
+def _write(
+    model: Transformer,
+    source: Path,
+    tokenizer: Tokenizer,
+    stops: set[str],
+    out: Path,
+    adapter: AdapterConfig | None,
+    tuning: Tuning,
+) -> None:
+    generation = read_generation_config(source)
+    # The model now ends its answers with these; one that generation doesn't stop at would run on.
+    old = generation.get("eos_token_id")
+    stop_ids = [] if old is None else list(old) if isinstance(old, list) else [old]
+    stop_ids += [
+        i for token in sorted(stops) if (i := tokenizer.id_of(token)) is not None and i not in stop_ids
+    ]
+    generation["eos_token_id"] = stop_ids if len(stop_ids) != 1 else stop_ids[0]
+    with atomic_directory(out / "model") as directory:
+        if adapter is not None and not tuning.merge:
+            save_adapter(model, directory, adapter)
+            write_json(directory / "generation_config.json", generation)
+        else:
+            if adapter is not None:
+                merge_lora(model)
+            save_model(model, directory, generation=generation)
+        tokenizer.save(directory)
+
+
+def _report(out: Path, tuned: Tuned, trained: Trained, source: Path, rate: float, parameters: int) -> None:
+    facts = {
+        "base": str(source),
+        "method": f"{tuned.method}: {tuned.trainable_parameters:,} of {parameters:,} weights trained",
+        "data": "; ".join(tuned.account),
+        "steps": f"{tuned.steps:,}, peak rate {rate:g}",
+        "best held-out loss": f"{tuned.loss:.4f} nats a token, after step {tuned.best_step}; these weights were kept",
+        "time": duration(tuned.seconds),
+    }
+    write_training_report(out, title="Tuned", facts=facts, history=trained.history, heldout="loss")

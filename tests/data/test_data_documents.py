@@ -1,0 +1,213 @@
+"""Documents out of files of every kind, and one clear line for each kind of broken one."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tercet.data.documents import read_documents, source_fingerprint
+from tercet.errors import UserError
+
+
+def texts(*sources: Path | str) -> list[str]:
+    return [document.text for document in read_documents([str(source) for source in sources])]
+
+
+def fault(*sources: Path | str) -> str:
+    """The message of the error that reading these sources ends with: one line."""
+    with pytest.raises(UserError) as caught:
+        texts(*sources)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = content.encode() if isinstance(content, str) else content
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return path
+
+    return write
+
+
+def test_a_text_file_is_one_document_and_its_separator_lines_divide_it(write: Any) -> None:
+    assert texts(write("a.txt", "one\n\ntwo\n")) == ["one\n\ntwo\n"]
+    assert texts(write("a.md", "# one")) == ["# one"]
+    divided = write("b.txt", "one\n<|endoftext|>\ntwo\nmore\n<|endoftext|>\n")
+    assert [(document.text, document.id) for document in read_documents([str(divided)])] == [
+        ("one\n", f"{divided}:1"),
+        ("two\nmore\n", f"{divided}:3"),
+    ]
+
+
+def test_a_separator_inside_a_line_is_text(write: Any) -> None:
+    assert texts(write("a.txt", "the token <|endoftext|> ends\n")) == ["the token <|endoftext|> ends\n"]
+
+
+def test_line_ends_and_byte_order_marks_are_not_text(write: Any) -> None:
+    assert texts(write("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")) == ["one\ntwo\n"]
+
+
+@pytest.mark.parametrize("gz", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "é 1\n<|endoftext|>\ntwo"),
+        ("a.jsonl", '{"text": "é 1\\n"}\n\n{"text": "two", "n": 3}\n'),
+        ("a.json", '[{"text": "é 1\\n"}, {"content": "two"}]'),
+        ("a.csv", 'id,text\n1,"é 1\n"\n2,two\n'),
+        ("a.tsv", "text\tid\né 1\t1\ntwo\t2\n"),
+    ],
+)
+def test_every_kind_of_file_gives_its_texts_also_gzipped(
+    write: Any, name: str, content: str, gz: str
+) -> None:
+    assert [text.strip() for text in texts(write(name + gz, content))] == ["é 1", "two"]
+
+
+@pytest.mark.parametrize("gz", [False, True])
+def test_parquet(tmp_path: Path, gz: bool) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": [1, 2, 3], "text": ["one", None, "three"]}), path)
+    if gz:
+        path = path.rename(tmp_path / "b.parquet.gz")
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    skipped: Counter[str] = Counter()
+    documents = list(read_documents([str(path)], skipped))
+    assert [(document.text, document.id) for document in documents] == [
+        ("one", f"{path}:1"),
+        ("three", f"{path}:3"),
+    ]
+    assert skipped == {"empty": 1}
+
+
+def test_conversations_become_their_messages_texts(write: Any) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "See"}, {"type": "image"}]}]},
+    ]
+    path = write("chat.jsonl", "\n".join(json.dumps(row) for row in rows))
+    assert texts(path) == ["Hi\n\nHello.", "Why?\n\nSo.", "See"]
+
+
+def test_a_csv_field_may_be_longer_than_the_csv_modules_limit(write: Any) -> None:
+    assert texts(write("a.csv", "text\n" + "x" * 300_000)) == ["x" * 300_000]
+
+
+def test_directories_are_read_in_sorted_order_known_kinds_only(write: Any, tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a.txt", "notes.pdf", ".hidden/x.txt", ".x.txt"):
+        write(f"corpus/{name}", f"{name}\n")
+    root = tmp_path / "corpus"
+    assert texts(root) == ["a/z.md\n", "a.txt\n", "b.txt\n"]
+    assert {document.source for document in read_documents([str(root)])} == {str(root)}
+
+
+def test_empty_files_and_rows_are_counted(write: Any, tmp_path: Path) -> None:
+    write("d/a.txt", "")
+    write("d/b.jsonl", '{"text": ""}\n{"text": null}\n{"text": "kept"}')
+    skipped: Counter[str] = Counter()
+    assert [one.text for one in read_documents([str(tmp_path / "d")], skipped)] == ["kept"]
+    assert skipped == {"empty": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", "", "empty.txt holds no text"),
+        ("blank.jsonl", "\n\n", "blank.jsonl holds no text"),
+        ("latin.txt", b"good\ncaf\xe9\n", "latin.txt is not UTF-8 text (byte 8)"),
+        ("bom.txt", b"\xef\xbb\xbfab\xff", "bom.txt is not UTF-8 text (byte 5)"),
+        ("binary.txt", b"GIF89a\0\1", "binary.txt is a binary file (byte 6 is NUL)"),
+        ("wide.txt", "text".encode("utf-16"), "wide.txt is a binary file"),
+        ("a.pdf", "x", "known: .txt .md .jsonl"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2 is not valid JSON"),
+        ("a.json", '[{"text": "x"}', "a.json is not valid JSON"),
+        ("deep.jsonl", "[" * 100_000, "deep.jsonl:1"),
+        ("list.jsonl", "[1, 2]", "list.jsonl:1 is a list"),
+        ("none.jsonl", '{"body": "x", "id": 1}', "none.jsonl:1: no text field"),
+        ("number.jsonl", '{"text": 5}', "number.jsonl:1: text is a int"),
+        (
+            "half.jsonl",
+            '{"text": "ab\\ud800"}',
+            "half.jsonl:1: text holds half a surrogate pair at character 2",
+        ),
+        ("none.csv", "id,body\n1,x\n", "the fields there are: id, body"),
+        ("short.csv", "id,text\n1\n", "short.csv, row 1 has 1 values for 2 columns"),
+        ("quote.csv", 'text\n"open\n', "quote.csv:2 is not valid csv"),
+        ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
+    ],
+)
+def test_bad_input_is_one_line(write: Any, name: str, content: str | bytes, said: str) -> None:
+    assert said in fault(write(name, content))
+
+
+def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    assert "the fields there are: id, body" in fault(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("damage", ["cut", "not gzip", "flipped"])
+def test_broken_gzip_is_one_line(write: Any, tmp_path: Path, damage: str) -> None:
+    whole = gzip.compress(os.urandom(50_000).hex().encode(), mtime=0)
+    flipped = whole[:5000] + bytes(255 - byte for byte in whole[5000:5100]) + whole[5100:]
+    data = {"cut": whole[: len(whole) // 2], "not gzip": b"plain text", "flipped": flipped}[damage]
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(data)
+    assert "is not a whole gzip file" in fault(path)
+
+
+def test_missing_paths_and_unknown_builtins_are_refused_before_anything_is_read(
+    write: Any, tmp_path: Path
+) -> None:
+    good = write("books.txt", "x")
+    for wrong, said in [
+        (str(tmp_path / "bocks.txt"), "did you mean books.txt?"),
+        (str(tmp_path / "none" / "x.txt"), "there is no file or directory"),
+        ("builtin:python-doc", "builtin:python-docs"),
+    ]:
+        with pytest.raises(UserError, match="no ") as caught:
+            read_documents([str(good), wrong])  # not iterated
+        assert said in str(caught.value)
+    (tmp_path / "bare").mkdir()
+    assert "directory without documents" in fault(tmp_path / "bare")
+    assert "no data given" in fault()
+
+
+def test_reading_streams_so_that_the_first_documents_come_before_a_fault_further_on(write: Any) -> None:
+    path = write("a.jsonl", '{"text": "first"}\n' + "broken")
+    assert next(read_documents([str(path)])).text == "first"
+
+
+def test_the_builtin_corpus_is_a_source_like_any_other(write: Any) -> None:
+    path = write("a.txt", "mine")
+    documents = list(islice(read_documents([str(path), "builtin:python-docs"]), 3))
+    assert documents[0].text == "mine"
+    assert all(document.source.startswith("stdlib/") for document in documents[1:])
+
+
+def test_the_fingerprint_changes_with_the_files_and_with_nothing_else(write: Any, tmp_path: Path) -> None:
+    write("d/a.txt", "one")
+    root, builtin = str(tmp_path / "d"), "builtin:python-docs"
+    before = source_fingerprint([root, builtin])
+    assert source_fingerprint([root, builtin]) == before
+    assert source_fingerprint([root]) != before
+    write("d/b.txt", "two")
+    more = source_fingerprint([root, builtin])
+    assert more != before
+    (tmp_path / "d" / "b.txt").write_text("TWO")
+    os.utime(tmp_path / "d" / "b.txt", (1, 1))
+    assert source_fingerprint([root, builtin]) != more

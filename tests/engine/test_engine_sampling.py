@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tercet.engine.request import Sampling
+from tercet.engine.sampling import History, distribution, largest, log_softmax, next_token, penalize
+from tercet.errors import UserError
+
+VOCAB = 50
+
+
+def logits(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
+
+
+def theirs(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(raw.astype(np.float64))[None])
+    return scores.softmax(-1)[0].numpy()
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.floats(0.05, 3),
+    st.sampled_from([0, 1, 2, 10, 49, 50, 90]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+)
+def test_temperature_and_truncation_are_those_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    raw = logits(seed)
+    np.testing.assert_allclose(
+        distribution(raw.astype(np.float64), sampling), theirs(raw, sampling), atol=1e-9
+    )
+
+
+def test_equal_logits_at_the_kth_place_all_stay_as_in_transformers() -> None:
+    raw = np.array([1, 3, 1, 1, 0], dtype=np.float32)
+    sampling = Sampling(temperature=1, top_k=2)
+    np.testing.assert_allclose(distribution(raw.astype(np.float64), sampling), theirs(raw, sampling))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
+def test_repetition_penalty_is_that_of_transformers_over_prompt_and_output(penalty: float) -> None:
+    raw = logits(3)
+    history = History([1, 2, 2, 7])
+    history.output.update([7, 9, 9])
+    scores = raw.astype(np.float64)
+    penalize(scores, Sampling(repetition_penalty=penalty), history)
+    seen = torch.tensor([[1, 2, 2, 7, 7, 9, 9]])
+    reference = RepetitionPenaltyLogitsProcessor(penalty)(
+        seen, torch.from_numpy(raw.astype(np.float64))[None]
+    )
+    np.testing.assert_allclose(scores, reference[0].numpy())
+
+
+def test_presence_and_frequency_follow_the_formula_over_the_output_only() -> None:
+    raw = logits(4)
+    history = History([1, 2])
+    history.output.update([7, 9, 9])
+    scores = raw.astype(np.float64)
+    penalize(scores, Sampling(presence_penalty=0.5, frequency_penalty=0.25), history)
+    wanted = raw.astype(np.float64)
+    wanted[7] -= 0.5 + 1 * 0.25
+    wanted[9] -= 0.5 + 2 * 0.25
+    np.testing.assert_allclose(scores, wanted)
+
+
+def test_greedy_takes_the_best_after_penalties_and_reports_the_unmodified_probability() -> None:
+    raw = np.array([2.0, 1.9, 0.0], dtype=np.float32)
+    history = History([])
+    history.output[0] = 1
+    sampling = Sampling(temperature=0, frequency_penalty=1.0, logprobs=2)
+    choice = next_token(raw, sampling, history, np.random.default_rng(0))
+    wanted = torch.log_softmax(torch.from_numpy(raw), -1)
+    assert choice.token == 1
+    assert choice.logprob == pytest.approx(float(wanted[1]), abs=1e-6)
+    assert [token for token, _ in choice.top] == [0, 1]
+    assert [value for _, value in choice.top] == pytest.approx(wanted[:2].tolist(), abs=1e-6)
+
+
+def test_draws_follow_the_distribution_and_repeat_with_their_seed() -> None:
+    raw, sampling = logits(5), Sampling(temperature=1.5, top_k=8)
+
+    def draws(seed: int, count: int) -> list[int]:
+        rng, history = np.random.default_rng(seed), History([])
+        return [next_token(raw, sampling, history, rng).token for _ in range(count)]
+
+    share = np.bincount(draws(0, 20_000), minlength=VOCAB) / 20_000
+    # Five standard errors of a share: sqrt(1/4 / 20000) = 0.0035.
+    np.testing.assert_allclose(share, theirs(raw, sampling), atol=0.018)
+    assert draws(1, 20) == draws(1, 20) != draws(2, 20)
+
+
+def test_a_temperature_next_to_zero_is_greedy_not_an_overflow() -> None:
+    raw = logits(6)
+    sampling = Sampling(temperature=1e-300)
+    assert next_token(raw, sampling, History([]), np.random.default_rng(0)).token == int(raw.argmax())
+
+
+def test_log_softmax_and_largest_agree_with_torch() -> None:
+    raw = logits(7).astype(np.float64)
+    np.testing.assert_allclose(log_softmax(raw), torch.log_softmax(torch.from_numpy(raw), -1).numpy())
+    assert largest(raw, 5).tolist() == torch.topk(torch.from_numpy(raw), 5).indices.tolist()
+    assert largest(np.array([1.0, 2.0, 1.0, 2.0]), 3).tolist() == [1, 3, 0], "lower index first"
+    assert largest(raw, 0).tolist() == [] and len(largest(raw, 1000)) == VOCAB
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
+    raw = logits(8)
+    raw[3] = broken
+    with pytest.raises(UserError, match="not finite"):
+        next_token(raw, Sampling(), History([]), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", None),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -3),
+        ("seed", -1),
+        ("seed", True),
+        ("logprobs", -1),
+        ("stop", ("",)),
+        ("stop", (3,)),
+    ],
+)
+def test_a_value_out_of_range_is_one_line_naming_the_field(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^{field} (is|holds) [^\n]+$"):
+        Sampling(**{field: value})
+
+
+def test_one_stop_string_may_be_given_as_it_is() -> None:
+    assert Sampling(stop="\n").stop == ("\n",)  # type: ignore[arg-type]

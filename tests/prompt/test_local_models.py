@@ -1,0 +1,170 @@
+"""Local models through LLM, checked against transformers on the same files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_model import CONTEXT, write_model
+
+from tercet.engine.request import Sampling
+from tercet.errors import UserError
+from tercet.prompt.chat import ChatSession
+from tercet.prompt.llm import LLM
+from tercet.prompt.messages import ContextOverflow
+
+HELLO = [{"role": "system", "content": "S"}, {"role": "user", "content": "hé"}]
+
+
+@pytest.fixture(scope="module")
+def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("chat") / "model", chat=True)
+
+
+@pytest.fixture(scope="module")
+def chat(chat_directory: Path) -> LLM:
+    return LLM(chat_directory.parent, device="cpu")  # the run directory stands for its model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return LLM(write_model(tmp_path_factory.mktemp("base") / "model", chat=False), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(chat_directory: Path) -> tuple[Any, Any]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(chat_directory)
+    return transformers.AutoModelForCausalLM.from_pretrained(chat_directory), tokenizer
+
+
+def greedy(reference: tuple[Any, Any], ids: list[int], count: int) -> list[int]:
+    model, _ = reference
+    found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=1)
+    return found[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+
+
+def test_what_a_local_model_knows_of_itself(chat: LLM, base: LLM, chat_directory: Path) -> None:
+    assert (chat.is_local, chat.has_chat_template, base.has_chat_template) == (True, True, False)
+    assert chat.max_tokens_context == CONTEXT
+    assert chat.directory == chat_directory
+    assert chat.name == str(chat_directory.parent)
+
+
+def test_generate_continues_text_as_transformers_does(chat: LLM, reference: tuple[Any, Any]) -> None:
+    answer = chat.generate("Once upon", temperature=0, max_tokens=12)
+    ids = reference[1]("Once upon").input_ids
+    assert answer.tokens == greedy(reference, ids, 12)
+    assert answer.usage.prompt_tokens == len(ids) == chat.count_tokens("Once upon")
+    assert answer.usage.cost is None
+
+
+def test_chat_renders_the_template_and_adds_no_second_bos(chat: LLM, reference: tuple[Any, Any]) -> None:
+    ids = reference[1].apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    answer = chat.chat(HELLO, temperature=0, max_tokens=12)
+    assert ids.count(0) == 1
+    assert answer.usage.prompt_tokens == len(ids) == chat.count_tokens(HELLO)
+    assert answer.tokens == greedy(reference, ids, 12)
+
+
+def test_a_stream_is_the_same_answer_in_pieces(chat: LLM) -> None:
+    whole = chat.chat(HELLO, temperature=0.9, seed=5, max_tokens=20)
+    with chat.stream(HELLO, temperature=0.9, seed=5, max_tokens=20) as pieces:
+        assert "".join(pieces) == whole.text
+    assert pieces.completion.tokens == whole.tokens
+    assert pieces.completion.usage == whole.usage
+
+
+def test_a_batch_of_texts_and_conversations_is_the_same_as_one_by_one(chat: LLM) -> None:
+    settings = Sampling(temperature=0.9, seed=3, max_tokens=9)
+    prompts: list[Any] = ["a", HELLO, "a longer prompt than the others"]
+    together = chat.batch(prompts, sampling=settings)
+    alone = [
+        chat.generate("a", sampling=settings),
+        chat.chat(HELLO, sampling=settings),
+        chat.generate("a longer prompt than the others", sampling=settings),
+    ]
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+
+
+def log_probability(reference: tuple[Any, Any], ids: list[int], begin: int) -> float:
+    with torch.no_grad():
+        rows = reference[0](torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(sum(rows[place - 1, ids[place]] for place in range(begin, len(ids))))
+
+
+def test_scores_and_choices_are_transformers_log_probabilities(chat: LLM, reference: tuple[Any, Any]) -> None:
+    ids = reference[1]("ab cd").input_ids
+    assert chat.score("ab", " cd").logprob == pytest.approx(log_probability(reference, ids, 3), abs=1e-4)
+    rendered = reference[1].apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    words = [reference[1](word, add_special_tokens=False).input_ids for word in ("yes", "no")]
+    expected = [log_probability(reference, rendered + word, len(rendered)) for word in words]
+    prompts: list[Any] = ["ab", HELLO]
+    found = chat.choose(prompts, [[" cd"], ["yes", "no"]])
+    assert found[0] == pytest.approx([log_probability(reference, ids, 3)], abs=1e-4)
+    assert found[1] == pytest.approx(expected, abs=1e-4)
+    assert chat.choose([HELLO], ["yes", "no"])[0] == pytest.approx(expected, abs=1e-4)
+    assert chat.score(HELLO, "yes").logprob == pytest.approx(expected[0], abs=1e-4)
+    ended = [log_probability(reference, [*rendered, *word, 1], len(rendered)) for word in words]
+    assert chat.choose([HELLO], ["yes", "no"], end=True)[0] == pytest.approx(ended, abs=1e-4)
+
+
+def test_a_model_without_a_template_says_so_and_how_to_use_it(base: LLM) -> None:
+    with pytest.raises(UserError, match=r"has no chat template .* use generate"):
+        base.chat(HELLO)
+    with pytest.raises(UserError, match="has no chat template"):
+        next(base.stream(HELLO))
+
+
+def test_what_does_not_fit_is_refused_with_counts_and_never_cut(chat: LLM) -> None:
+    with pytest.raises(ContextOverflow, match=rf"conversation is 1\d\d tokens, and .* takes {CONTEXT}"):
+        chat.chat([{"role": "user", "content": "x" * 100}])
+    with pytest.raises(ContextOverflow, match="prompt is 101 tokens"):
+        chat.batch(["fits", "x" * 100])
+    assert chat.generate("x" * (CONTEXT - 2), max_tokens=50).usage.completion_tokens <= 2
+
+
+def test_a_price_can_be_put_on_local_tokens_too(chat_directory: Path) -> None:
+    llm = LLM(chat_directory, device="cpu", price=(1, 3))
+    answer = llm.generate("ab", max_tokens=4, ignore_eos=True)
+    assert answer.usage.cost == pytest.approx((3 * 1 + 4 * 3) / 1e6)
+
+
+def test_options_for_hosted_models_are_refused(chat_directory: Path) -> None:
+    with pytest.raises(UserError, match="timeout and retries are for hosted models"):
+        LLM(chat_directory, retries=1)
+    with pytest.raises(UserError, match="dtype 'int3' is unknown"):
+        LLM(chat_directory, dtype="int3")
+
+
+def test_wrong_choices_are_refused(chat: LLM) -> None:
+    for choices, part in [([], "must be a list"), ("yes", "must be a list"), ([["a"], ["b"]], "2 lists")]:
+        with pytest.raises(UserError, match=part):
+            chat.choose(["a"], choices)
+    with pytest.raises(UserError, match="empty"):
+        chat.choose(["a"], ["x", ""])
+    assert chat.choose([], ["x"]) == []
+    assert chat.batch([]) == []
+
+
+def test_a_chat_with_a_base_model_continues_each_message_alone(base: LLM) -> None:
+    session = ChatSession(base, temperature=0, max_tokens=8)
+    assert session.is_base
+    assert "".join(session.say("Once")) == base.generate("Once", temperature=0, max_tokens=8).text
+    assert "".join(session.say("upon")) == base.generate("upon", temperature=0, max_tokens=8).text
+    assert [message["content"] for message in session.messages][::2] == ["Once", "upon"]
+    with pytest.raises(UserError, match="no place for a system message"):
+        session.run("/system S")
+    with pytest.raises(UserError, match="no place for a system message"):
+        ChatSession(base, "S")
+
+
+def test_a_chat_that_no_longer_fits_keeps_its_messages(chat: LLM) -> None:
+    session = ChatSession(chat, max_tokens=10, seed=1)
+    "".join(session.say("a" * 40))
+    before = list(session.messages)
+    with pytest.raises(ContextOverflow, match=rf"takes {CONTEXT} .*; /undo .*, /clear"):
+        "".join(session.say("b" * 60))
+    assert session.messages == before

@@ -1,0 +1,59 @@
+"""Calibration: a plan is repeated while the machine is as it was, and made anew when it is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tercet.build.plan import network
+from tercet.train import calibrate
+from tercet.train.calibrate import Speed
+
+CONFIG = network(1, 32, 300, 32)
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, speed: float) -> Speed:
+    monkeypatch.setattr(calibrate, "_measure", lambda *_: Speed(speed, "float32", 1))
+    return calibrate.calibrate(CONFIG, 2, 32)
+
+
+def test_a_measurement_that_agrees_keeps_the_plan_and_one_that_does_not_replaces_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert answer(monkeypatch, 1000).tokens_per_second == 1000
+    assert answer(monkeypatch, 1200).tokens_per_second == 1000
+    assert answer(monkeypatch, 800).tokens_per_second == 1000
+    assert answer(monkeypatch, 300).tokens_per_second == 300
+    assert answer(monkeypatch, 320).tokens_per_second == 300
+
+
+def test_other_shapes_are_remembered_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    answer(monkeypatch, 1000)
+    calibrate.calibrate(CONFIG, 4, 32)
+    assert len(json.loads((tmp_path / "tercet" / "speed.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("content", ["not json", "[1]", '{"a": 1}', '{"a": {"b": 1}}'])
+def test_a_broken_cache_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "tercet").mkdir()
+    (tmp_path / "tercet" / "speed.json").write_text(content)
+    assert answer(monkeypatch, 1000).tokens_per_second == 1000
+
+
+def test_what_is_measured_is_real(real_measurement: None) -> None:
+    threads = torch.get_num_threads()
+    try:
+        speed = calibrate._measure(CONFIG, 2, 32)
+    finally:
+        torch.set_num_threads(threads)
+    assert 100 < speed.tokens_per_second != 20_000
+    assert speed.compute_dtype in ("float32", "bfloat16")
+    assert 1 <= speed.threads <= calibrate.available_cores()
+    # Two significant digits: a plan should not depend on noise.
+    assert float(f"{speed.tokens_per_second:.2g}") == speed.tokens_per_second
