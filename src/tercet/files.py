@@ -31,27 +31,48 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         UserError: the directory can't be written to or the disk is full; the old file stays.
     """
     path = Path(path)
+    with replaced_when_complete(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replaced_when_complete(path: Path) -> Iterator[Path]:
+    """Yield a temporary file's path to write to; on success it takes the place of ``path`` in one step.
+
+    Raises:
+        UserError: the disk refuses; what was at ``path`` stays.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
+        yield temporary
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as problem:
+        raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete temporary files and directories that a killed process left below ``directory``."""
+    for path in [*directory.rglob(".*.tmp"), *directory.rglob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory to fill; on success it takes the place of ``path`` by renaming.
 
-    If the block raises, ``path`` is as it was. Raises UserError when the disk refuses.
+    If the block raises, ``path`` is as it was. A directory can't be replaced in one step: a kill
+    between two renames leaves none at ``path``, never half of one, so what is kept here must be
+    something that the same command makes again. Raises UserError when the disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import UserError
-from tercet.files import locked, read_json, write_atomic, write_json
+from tercet.files import locked, read_json, remove_leftovers, write_atomic, write_json
 
 
 @contextlib.contextmanager
@@ -35,6 +35,7 @@ def open_run(out: Path, command: str, key: str, config: dict[str, Any]) -> Itera
             raise UserError(f"{out} is not empty and holds no run of tercet; choose another --out")
         else:
             write_json(marker, {"command": command, "key": key})
+        remove_leftovers(out)
         config = {"command": command, "version": __version__, **config}
         write_atomic(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         yield

@@ -108,7 +108,7 @@ def fake_climb(
 class Reader(HTMLParser):
     """Tags that open and close, the text, and every attribute that could load something."""
 
-    VOID = ("meta", "br", "line", "circle")
+    VOID = ("meta", "br", "col", "line", "circle")
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -95,14 +96,16 @@ def test_a_report_is_equal_after_json() -> None:
 
 
 def test_results_that_contradict_themselves_are_refused() -> None:
-    for wrong in (
-        lambda: RungResult("a", "tune"),
-        lambda: RungResult("a", "tune", "failed"),
-        lambda: RungResult("a", "hill", score=1.0, low=1.0, high=1.0),  # type: ignore[arg-type]
-        lambda: RungResult("a", "tune", "maybe", score=1.0, low=1.0, high=1.0),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(ValueError):
-            wrong()
+    scored: dict[str, Any] = {"score": 1.0, "low": 1.0, "high": 1.0}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"level": "tune"}, "is ok but has no score"),
+        ({"level": "tune", "status": "failed"}, "failed without a reason"),
+        ({"level": "hill", **scored}, "level is 'hill'"),
+        ({"level": "tune", "status": "maybe", **scored}, "status is 'maybe'"),
+    ]
+    for fields, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            RungResult("a", **fields)
     with pytest.raises(UserError, match="failed without a reason"):
         RungResult.from_json({"name": "a", "level": "tune", "status": "failed"})
     with pytest.raises(UserError, match="a prediction has no field 'score'"):

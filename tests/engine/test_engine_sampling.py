@@ -28,7 +28,7 @@ def logits(seed: int) -> np.ndarray:
 
 
 def theirs(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    warpers: Any = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -36,7 +36,8 @@ def theirs(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
     scores = warpers(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(raw.astype(np.float64))[None])
-    return scores.softmax(-1)[0].numpy()
+    probabilities: np.ndarray = scores.softmax(-1)[0].numpy()
+    return probabilities
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)

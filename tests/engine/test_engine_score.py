@@ -199,6 +199,7 @@ def test_choices_are_scored_as_one_by_one(
     header = "Once upon a time there was. "
     prompts = [header + "The quick "[: number % 10] + "x" * (number // 10) + ":" for number in range(count)]
     chosen = engine.choose(prompts, [LABELS] * count, end=end)
+    assert tokenizer.eos_id is not None
     ending = [tokenizer.eos_id] if end else []
     for prompt, values in zip(prompts, chosen, strict=True):
         for label, value in zip(LABELS, values, strict=True):

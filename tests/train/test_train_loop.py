@@ -18,9 +18,10 @@ from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train import loop as loop_module
 from tercet.train import loss as loss_module
-from tercet.train.loop import Recipe, train
+from tercet.train.loop import STATE, Recipe, train
 from tercet.train.loss import IGNORE, Batch, loss_sum
 from tercet.train.schedule import Schedule
+from tercet.train.state import load_progress
 
 CONFIG = ModelConfig(
     family="qwen3", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
@@ -167,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
 
     with pytest.raises(UserError, match=r"the loss is nan at step 4 .* lower learning rate"):
         train(model, recipe(9, save_seconds=0), batches, tmp_path, fingerprint="x", title="test")
-    assert json.loads((tmp_path / "state" / "progress.json").read_text())["step"] == 3
+    assert load_progress(tmp_path / STATE, "x").step == 3  # type: ignore[union-attr]
 
 
 def test_the_best_weights_are_kept_and_measured_where_asked(tmp_path: Path) -> None:

@@ -42,10 +42,44 @@ class Corpus:
         return self.bytes / max(1, self.tokens)
 
 
-def is_heldout(text: str, share: float) -> bool:
-    """Decided by the document's own content, so that adding documents moves no other."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
+def split_heldout(texts: list[str], share: float = 0.01) -> tuple[list[str], list[str]]:
+    """Training and held-out texts, in their order.
+
+    Held out are the documents whose content hashes lowest, until they make up ``share`` of the text
+    and a few thousand characters at least; so adding documents moves few others. With less than 20
+    documents it is the end of the longest one instead.
+    """
+    total = sum(map(len, texts))
+    wanted = max(share * total, min(20_000, 0.1 * total))
+    if len(texts) < 20:
+        return _without_tail(texts, int(wanted))
+    order = sorted(range(len(texts)), key=lambda index: _position(texts[index]))
+    chosen: set[int] = set()
+    size = 0
+    for index in order:
+        if size >= wanted:
+            break
+        # One huge document must not swallow the corpus.
+        if size + len(texts[index]) <= max(2 * wanted, 0.1 * total):
+            chosen.add(index)
+            size += len(texts[index])
+    held = [texts[index] for index in sorted(chosen)]
+    return [text for index, text in enumerate(texts) if index not in chosen], held
+
+
+def _position(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def _without_tail(texts: list[str], size: int) -> tuple[list[str], list[str]]:
+    """The last ``size`` characters of the longest text, from a line's start where there is one."""
+    longest = max(range(len(texts)), key=lambda index: len(texts[index]), default=0)
+    if not texts:
+        return [], []
+    text = texts[longest]
+    line = text.find("\n", len(text) - size)
+    cut = line + 1 if 0 < line < len(text) - size // 2 else len(text) - size
+    return [*texts[:longest], text[:cut], *texts[longest + 1 :]], [text[cut:]]
 
 
 def gather(documents: Iterable[Document], limit: int) -> Iterator[Document]:
@@ -109,7 +143,6 @@ def prepare(
     *,
     vocab_size: int,
     limit: int,
-    heldout: float = 0.01,
     decontaminator: Decontaminator | None = None,
     tokenizer: Tokenizer | None = None,
     key: str,
@@ -127,20 +160,17 @@ def prepare(
         if stored.pop("key", None) != key:
             raise UserError(f"{directory} holds another corpus; choose another --out or delete it")
         return Corpus(**stored)
-    train: list[str] = []
-    held: list[str] = []
+    texts: list[str] = []
     for document in gather(documents, limit):
         cleaned: Document | None = document
         if decontaminator is not None:
             cleaned, _ = decontaminator.clean(document)
-        if cleaned is None or not cleaned.text.strip():
-            continue
-        (held if is_heldout(cleaned.text, heldout) else train).append(cleaned.text)
-    if not held and train:
-        held.append(_cut_tail(train))
-    if sum(map(len, train)) < 20_000:
+        if cleaned is not None and cleaned.text.strip():
+            texts.append(cleaned.text)
+    train, held = split_heldout(texts)
+    if sum(map(len, texts)) < 20_000:
         raise UserError(
-            f"the corpus has {sum(map(len, train)):,} characters; building a model needs at least 20,000 "
+            f"the corpus has {sum(map(len, texts)):,} characters; building a model needs at least 20,000 "
             f"(a million gives the first readable sentences)"
         )
     if tokenizer is None:
@@ -164,16 +194,6 @@ def prepare(
         )
         write_json(temporary / "corpus.json", {**asdict(corpus), "key": key})
     return corpus
-
-
-def _cut_tail(texts: list[str]) -> str:
-    """Take the last hundredth of the longest document away as held-out text, at a line's end."""
-    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
-    text = texts[longest]
-    cut = text.find("\n", int(len(text) * 0.99))
-    cut = cut if 0 < cut < len(text) - 1 else int(len(text) * 0.99)
-    texts[longest] = text[:cut]
-    return text[cut:]
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

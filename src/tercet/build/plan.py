@@ -80,7 +80,7 @@ def shape_for(*, seconds: float | None = None, tokens: int | None = None, contex
 
 def rows_for(parameters: int) -> int:
     """Sequences a step. Small batches win while steps are few: more updates from the same tokens."""
-    return 8 if parameters < 1e7 else 16 if parameters < 1e8 else 64
+    return 4 if parameters < 1e7 else 16 if parameters < 1e8 else 64
 
 
 def learning_rate_for(parameters: int) -> float:

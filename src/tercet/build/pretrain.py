@@ -27,7 +27,7 @@ from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed, calibrate
-from tercet.train.loop import Recipe, Trained, train
+from tercet.train.loop import STATE, Recipe, Trained, train
 from tercet.train.loss import Batch
 from tercet.train.report import write_training_report
 from tercet.train.schedule import Schedule
@@ -261,6 +261,7 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str) -> Bui
     )
     _report(out, built, plan, trained)
     write_json(out / "result.json", asdict(built))
+    (out / STATE).unlink(missing_ok=True)  # nothing is left to resume
     return built
 
 

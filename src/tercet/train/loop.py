@@ -28,6 +28,8 @@ from tercet.train.loss import Batch, loss_sum
 from tercet.train.schedule import Schedule
 from tercet.train.state import Progressed, load_progress, load_tensors, save_state, trainable
 
+STATE = "state.safetensors"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -88,7 +90,7 @@ def train(
     """Train ``model`` in place and leave it with the final (or best) weights.
 
     batches_at: the pieces of optimizer step n, from 0; gradients are weighted by token.
-    directory: `state/` and `metrics.jsonl` are kept here; an unfinished run found here goes on.
+    directory: `state.safetensors` and `metrics.jsonl` are kept here; an unfinished run found here goes on.
     fingerprint: of everything that decides the result; a state with another one is refused.
     evaluate: held-out measurements; its ``loss`` decides which weights are best.
 
@@ -96,7 +98,7 @@ def train(
         UserError: another run's state is in ``directory``, the disk is full, or the loss is not finite.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the state has been saved.
     """
-    state = directory / "state"
+    state = directory / STATE
     # In the optimizer's order, decayed ones first, which its saved moments are numbered by.
     parameters = trainable(model)
     parameters = dict(sorted(parameters.items(), key=lambda item: item[1].dim() < 2 or "embed" in item[0]))

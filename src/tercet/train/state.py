@@ -1,17 +1,24 @@
-"""What a run needs to go on after a kill as if nothing had happened: safetensors and JSON."""
+"""What a run needs to go on after a kill as if nothing had happened: one safetensors file.
+
+Weights, the optimizer's moments and the best weights so far are its tensors (``weight:NAME``,
+``MOMENT:NAME``, ``best:NAME``); how far the run is stands in its header as JSON. One file, because a
+file can be replaced in one step and a directory can't.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tercet.errors import UserError
-from tercet.files import atomic_directory, read_json, write_json
+from tercet.files import replaced_when_complete
 
 
 @dataclass
@@ -37,61 +44,64 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_state(
-    directory: Path,
+    path: Path,
     progressed: Progressed,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     best: dict[str, Tensor] | None,
 ) -> None:
-    """Replace ``directory`` with the run's state; a kill at any moment leaves the old or the new."""
-    names = list(parameters)
-    moments: dict[str, Tensor] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
-            moments[f"{names[index]}:{key}"] = value
-    with atomic_directory(directory) as temporary:
-        save_file(
-            {name: value.detach().contiguous() for name, value in parameters.items()},
-            temporary / "weights.safetensors",
-        )
-        save_file(moments, temporary / "optimizer.safetensors")
-        if best is not None:
-            save_file(best, temporary / "best.safetensors")
-        write_json(temporary / "progress.json", asdict(progressed))
-
-
-def load_progress(directory: Path, fingerprint: str) -> Progressed | None:
-    """The state in ``directory``, or None where there is none.
+    """Replace the state at ``path``; a kill at any moment leaves the old one or the new one.
 
     Raises:
-        UserError: it belongs to a run with other data or settings.
+        UserError: the disk is full or refuses; the old state stays.
     """
-    if not (directory / "progress.json").is_file():
+    names = list(parameters)
+    tensors = {f"weight:{name}": value.detach().contiguous() for name, value in parameters.items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"{moment}:{names[index]}": value for moment, value in values.items()}
+    tensors |= {f"best:{name}": value for name, value in (best or {}).items()}
+    with replaced_when_complete(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(progressed))})
+        except SafetensorError as problem:
+            raise OSError(str(problem)) from problem
+
+
+def load_progress(path: Path, fingerprint: str) -> Progressed | None:
+    """How far the run at ``path`` is, or None where there is none.
+
+    Raises:
+        UserError: the file is damaged, or of a run with other data or settings.
+    """
+    if not path.is_file():
         return None
     try:
-        progressed = Progressed(**read_json(directory / "progress.json"))
-    except TypeError as problem:
-        raise UserError(f"{directory} was written by another version; choose another --out") from problem
+        with safe_open(path, "pt") as stored:
+            progressed = Progressed(**json.loads(stored.metadata()["progress"]))
+    except (SafetensorError, KeyError, TypeError, ValueError) as problem:
+        raise UserError(f"{path} can't be read ({problem}); delete it to start this run again") from problem
     if progressed.fingerprint != fingerprint:
         raise UserError(
-            f"{directory.parent} holds a run with other data or settings; choose another --out or delete it"
+            f"{path.parent} holds a run with other data or settings; choose another --out or delete it"
         )
     return progressed
 
 
 def load_tensors(
-    directory: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor] | None:
     """Put weights and optimizer moments back in place; return the best weights, if any were kept."""
-    weights = load_file(directory / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
     index = {name: position for position, name in enumerate(parameters)}
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(directory / "optimizer.safetensors").items():
-        name, _, moment = key.rpartition(":")
-        moments.setdefault(index[name], {})[moment] = value
+    best: dict[str, Tensor] = {}
+    with safe_open(path, "pt") as stored, torch.no_grad():
+        for key in stored.keys():  # noqa: SIM118 - not a dictionary
+            kind, _, name = key.partition(":")
+            if kind == "weight":
+                parameters[name].copy_(stored.get_tensor(key))
+            elif kind == "best":
+                best[name] = stored.get_tensor(key)
+            else:
+                moments.setdefault(index[name], {})[kind] = stored.get_tensor(key)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = directory / "best.safetensors"
-    return load_file(best) if best.is_file() else None
+    return best or None

@@ -24,7 +24,7 @@ from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import calibrate
-from tercet.train.loop import Recipe, Trained, train
+from tercet.train.loop import STATE, Recipe, Trained, train
 from tercet.train.loss import Batch, loss_sum
 from tercet.train.report import write_training_report
 from tercet.train.schedule import Schedule
@@ -294,6 +294,7 @@ def _run(
     )
     _report(out, tuned, trained, source, rate, parameters)
     write_json(out / "result.json", asdict(tuned))
+    (out / STATE).unlink(missing_ok=True)  # nothing is left to resume
     return tuned
 
 

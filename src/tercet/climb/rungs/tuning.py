@@ -15,6 +15,10 @@ from tercet.prompt.fewshot import separator
 from tercet.prompt.llm import LLM
 
 
+BATCH = 16  # examples a step
+FEWEST_STEPS = 200  # a small task gets more passes: the weights need some hundred updates to move at all
+
+
 def training_rows(task: Task, examples: Sequence[Example], chat: bool) -> list[dict[str, Any]]:
     """Examples in the form a model is tuned on, which is the form it is asked in later."""
     rows: list[dict[str, Any]] = []
@@ -66,7 +70,8 @@ class Tuned:
             setting.directory / "run",
             dev=training_rows(task, task.dev, chat),
             method=self._method,
-            epochs=self._epochs,
+            epochs=max(self._epochs, FEWEST_STEPS * BATCH / len(task.train)),
+            batch_size=BATCH,
             minutes=setting.minutes,
             over_length="truncate",
             seed=setting.seed,
@@ -77,7 +82,7 @@ class Tuned:
         self.details = {
             "weights trained": tuned.trainable_parameters,
             "steps": tuned.steps,
-            "passes over train": round(tuned.steps * min(16, tuned.examples) / tuned.examples, 1),
+            "passes over train": round(tuned.steps * min(BATCH, tuned.examples) / tuned.examples, 1),
             "kept after step": tuned.best_step,
             "held-out loss": round(tuned.loss, 4),
             "training seconds": round(tuned.seconds, 1),

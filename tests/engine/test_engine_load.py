@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from tercet.engine.load import load_engine
+from tercet.engine.request import Request, Sampling
+from tercet.errors import UserError
+from tercet.model.tokenizer import Tokenizer
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture
+def base(tmp_path: Path, byte_level: Tokenizer) -> Path:
+    """A random llama in bfloat16 with two stop tokens, and a tokenizer whose EOS is a third."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [290, 291]
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_level.save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def next_logits(engine: Any) -> np.ndarray:
+    state = engine.backend.new_state(1, len(PROMPT))
+    logits = engine.backend.next_logits(state, [PROMPT], [0])
+    last: np.ndarray = logits[0]
+    return last
+
+
+def test_a_checkpoint_runs_in_float32_on_a_cpu_unless_asked(base: Path) -> None:
+    engine = load_engine(base, device="cpu")
+    assert engine.backend.model.dtype == torch.float32  # type: ignore[attr-defined]
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([PROMPT])).logits[0, -1].numpy()
+    np.testing.assert_allclose(next_logits(engine), wanted, atol=1e-4)
+
+    half = load_engine(base, dtype="bfloat16", device="cpu")
+    assert half.backend.model.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    request = Request(tuple(PROMPT), Sampling(max_tokens=3, temperature=0))
+    assert half.generate([request])[0].usage.completion_tokens >= 1
+
+
+def test_every_stop_token_of_checkpoint_and_tokenizer_stops(base: Path, byte_level: Tokenizer) -> None:
+    assert load_engine(base, device="cpu").stop_ids == {290, 291, byte_level.eos_id}
+
+
+@pytest.fixture
+def adapted(base: Path) -> Any:
+    """peft's model on the base, its adapter far from zero and stored beside the base."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    model.save_pretrained(base.parent / "adapter")
+    return model
+
+
+def rename_base(adapter: Path, name: str | None) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+
+
+@pytest.mark.parametrize("name", ["absolute", "../base", "base"])
+def test_an_adapter_runs_merged_into_its_base(
+    base: Path, adapted: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = base.parent / "adapter"
+    rename_base(adapter, str(base) if name == "absolute" else name)
+    monkeypatch.chdir(base.parent)
+    engine = load_engine(adapter, device="cpu")
+    with torch.no_grad():
+        wanted = adapted(torch.tensor([PROMPT])).logits[0, -1].numpy()
+    mine = next_logits(engine)
+    np.testing.assert_allclose(mine, wanted, atol=1e-4)
+    assert np.abs(mine - next_logits(load_engine(base, device="cpu"))).max() > 0.1
+    assert {290, 291} < engine.stop_ids, "the base's, as the adapter has no generation_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "the base model nowhere is not a directory here"),
+        (None, "field 'base_model_name_or_path' is empty"),
+    ],
+)
+def test_an_adapter_without_its_base_says_so(base: Path, adapted: Any, name: str, message: str) -> None:
+    rename_base(base.parent / "adapter", name)
+    with pytest.raises(UserError) as problem:
+        load_engine(base.parent / "adapter", device="cpu")
+    assert message in str(problem.value) and "adapter_config.json" in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int3"}, "dtype 'int3' is unknown; use float32, bfloat16, float16"),
+        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there; this machine has"),
+        ({"device": "meta"}, "device 'meta' is not there"),
+    ],
+)
+def test_an_unknown_dtype_or_device_is_refused(base: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as problem:
+        load_engine(base, **options)
+    assert message in str(problem.value)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_engine(tmp_path)
