@@ -41,7 +41,12 @@ TWICE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-WORDS = ["the quick brown fox jumps over the lazy dog", "user system assistant", "Hello world 12345", "née café 北京 🙂"]
+WORDS = [
+    "the quick brown fox jumps over the lazy dog",
+    "user system assistant",
+    "Hello world 12345",
+    "née café 北京 🙂",
+]
 
 
 def make_tokenizer(template: str, trim_offsets: bool = True) -> Tokenizer:
@@ -52,10 +57,15 @@ def make_tokenizer(template: str, trim_offsets: bool = True) -> Tokenizer:
     backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     special = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(WORDS * 5, trainer)
-    return Tokenizer.from_backend(backend, bos="<s>", eos="<|endoftext|>", pad="<|endoftext|>", chat_template=template)
+    return Tokenizer.from_backend(
+        backend, bos="<s>", eos="<|endoftext|>", pad="<|endoftext|>", chat_template=template
+    )
 
 
 def trained_on(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[list[str]]:
@@ -82,18 +92,25 @@ def talk(*turns: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("trim", [True, False])
 def test_every_answer_and_its_stop_token_is_trained_on_and_nothing_else(trim: bool) -> None:
     tokenizer = make_tokenizer(CHATML, trim)
-    messages = [{"role": "system", "content": "be kind"}, *talk("hi there", "Hello world", "and now", " the fox ")]
+    messages = [
+        {"role": "system", "content": "be kind"},
+        *talk("hi there", "Hello world", "and now", " the fox "),
+    ]
     assert trained_on(tokenizer, messages) == [["Hello world<|im_end|>", " the fox <|im_end|>"]]
 
 
 def test_a_template_that_trims_answers() -> None:
     tokenizer = make_tokenizer(LLAMA3)
-    assert trained_on(tokenizer, talk("hi", "  Hello ", "so", "bye")) == [["Hello<|im_end|>", "bye<|im_end|>"]]
+    assert trained_on(tokenizer, talk("hi", "  Hello ", "so", "bye")) == [
+        ["Hello<|im_end|>", "bye<|im_end|>"]
+    ]
 
 
 def test_a_template_that_ends_answers_with_the_end_of_text_token() -> None:
     tokenizer = make_tokenizer(MISTRAL)
-    assert trained_on(tokenizer, talk("hi", "Hello", "so", "bye")) == [[" Hello<|endoftext|>", " bye<|endoftext|>"]]
+    assert trained_on(tokenizer, talk("hi", "Hello", "so", "bye")) == [
+        [" Hello<|endoftext|>", " bye<|endoftext|>"]
+    ]
 
 
 def test_a_template_that_renders_the_last_turn_differently_gives_one_text_a_turn() -> None:
@@ -108,7 +125,9 @@ def test_the_text_before_an_answer_is_what_the_model_is_given_at_inference() -> 
     for template in (CHATML, LLAMA3, MISTRAL, THINKING):
         tokenizer = make_tokenizer(template)
         messages = talk("hi", "Hello", "so", "bye")
-        for turn, rendered in zip((1, 3), [r for r in mask_conversation(tokenizer, messages) for _ in r.spans], strict=True):
+        for turn, rendered in zip(
+            (1, 3), [r for r in mask_conversation(tokenizer, messages) for _ in r.spans], strict=True
+        ):
             span = rendered.spans[min(len(rendered.spans) - 1, turn // 2)]
             prompt = tokenizer.render(messages[:turn], add_generation_prompt=True)
             assert rendered.text[: span.start] == prompt
@@ -138,9 +157,9 @@ def test_earlier_answers_can_be_context_only() -> None:
     assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["two<|im_end|>"]
 
 
-CONTENT = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
-    lambda text: "<|" not in text
-)
+CONTENT = st.text(
+    alphabet=st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20
+).filter(lambda text: "<|" not in text)
 
 
 @settings(max_examples=80, deadline=None)
@@ -152,7 +171,9 @@ def test_whatever_is_said_the_supervised_tokens_spell_the_answers(
     messages = talk(*(text for exchange in exchanges for text in exchange))
     for rendered in mask_conversation(tokenizer, messages):
         example = encode_spans(tokenizer, rendered.text, [(s.start, s.end) for s in rendered.spans])
-        kept = [token for token, supervised in zip(example.ids, example.supervised, strict=True) if supervised]
+        kept = [
+            token for token, supervised in zip(example.ids, example.supervised, strict=True) if supervised
+        ]
         wanted = "".join(rendered.text[s.start : s.end] for s in rendered.spans)
         text = tokenizer.decode(kept, skip_special=False)
         # A token may hold the last character before an answer together with its first.

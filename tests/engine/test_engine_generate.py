@@ -194,7 +194,8 @@ def test_finished_rows_leave_at_once_and_waiting_ones_join(make_engine: Make) ->
     decodes = sum(len(feed) for feed in recording.feeds)
     assert decodes == 1 + 2 + 3 + 4 + 5 + 6, "no row is computed after its last token"
     assert max(map(len, recording.feeds)) <= 4
-    assert len(recording.feeds) < 6 + 6, "waiting requests ran beside the others, not after them"
+    # Three feeds of prompts and six of single tokens; four and then two requests would take ten.
+    assert len(recording.feeds) == 9, "waiting requests run beside the others, not after them"
 
 
 def test_the_cache_budget_bounds_every_batch(make_engine: Make) -> None:
@@ -314,26 +315,45 @@ def test_deltas_joined_are_the_completion(
             assert tokenizer.decode([*prompt, *completion.tokens]).startswith("Once upon")
 
 
-def test_logprobs_show_parts_of_characters_as_bytes(make_engine: Make, byte_level: Tokenizer) -> None:
+class Scripted:
+    """A backend that says given tokens after a prompt of one, whatever that is."""
+
+    max_positions, cache_tokens = 128, 1000
+
+    def __init__(self, vocab_size: int, script: list[int]) -> None:
+        self.vocab_size, self.script = vocab_size, script
+
+    def new_state(self, rows: int, capacity: int) -> None:
+        return None
+
+    def next_logits(self, state: None, tokens: Any, starts: Sequence[int]) -> Any:
+        logits = np.zeros((1, self.vocab_size), dtype=np.float32)
+        logits[0, self.script[starts[0]]] = 9
+        return logits
+
+
+def scripted(tokenizer: Tokenizer, prompt: int, script: list[int]) -> list[Delta]:
+    engine = Engine(Scripted(tokenizer.vocab_size, script), tokenizer, [])  # type: ignore[arg-type]
+    sampling = Sampling(temperature=0, max_tokens=len(script), logprobs=0)
+    return list(engine.stream([Request((prompt,), sampling)]))
+
+
+def test_a_leading_space_is_kept_after_text_and_dropped_after_special_tokens(
+    sentencepiece: Tokenizer,
+) -> None:
+    script = sentencepiece.encode("the the fox", special=False)
+    word, bos = script[0], sentencepiece.bos_id
+    assert bos is not None and len(script) > 2
+    for prompt, text in ((bos, "the the fox"), (word, " the the fox")):
+        assert "".join(delta.text for delta in scripted(sentencepiece, prompt, script)) == text
+        whole = sentencepiece.decode([prompt, *script])
+        assert whole == sentencepiece.decode([prompt]) + text
+
+
+def test_logprobs_show_parts_of_characters_as_bytes(byte_level: Tokenizer) -> None:
     fox = byte_level.encode("🦊")
     assert len(fox) > 1
-
-    class Scripted:
-        """Says the tokens of a text, whatever it is fed."""
-
-        vocab_size, max_positions, cache_tokens = 300, 128, 1000
-
-        def new_state(self, rows: int, capacity: int) -> int:
-            return 0
-
-        def next_logits(self, state: int, tokens: Any, starts: Sequence[int]) -> Any:
-            logits = np.zeros((1, 300), dtype=np.float32)
-            logits[0, fox[starts[0]]] = 9
-            return logits
-
-    engine = Engine(Scripted(), byte_level, [])  # type: ignore[arg-type]
-    sampling = Sampling(temperature=0, max_tokens=len(fox), logprobs=0)
-    deltas = list(engine.stream([Request((5,), sampling)]))
+    deltas = scripted(byte_level, 5, fox)
     assert [delta.text for delta in deltas] == ["🦊"], "the whole character at once"
     entries = deltas[0].logprobs
     assert entries is not None and b"".join(entry.bytes for entry in entries) == "🦊".encode()

@@ -25,7 +25,7 @@ LABELS = [" dog", " fox", " the", " the other", " the other one", " small model"
 def by_hand(engine: Engine, tokens: Sequence[int], begin: int) -> list[float]:
     """One forward pass over everything, without a cache."""
     with torch.no_grad():
-        logprobs = engine.backend.model(torch.tensor([tokens]))[0].log_softmax(-1)  # type: ignore[attr-defined]
+        logprobs = engine.backend.model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)  # type: ignore[attr-defined]
     return [float(logprobs[place - 1, tokens[place]]) for place in range(begin, len(tokens))]
 
 
@@ -180,6 +180,21 @@ def continuations(draw: st.DrawFn) -> list[Continuation]:
 def test_sharing_changes_no_score(make_engine: Make, pieces: list[Continuation], room: int) -> None:
     """Each equals a forward pass of its own, whatever is shared and however small the cache."""
     engine = make_engine(room=room)
+    evaluate(engine.backend, pieces)
+    for piece in pieces:
+        assert piece.logprobs == pytest.approx(by_hand(engine, piece.tokens, piece.begin), abs=1e-5)
+
+
+def test_a_prompt_may_fill_the_model_while_others_go_on(make_engine: Make) -> None:
+    """128 positions, all fed; learned positions have no entry beyond them."""
+    engine = make_engine(positions="learned", qk_norm=False)
+    full = [5] * 128
+    pieces = [
+        Continuation(0, [*full, 6], 128),
+        Continuation(0, [*full, 7], 128),
+        Continuation(1, [6, 7, 8, 9], 2),
+        Continuation(1, [6, 7, 9, 9], 2),
+    ]
     evaluate(engine.backend, pieces)
     for piece in pieces:
         assert piece.logprobs == pytest.approx(by_hand(engine, piece.tokens, piece.begin), abs=1e-5)

@@ -174,11 +174,6 @@ class KVCache:
         self.values[layer][rows, :, positions] = values.transpose(1, 2)
         return self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows, in this order."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
-
 
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245)."""

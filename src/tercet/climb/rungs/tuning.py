@@ -14,7 +14,6 @@ from tercet.errors import UserError
 from tercet.prompt.fewshot import separator
 from tercet.prompt.llm import LLM
 
-
 BATCH = 16  # examples a step
 FEWEST_STEPS = 200  # a small task gets more passes: the weights need some hundred updates to move at all
 
