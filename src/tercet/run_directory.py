@@ -31,7 +31,7 @@ def open_run(out: Path, command: str, key: str, config: dict[str, Any]) -> Itera
                 raise UserError(
                     f"{out} holds a run with other data or settings; choose another --out or delete it"
                 )
-        elif any(path.name != ".lock" for path in out.iterdir()):
+        elif any(path.name != ".lock" and path.suffix != ".tmp" for path in out.iterdir()):
             raise UserError(f"{out} is not empty and holds no run of tercet; choose another --out")
         else:
             write_json(marker, {"command": command, "key": key})

@@ -18,9 +18,10 @@ from tercet.climb.climb import LADDER, climb
 from tercet.climb.evaluate import evaluate
 from tercet.climb.report import read_report
 from tercet.climb.rungs import tuning
-from tercet.climb.rungs.prompting import nearest_label
+from tercet.climb.rungs.prompting import Answerer, nearest_label
 from tercet.climb.task import Task
 from tercet.errors import UserError
+from tercet.model.tokenizer import Tokenizer
 from tercet.prompt.llm import LLM
 
 KINDS = {
@@ -120,7 +121,6 @@ def test_test_examples_are_taken_out_of_the_corpus_and_counted(files: Path, clim
     assert report.decontamination["test_examples"] == len(test)
     assert report.decontamination["test_examples_found"] == len(test)
     from tercet.build.corpus import open_stream
-    from tercet.model.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(climbed / "base" / "corpus" / "tokenizer")
     stream = open_stream(climbed / "base" / "corpus" / "train.bin", tokenizer.vocab_size)
@@ -130,7 +130,8 @@ def test_test_examples_are_taken_out_of_the_corpus_and_counted(files: Path, clim
 
 def test_no_rung_is_trained_on_a_test_example(files: Path, climbed: Path) -> None:
     task = Task.load(files / "task.yaml")
-    trained = {row["prompt"] for row in tuning.training_rows(task, [*task.train, *task.dev], chat=False)}
+    tokenizer = Tokenizer.load(climbed / "base" / "model")
+    trained = {row["prompt"] for row in tuning.training_rows(task, [*task.train, *task.dev], tokenizer, 512)}
     assert not {task.render(example.fields) for example in task.test} & trained
     assert not {e.id for e in task.test} & {e.id for e in (*task.train, *task.dev)}
 
@@ -254,6 +255,8 @@ def test_a_killed_climb_goes_on_and_gives_the_same_numbers(
         ({"rungs": ["zeroshot"]}, "there is no rung 'zeroshot'; the ladder has majority"),
         ({"rungs": []}, "no rung to climb"),
         ({"minutes": 0}, "--minutes is 0"),
+        ({"minutes": float("inf")}, "--minutes is inf"),
+        ({"seed": -1}, "--seed is -1; it must be from 0 to"),
         ({"model": "nowhere/at/all"}, "no model at nowhere/at/all"),
     ],
 )
@@ -272,3 +275,45 @@ def test_a_generated_answer_is_read_as_the_label_it_names() -> None:
     assert nearest_label("Text.", labels) == "text"
     assert nearest_label("It is about internet protocols", labels) == "internet protocols"
     assert nearest_label("text or internet", labels) == "text or internet"
+    assert nearest_label("I don't know", ["yes", "no"]) == "I don't know"
+
+
+def test_a_base_that_cannot_be_built_is_tried_once_and_told_by_the_rungs_that_need_it(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = Task.load(files / "task.yaml")
+    (tmp_path / "short.txt").write_text("too little text")
+    task.corpus = [str(tmp_path / "short.txt")]
+    report = climb(task, rungs=["majority", "zero-shot", "full"], minutes=MINUTES, out=tmp_path / "run")
+    assert [rung.status for rung in report.rungs] == ["ok", "failed", "failed"]
+    assert all("the corpus has" in (rung.reason or "") for rung in report.rungs[1:])
+    assert capsys.readouterr().err.count("plan:") == 1
+
+
+def test_long_inputs_are_shortened_alike_in_tuning_and_in_asking(climbed: Path) -> None:
+    rows = [
+        {"q": f"{label} " + "x" * 4000 + f" {n}", "a": label} for n in range(40) for label in ("up", "down")
+    ]
+    task = Task.from_rows("long", rows, prompt="{q} ->", target="a", labels=["up", "down"])
+    llm = LLM(str(climbed / "base" / "model"))
+    answerer = Answerer(llm, task, tuned=True)
+    answers = answerer.answer(task.test[:3])
+    assert all(answer.shortened and answer.prompt_tokens < 512 for answer in answers)
+    assert llm.tokenizer is not None
+    [row] = tuning.training_rows(task, task.test[:1], llm.tokenizer, 512)
+    assert row["prompt"] == answerer.prompt(answerer._input(task.test[0])[0])
+    assert " ... " in row["prompt"] and row["prompt"].endswith(" ->")
+
+
+def test_a_label_that_begins_another_can_win_and_lose(climbed: Path) -> None:
+    rows = [
+        {"q": f"say {n}", "a": label}
+        for n in range(60)
+        for label in (["the old"] if n % 2 else ["the old apple"])
+    ]
+    task = Task.from_rows("prefix", rows, prompt="{q}:", target="a", labels=["the old", "the old apple"])
+    llm = LLM(str(climbed / "base" / "model"))
+    scores = llm.choose(["one"], [[" the old", " the old apple"]])[0]
+    assert scores[0] > scores[1], "without an ending the shorter one always wins"
+    ended = Answerer(llm, task).llm.choose(["one"], [[" the old\n", " the old apple\n"]])[0]
+    assert Answerer(llm, task).ending == "\n" and ended != scores

@@ -105,8 +105,10 @@ def hub() -> Iterator[Hub]:
 
 
 def fetch(endpoint: str, home: Path, *arguments: str, **environment: str) -> str:
-    variables = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
-    variables.pop("HF_HUB_CACHE", None)
+    ours = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }
+    variables = {**ours, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
     done = subprocess.run(
         [sys.executable, "-c", FETCH, *arguments], env=variables, capture_output=True, text=True, timeout=60
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tercet.build.plan import network
+from tercet.model.transformer import Transformer
 from tercet.train import calibrate
 from tercet.train.calibrate import Speed
 
@@ -15,7 +16,7 @@ CONFIG = network(1, 32, 300, 32)
 
 def answer(monkeypatch: pytest.MonkeyPatch, speed: float) -> Speed:
     monkeypatch.setattr(calibrate, "_measure", lambda *_: Speed(speed, "float32", 1))
-    return calibrate.calibrate(CONFIG, 2, 32)
+    return calibrate.calibrate(Transformer(CONFIG), 2, 32)
 
 
 def test_a_measurement_that_agrees_keeps_the_plan_and_one_that_does_not_replaces_it(
@@ -32,7 +33,7 @@ def test_a_measurement_that_agrees_keeps_the_plan_and_one_that_does_not_replaces
 def test_other_shapes_are_remembered_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     answer(monkeypatch, 1000)
-    calibrate.calibrate(CONFIG, 4, 32)
+    calibrate.calibrate(Transformer(CONFIG), 4, 32)
     assert len(json.loads((tmp_path / "tercet" / "speed.json").read_text())) == 2
 
 
@@ -48,10 +49,14 @@ def test_a_broken_cache_is_measured_anew(
 
 def test_what_is_measured_is_real(real_measurement: None) -> None:
     threads = torch.get_num_threads()
+    model = Transformer(CONFIG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
-        speed = calibrate._measure(CONFIG, 2, 32)
+        speed = calibrate._measure(model, 2, 32)
     finally:
         torch.set_num_threads(threads)
+    assert model.compute_dtype is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "weights stay"
     assert 100 < speed.tokens_per_second != 20_000
     assert speed.compute_dtype in ("float32", "bfloat16")
     assert 1 <= speed.threads <= calibrate.available_cores()

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tercet.data.batches import IGNORED as IGNORE
 from tercet.errors import UserError
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train import loop as loop_module
 from tercet.train import loss as loss_module
 from tercet.train.loop import STATE, Recipe, train
-from tercet.train.loss import IGNORE, Batch, loss_sum
+from tercet.train.loss import Batch, loss_sum
 from tercet.train.schedule import Schedule
 from tercet.train.state import load_progress
 
@@ -229,6 +230,15 @@ def test_a_shortened_schedule_cools_down_to_its_new_end() -> None:
     shorter = Schedule(steps=1000, warmup=10, cooldown=500).shortened(step=100, remaining=50)
     assert shorter.steps == 150 and shorter.cooldown == 50
     rates = [shorter.rate(step) for step in range(100, 150)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
+
+
+def test_a_schedule_shortened_in_its_cool_down_goes_on_from_the_rate_it_has() -> None:
+    schedule = Schedule(steps=100, warmup=5, cooldown=90)
+    shorter = schedule.shortened(step=60, remaining=20)
+    assert shorter.steps == 80
+    assert abs(shorter.rate(60) - schedule.rate(60)) < 0.02
+    rates = [shorter.rate(step) for step in range(60, 80)]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
 
 

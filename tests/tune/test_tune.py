@@ -281,3 +281,24 @@ def test_loading_for_training_leaves_the_file_alone(base: Path) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_plain_rows_begin_as_a_prompt_does_at_inference(tokenizer: Tokenizer) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    bos = tokenizer.id_of("<|im_start|>")
+    assert bos is not None
+    for pattern in ("<|im_start|> $A", "<|im_start|> $A <|endoftext|>"):
+        backend.post_processor = TemplateProcessing(
+            single=pattern, special_tokens=[("<|im_start|>", bos), ("<|endoftext|>", 0)]
+        )
+        with_bos = Tokenizer.from_backend(
+            backend, bos="<|im_start|>", eos="<|endoftext|>", pad="<|endoftext|>"
+        )
+        [example] = prepare([{"prompt": "7 red is", "completion": " red"}], with_bos, 32).examples
+        plain = tokenizer.encode("7 red is red", special=False)
+        assert example.ids == (bos, *plain, 0), "one BOS, one stop token"
+        assert example.supervised[0] is False and example.supervised[-1] is True
+        assert show_mask(example, with_bos)[-1] == (" red<|endoftext|>", True)

@@ -16,7 +16,7 @@ from tercet.data.documents import Document
 from tercet.errors import UserError
 from tercet.files import atomic_directory, read_json, write_json
 from tercet.model.tokenizer import Tokenizer
-from tercet.progress import Progress
+from tercet.progress import Progress, say
 
 END_OF_TEXT = "<|endoftext|>"
 # ChatML's markers are reserved from the start, so that a chat model can be tuned from any base.
@@ -35,6 +35,7 @@ class Corpus:
     heldout_bytes: int
     heldout_tokens: int
     vocab_size: int
+    complete: bool  # False: reading stopped when there was enough for the budget
     decontamination: dict[str, Any] | None
 
     @property
@@ -144,7 +145,6 @@ def prepare(
     vocab_size: int,
     limit: int,
     decontaminator: Decontaminator | None = None,
-    tokenizer: Tokenizer | None = None,
     key: str,
 ) -> Corpus:
     """Write ``directory`` with `train.bin`, `heldout.bin` (16- or 32-bit ids) and `tokenizer/`.
@@ -161,20 +161,23 @@ def prepare(
             raise UserError(f"{directory} holds another corpus; choose another --out or delete it")
         return Corpus(**stored)
     texts: list[str] = []
+    read = 0
     for document in gather(documents, limit):
+        read += len(document.text.encode("utf-8"))
         cleaned: Document | None = document
         if decontaminator is not None:
             cleaned, _ = decontaminator.clean(document)
         if cleaned is not None and cleaned.text.strip():
             texts.append(cleaned.text)
+    if read >= limit:
+        say(f"read {read / 1e6:.1f} MB, enough for the budget; what comes after it was not read")
     train, held = split_heldout(texts)
     if sum(map(len, texts)) < 20_000:
         raise UserError(
             f"the corpus has {sum(map(len, texts)):,} characters; building a model needs at least 20,000 "
             f"(a million gives the first readable sentences)"
         )
-    if tokenizer is None:
-        tokenizer = train_tokenizer(train, vocab_size)
+    tokenizer = train_tokenizer(train, vocab_size)
     with atomic_directory(directory) as temporary:
         counts = {}
         for name, texts in (("train", train), ("heldout", held)):
@@ -190,6 +193,7 @@ def prepare(
             heldout_bytes=sum(len(text.encode()) for text in held),
             heldout_tokens=counts["heldout"],
             vocab_size=tokenizer.vocab_size,
+            complete=read < limit,
             decontamination=decontaminator.summary() if decontaminator is not None else None,
         )
         write_json(temporary / "corpus.json", {**asdict(corpus), "key": key})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tercet.build.plan import Shape, learning_rate_for, network, rows_for, shape
 from tercet.data.batches import items_at, window_count, windows
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
-from tercet.errors import UserError
+from tercet.errors import UserError, check_seed
 from tercet.files import atomic_directory, fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
 from tercet.model.loading import save_model
@@ -36,6 +37,9 @@ from tercet.train.schedule import Schedule
 PLANNED_BYTES_PER_TOKEN = 3.3
 # Share of a budget in minutes that goes to training; the rest is reading, the tokenizer, evaluation.
 TRAINING_SHARE = 0.85
+# Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
+# Within it a run is repeatable; beyond it the clock ends the run early.
+MARGIN = 1.25
 EVALUATIONS = 8  # held-out measurements in a run
 HELDOUT_WINDOWS = 64  # windows measured; 64 x 512 tokens pin the loss to about 1%
 
@@ -54,6 +58,7 @@ class Built:
     seconds: float
     tokens_per_second: float
     bits_per_byte: float
+    shortened: bool  # the clock ended training early, so a rerun may give other numbers
     corpus: Corpus
     samples: list[dict[str, str]]
 
@@ -110,6 +115,7 @@ def build(
         raise UserError("give --minutes or --tokens, not both: each decides how long the run is")
     if minutes is None and tokens is None:
         minutes = 5.0
+    check_seed(seed)
     _check_positive(
         minutes=minutes,
         tokens=tokens,
@@ -144,17 +150,20 @@ def build(
     with open_run(out, "build", key, asked):
         if (out / "result.json").is_file():
             say(f"{out} is finished already; delete it or choose another --out to build again")
-            return _read_result(out)
+            return read_result(out)
         plan = _plan(out, asked)
         limit = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+        skipped: Counter[str] = Counter()
         corpus = prepare(
-            read_documents(sources),
+            read_documents(sources, skipped),
             out / "corpus",
             vocab_size=plan.vocab_size,
             limit=limit,
             decontaminator=Decontaminator(exclude) if exclude else None,
             key=key,
         )
+        for reason, count in skipped.most_common():
+            say(f"skipped {count:,}: {reason}")
         return _pretrain(out, plan, corpus, seed, key)
 
 
@@ -183,9 +192,9 @@ def _plan(out: Path, asked: dict[str, Any]) -> Plan:
         shape = shape_for(seconds=seconds, tokens=asked["tokens"], context=context)
         if asked["vocab_size"]:
             shape = replace(shape, config=replace(shape.config, vocab_size=asked["vocab_size"]))
-    speed = calibrate(shape.config, shape.rows, context)
+    speed = calibrate(Transformer(shape.config), shape.rows, context)
     if seconds is not None:
-        steps = max(20, int(seconds * speed.tokens_per_second / shape.step_tokens))
+        steps = max(20, int(seconds * speed.tokens_per_second / MARGIN / shape.step_tokens))
     else:
         steps = max(1, round(asked["tokens"] / shape.step_tokens))
     plan = Plan(
@@ -256,6 +265,7 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str) -> Bui
         seconds=round(trained.seconds, 2),
         tokens_per_second=round(trained.tokens_per_second, 1),
         bits_per_byte=bits,
+        shortened=trained.shortened,
         corpus=corpus,
         samples=samples,
     )
@@ -328,7 +338,8 @@ def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
         "trained on": f"{built.tokens:,} tokens of {corpus.tokens:,} "
         f"({built.tokens / max(1, corpus.tokens):.2f} passes)",
         "corpus": f"{corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB, "
-        f"{corpus.bytes_per_token:.2f} bytes a token",
+        f"{corpus.bytes_per_token:.2f} bytes a token"
+        + ("" if corpus.complete else "; the rest was not read, there was enough for the budget"),
         "held out": f"{corpus.heldout_documents:,} documents, {corpus.heldout_bytes / 1e3:.0f} kB",
         "bits per byte (held out)": f"{built.bits_per_byte:.3f}",
         "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
@@ -350,6 +361,7 @@ def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
     )
 
 
-def _read_result(out: Path) -> Built:
+def read_result(out: Path) -> Built:
+    """What a finished run made."""
     stored = read_json(out / "result.json")
     return Built(**{**stored, "corpus": Corpus(**stored["corpus"])})

@@ -35,7 +35,7 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option(metavar="R", help="Peak rate; default by size and method.")
     ] = None,
-    rank: Annotated[int, typer.Option(metavar="N", help="LoRA rank.")] = 16,
+    rank: Annotated[int | None, typer.Option(metavar="N", help="LoRA rank; default 16.")] = None,
     alpha: Annotated[
         float | None, typer.Option(metavar="A", help="LoRA alpha; default twice the rank.")
     ] = None,

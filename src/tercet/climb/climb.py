@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,16 +25,21 @@ from tercet.climb.rungs.baselines import Majority, TfidfLogistic
 from tercet.climb.rungs.prompting import FewShot, ZeroShot
 from tercet.climb.rungs.tuning import Tuned, local_start, untrained
 from tercet.climb.task import Task
-from tercet.errors import UserError
+from tercet.errors import UserError, check_seed
 from tercet.files import fingerprint, read_json, read_jsonl, write_atomic, write_json, write_jsonl
+from tercet.model.checkpoint import weights_identity
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
+from tercet.train.calibrate import use_all_cores
+
+if TYPE_CHECKING:
+    from tercet.prompt.llm import LLM
 
 LADDER = ("majority", "tfidf", "zero-shot", "few-shot", "lora", "full", "scratch")
 
 # Shares of the minutes. What is left over goes to the prompting rungs, measuring and the report.
 WITHOUT_MODEL = {"base": 0.5, "lora": 0.12, "full": 0.12, "scratch": 0.12}
-WITH_MODEL = {"lora": 0.25, "full": 0.25, "scratch": 0.3}
+WITH_MODEL = {"lora": 0.25, "full": 0.25, "base": 0.2, "scratch": 0.1}
 # What the other steps take on two cores, roughly; for the time left only.
 GUESSED_SECONDS = {"majority": 1, "tfidf": 4, "zero-shot": 15, "few-shot": 40}
 EPOCHS = {"lora": 6.0, "full": 6.0, "scratch": 12.0}
@@ -45,13 +52,12 @@ class Ladder:
     rungs: dict[str, Callable[[], Rung]]
     minutes: dict[str, float]
     base: Callable[[], Path] | None = None  # builds the base, when no model was given
-    facts: dict[str, Any] = field(default_factory=dict)  # what the base turned out to be
 
 
 def climb(
     task: Task | str | Path,
     *,
-    model: Any = None,
+    model: LLM | str | Path | None = None,
     rungs: Sequence[str] | None = None,
     minutes: float = 10.0,
     seed: int = 0,
@@ -74,15 +80,16 @@ def climb(
     if not isinstance(task, Task):
         task = Task.load(task)
     names = _checked_names(rungs)
-    if not minutes > 0:
+    check_seed(seed)
+    if not (minutes > 0 and math.isfinite(minutes)):
         raise UserError(f"--minutes is {minutes}; it must be a positive number")
     llm = model if model is None or isinstance(model, LLM) else LLM(model)
     out = Path(out) if out is not None else Path("runs") / task.name
     asked = {
-        "task": task.summary(), "model": llm.name if llm is not None else None, "rungs": list(names),
-        "minutes": minutes, "seed": seed,
+        "task": task.reference or task.name, "definition": task.summary(), "model": llm.name if llm is not None else None,
+        "rungs": list(names), "minutes": minutes, "seed": seed,
     }  # fmt: skip
-    key = fingerprint([asked, task.fingerprint])
+    key = fingerprint([asked, task.fingerprint, None if llm is None else _identity(llm)])
     with open_run(out, "climb", key, asked):
         begun = time.monotonic()
         _announce(task, out)
@@ -122,31 +129,35 @@ def _announce(task: Task, out: Path) -> None:
     say(f"writing to {out}; if this is stopped, the same command goes on from there")
 
 
-def _ladder(task: Task, llm: Any, names: Sequence[str], minutes: float, seed: int, out: Path) -> Ladder:
+def _ladder(
+    task: Task, llm: LLM | None, names: Sequence[str], minutes: float, seed: int, out: Path
+) -> Ladder:
     """Which model each rung works with, and how many minutes it gets."""
     from tercet.prompt.llm import LLM
 
-    facts: dict[str, Any] = {}
+    shares = WITHOUT_MODEL if llm is None else WITH_MODEL
+    failed: list[str] = []  # why the base could not be built; it is not tried again for every rung
 
     @cache
-    def built(share: str, directory: Path) -> Path:
+    def base() -> Path:
         from tercet.build.pretrain import build
 
-        made = build(
-            task.corpus, directory, minutes=minutes * (WITHOUT_MODEL | WITH_MODEL)[share], seed=seed,
-            exclude=task.test_texts,
-        )  # fmt: skip
-        facts.update(
-            path=made.model, parameters=made.parameters, tokens=made.tokens, seconds=made.seconds,
-            bits_per_byte=round(made.bits_per_byte, 4), corpus_bytes=made.corpus.bytes,
-            decontamination=made.corpus.decontamination or {},
-        )  # fmt: skip
+        if failed:
+            raise UserError(f"the base could not be built: {failed[0]}")
+        try:
+            made = build(
+                task.corpus,
+                out / "base",
+                minutes=minutes * shares["base"],
+                seed=seed,
+                exclude=task.test_texts,
+            )
+        except Exception as problem:
+            failed.append(_one_line(problem))
+            raise
         return Path(made.model)
 
     if llm is None:
-
-        def base() -> Path:
-            return built("base", out / "base")
 
         def model() -> Any:
             return LLM(str(base()))
@@ -163,7 +174,6 @@ def _ladder(task: Task, llm: Any, names: Sequence[str], minutes: float, seed: in
                 "scratch", scratch, method="full", epochs=EPOCHS["scratch"], level="build"
             ),
         }
-        shares = WITHOUT_MODEL
     else:
 
         def model() -> Any:
@@ -177,21 +187,19 @@ def _ladder(task: Task, llm: Any, names: Sequence[str], minutes: float, seed: in
             # Built from scratch: a base from the corpus, then all of its weights tuned on the task.
             "scratch": lambda: Tuned(
                 "scratch",
-                lambda: built("scratch", out / "base"),
+                base,
                 method="full",
                 epochs=EPOCHS["full"],
                 level="build",
             ),
         }
-        shares = WITH_MODEL
     cached_model = cache(model)
     makers |= {"majority": Majority, "tfidf": TfidfLogistic}
     needs_base = llm is None and any(name not in ("majority", "tfidf") for name in names)
     return Ladder(
         rungs={name: makers[name] for name in names},
         minutes={name: share * minutes for name, share in shares.items()},
-        base=(lambda: built("base", out / "base")) if needs_base else None,
-        facts=facts,
+        base=base if needs_base else None,
     )
 
 
@@ -209,6 +217,8 @@ def _climb_rungs(task: Task, ladder: Ladder, names: Sequence[str], seed: int, ou
             # The rungs that need it will fail with the same reason; the baselines stand.
             if reason := _attempt(ladder.base):
                 say(f"    failed: {reason}")
+            else:
+                say(f"    {_base(out)}")
             continue
         directory = out / "rungs" / name
         stored = directory / "result.json"
@@ -218,6 +228,7 @@ def _climb_rungs(task: Task, ladder: Ladder, names: Sequence[str], seed: int, ou
             continue
         results[name] = _climb_one(ladder.rungs[name], name, task, ladder, directory, seed, out)
         say(f"    {_score(results[name])}")
+        write_jsonl(out / "metrics.jsonl", [result.to_json() for result in results.values()])
     return [results[name] for name in names]
 
 
@@ -236,12 +247,11 @@ def _climb_one(
     begun = time.monotonic()
     rung = make()
     try:
+        use_all_cores()  # for what is scored on dev; training chooses for itself
         setting = Setting(task, directory, seed, ladder.minutes.get(name))
         rung.fit(setting)
         setup = time.monotonic() - begun
         result, predictions = measure_rung(rung, task, seed)
-    except KeyboardInterrupt:
-        raise
     except Exception as problem:  # one rung's failure must not cost the others
         reason = _one_line(problem)
         if not isinstance(problem, UserError):
@@ -249,7 +259,8 @@ def _climb_one(
             reason += f" (details in {directory / 'error.txt'})"
         # Not stored: the same command tries again.
         return RungResult(name, rung.level, "failed", reason=reason, seconds=time.monotonic() - begun)
-    result.setup_seconds = round(setup, 3)
+    # Training of an earlier, killed process counts too.
+    result.setup_seconds = round(max(setup, float(rung.details.get("training seconds", 0))), 3)
     result.seconds = round(time.monotonic() - begun, 3)
     result.predictions = str((directory / "predictions.jsonl").relative_to(out))
     write_jsonl(directory / "predictions.jsonl", [prediction.to_json() for prediction in predictions])
@@ -262,13 +273,45 @@ def _one_line(problem: Exception) -> str:
     return text if isinstance(problem, UserError) else f"{type(problem).__name__}: {text[:300]}"
 
 
+def _base_facts(out: Path) -> dict[str, Any]:
+    """What the base of this climb turned out to be; nothing where none was built."""
+    from tercet.build.pretrain import read_result
+
+    if not (out / "base" / "result.json").is_file():
+        return {}
+    made = read_result(out / "base")
+    return {
+        "path": made.model, "parameters": made.parameters, "tokens": made.tokens, "seconds": made.seconds,
+        "bits_per_byte": round(made.bits_per_byte, 4), "corpus_bytes": made.corpus.bytes,
+        "shortened": made.shortened, "decontamination": made.corpus.decontamination or {},
+    }  # fmt: skip
+
+
+def _base(out: Path) -> str:
+    facts = _base_facts(out)
+    removed = facts["decontamination"]
+    return (
+        f"{facts['parameters']:,} parameters, {facts['bits_per_byte']:.3f} bits per byte, {duration(facts['seconds'])}; "
+        f"{removed['passages_removed']:,} passages taken out of the corpus, which held {removed['test_examples_found']:,} "
+        f"of {removed['test_examples']:,} test examples or near-copies"
+    )
+
+
+def _identity(llm: LLM) -> list[Any]:
+    """What decides a given model's answers and their cost, without reading its weights."""
+    price = astuple(llm.price) if llm.price else None
+    return [None if llm.directory is None else weights_identity(llm.directory), price]
+
+
 def _score(result: RungResult) -> str:
     if not result.ok:
         return f"failed: {result.reason}"
     return f"{result.score:.3f} (95% {result.low:.3f} to {result.high:.3f}), {duration(result.seconds)}"
 
 
-def _report(task: Task, llm: Any, ladder: Ladder, results: list[RungResult], seed: int, out: Path) -> Report:
+def _report(
+    task: Task, llm: LLM | None, ladder: Ladder, results: list[RungResult], seed: int, out: Path
+) -> Report:
     import sklearn
     import torch
 
@@ -276,7 +319,7 @@ def _report(task: Task, llm: Any, ladder: Ladder, results: list[RungResult], see
     from tercet.train.calibrate import available_cores, processor
 
     recommended, reason = recommend(results)
-    base = dict(ladder.facts) or None
+    base = _base_facts(out) or None
     counts = base.pop("decontamination", {}) if base else {}
     return Report(
         task=task.name, seed=seed, metric=task.metric.name,
@@ -290,29 +333,47 @@ def _report(task: Task, llm: Any, ladder: Ladder, results: list[RungResult], see
             "tercet": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
             "scikit-learn": sklearn.__version__, "numpy": np.__version__,
         },
-        notes=list(task.notes), next_steps=_next_steps(task, llm, ladder, results, recommended, out),
+        notes=[*task.notes, *_cut_short(base, results)],
+        next_steps=_next_steps(task, llm, base, results, recommended, out),
     )  # fmt: skip
 
 
+def _cut_short(base: dict[str, Any] | None, results: list[RungResult]) -> list[str]:
+    names = ["base"] if base and base["shortened"] else []
+    names += [result.name for result in results if result.details.get("cut short by the clock")]
+    if not names:
+        return []
+    return [
+        f"The machine became slower while it trained ({', '.join(names)}), so training ended early to keep to the "
+        f"time; a rerun may give other numbers."
+    ]
+
+
 def _next_steps(
-    task: Task, llm: Any, ladder: Ladder, results: list[RungResult], recommended: str | None, out: Path
+    task: Task,
+    llm: LLM | None,
+    base: dict[str, Any] | None,
+    results: list[RungResult],
+    recommended: str | None,
+    out: Path,
 ) -> list[Step]:
     steps = []
-    if ladder.facts:
+    if base is not None:
         steps.append(Step("Talk to the model that was just built (a base model: it continues your text)",
-                          f"tercet chat {ladder.facts['path']}"))  # fmt: skip
+                          f"tercet chat {shlex.quote(base['path'])}"))  # fmt: skip
     tuned = {result.name for result in results if result.ok and result.level in ("tune", "build")}
     best = recommended if recommended in tuned else max(
         tuned, key=lambda name: next(r.score or 0 for r in results if r.name == name), default=None
     )  # fmt: skip
     if best is not None:
+        run = shlex.quote(str(out / "rungs" / best / "run"))
         example = task.render(task.dev[0].fields) if task.dev else ""
-        if example and len(example) < 200 and "\n" not in example and '"' not in example:
+        if 0 < len(example) < 200 and "\n" not in example and not task.system:
             steps.append(Step(f"Ask the tuned model ({best})",
-                              f'tercet prompt {out / "rungs" / best / "run"} "{example}" --temperature 0'))  # fmt: skip
+                              f"tercet prompt {run} {shlex.quote(example)} --temperature 0"))  # fmt: skip
         else:
             steps.append(Step(f"Measure the tuned model ({best}) again",
-                              f"tercet eval {out / 'rungs' / best / 'run'} {_reference(task)}"))  # fmt: skip
+                              f"tercet eval {run} {shlex.quote(_reference(task))}"))  # fmt: skip
     steps.append(
         Step("Climb your own task (CONTRIBUTING.md and examples/ show the file)", "tercet climb TASK.yaml")
     )
@@ -329,7 +390,8 @@ def _reference(task: Task) -> str:
 def _finish(report: Report, page: Path, seconds: float) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(table(report))
+    # A log file has no width of its own, and a table must not be cut there.
+    Console(stderr=True, width=None if sys.stderr.isatty() else 110).print(table(report))
     say(f"recommended: {report.recommended or 'none'}. {report.reason}")
     say(f"report: {page} ({duration(seconds)})")
     say("next:")

@@ -11,7 +11,7 @@ from tercet.climb.result import Level, RungResult
 from tercet.climb.rungs.base import Answer, directory_size
 from tercet.climb.rungs.prompting import Answerer, as_shots
 from tercet.climb.task import Example, Task
-from tercet.errors import UserError
+from tercet.errors import UserError, check_seed
 from tercet.prompt.fewshot import ShotSelector
 from tercet.prompt.llm import LLM
 
@@ -53,6 +53,7 @@ def evaluate(
     Raises:
         UserError: an unknown split, or more shots than there are training examples.
     """
+    check_seed(seed)
     if not isinstance(task, Task):
         task = Task.load(task)
     if split not in ("test", "dev"):
@@ -67,15 +68,13 @@ def evaluate(
     if not examples:
         raise UserError(f"the {split} split of {task.name} is empty")
     result, _ = measure_rung(_Given(answerer, f"{shots}-shot"), task, seed, examples)
-    result.details = {
+    result.details |= {
         "model": llm.name,
         "split": split,
         "examples": len(examples),
         "shots": shots,
         "tuned": tuned,
     }
-    if answerer.shortened:
-        result.details["shortened inputs"] = answerer.shortened
     return result
 
 

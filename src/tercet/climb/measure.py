@@ -11,6 +11,7 @@ from tercet.climb.rungs.base import Answer, Rung
 from tercet.climb.statistics import percentile
 from tercet.climb.task import Example, Task
 from tercet.progress import Progress
+from tercet.train.calibrate import use_all_cores
 
 LATENCY_CALLS = 30  # calls made one at a time; enough for a p95, few enough to wait for
 BATCH = 64  # examples a call, so that progress shows
@@ -24,6 +25,7 @@ def measure_rung(
     The score's interval is Wilson's for binary metrics and a bootstrap otherwise. Latency is of calls
     made alone after the batch; a hosted model's own times are used as they were.
     """
+    use_all_cores()  # whatever training chose: rungs are compared under the same conditions
     examples = task.test if examples is None else examples
     answers: list[Answer] = []
     begun = time.monotonic()
@@ -50,6 +52,9 @@ def measure_rung(
             rung.predict([example])
             latencies.append(time.monotonic() - begun)
     costs = [answer.cost for answer in answers if answer.cost is not None]
+    details = dict(rung.details)
+    if shortened := sum(answer.shortened for answer in answers):
+        details["inputs shortened to fit the context"] = shortened
     result = RungResult(
         name=rung.name, level=rung.level, score=score, low=low, high=high,
         latency_p50=percentile(latencies, 50), latency_p95=percentile(latencies, 95),
@@ -57,6 +62,6 @@ def measure_rung(
         completion_tokens=sum(answer.completion_tokens for answer in answers),
         size_bytes=rung.size_bytes(),
         cost_per_thousand=1000 * sum(costs) / len(costs) if costs and len(costs) == len(answers) else None,
-        details=dict(rung.details),
+        details=details,
     )  # fmt: skip
     return result, predictions

@@ -26,7 +26,7 @@ FEW_SHOT = 8
 def _docs_routing() -> Task:
     from tercet.climb.builtin import docs_routing_rows
 
-    return Task.from_rows(
+    task = Task.from_rows(
         "docs-routing",
         docs_routing_rows(),
         prompt="Documentation of a Python function or class:\n{text}\nArea of the standard library:",
@@ -34,6 +34,7 @@ def _docs_routing() -> Task:
         labels="auto",
         description="Which area of the Python library reference a docstring belongs to, its module's name masked.",
     )
+    return replace(task, unmasked="original")
 
 
 BUILTIN: dict[str, Callable[[], Task]] = {"docs-routing": _docs_routing}
@@ -58,6 +59,7 @@ class Task:
     few_shot: int = FEW_SHOT
     max_tokens: int = 64
     description: str | None = None
+    unmasked: str | None = None  # the field with the text as it was before anything in it was masked
     reference: str | None = None  # what it was loaded from, as given; None: made in Python
     counts: dict[str, int] = field(default_factory=dict)  # rows read, merged, dropped: see ``notes``
 
@@ -199,10 +201,10 @@ class Task:
 
     @cached_property
     def test_texts(self) -> list[str]:
-        """The test inputs as they may stand in a corpus: the field ``original`` where a row has one
-        (a text before it was masked or shortened), else the prompt's fields."""
+        """The test inputs as they may stand in a corpus."""
         return [
-            str(example.fields.get("original") or self.input_text(example.fields)) for example in self.test
+            str(example.fields[self.unmasked]) if self.unmasked else self.input_text(example.fields)
+            for example in self.test
         ]
 
     @cached_property

@@ -44,6 +44,7 @@ class Rendered:
 
     text: str
     spans: tuple[Span, ...]
+    special: bool = False  # encoded with the tokenizer's own special tokens; a template writes its own
 
 
 def mask_conversation(
@@ -131,8 +132,13 @@ def _span(
 def encode_spans(
     tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], special: bool = False
 ) -> Encoded:
-    """Encode ``text`` once; a token is supervised when any of its characters lies in a span."""
+    """Encode ``text`` once; a token is supervised when any of its characters lies in a span.
+
+    special: add the tokenizer's BOS, as a plain prompt gets it at inference; it is not trained on.
+    """
     ids, offsets = tokenizer.encode_with_offsets(text, special=special)
+    while special and len(ids) > 1 and offsets[-1] == (0, 0):
+        ids, offsets = ids[:-1], offsets[:-1]  # a stop token of the tokenizer's own; the text has one
     supervised = []
     place = 0
     ordered = sorted(spans)

@@ -20,6 +20,7 @@ from tercet.prompt.messages import Message, check_messages, check_text, conversa
 from tercet.prompt.prices import Price, as_price, known_price
 
 if TYPE_CHECKING:
+    from tercet.model.tokenizer import Tokenizer
     from tercet.prompt.local import LocalModel
     from tercet.prompt.openai_client import OpenAIModel
 
@@ -155,6 +156,11 @@ class LLM:
     def directory(self) -> Path | None:
         """Where a local model's files are; None for a hosted one."""
         return self._local.directory if self._local else None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of a local model; None for a hosted one."""
+        return self._local.tokenizer if self._local else None
 
     def count_tokens(self, prompt: Prompt) -> int:
         """How many tokens a local model reads for a text or conversation, special tokens included.

@@ -19,16 +19,18 @@ import torch
 
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
-from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train.loss import Batch, loss_sum
 
 AGREE = 0.7  # measurements of an idle machine scatter less than this; a busy or another one is further off
 
 
+PASSES, LONGEST = 8, 3.0  # steps timed for each way to train, and seconds spent on them at most
+
+
 @dataclass(frozen=True)
 class Speed:
-    """Training speed of one shape on this machine, in tokens per second of forward and backward."""
+    """Training speed of one shape on this machine, in tokens per second of whole optimizer steps."""
 
     tokens_per_second: float
     compute_dtype: str  # "float32" or "bfloat16"
@@ -60,16 +62,26 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def calibrate(config: ModelConfig, rows: int, time_steps: int) -> Speed:
-    """The fastest way to train ``config`` with batches of ``rows`` x ``time_steps`` tokens here.
+def use_all_cores() -> None:
+    """The thread count that measuring is done with, whatever training chose before."""
+    torch.set_num_threads(available_cores())
+
+
+def calibrate(model: Transformer, rows: int, time_steps: int) -> Speed:
+    """The fastest way to train ``model`` with batches of ``rows`` x ``time_steps`` tokens here.
+
+    The model itself is timed, with an optimizer whose rate is zero: its weights stay as they are.
 
     Sets torch's thread count to the chosen one.
     """
-    key = fingerprint([asdict(config), rows, time_steps, processor(), available_cores(), torch.__version__])
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    key = fingerprint(
+        [asdict(model.config), trained, rows, time_steps, processor(), available_cores(), torch.__version__]
+    )
     path = cache_directory() / "speed.json"
     known = _remembered(path)
     before = known.get(key)
-    speed = _measure(config, rows, time_steps)
+    speed = _measure(model, rows, time_steps)
     if before is not None and AGREE < speed.tokens_per_second / before.tokens_per_second < 1 / AGREE:
         speed = before  # the machine is as it was, so the plan is too
     else:
@@ -86,8 +98,9 @@ def _remembered(path: Path) -> dict[str, Speed]:
         return {}
 
 
-def _measure(config: ModelConfig, rows: int, time_steps: int) -> Speed:
-    model = Transformer(config)
+def _measure(model: Transformer, rows: int, time_steps: int) -> Speed:
+    before = model.compute_dtype
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     tokens = torch.zeros(rows, time_steps, dtype=torch.long)
     batch = Batch(tokens, tokens)
     results: list[tuple[float, str, int]] = []  # seconds a pass, type, threads
@@ -95,27 +108,29 @@ def _measure(config: ModelConfig, rows: int, time_steps: int) -> Speed:
     for dtype in ("float32", "bfloat16"):
         torch.set_num_threads(threads)
         model.compute_dtype = getattr(torch, dtype)
-        seconds = _pace(model, batch, patience=3.0 if not results else 3 * results[0][0])
+        seconds = _pace(model, optimizer, batch, patience=3.0 if not results else 3 * results[0][0])
         results.append((seconds, dtype, threads))
     if threads > 1:
         torch.set_num_threads(1)
         fastest = min(results)
         model.compute_dtype = getattr(torch, fastest[1])
-        results.append((_pace(model, batch, patience=2 * fastest[0]), fastest[1], 1))
+        results.append((_pace(model, optimizer, batch, patience=2 * fastest[0]), fastest[1], 1))
+    model.compute_dtype = before
     seconds, dtype, threads = min(results)
     # Two digits are what the measurement is worth, and rounding makes plans repeatable.
     return Speed(float(f"{rows * time_steps / seconds:.2g}"), dtype, threads)
 
 
-def _pace(model: Transformer, batch: Batch, patience: float) -> float:
-    """Median seconds of a forward and backward pass; gives up early past ``patience`` seconds a pass."""
+def _pace(model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, patience: float) -> float:
+    """Median seconds of an optimizer step; gives up early past ``patience`` seconds a step."""
     times = []
-    for _ in range(6):
+    for _ in range(PASSES):
         begun = time.monotonic()
         loss_sum(model, batch).backward()  # type: ignore[no-untyped-call]
-        model.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         times.append(time.monotonic() - begun)
-        if times[-1] > patience:
+        if times[-1] > patience or sum(times) > LONGEST:
             break
     times = sorted(times[1:] or times)
     return times[len(times) // 2]

@@ -166,7 +166,7 @@ def train(
                 progressed.seconds = before + time.monotonic() - begun
                 save_state(state, progressed, parameters, optimizer, best)
                 saved = time.monotonic()
-            if stop.is_set() and not progressed.done:
+            if stop.is_set():
                 say(
                     f"stopped at step {progressed.step}; saved in {directory}. The same command goes on from there"
                 )

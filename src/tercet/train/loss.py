@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tercet.data.batches import IGNORED
 from tercet.model.transformer import Transformer
-
-IGNORE = -100  # the label of a token that is not trained on, as everywhere in the field
 
 # Logits larger than this many numbers (256 MB in float32) are made in pieces and recomputed in the
 # backward pass, so that a vocabulary of 150,000 does not decide how long a sequence may be.
@@ -23,7 +22,7 @@ class Batch:
     """Rows for one forward pass.
 
     tokens: [B, T] input ids. Rows are padded on the right; causal attention never sees padding.
-    targets: [B, T] the id that should follow each input token, or `IGNORE`.
+    targets: [B, T] the id that should follow each input token, or `IGNORED`.
     """
 
     tokens: Tensor
@@ -32,7 +31,7 @@ class Batch:
     @property
     def supervised(self) -> int:
         """How many tokens the loss is over."""
-        return int((self.targets != IGNORE).sum())
+        return int((self.targets != IGNORED).sum())
 
 
 def loss_sum(model: Transformer, batch: Batch) -> Tensor:
@@ -42,7 +41,7 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     the gradient independent of how a step was cut into pieces.
     """
     hidden = model.hidden(batch.tokens)
-    chosen = batch.targets != IGNORE
+    chosen = batch.targets != IGNORED
     # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked.
     hidden, targets = hidden[chosen], batch.targets[chosen]
     rows = max(1, LARGEST_LOGITS // model.config.vocab_size)

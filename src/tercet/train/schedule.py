@@ -30,6 +30,9 @@ class Schedule:
         return max(0.0, min(up, down, 1.0))
 
     def shortened(self, step: int, remaining: int) -> Schedule:
-        """The schedule that ends ``remaining`` steps after ``step``, cooling down all the way there."""
+        """The schedule that ends ``remaining`` steps after ``step``, cooling down from the rate it has now."""
         steps = min(self.steps, step + max(1, remaining))
-        return replace(self, steps=steps, cooldown=min(self.cooldown, steps - step))
+        now = (self.steps - step) / (self.cooldown + 1)
+        if now >= 1:  # still on the plateau
+            return replace(self, steps=steps, cooldown=min(self.cooldown, steps - step))
+        return replace(self, steps=steps, cooldown=max(0, round((steps - step) / now) - 1))

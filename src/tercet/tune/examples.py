@@ -57,7 +57,7 @@ class Prepared:
 def prepare(
     rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int, over_length: OverLength = "drop"
 ) -> Prepared:
-    """Encode and mask every row. See `encode_row` for the forms a row may have.
+    """Encode and mask every row. See `render_row` for the forms a row may have.
 
     Raises:
         UserError: a row has no known form (its number is named), the template can't be trained on,
@@ -76,7 +76,10 @@ def prepare(
         for rendered in texts:
             prepared.stops.update(span.stop for span in rendered.spans)
             example = encode_spans(
-                tokenizer, rendered.text, [(span.start, span.end) for span in rendered.spans]
+                tokenizer,
+                rendered.text,
+                [(span.start, span.end) for span in rendered.spans],
+                special=rendered.special,
             )
             if len(example.ids) > max_tokens:
                 if over_length == "error":
@@ -154,7 +157,7 @@ def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no end-of-text token, so a completion could never be ended")
     stop = tokenizer.token_text(tokenizer.eos_id)
-    return Rendered(text + stop, (Span(start, len(text) + len(stop), stop),))
+    return Rendered(text + stop, (Span(start, len(text) + len(stop), stop),), special=True)
 
 
 def show_mask(example: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

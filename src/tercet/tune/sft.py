@@ -12,10 +12,10 @@ import torch
 
 from tercet.data.batches import Encoded, items_at, micro_batches
 from tercet.data.rows import read_rows
-from tercet.errors import UserError
+from tercet.errors import UserError, check_seed
 from tercet.files import atomic_directory, fingerprint, read_json, read_text, write_json
 from tercet.model.adapter import AdapterConfig, add_lora, merge_lora, save_adapter
-from tercet.model.checkpoint import read_config, read_generation_config
+from tercet.model.checkpoint import read_config, read_generation_config, weights_identity
 from tercet.model.hub import fetch
 from tercet.model.loading import load_model, save_model
 from tercet.model.reference import parse_reference
@@ -32,6 +32,7 @@ from tercet.tune.examples import CHATML, OverLength, Prepared, prepare
 
 Method = Literal["lora", "full"]
 
+MARGIN = 1.5  # time planned over time measured: padding, held-out measurements, a machine that has other work
 TOKEN_BUDGET = 4096  # tokens in one forward pass; larger steps are accumulated
 HELDOUT_SHARE, HELDOUT_MOST = 0.05, 200  # of the examples, where no dev data is given
 
@@ -45,7 +46,7 @@ class Tuning:
     batch_size: int = 16  # examples an optimizer step
     learning_rate: float | None = None
     weight_decay: float = 0.0
-    rank: int = 16
+    rank: int | None = None  # None: 16
     alpha: float | None = None  # None: twice the rank
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
     max_tokens: int | None = None  # longest example; None: what the model can read, at most 2048
@@ -62,10 +63,12 @@ class Tuning:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a positive number")
-        if self.method == "full" and (self.merge or self.rank_stabilised or self.alpha is not None):
+        adapter = self.merge or self.rank_stabilised or self.alpha is not None or self.rank is not None
+        if self.method == "full" and adapter:
             raise UserError(
-                "--merge, --rslora and --alpha belong to --method lora; full tuning has no adapter"
+                "--rank, --alpha, --rslora and --merge belong to --method lora; full tuning has no adapter"
             )
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Tuned:
     loss: float  # best held-out loss, nats a token; these weights are the ones written
     best_step: int
     trainable_parameters: int
+    shortened: bool  # the clock ended training early, so a rerun may give other numbers
     examples: int
     account: list[str] = field(default_factory=list)
 
@@ -182,28 +186,24 @@ def tune(
         "chat_template": str(chat_template) if chat_template else None,
         **asdict(tuning),
     }
-    key = fingerprint([asked, rows, dev_rows, _weights_identity(source), tokenizer.fingerprint])
+    key = fingerprint([asked, rows, dev_rows, weights_identity(source), tokenizer.fingerprint])
     with open_run(out, "tune", key, asked):
         if (out / "result.json").is_file():
             say(f"{out} is finished already; delete it or choose another --out to tune again")
             return Tuned(**read_json(out / "result.json"))
-        return _run(source, tokenizer, rows, dev_rows, out, tuning, key)
+        base = str(model) if parse_reference(str(model)).kind == "hub" else str(source.resolve())
+        return _run(source, base, tokenizer, rows, dev_rows, out, tuning, key)
 
 
 def _rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return read_rows(data) if isinstance(data, str | Path) else list(data)
 
 
-def _weights_identity(directory: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the weight files: tells a changed base without reading gigabytes."""
-    files = sorted(directory.glob("*.safetensors"))
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 def _split(prepared: Prepared, seed: int) -> tuple[list[Encoded], list[Encoded]]:
     """Training and held-out examples, where no dev data was given."""
     count = min(HELDOUT_MOST, round(HELDOUT_SHARE * len(prepared.examples)))
     if count < 1:
+        say("too few examples to hold any out: the held-out loss is that of the training examples")
         return prepared.examples, prepared.examples
     held = set(items_at(0, count, len(prepared.examples), seed + 1))
     train_part = [example for index, example in enumerate(prepared.examples) if index not in held]
@@ -212,6 +212,7 @@ def _split(prepared: Prepared, seed: int) -> tuple[list[Encoded], list[Encoded]]
 
 def _run(
     source: Path,
+    base: str,
     tokenizer: Tokenizer,
     rows: list[dict[str, Any]],
     dev_rows: list[dict[str, Any]] | None,
@@ -231,11 +232,12 @@ def _run(
 
     adapter: AdapterConfig | None = None
     if tuning.method == "lora":
+        rank = tuning.rank or 16
         adapter = AdapterConfig(
-            r=tuning.rank,
-            alpha=tuning.alpha or 2 * tuning.rank,
+            r=rank,
+            alpha=tuning.alpha or 2 * rank,
             use_rslora=tuning.rank_stabilised,
-            base_model=str(source.resolve()),
+            base_model=base,
         )
         add_lora(model, adapter, tuning.seed)
     parameters = sum(p.numel() for p in model.parameters())
@@ -289,6 +291,7 @@ def _run(
         loss=trained.best if trained.best is not None else math.nan,
         best_step=trained.best_step,
         trainable_parameters=count,
+        shortened=trained.shortened,
         examples=len(examples),
         account=prepared.account(),
     )
@@ -307,14 +310,14 @@ def _plan(
         stored: dict[str, Any] = read_json(path)
         return stored
     mean = sum(len(example.ids) for example in examples) / len(examples)
-    width = max(8, 1 << round(math.log2(mean)))
-    speed = calibrate(model.config, max(1, TOKEN_BUDGET // 2 // width), width)
+    # The real size of a step: small ones are slower a token than large ones.
+    rows, width = min(batch_size, max(1, round(TOKEN_BUDGET / mean))), max(4, 4 * round(mean / 4))
+    speed = calibrate(model, rows, min(width, model.config.max_positions))
     steps = max(1, round(tuning.epochs * len(examples) / batch_size))
     deadline = None
     if tuning.minutes is not None:
         deadline = 60 * tuning.minutes
-        # Half again for what the measured pass lacks: the optimizer, padding, held-out measurements.
-        affordable = int(deadline / (1.5 * mean * batch_size / speed.tokens_per_second))
+        affordable = int(deadline / (MARGIN * mean * batch_size / speed.tokens_per_second))
         steps = max(1, min(steps, affordable))
     plan = {
         "steps": steps,
@@ -324,7 +327,7 @@ def _plan(
         "tokens_per_second": speed.tokens_per_second,
     }
     write_json(path, plan)
-    estimate = 1.3 * steps * mean * batch_size / speed.tokens_per_second
+    estimate = 1.2 * steps * mean * batch_size / speed.tokens_per_second
     say(f"about {duration(estimate)} at {speed.tokens_per_second:,.0f} tokens/s")
     return plan
 

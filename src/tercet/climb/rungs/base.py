@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ class Answer:
     completion_tokens: int = 0
     cost: float | None = None  # USD
     seconds: float | None = None  # where a server measured it; None: timed by the climb
+    shortened: bool = False  # the input was too long for the model, and its middle left out
 
 
 @dataclass
@@ -52,13 +53,6 @@ class Rung(Protocol):
     @property
     def details(self) -> dict[str, Any]:
         """What the report should tell besides the measurements."""
-
-
-@dataclass
-class Fitted:
-    """State that most rungs share."""
-
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 def directory_size(directory: Path) -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tercet.climb.result import Level
 from tercet.climb.rungs.base import Answer, Setting, directory_size
+from tercet.climb.rungs.fitting import answer_room, fitted_input
 from tercet.climb.task import Example, Task
+from tercet.data.chat_mask import mask_conversation
 from tercet.engine.request import Completion
 from tercet.errors import UserError
 from tercet.prompt.fewshot import Example as Shot
@@ -16,7 +20,6 @@ from tercet.prompt.llm import LLM, Prompt
 
 SHOT_DRAWS = 3  # sets of shots that are compared on dev
 SHOT_DEV = 60  # dev examples they are compared on
-ELLIPSIS = " ... "
 
 
 class Answerer:
@@ -24,13 +27,22 @@ class Answerer:
 
     Closed tasks are answered with the label of the highest log-probability, so an answer is always a
     label. Open tasks, and hosted models that give no log-probabilities, are answered by generating.
-    ``tuned`` models have learned to end an answer with their stop token, which is scored with it.
+
+    What ends an answer is scored with it, or a label that begins another one would always beat it:
+    the chat template's end of turn, the stop token of a ``tuned`` model, a line's end otherwise.
     """
 
     def __init__(self, llm: LLM, task: Task, *, shots: Sequence[Shot] = (), tuned: bool = False) -> None:
         self.llm, self.task, self.shots, self.tuned = llm, task, list(shots), tuned
-        self.shortened = 0  # inputs that did not fit the model's context
         self.scores_labels = task.labels is not None and llm.is_local
+        self.ending = "" if tuned else "\n"
+        if llm.has_chat_template:
+            self.ending = _end_of_turn(llm)
+        self._room: int | None = None
+        if llm.max_tokens_context is not None:
+            self._room = answer_room(
+                task, llm.max_tokens_context, llm.count_tokens, labels_scored=self.scores_labels
+            )
 
     @property
     def instruction(self) -> str:
@@ -50,10 +62,22 @@ class Answerer:
         """One answer an example."""
         if not examples:
             return []
-        self.shortened = 0
-        prompts = [self._fitting(example) for example in examples]
-        if self.scores_labels:
-            return self._choose(prompts)
+        inputs = [self._input(example) for example in examples]
+        prompts = [self.prompt(text) for text, _ in inputs]
+        answers = self._choose(prompts) if self.scores_labels else self._generate(prompts)
+        return [
+            replace(answer, shortened=shortened)
+            for answer, (_, shortened) in zip(answers, inputs, strict=True)
+        ]
+
+    def _input(self, example: Example) -> tuple[str, bool]:
+        if self._room is None:
+            return self.task.render(example.fields), False
+        return fitted_input(
+            self.task, example.fields, lambda text: self.llm.count_tokens(self.prompt(text)), self._room
+        )
+
+    def _generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
         # A base model has not learned to end an answer; the prompt shows one answer a line.
         stop: dict[str, Any] = {} if self.llm.has_chat_template or self.tuned else {"stop": ("\n",)}
         completions = self.llm.batch(prompts, max_tokens=self.task.max_tokens, temperature=0.0, **stop)
@@ -64,7 +88,7 @@ class Answerer:
         assert labels is not None
         # In a chat the answer stands alone; in plain text a space parts it from the prompt.
         choices = [
-            [(separator(prompt) if isinstance(prompt, str) else "") + label for label in labels]
+            [(separator(prompt) if isinstance(prompt, str) else "") + label + self.ending for label in labels]
             for prompt in prompts
         ]
         scores = self.llm.choose(prompts, choices, end=self.tuned and not self.llm.has_chat_template)
@@ -83,38 +107,16 @@ class Answerer:
         seconds = None if self.llm.is_local else completion.seconds
         return Answer(text, usage.prompt_tokens, usage.completion_tokens, usage.cost, seconds)
 
-    def _fitting(self, example: Example) -> Prompt:
-        """The prompt, with the middle of the longest field left out where it is too long for the model."""
-        prompt = self.prompt(self.task.render(example.fields))
-        limit = self.llm.max_tokens_context
-        if limit is None:
-            return prompt
-        labels = self.task.labels
-        reserve = (
-            self.task.max_tokens if not self.scores_labels or labels is None else self._label_tokens(labels)
-        )
-        room = limit - min(reserve, limit // 2) - 1
-        if self.llm.count_tokens(prompt) <= room:
-            return prompt
-        self.shortened += 1
-        fields = dict(example.fields)
-        name = max(self.task.prompt.fields, key=lambda name: len(str(fields[name])))
-        words = str(fields[name]).split()
-        keep = len(words)
-        while keep > 1:
-            keep = int(keep * 0.8)
-            fields[name] = (
-                " ".join(words[: (keep + 1) // 2]) + ELLIPSIS + " ".join(words[len(words) - keep // 2 :])
-            )
-            prompt = self.prompt(self.task.render(fields))
-            if self.llm.count_tokens(prompt) <= room:
-                return prompt
-        raise UserError(
-            f"the prompt does not fit the model's context of {limit} tokens even with an empty input"
-        )
 
-    def _label_tokens(self, labels: Sequence[str]) -> int:
-        return max(self.llm.count_tokens(label) for label in labels) + 3
+def _end_of_turn(llm: LLM) -> str:
+    """The token that ends an assistant's turn in the model's chat template; "" where none does."""
+    if llm.tokenizer is None:
+        return ""
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        return mask_conversation(llm.tokenizer, talk)[0].spans[-1].stop
+    except UserError:
+        return ""  # a template that can't be trained on can still be asked
 
 
 def nearest_label(text: str, labels: Sequence[str]) -> str:
@@ -123,7 +125,7 @@ def nearest_label(text: str, labels: Sequence[str]) -> str:
     for label in labels:
         if bare == label.casefold():
             return label
-    mentioned = [label for label in labels if label.casefold() in bare]
+    mentioned = [label for label in labels if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", bare)]
     # "internet protocols" mentions "internet" too; the longer one is meant.
     mentioned = [a for a in mentioned if not any(a != b and a.casefold() in b.casefold() for b in mentioned)]
     return mentioned[0] if len(mentioned) == 1 else text
@@ -150,12 +152,7 @@ class ZeroShot:
         self.details = {"model": self.answerer.llm.name, "answers by": how}
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
-        answers = self.answerer.answer(examples)
-        if self.answerer.shortened:
-            self.details["shortened inputs"] = max(
-                self.answerer.shortened, self.details.get("shortened inputs", 0)
-            )
-        return answers
+        return self.answerer.answer(examples)
 
     def size_bytes(self) -> int | None:
         directory = self.answerer.llm.directory
@@ -174,7 +171,7 @@ class FewShot(ZeroShot):
     def fit(self, setting: Setting) -> None:
         llm, task = self._model(), setting.task
         train = as_shots(task, task.train)
-        count = self._fitting_count(llm, task, train, min(task.few_shot, len(train)), setting.seed)
+        count, train = _fitting_shots(llm, train, min(task.few_shot, len(train)))
         dev = task.dev[:SHOT_DEV]
         best: tuple[float, Answerer] | None = None
         draws = SHOT_DRAWS if llm.is_local else 1  # a hosted model's tokens cost money
@@ -198,18 +195,20 @@ class FewShot(ZeroShot):
         if count < task.few_shot:
             self.details["note"] = f"{task.few_shot} shots were asked for; {count} fit the model's context"
 
-    @staticmethod
-    def _fitting_count(llm: LLM, task: Task, train: list[Shot], wanted: int, seed: int) -> int:
-        """As many shots as leave half of the context, or what is asked for if that is less."""
-        limit = llm.max_tokens_context
-        if limit is None:
-            return wanted
-        count = wanted
-        while count > 1:
-            shots = ShotSelector(train, count, task.labels, seed).choose()
-            header = few_shot_text(shots, "")
-            # A quarter for the query; longer queries are shortened, and counted.
-            if llm.count_tokens(header) <= 0.7 * limit:
-                return count
-            count -= 1
-        return max(1, count)
+
+def _fitting_shots(llm: LLM, train: list[Shot], wanted: int) -> tuple[int, list[Shot]]:
+    """How many shots to show, and those of ``train`` that are short enough for that many to fit.
+
+    Together they take up to 0.7 of the context; the query has the rest (longer ones are shortened,
+    and counted). Fewer shots are shown rather than only from the shortest quarter of train.
+    """
+    limit = llm.max_tokens_context
+    if limit is None:
+        return wanted, train
+    lengths = [llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n") for shot in train]
+    for count in range(wanted, 1, -1):
+        fitting = [shot for shot, length in zip(train, lengths, strict=True) if length * count <= 0.7 * limit]
+        if len(fitting) >= max(count, len(train) / 4):
+            return count, fitting
+    shortest = sorted(zip(lengths, range(len(train)), strict=True))[: max(1, len(train) // 4)]
+    return 1, [train[index] for _, index in shortest]

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tercet.climb.result import Level
 from tercet.climb.rungs.base import Answer, Setting, directory_size
+from tercet.climb.rungs.fitting import answer_room, fitted_input
 from tercet.climb.rungs.prompting import Answerer
 from tercet.climb.task import Example, Task
 from tercet.errors import UserError
-from tercet.prompt.fewshot import separator
+from tercet.prompt.fewshot import few_shot_text, separator
 from tercet.prompt.llm import LLM
+
+if TYPE_CHECKING:
+    from tercet.model.tokenizer import Tokenizer
 
 BATCH = 16  # examples a step
 FEWEST_STEPS = 200  # a small task gets more passes: the weights need some hundred updates to move at all
 
 
-def training_rows(task: Task, examples: Sequence[Example], chat: bool) -> list[dict[str, Any]]:
-    """Examples in the form a model is tuned on, which is the form it is asked in later."""
+def training_rows(
+    task: Task, examples: Sequence[Example], tokenizer: Tokenizer, limit: int
+) -> list[dict[str, Any]]:
+    """Examples in the form a model is tuned on, which is the form it is asked in later.
+
+    limit: the model's context; inputs that are too long for it are shortened as they will be then.
+    """
+    chat = tokenizer.chat_template is not None
+    system = [{"role": "system", "content": task.system}] if task.system else []
+
+    def prompt(text: str) -> str | list[dict[str, str]]:
+        if chat:
+            return [*system, {"role": "user", "content": text}]
+        return few_shot_text([], text, task.system or "")
+
+    def prompt_tokens(text: str) -> int:
+        made = prompt(text)
+        if isinstance(made, str):
+            return len(tokenizer.encode(made))
+        return len(tokenizer.encode_chat(made, add_generation_prompt=True))
+
+    room = answer_room(task, limit, lambda text: len(tokenizer.encode(text)), labels_scored=True)
     rows: list[dict[str, Any]] = []
     for example in examples:
-        text = task.render(example.fields)
-        if chat:
-            system = [{"role": "system", "content": task.system}] if task.system else []
-            answer = {"role": "assistant", "content": example.target}
-            rows.append({"messages": [*system, {"role": "user", "content": text}, answer]})
+        made = prompt(fitted_input(task, example.fields, prompt_tokens, room)[0])
+        if isinstance(made, str):
+            rows.append({"prompt": made, "completion": separator(made) + example.target})
         else:
-            text = f"{task.system}\n\n{text}" if task.system else text
-            rows.append({"prompt": text, "completion": separator(text) + example.target})
+            rows.append({"messages": [*made, {"role": "assistant", "content": example.target}]})
     return rows
 
 
@@ -57,17 +78,18 @@ class Tuned:
         self.details: dict[str, Any] = {}
 
     def fit(self, setting: Setting) -> None:
+        from tercet.model.checkpoint import read_config
         from tercet.model.tokenizer import Tokenizer
         from tercet.tune.sft import tune
 
         start = self._start()
         task = setting.task
-        chat = Tokenizer.load(start).chat_template is not None
+        form = (Tokenizer.load(start), read_config(start).max_positions)
         tuned = tune(
             start,
-            training_rows(task, task.train, chat),
+            training_rows(task, task.train, *form),
             setting.directory / "run",
-            dev=training_rows(task, task.dev, chat),
+            dev=training_rows(task, task.dev, *form),
             method=self._method,
             epochs=max(self._epochs, FEWEST_STEPS * BATCH / len(task.train)),
             batch_size=BATCH,
@@ -85,15 +107,12 @@ class Tuned:
             "kept after step": tuned.best_step,
             "held-out loss": round(tuned.loss, 4),
             "training seconds": round(tuned.seconds, 1),
+            "cut short by the clock": tuned.shortened,
+            "data": "; ".join(tuned.account),
         }
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
-        answers = self.answerer.answer(examples)
-        if self.answerer.shortened:
-            self.details["shortened inputs"] = max(
-                self.answerer.shortened, self.details.get("shortened inputs", 0)
-            )
-        return answers
+        return self.answerer.answer(examples)
 
     def size_bytes(self) -> int:
         size = directory_size(self._directory)
