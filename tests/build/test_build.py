@@ -1,0 +1,231 @@
+"""Building: corpus, tokenizer, network, resume, and what other libraries make of the result."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tercet.build.corpus import encode_stream, open_stream, split_heldout, train_tokenizer
+from tercet.build.initialize import initialize
+from tercet.build.plan import LADDER, network, shape_for
+from tercet.build.pretrain import build, heldout_loss
+from tercet.errors import UserError
+from tercet.model.transformer import Transformer
+from tercet.train.loop import STATE
+from tercet.train.state import load_progress
+
+WORDS = [
+    "the",
+    "a",
+    "small",
+    "red",
+    "green",
+    "cat",
+    "dog",
+    "runs",
+    "sleeps",
+    "under",
+    "tree",
+    "house",
+    "and",
+    "then",
+]
+SMALL = {"layers": 1, "width": 32, "vocab_size": 300, "context": 32}
+
+
+def begun_in(out: Path) -> bool:
+    return (out / "run.json").is_file() and (out / STATE).is_file()
+
+
+def text_of(seed: int, count: int = 60) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join(rng.choice(WORDS, count)) + ".\n"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text_of(seed)}) + "\n" for seed in range(300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "run"
+    build(corpus, out, tokens=40_000, **SMALL)  # type: ignore[arg-type]
+    return out
+
+
+def test_the_model_loads_in_transformers_with_equal_logits_and_the_same_tokens(built: Path) -> None:
+    from tercet.model.loading import load_model
+    from tercet.model.tokenizer import Tokenizer
+
+    theirs, tokens = (
+        AutoModelForCausalLM.from_pretrained(built / "model"),
+        AutoTokenizer.from_pretrained(built / "model"),
+    )
+    ids = tokens("the small cat runs", return_tensors="pt").input_ids
+    assert ids[0].tolist() == Tokenizer.load(built / "model").encode("the small cat runs")
+    with torch.no_grad():
+        assert torch.allclose(load_model(built / "model")(ids), theirs(ids).logits, atol=1e-4)
+    assert theirs.generation_config.eos_token_id == 0
+
+
+def test_what_is_reported_is_there_and_better_than_knowing_nothing(built: Path) -> None:
+    result = json.loads((built / "result.json").read_text())
+    assert 0 < result["bits_per_byte"] < 3.0
+    assert result["tokens"] == 40_000 // (8 * 32) * 8 * 32
+    assert result["corpus"]["documents"] + result["corpus"]["heldout_documents"] == 300
+    assert len(result["samples"]) >= 1
+    page = (built / "report.html").read_text()
+    assert "<svg" in page and "bits per byte" in page
+
+
+def test_a_killed_build_ends_bit_for_bit_as_one_that_was_not(
+    built: Path, corpus: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import sys; from tercet.build.pretrain import build\n"
+        "import tercet.train.calibrate as calibrate\n"
+        "calibrate._measure = lambda *a: calibrate.Speed(20_000.0, 'float32', 1)\n"
+        "import tercet.train.loop as loop, dataclasses\n"
+        "old = loop.train\n"
+        "import tercet.build.pretrain as p\n"
+        "p.train = lambda model, recipe, *a, **k: old(model, dataclasses.replace(recipe, save_seconds=0), *a, **k)\n"
+        "build(sys.argv[1], sys.argv[2], tokens=40_000, layers=1, width=32, vocab_size=300, context=32)\n"
+    )
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", script, str(corpus), str(out)], stderr=subprocess.PIPE)
+    begun = time.monotonic()
+    while time.monotonic() - begun < 60:
+        progressed = (
+            load_progress(out / STATE, json.loads((out / "run.json").read_text())["key"])
+            if begun_in(out)
+            else None
+        )
+        if progressed is not None and 20 < progressed.step < 140:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    build(corpus, out, tokens=40_000, **SMALL)  # type: ignore[arg-type]
+    a, b = ((run / "model" / "model.safetensors").read_bytes() for run in (built, out))
+    assert a == b
+
+
+def test_the_test_split_of_a_task_is_taken_out_of_the_corpus(corpus: Path, tmp_path: Path) -> None:
+    secret = json.loads(corpus.read_text().splitlines()[7])["text"]
+    made = build(corpus, tmp_path / "run", tokens=512, exclude=[secret], **SMALL)  # type: ignore[arg-type]
+    assert made.corpus.decontamination is not None
+    assert made.corpus.decontamination["test_examples_found"] == 1
+    tokenizer_directory = tmp_path / "run" / "corpus" / "tokenizer"
+    from tercet.model.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    for part in ("train", "heldout"):
+        stream = open_stream(tmp_path / "run" / "corpus" / f"{part}.bin", tokenizer.vocab_size)
+        assert secret.strip() not in tokenizer.decode([int(token) for token in stream])
+
+
+def test_the_tokenizer_is_lossless_and_splits_digits() -> None:
+    tokenizer = train_tokenizer([text_of(seed) for seed in range(50)] + ["1234567890 " * 50], 320)
+    for text in ("hello world", "  spaces\n\n\ttabs", "naïve 北京 🙂 \x00", "a1234b", "don't"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("1234")] == list("1234")
+
+
+def test_held_out_documents_are_chosen_by_content() -> None:
+    texts = [text_of(seed) for seed in range(400)]
+    train, held = split_heldout(texts)
+    assert sorted(train + held) == sorted(texts)
+    assert 0.09 < sum(map(len, held)) / sum(map(len, texts)) < 0.12, "a tenth of a small corpus"
+    assert set(split_heldout(texts[::-1])[1]) == set(held), "whatever their order"
+    more = split_heldout([*texts, "another document"])[1]
+    assert len(set(held) ^ set(more)) <= 2, "one document more moves no other, but at the edge"
+
+
+def test_of_one_long_text_the_end_is_held_out() -> None:
+    text = "".join(f"line {number}\n" for number in range(10_000))
+    [train], [held] = split_heldout([text])
+    assert train + held == text and held.startswith("line ")
+    assert 0.05 < len(held) / len(text) < 0.2
+
+
+def test_documents_are_closed_by_the_end_of_text_token() -> None:
+    tokenizer = train_tokenizer([text_of(seed) for seed in range(50)], 300)
+    stream = encode_stream(tokenizer, ["the cat", "a dog"])
+    assert stream.tolist() == [*tokenizer.encode("the cat"), 0, *tokenizer.encode("a dog"), 0]
+
+
+def test_bits_per_byte_of_a_uniform_model_by_hand() -> None:
+    tokenizer = train_tokenizer([text_of(seed) for seed in range(50)], 300)
+    model = Transformer(network(1, 32, tokenizer.vocab_size, 16))
+    initialize(model, 0)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # hidden states are zero, so every token is equally likely
+    text = text_of(1)
+    stream = encode_stream(tokenizer, [text])[: 16 * 4 + 1]
+    predicted = [int(token) for token in stream[1:]]
+    sizes = [len(tokenizer.decode([token]).encode()) for token in predicted]  # ASCII: tokens decode alone
+    special = predicted.count(0)
+    measured = heldout_loss(model, tokenizer, stream, 16)()
+    assert math.isclose(measured["loss"], math.log(tokenizer.vocab_size), rel_tol=1e-5)
+    expected = (len(predicted) - special) * math.log2(tokenizer.vocab_size) / sum(sizes)
+    assert math.isclose(measured["bits_per_byte"], expected, rel_tol=1e-5)
+
+
+def test_initial_weights_have_the_variance_they_should_and_depend_on_the_seed() -> None:
+    model, other = (Transformer(network(4, 128, 512, 64)) for _ in range(2))
+    initialize(model, 0)
+    initialize(other, 1)
+    assert abs(float(model.model.embed_tokens.weight.detach().std()) - 0.02) < 0.001
+    last = model.model.layers[0].mlp.down_proj.weight.detach()
+    assert abs(float(last.std()) - 0.02 / math.sqrt(8)) < 0.0005
+    assert not torch.equal(last, other.model.layers[0].mlp.down_proj.weight)
+
+
+def test_more_budget_gives_a_larger_network() -> None:
+    sizes = [shape_for(seconds=60 * minutes).config.matmul_parameters for minutes in (1, 5, 30, 240)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert [network(layers, width, 2048, 512).hidden_size for layers, width in LADDER] == [
+        w for _, w in LADDER
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"minutes": 1, "tokens": 5}, "--minutes or --tokens, not both"),
+        ({"minutes": -1}, "--minutes is -1; it must be a positive number"),
+        ({"layers": 2}, "give layers and width together"),
+        ({"tokens": 1000, "vocab_size": 100}, "--vocab-size is 100"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    corpus: Path, tmp_path: Path, settings: dict[str, int], line: str
+) -> None:
+    with pytest.raises(UserError, match=line):
+        build(corpus, tmp_path / "run", **settings)  # type: ignore[arg-type]
+
+
+def test_too_little_text_and_a_foreign_directory_are_refused(
+    tmp_path: Path, built: Path, corpus: Path
+) -> None:
+    (tmp_path / "tiny.txt").write_text("too few.")
+    with pytest.raises(UserError, match="the corpus has 8 characters"):
+        build(tmp_path / "tiny.txt", tmp_path / "run", tokens=1000, **SMALL)  # type: ignore[arg-type]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        build(corpus, tmp_path / "other", tokens=1000)
+    with pytest.raises(UserError, match="other data or settings"):
+        build(corpus, built, tokens=1000)
