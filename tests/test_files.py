@@ -109,7 +109,14 @@ def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.04, "0.0 s"), (3, "3 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3600 * 2 + 300, "2 h 5 min")],
+    [
+        (0.04, "0.0 s"),
+        (3, "3 s"),
+        (59.4, "59 s"),
+        (61, "1 min 1 s"),
+        (3600 * 2 + 300, "2 h 5 min"),
+        (float("inf"), "unknown time"),
+    ],
 )
 def test_durations_are_for_people(seconds: float, words: str) -> None:
     assert duration(seconds) == words

@@ -16,6 +16,8 @@ def say(message: str) -> None:
 
 def duration(seconds: float) -> str:
     """``8 s``, ``3 min 20 s``, ``2 h 5 min``: how long, for people."""
+    if seconds == float("inf"):
+        return "unknown time"
     seconds = max(0.0, seconds)
     if seconds < 9.95:
         return f"{seconds:.1f} s" if seconds < 2 else f"{seconds:.0f} s"

@@ -261,8 +261,8 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
 
 
 def test_rates_by_size_are_those_people_use() -> None:
-    assert learning_rate_for(1_000_000, "full") == 1e-3
-    assert 1e-5 <= learning_rate_for(3_000_000_000, "full") <= 3e-5
+    assert learning_rate_for(1_000_000, "full") == 4e-3
+    assert 5e-6 <= learning_rate_for(3_000_000_000, "full") <= 3e-5
     assert 1e-4 <= learning_rate_for(7_000_000_000, "lora") <= 3e-4
 
 

@@ -89,11 +89,14 @@ class Tuned:
 
 
 def learning_rate_for(parameters: int, method: str) -> float:
-    """Peak AdamW rate by size, as people have found it to work: 1e-5 to 2e-5 for full tuning at a few
-    billion weights, 1e-3 at a million; ten times that for LoRA ("LoRA without regret", Schulman 2025).
+    """Peak AdamW rate by size: a power law through what works at both ends.
+
+    Full tuning: 4e-3 at 0.6M weights (on builtin:docs-routing dev accuracy was 0.45 at 1e-3 and 0.53
+    at 4e-3), 1e-5 at 3B. LoRA: 5e-3 (2e-2 diverged there), 2e-4 at 7B.
     """
-    full = min(1e-3, 1e-3 * (1e6 / parameters) ** 0.5)
-    return float(f"{min(5e-3, 10 * full) if method == 'lora' else full:.2g}")
+    if method == "lora":
+        return float(f"{min(5e-3, 5e-3 * (1e6 / parameters) ** 0.37):.2g}")
+    return float(f"{min(4e-3, 4e-3 * (1e6 / parameters) ** 0.75):.2g}")
 
 
 def resolve(reference: str | Path) -> Path:
@@ -263,7 +266,8 @@ def _run(
         ]
 
     recipe = Recipe(
-        Schedule.of(plan["steps"], warmup=0.06, cooldown=0.9),
+        # Measured against 0.9 on builtin:docs-routing: a long plateau gave more than a long cool-down.
+        Schedule.of(plan["steps"], warmup=0.06, cooldown=0.3),
         rate,
         weight_decay=tuning.weight_decay,
         betas=(0.9, 0.98),
