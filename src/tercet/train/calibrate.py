@@ -101,7 +101,10 @@ def _remembered(path: Path) -> dict[str, Speed]:
 def _measure(model: Transformer, rows: int, time_steps: int) -> Speed:
     before = model.compute_dtype
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    tokens = torch.zeros(rows, time_steps, dtype=torch.long)
+    # Random tokens, as real ones do, touch all of the embedding and of its gradient.
+    tokens = torch.randint(
+        0, model.config.vocab_size, (rows, time_steps), generator=torch.Generator().manual_seed(0)
+    )
     batch = Batch(tokens, tokens)
     results: list[tuple[float, str, int]] = []  # seconds a pass, type, threads
     threads = available_cores()
@@ -127,6 +130,7 @@ def _pace(model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, pa
     for _ in range(PASSES):
         begun = time.monotonic()
         loss_sum(model, batch).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.monotonic() - begun)
