@@ -18,7 +18,8 @@ from tercet.climb.climb import LADDER, climb
 from tercet.climb.evaluate import evaluate
 from tercet.climb.report import read_report
 from tercet.climb.rungs import tuning
-from tercet.climb.rungs.prompting import Answerer, nearest_label
+from tercet.climb.rungs.base import Setting
+from tercet.climb.rungs.prompting import Answerer, FewShot, nearest_label
 from tercet.climb.task import Task
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
@@ -317,3 +318,14 @@ def test_a_label_that_begins_another_can_win_and_lose(climbed: Path) -> None:
     assert scores[0] > scores[1], "without an ending the shorter one always wins"
     ended = Answerer(llm, task).llm.choose(["one"], [[" the old\n", " the old apple\n"]])[0]
     assert Answerer(llm, task).ending == "\n" and ended != scores
+
+
+def test_shots_leave_room_for_the_query_and_a_long_answer(climbed: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    rows = [{"q": sentence(rng, label), "a": label} for label in KINDS for _ in range(60)]
+    # Up to 400 tokens of answer in a context of 512: forty shots no longer fit beside it.
+    task = Task.from_rows("long answers", rows, prompt="{q} is a", target="a", max_tokens=400, few_shot=40)
+    rung = FewShot(lambda: LLM(str(climbed / "base" / "model")))
+    rung.fit(Setting(task, tmp_path))
+    assert 1 <= rung.details["shots"] < 40
+    assert not rung.predict(task.test[:2])[0].shortened

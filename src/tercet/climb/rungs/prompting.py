@@ -38,9 +38,9 @@ class Answerer:
         self.ending = "" if tuned else "\n"
         if llm.has_chat_template:
             self.ending = _end_of_turn(llm)
-        self._room: int | None = None
+        self.room: int | None = None
         if llm.max_tokens_context is not None:
-            self._room = answer_room(
+            self.room = answer_room(
                 task, llm.max_tokens_context, llm.count_tokens, labels_scored=self.scores_labels
             )
 
@@ -71,10 +71,10 @@ class Answerer:
         ]
 
     def _input(self, example: Example) -> tuple[str, bool]:
-        if self._room is None:
+        if self.room is None:
             return self.task.render(example.fields), False
         return fitted_input(
-            self.task, example.fields, lambda text: self.llm.count_tokens(self.prompt(text)), self._room
+            self.task, example.fields, lambda text: self.llm.count_tokens(self.prompt(text)), self.room
         )
 
     def _generate(self, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -171,7 +171,7 @@ class FewShot(ZeroShot):
     def fit(self, setting: Setting) -> None:
         llm, task = self._model(), setting.task
         train = as_shots(task, task.train)
-        count, train = _fitting_shots(llm, train, min(task.few_shot, len(train)))
+        count, train = _fitting_shots(Answerer(llm, task), train, min(task.few_shot, len(train)))
         dev = task.dev[:SHOT_DEV]
         best: tuple[float, Answerer] | None = None
         draws = SHOT_DRAWS if llm.is_local else 1  # a hosted model's tokens cost money
@@ -196,18 +196,20 @@ class FewShot(ZeroShot):
             self.details["note"] = f"{task.few_shot} shots were asked for; {count} fit the model's context"
 
 
-def _fitting_shots(llm: LLM, train: list[Shot], wanted: int) -> tuple[int, list[Shot]]:
+def _fitting_shots(answerer: Answerer, train: list[Shot], wanted: int) -> tuple[int, list[Shot]]:
     """How many shots to show, and those of ``train`` that are short enough for that many to fit.
 
-    Together they take up to 0.7 of the context; the query has the rest (longer ones are shortened,
+    Together they take up to 0.7 of what the answer leaves; the query has the rest (longer ones are shortened,
     and counted). Fewer shots are shown rather than only from the shortest quarter of train.
     """
-    limit = llm.max_tokens_context
-    if limit is None:
+    room = answerer.room
+    if room is None:
         return wanted, train
-    lengths = [llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n") for shot in train]
+    lengths = [
+        answerer.llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n") for shot in train
+    ]
     for count in range(wanted, 1, -1):
-        fitting = [shot for shot, length in zip(train, lengths, strict=True) if length * count <= 0.7 * limit]
+        fitting = [shot for shot, length in zip(train, lengths, strict=True) if length * count <= 0.7 * room]
         if len(fitting) >= max(count, len(train) / 4):
             return count, fitting
     shortest = sorted(zip(lengths, range(len(train)), strict=True))[: max(1, len(train) // 4)]
