@@ -130,8 +130,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """One JSON object a line; blank lines are skipped. UserError names the file and line."""
+    return parse_jsonl(path, read_text(path))
+
+
+def parse_jsonl(path: str | Path, text: str) -> list[dict[str, Any]]:
+    """The rows of ``text``, which came from ``path``; as `read_jsonl`."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import UserError
+from tercet.files import parse_jsonl
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 _SUFFIXES = {"ndjson": "jsonl", "tab": "tsv", "pq": "parquet"}
@@ -51,7 +52,7 @@ def read_rows(
         return _parquet(path, content)
     text = _decode(path, content, encoding)
     if format == "jsonl":
-        return _jsonl(path, text)
+        return parse_jsonl(path, text)
     if format == "json":
         return _json(path, text)
     return _table(
@@ -100,21 +101,6 @@ def _decode(path: Path, content: bytes, encoding: str) -> str:
         raise UserError(
             f"{path}:{line} is not {encoding} text; set encoding (latin-1, cp1252, ...)"
         ) from problem
-
-
-def _jsonl(path: Path, text: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise UserError(f"{path}:{number} is not valid JSON: {problem.msg}") from problem
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is a {type(row).__name__}; each line must be a JSON object")
-        rows.append(row)
-    return rows
 
 
 def _json(path: Path, text: str) -> list[dict[str, Any]]:
