@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_checkpoints import GPT2_SIZES, SIZES, Make
+from tiny_checkpoints import GPT2_SIZES, MORE, SIZES, Make
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def make(tmp_path: Path) -> Make:
     """``make("llama", attention_bias=True)``: a model of transformers, and the directory it is saved in."""
 
     def build(family: str, **fields: Any) -> tuple[Any, Path]:
-        sizes = GPT2_SIZES if family == "gpt2" else SIZES
+        sizes = GPT2_SIZES if family == "gpt2" else SIZES | MORE.get(family, {})
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(family, **{**sizes, **fields})
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

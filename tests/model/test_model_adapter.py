@@ -45,6 +45,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                                    "alpha_pattern": {"o_proj": 7}}),
     "llama: own ranks, rank-stabilised": ("llama", {"rank_pattern": {"v_proj": 6}, "use_rslora": True}),
     "qwen3": ("qwen3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {}),
+    "phi3": ("phi3", {}),
+    "phi3: own ranks": ("phi3", {"rank_pattern": {"qkv_proj": 2}, "alpha_pattern": {"gate_up_proj": 9}}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox: attention": ("gpt_neox", {"target_modules": ["query_key_value", "dense"], "use_rslora": True}),
+    "mixtral: attention": ("mixtral", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
+    "qwen3_moe: attention": ("qwen3_moe", {"target_modules": ["q_proj", "v_proj"]}),
     "gpt2": ("gpt2", {}),
     "gpt2: rank-stabilised": ("gpt2", {"use_rslora": True}),
     "gpt2: attention": ("gpt2", {"target_modules": ["c_attn"]}),
@@ -118,7 +128,7 @@ def test_ours_reads_pefts_and_writes_it_back(
     torch.testing.assert_close(peft_on(base, tmp_path / "ours")(tokens).logits, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "mixtral"])
 @torch.no_grad()
 def test_merged_weights_give_the_same_logits(
     family: str, make: Make, tokens: torch.Tensor, tmp_path: Path
@@ -234,11 +244,12 @@ def test_the_directory_is_what_peft_writes(make: Make, tmp_path: Path) -> None:
     assert read_adapter_config(tmp_path).rank_and_alpha("transformer.h.0.attn.c_attn") == (12, 24)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])
 @torch.no_grad()
 def test_one_part_of_a_joint_layer_can_be_adapted_alone(
-    make: Make, tokens: torch.Tensor, tmp_path: Path
+    family: str, make: Make, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    _, base = make("gpt2")
+    _, base = make(family)
     model, config = load_model(base), AdapterConfig(r=4, target_modules=("q_proj", "v_proj"))
     add_lora(model, config, seed=0)
     randomise(model)
@@ -291,6 +302,16 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     with pytest.raises(UserError) as caught:
         load_adapter(load_model(base), tmp_path / "adapter")
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_in_a_mixture_only_the_attention_is_adapted(make: Make) -> None:
+    _, base = make("qwen3_moe", mlp_only_layers=[0])
+    model = load_model(base)
+    with pytest.raises(UserError, match=r"takes in model\.layers\.0\.mlp\.gate_proj; in a mixture only the"):
+        add_lora(model, AdapterConfig(target_modules=("q_proj", "gate_proj")), seed=0)
+    add_lora(model, AdapterConfig(), seed=0)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert adapted == {f"model.layers.{layer}.self_attn.{one}_proj" for layer in range(3) for one in "qkvo"}
 
 
 @pytest.mark.parametrize(

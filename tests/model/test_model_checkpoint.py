@@ -116,8 +116,9 @@ def test_weights_are_mapped_unless_they_are_to_be_trained(trainable: bool, make:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_trainable_weights_share_no_memory(make: Make) -> None:
-    _, directory = make("gpt2")  # one tensor on disk holds three of ours
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])  # one tensor on disk holds three of ours
+def test_trainable_weights_share_no_memory(family: str, make: Make) -> None:
+    _, directory = make(family)
     model = load_model(directory, trainable=True)
     places = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
     assert len(set(places)) == len(places)
@@ -127,13 +128,15 @@ def test_trainable_weights_share_no_memory(make: Make) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "phi3", "gpt_neox", "mixtral"])
 def test_a_bare_decoder_without_the_prefix_is_read(
     family: str, make: Make, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     theirs, _ = make(family, tie_word_embeddings=True)
     theirs.base_model.save_pretrained(tmp_path / "bare")
-    assert not any(name.startswith(("transformer.", "model.")) for name in open_tensors(tmp_path / "bare"))
+    assert not any(
+        name.startswith(("transformer.", "model.", "gpt_neox.")) for name in open_tensors(tmp_path / "bare")
+    )
     torch.testing.assert_close(
         load_model(tmp_path / "bare")(tokens), theirs(tokens).logits, atol=1e-4, rtol=0
     )

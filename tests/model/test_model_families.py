@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import transformers
+import torch.nn.functional as F
 from tiny_checkpoints import Make, reload
 
-from tercet.errors import UserError
 from tercet.model.checkpoint import read_config
-from tercet.model.config import ModelConfig
-from tercet.model.families import config_from_hf, config_to_hf
-from tercet.model.loading import load_model, save_model
+from tercet.model.families import FAMILIES
+from tercet.model.loading import join_rows, load_model, save_model
+from tercet.model.tensor_names import split_rows
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.5, 7.0],
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 3000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 TWO_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +59,66 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3: tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3: biases": ("qwen3", {"head_dim": 8, "attention_bias": True}),
+    "gemma2: window of 5 in every other layer": ("gemma2", {"sliding_window": 5}),
+    "gemma2: tight caps": (
+        "gemma2", {"sliding_window": 7, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma2: no caps, untied, biases": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": False,
+         "attention_bias": True, "layer_types": TWO_WINDOWS},
+    ),
+    "gemma3: local and global": (
+        "gemma3_text", {"sliding_window": 5, "layer_types": TWO_WINDOWS, "rope_parameters": GEMMA3_ROPE},
+    ),
+    "gemma3: global layers stretched": (
+        "gemma3_text",
+        {"sliding_window": 5, "layer_types": TWO_WINDOWS, "final_logit_softcapping": 4.0,
+         "rope_parameters": GEMMA3_ROPE | {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+    ),
+    "gemma3: all local": ("gemma3_text", {"sliding_window": 5}),
+    "gemma2: no windows": ("gemma2", {"layer_types": ["full_attention"] * 3}),
+    "gemma3: no windows": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
+    "phi3: window of 5": ("phi3", {"sliding_window": 5}),
+    "phi3: a part rotated": ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}),
+    "phi3: longrope, longer than trained": ("phi3", {"rope_parameters": LONGROPE}),
+    "phi3: longrope, not longer": (
+        "phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE, "tie_word_embeddings": True},
+    ),
+    "phi3: longrope, own factors": (
+        "phi3",
+        {"rope_parameters": LONGROPE | {"attention_factor": 1.3, "short_factor": [1.5], "long_factor": [9.0],
+                                        "partial_rotary_factor": 0.25}},
+    ),
+    "llama: longrope": ("llama", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 20, "factor": 2.0}}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox: one after the other, tied, half rotated": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new",
+         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox: no attention bias, linear": (
+        "gpt_neox",
+        {"attention_bias": False,
+         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2: biases, every head its own keys": ("olmo2", {"attention_bias": True, "num_key_value_heads": None}),
+    "smollm3: layer 1 without positions": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3: windows, biases, interval": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 2, "attention_bias": True,
+         "mlp_bias": True, "tie_word_embeddings": False},
+    ),
+    "mixtral": ("mixtral", {}),
+    "mixtral: window of 5, one expert a token": ("mixtral", {"sliding_window": 5, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe: plain layers, weights sum to one": (
+        "qwen3_moe", {"mlp_only_layers": [0], "norm_topk_prob": True, "head_dim": 16, "attention_bias": True},
+    ),
+    "qwen3_moe: every second layer, windows": (
+        "qwen3_moe", {"decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 5},
+    ),
     "gpt2": ("gpt2", {}),
     "gpt2: untied, narrow, gelu": (
         "gpt2", {"tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"},
@@ -75,6 +142,9 @@ def test_logits_equal_those_of_transformers(
     padding[0, :7] = 0  # on the left, as transformers generates
     positions = (padding.cumsum(1) - 1).clamp(min=0)
     expected = theirs(tokens, attention_mask=padding, position_ids=positions).logits
+    if ours.config.rope_scaling is not None and ours.config.rope_scaling.by_length:
+        # Theirs takes the longest row's length for all of them; ours are independent of the batch.
+        expected[0, 7:] = reload(directory)(tokens[:1, 7:]).logits
     padded = ours(tokens, positions=positions, segments=padding)
     torch.testing.assert_close(padded[padding == 1], expected[padding == 1], atol=1e-4, rtol=0)
 
@@ -85,11 +155,40 @@ def test_logits_equal_those_of_transformers(
     assert read_config(tmp_path / "ours") == ours.config
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_token_by_token_is_as_at_once(case: str, make: Make, tokens: torch.Tensor) -> None:
+    family, fields = CASES[case]
+    theirs, directory = make(family, **fields)
+    ours = load_model(directory)
+    cache, begin = ours.new_cache(2, 64), 9
+    steps = [ours(tokens[:, :begin], cache=cache)]
+    for place in range(begin, 30):
+        at = torch.full((2, 1), place)
+        steps.append(ours(tokens[:, place : place + 1], positions=at, cache=cache))
+    expected = theirs(tokens).logits
+    if ours.config.rope_scaling is not None and ours.config.rope_scaling.by_length:
+        # Frequencies change while keys stay as they were: theirs has to be fed the same way.
+        theirs, past, parts = reload(directory), None, []
+        for piece in (tokens[:, :begin], *tokens[:, begin:].split(1, dim=1)):
+            out = theirs(piece, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            parts.append(out.logits)
+        expected = torch.cat(parts, dim=1)
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-4, rtol=0)
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {}, "gemma2": {"sliding_window": 5},
+    "gemma3_text": {"sliding_window": 5, "layer_types": TWO_WINDOWS}, "phi3": {"rope_parameters": LONGROPE},
+    "gpt_neox": {}, "olmo2": {}, "smollm3": {"no_rope_layers": [1, 0, 1]}, "mixtral": {}, "qwen3_moe": {}, "gpt2": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PACKED)
 @torch.no_grad()
 def test_packed_documents_are_computed_as_if_alone(family: str, make: Make, tokens: torch.Tensor) -> None:
-    window = {"mistral": {"sliding_window": 5}, "qwen3": {"head_dim": 8}}.get(family, {})
-    theirs, directory = make(family, **window)
+    theirs, directory = make(family, **PACKED[family])
     ours = load_model(directory)
     lengths = [11, 1, 18]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -99,87 +198,78 @@ def test_packed_documents_are_computed_as_if_alone(family: str, make: Make, toke
         torch.testing.assert_close(logits, theirs(document[None]).logits[0], atol=1e-4, rtol=0)
 
 
-# config.json
-
-OLD_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 128}
+# Mixtures
 
 
-def test_the_layout_of_transformers_4_is_read() -> None:
-    old = OLD_LLAMA | {
-        "rope_theta": 500_000.0, "torch_dtype": "bfloat16", "eos_token_id": [5, 6],
-        "rope_scaling": {**LLAMA3, "type": "llama3", "original_max_position_embeddings": 32},
-    }  # fmt: skip
-    config = config_from_hf(old, "config.json")
-    assert (config.rope_theta, config.eos_token_ids) == (500_000.0, (5, 6))
-    assert config.rope_scaling is not None
-    assert (config.rope_scaling.kind, config.rope_scaling.original_max_positions) == ("llama3", 32)
-    linear = config_from_hf(OLD_LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "config.json")
-    assert linear.rope_scaling is not None and linear.rope_scaling.kind == "linear"
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
-def test_fields_left_out_have_the_defaults_of_transformers(family: str) -> None:
-    theirs = transformers.AutoConfig.for_model(family)
-    ours = config_from_hf({"model_type": family}, "config.json")
-    assert ours == config_from_hf(theirs.to_dict(), "config.json")  # theirs spells every field out
-    eos = theirs.eos_token_id
-    assert (ours.bos_token_id, ours.eos_token_ids) == (theirs.bos_token_id, () if eos is None else (eos,))
-
-
-def test_both_layouts_are_written() -> None:
-    config = config_from_hf(OLD_LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "config.json")
-    hf = config_to_hf(replace(config, rope_theta=20_000.0), "bfloat16")
-    assert hf["rope_theta"] == 20_000.0 and hf["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
-    assert hf["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 20_000.0}
-    assert hf["dtype"] == hf["torch_dtype"] == "bfloat16"
-
-
-def test_a_choice_that_the_family_has_no_field_for_is_not_lost_in_silence() -> None:
-    config = ModelConfig("llama", 61, 32, 48, 2, 4, 2, 8, 64, qk_norm=True)
-    with pytest.raises(ValueError, match="qk_norm=True"):
-        config_to_hf(config, "float32")
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM'"),
-        ({"model_type": None, "architectures": []}, "None is not supported"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
-        ({"hidden_act": "mish"}, "'hidden_act' is 'mish'"),
-        ({"hidden_size": "big"}, "'hidden_size' is 'big'"),
-        ({"hidden_size": 4100}, "hidden_size 4100 is not a multiple of num_attention_heads 32"),
-        ({"num_attention_heads": 0}, "num_attention_heads 0"),
-        ({"num_key_value_heads": 5}, "num_kv_heads 5"),
-        ({"vocab_size": None}, "'vocab_size' is None"),
-        ({"attention_bias": "no"}, "'attention_bias' is 'no'"),
-        ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan"),
-        ({"eos_token_id": "</s>"}, "'eos_token_id' is '</s>'"),
-        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5"),
-        ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling: rope_type 'longrope'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: field 'factor' is None"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
-        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "'low_freq_factor' is None"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
-        ({"model_type": "mistral", "architectures": None, "sliding_window": 0}, "'sliding_window' is 0"),
-        ({"model_type": "qwen2", "architectures": None, "layer_types": ["full_attention"]}, "'layer_types'"),
-        (
-            {"model_type": "qwen3", "architectures": None, "layer_types": ["linear_attention"] * 32},
-            "'linear_attention'",
-        ),
-        ({"model_type": "gpt2", "architectures": None, "scale_attn_weights": False}, "'scale_attn_weights'"),
-        (
-            {"model_type": "gpt2", "architectures": None, "scale_attn_by_inverse_layer_idx": True},
-            "'scale_attn_by_inv",
-        ),
-        ({"model_type": "gpt2", "architectures": None, "n_head": 7}, "n_embd 768"),
-    ],
-)
-def test_what_cannot_be_honoured_is_refused_by_name(
-    fields: dict[str, Any], named: str, tmp_path: Path
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradients_of_a_mixture_are_those_of_transformers(
+    normalize: bool, make: Make, tokens: torch.Tensor
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(OLD_LLAMA | fields))
-    with pytest.raises(UserError) as caught:
-        read_config(tmp_path)
-    assert named in str(caught.value) and "config.json" in str(caught.value) and "\n" not in str(caught.value)
+    theirs, directory = make("qwen3_moe", norm_topk_prob=normalize)
+    ours = load_model(directory, trainable=True)
+    for logits in (theirs(tokens).logits, ours(tokens)):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for block, layer in zip(theirs.model.layers, ours.model.layers, strict=True):
+        pairs = [(layer.mlp.gate.weight.grad, block.mlp.gate.weight.grad)]
+        experts = zip(
+            layer.mlp.experts,
+            block.mlp.experts.gate_up_proj.grad,
+            block.mlp.experts.down_proj.grad,
+            strict=True,
+        )
+        for mine, gate_up, down in experts:
+            pairs += zip(
+                (mine.gate_proj.weight.grad, mine.up_proj.weight.grad), gate_up.chunk(2), strict=True
+            )
+            pairs.append((mine.down_proj.weight.grad, down))
+        for mine, expected in pairs:
+            mine = torch.zeros_like(expected) if mine is None else mine  # no token was sent there
+            torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_expert_that_no_token_is_sent_to_is_not_computed(make: Make, tokens: torch.Tensor) -> None:
+    theirs, directory = make("mixtral")
+    ours = load_model(directory)
+    for parameter in ours.model.layers[0].mlp.experts[3].parameters():
+        parameter.data = torch.full_like(parameter, float("nan"))
+    with torch.no_grad():
+        chosen = theirs.model.layers[0].mlp.gate(_input_of(theirs.model.layers[0].mlp, theirs, tokens))[2]
+    assert 3 in chosen
+    assert ours(tokens).isnan().any()
+    alone = (chosen.view(2, 30, 2)[0] == 3).any(-1)
+    first = int(alone.nonzero()[0])  # the tokens before it never meet the expert
+    torch.testing.assert_close(ours(tokens)[0, :first], theirs(tokens).logits[0, :first], atol=1e-4, rtol=0)
+
+
+def _input_of(module: torch.nn.Module, model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(tokens)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matmul_parameters_are_the_matrices_a_token_meets(family: str, make: Make) -> None:
+    fields = {"qwen3_moe": {"mlp_only_layers": [1]}}.get(family, {})
+    _, directory = make(family, **fields)
+    model = load_model(directory)
+    matrices = {
+        name: p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name
+    }
+    if model.config.tie_embeddings:
+        matrices["lm_head"] = model.lm_head.weight.numel()
+    # Of E experts a token meets k: 2 of 5 in each Mixtral layer, 3 of 6 in each layer of Qwen3 but one.
+    share = {"mixtral": 2 / 5, "qwen3_moe": 3 / 6}.get(family, 1)
+    expected = sum(count * (share if ".experts." in name else 1) for name, count in matrices.items())
+    assert model.config.matmul_parameters == pytest.approx(expected, rel=1e-12)
+
+
+def test_rows_of_a_joint_tensor_are_split_alike_in_numpy_and_torch() -> None:
+    whole = np.arange(12).repeat(2).reshape(12, 2)
+    by_head = split_rows(whole, [4, 4, 4], groups=2)
+    assert [part[:, 0].tolist() for part in by_head] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    tensors = split_rows(torch.from_numpy(whole), [4, 4, 4], groups=2)
+    assert torch.equal(join_rows(tensors, groups=2), torch.from_numpy(whole))
+    assert [len(part) for part in split_rows(whole, [8, 2, 2])] == [8, 2, 2]

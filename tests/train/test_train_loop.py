@@ -26,7 +26,7 @@ from tercet.train.state import load_progress
 
 CONFIG = ModelConfig(
     family="qwen3", vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
-    num_kv_heads=1, head_dim=16, max_positions=32, qk_norm=True, tie_embeddings=True,
+    num_kv_heads=1, head_dim=16, max_positions=32, qk_norm="head", tie_embeddings=True,
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.from_backend(backend, bos=None, eos="<|endoftext|>", pad="<|endoftext|>")
     config = ModelConfig(
         family="qwen3", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=96, num_layers=2,
-        num_heads=2, num_kv_heads=1, head_dim=16, max_positions=64, qk_norm=True, tie_embeddings=True,
+        num_heads=2, num_kv_heads=1, head_dim=16, max_positions=64, qk_norm="head", tie_embeddings=True,
         eos_token_ids=(0,), pad_token_id=0,
     )  # fmt: skip
     model = Transformer(config)

@@ -50,7 +50,7 @@ def network(layers: int, width: int, vocab_size: int, context: int) -> ModelConf
         num_kv_heads=heads // 2 if heads % 2 == 0 else heads,
         head_dim=head_dim,
         max_positions=context,
-        qk_norm=True,
+        qk_norm="head",
         tie_embeddings=True,
         rope_theta=10_000.0,
     )

@@ -9,13 +9,14 @@ parts share A and divide B's rows; written, their A are stacked and their B lie 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tercet.errors import UserError
 from tercet.files import write_atomic
 from tercet.model.adapter_config import (
     CONFIG,
@@ -25,10 +26,11 @@ from tercet.model.adapter_config import (
     is_adapter,
     read_adapter_config,
 )
-from tercet.model.checkpoint import Item, StoredTensor, read_safetensors, write_safetensors
+from tercet.model.checkpoint import Item, write_safetensors
 from tercet.model.families import FAMILIES
-from tercet.model.loading import tensor_from
+from tercet.model.loading import join_rows
 from tercet.model.transformer import Linear, Transformer
+from tercet.model.weights import read_adapter
 
 Value = TypeVar("Value")
 
@@ -144,7 +146,7 @@ def save_adapter(model: Transformer, directory: str | Path, config: AdapterConfi
         parts = [cast(Linear | LoRALinear, model.get_submodule(name)) for name in ours]
         if not any(isinstance(part, LoRALinear) for part in parts):
             continue
-        a, b, scaling = _fuse(parts)
+        a, b, scaling = _fuse(parts, _groups(model, parts))
         ranks[theirs], alphas[theirs] = a.shape[0], config.alpha_for(a.shape[0], scaling)
         for letter, matrix in (("A", a), ("B", b)):
             data = matrix.detach().to("cpu", torch.float32).contiguous()
@@ -180,6 +182,12 @@ def _modules(model: Transformer) -> dict[str, tuple[str, ...]]:
     return adapted_modules(AdapterConfig(), model.config)
 
 
+def _groups(model: Transformer, parts: Sequence[nn.Module]) -> int:
+    """In how many groups a joint layer holds the rows of its parts (see `TensorRule`)."""
+    by_head = FAMILIES[model.config.family].names.by_head and len(parts) > 1
+    return model.config.num_heads if by_head else 1
+
+
 def _by_end(values: dict[str, Value], modules: list[str]) -> dict[str, Value]:
     """Shorten module names to their last part where all ``modules`` of that ending have the same value."""
     missing = object()
@@ -193,7 +201,7 @@ def _by_end(values: dict[str, Value], modules: list[str]) -> dict[str, Value]:
     return short
 
 
-def _fuse(parts: list[Linear | LoRALinear]) -> tuple[Tensor, Tensor, float]:
+def _fuse(parts: list[Linear | LoRALinear], groups: int) -> tuple[Tensor, Tensor, float]:
     """One A [r, in], B [out, r] and scaling that do what the parts do side by side.
 
     Parts that share A keep it; otherwise r is the sum of their ranks. Parts without an adapter get zeros.
@@ -213,7 +221,7 @@ def _fuse(parts: list[Linear | LoRALinear]) -> tuple[Tensor, Tensor, float]:
         else:
             block = a.new_zeros(part.out_features, a.shape[0])
         blocks.append(block)
-    return a, torch.cat(blocks), scaling
+    return a, join_rows(blocks, groups), scaling
 
 
 def load_adapter(model: Transformer, directory: str | Path) -> AdapterConfig:
@@ -223,41 +231,10 @@ def load_adapter(model: Transformer, directory: str | Path) -> AdapterConfig:
         UserError: a file is missing or broken, a tensor is missing, unexpected or of a wrong shape,
             or the configuration asks for what is not supported.
     """
-    directory = Path(directory)
-    config = read_adapter_config(directory)
-    path = directory / WEIGHTS
-    if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle, which can run code and is not read)"
-        raise UserError(
-            f"{directory} has no {WEIGHTS}{pickled if (directory / 'adapter_model.bin').is_file() else ''}"
-        )
-    modules = adapted_modules(config, model.config)
-    left = read_safetensors(path)
-    matrices: dict[str, tuple[Tensor, Tensor]] = {}
-    for theirs, ours in modules.items():
-        r, _ = config.rank_and_alpha(theirs)
-        bases = [cast(Linear, model.get_submodule(name)) for name in ours]
-        heights = [base.out_features for base in bases]
-        a = _take(left, path, f"base_model.model.{theirs}.lora_A.weight", (r, bases[0].in_features))
-        b = _take(left, path, f"base_model.model.{theirs}.lora_B.weight", (sum(heights), r))
-        matrices |= {name: (a, rows) for name, rows in zip(ours, torch.split(b, heights), strict=True)}
-    if left:
-        raise UserError(f"{path}: tensor {next(iter(left))} is unexpected; {CONFIG} does not name its module")
+    config, updates = read_adapter(directory, model.config)
     with torch.no_grad():
         for name, layer in _wrap(model, config).items():
-            layer.lora_A.weight.copy_(matrices[name][0])
-            layer.lora_B.weight.copy_(matrices[name][1])
+            layer.lora_A.weight.copy_(torch.from_numpy(np.ascontiguousarray(updates[name].a)))
+            layer.lora_B.weight.copy_(torch.from_numpy(np.ascontiguousarray(updates[name].b)))
     freeze_base(model)
     return config
-
-
-def _take(stored: dict[str, StoredTensor], path: Path, name: str, shape: tuple[int, int]) -> Tensor:
-    tensor = stored.pop(name, None)
-    if tensor is None:
-        raise UserError(f"{path}: tensor {name} is missing")
-    if tensor.shape != shape:
-        raise UserError(
-            f"{path}: tensor {name} has shape {list(tensor.shape)}; by {CONFIG} and this base it must have "
-            f"{list(shape)}: is it the base that the adapter was trained on?"
-        )
-    return tensor_from(tensor)

@@ -106,7 +106,7 @@ def adapted_modules(adapter: AdapterConfig, model: ModelConfig) -> dict[str, tup
     One module of theirs may be several of ours (GPT-2's c_attn); naming one of ours takes it alone.
 
     Raises:
-        UserError: nothing matches, or an embedding or the head does.
+        UserError: nothing matches, or an embedding, the head or an MLP of a mixture does.
     """
 
     def wanted(name: str) -> bool:
@@ -120,6 +120,13 @@ def adapted_modules(adapter: AdapterConfig, model: ModelConfig) -> dict[str, tup
             continue
         theirs = rule.name.removesuffix(".weight")
         ours = tuple(part.name.removesuffix(".weight") for part in rule.parts)
+        if model.num_experts and ".mlp." in ours[0]:
+            # PEFT adapts the experts as joint parameters, and takes a plain MLP's name for theirs.
+            if not everything and wanted(theirs):
+                raise UserError(
+                    f"adapter: target_modules takes in {theirs}; in a mixture only the attention can be adapted"
+                )
+            continue
         if ".layers." not in ours[0]:
             if not everything and wanted(theirs):
                 raise UserError(

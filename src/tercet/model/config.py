@@ -12,7 +12,8 @@ from tercet.errors import UserError
 
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RopeKind = Literal["linear", "dynamic", "llama3", "yarn"]
+RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+QKNorm = Literal["none", "head", "projection"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class RopeScaling:
     ``dynamic`` raises the base with the length at hand (NTK-aware, as in transformers).
     ``llama3`` stretches low frequencies only, between two wavelengths (Llama 3.1).
     ``yarn`` interpolates by frequency and scales attention (Peng et al. 2023, arXiv:2309.00071).
+    ``longrope`` divides each frequency by a number of its own, one list of them for sequences of up to
+    ``original_max_positions`` and one for longer ones (Ding et al. 2024, arXiv:2402.13753; Phi-3).
     """
 
     kind: RopeKind
@@ -32,10 +35,19 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: 0.1 * ln(factor) + 1
+    # The factor on cos and sin. None: 0.1 * ln(factor) + 1 for yarn, and for longrope
+    # sqrt(1 + ln(factor) / ln(original_max_positions)).
+    attention_factor: float | None = None
     mscale: float | None = None  # yarn, DeepSeek's variant of the attention factor
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] = ()  # longrope: one for each pair of dimensions
+    long_factor: tuple[float, ...] = ()  # longrope
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on how long the sequence at hand is."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -57,16 +69,34 @@ class ModelConfig:
     max_positions: int
     norm: Norm = "rms"
     norm_eps: float = 1e-6
-    qk_norm: bool = False  # RMSNorm over each head of queries and keys (Qwen3)
+    norm_offset: float = 0.0  # an RMSNorm multiplies by this plus its weight (Gemma: 1)
+    pre_norm: bool = True  # norm before attention and before the MLP
+    post_norm: bool = False  # norm on the output of each, before it is added to the residual
+    parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm(x)) (GPT-NeoX)
+    qk_norm: QKNorm = "none"  # RMSNorm over each head of queries and keys, or before the split into heads
+    embedding_scale: float | None = None  # factor on embeddings, rounded to the activations' type (Gemma)
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = (
+        None  # base of layers with a sliding window, unscaled; None: as the others
+    )
+    rotary_dim: int | None = None  # the first dimensions of each head, which alone are rotated; None: all
+    nope_layers: tuple[int, ...] = ()  # layers without rotary positions (SmolLM3)
+    attention_scale: float | None = None  # factor on scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
+    logit_softcap: float | None = None  # the same for logits
     attention_bias: bool = False  # on q, k and v
     output_bias: bool = False  # on the attention's output projection
     mlp_bias: bool = False
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), otherwise down(act(up(x)))
     activation: Activation = "silu"
     windows: tuple[int | None, ...] = ()  # sliding window of each layer, None for full; () is all full
+    num_experts: int = 0  # MLPs of a mixture layer; 0: no mixture
+    experts_per_token: int = 0
+    moe_intermediate_size: int = 0  # of each expert
+    normalize_expert_weights: bool = True  # the weights of a token's experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # layers of a mixture model that have one plain MLP
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -92,22 +122,75 @@ class ModelConfig:
                 f"model configuration: num_heads {self.num_heads} is not a multiple of "
                 f"num_kv_heads {self.num_kv_heads}"
             )
-        if self.positions == "rope" and self.head_dim % 2:
+        if self.positions == "rope" and (self.rotary % 2 or not 2 <= self.rotary <= self.head_dim):
             raise UserError(
-                f"model configuration: head_dim {self.head_dim} is odd; rotary positions pair dimensions"
+                f"model configuration: {self.rotary} of head_dim {self.head_dim} dimensions are rotated; "
+                "rotary positions pair dimensions, so that must be even, at least 2 and no more than head_dim"
             )
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "dynamic" and self.rotary < 4:
+            raise UserError(
+                f"model configuration: dynamic scaling of {self.rotary} dimensions; it needs 4 or more"
+            )
+        if scaling is not None and scaling.kind == "longrope":
+            if scaling.original_max_positions < 2:
+                raise UserError("model configuration: longrope needs original_max_positions of at least 2")
+            for name, factors in (("short", scaling.short_factor), ("long", scaling.long_factor)):
+                if len(factors) != self.rotary // 2 or min(factors) <= 0:
+                    raise UserError(
+                        f"model configuration: longrope has {len(factors)} {name} factors; "
+                        f"{self.rotary // 2} are needed, all above 0"
+                    )
         if self.windows and len(self.windows) != self.num_layers:
             raise UserError(
                 f"model configuration: {len(self.windows)} attention windows for {self.num_layers} layers"
             )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise UserError(
+                f"model configuration: {self.experts_per_token} experts for each token, of {self.num_experts}"
+            )
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise UserError(
+                f"model configuration: moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1"
+            )
+        for name, layers in (("nope_layers", self.nope_layers), ("dense_layers", self.dense_layers)):
+            if any(not 0 <= layer < self.num_layers for layer in layers):
+                raise UserError(
+                    f"model configuration: {name} {list(layers)} are not all below {self.num_layers} layers"
+                )
+
+    @property
+    def rotary(self) -> int:
+        """How many dimensions of each head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def window(self, layer: int) -> int | None:
         """How many positions back (itself included) layer ``layer`` sees; None: all of them."""
         return self.windows[layer] if self.windows else None
 
+    def has_rope(self, layer: int) -> bool:
+        """Whether layer ``layer`` turns queries and keys by their positions."""
+        return self.positions == "rope" and layer not in self.nope_layers
+
+    def has_local_rope(self, layer: int) -> bool:
+        """Whether layer ``layer`` turns them with the base of local layers, `local_rope_theta`."""
+        return self.local_rope_theta is not None and self.window(layer) is not None
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether layer ``layer`` has experts in place of one MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
     @property
     def matmul_parameters(self) -> int:
-        """Weights that are multiplied for every token: all matrices but the embedding lookups."""
+        """Weights that are multiplied for every token: all matrices but the embedding lookups.
+
+        Of a mixture layer: the router and as many experts as a token is sent to.
+        """
+        matrices = 3 if self.gated_mlp else 2
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        mlp = self.hidden_size * self.intermediate_size * (3 if self.gated_mlp else 2)
-        return self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+        expert = self.hidden_size * self.moe_intermediate_size * matrices
+        mixture = self.hidden_size * self.num_experts + self.experts_per_token * expert
+        dense = self.hidden_size * self.intermediate_size * matrices
+        mixtures = sum(self.is_mixture(layer) for layer in range(self.num_layers))
+        mlps = mixtures * mixture + (self.num_layers - mixtures) * dense
+        return self.num_layers * attention + mlps + self.vocab_size * self.hidden_size

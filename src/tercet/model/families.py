@@ -1,6 +1,7 @@
 """Model families: how each one's ``config.json`` and tensor names correspond to ours.
 
-A family is a pair of small functions (see `tercet.model.hf_config`) and a table of tensors.
+A family is a pair of small functions (`tercet.model.hf_config` and its neighbours) and a table of
+names (`tercet.model.tensor_names`).
 """
 
 from __future__ import annotations
@@ -9,49 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 from tercet.errors import UserError
+from tercet.model import hf_config, hf_gemma, hf_gpt
+from tercet.model import tensor_names as names
 from tercet.model.config import ModelConfig
-from tercet.model.hf_config import (
-    HF,
-    read_gpt2,
-    read_llama,
-    read_mistral,
-    read_qwen2,
-    read_qwen3,
-    refuse,
-    write_gpt2,
-    write_llama,
-    write_mistral,
-    write_qwen2,
-    write_qwen3,
-    wrong,
-)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of our tensors: its name in ``Transformer.state_dict()`` and its shape."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """One tensor of a checkpoint: our parts, joined along the first dimension, then transposed or not.
-
-    GPT-2 stores query, key and value as one tensor and every matrix as [in, out].
-    """
-
-    name: str
-    parts: tuple[Part, ...]
-    transpose: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape on disk."""
-        rows, *rest = self.parts[0].shape
-        joined = (sum(part.shape[0] for part in self.parts), *rest) if len(self.parts) > 1 else (rows, *rest)
-        return tuple(reversed(joined)) if self.transpose else joined
+from tercet.model.hf_fields import HF, refuse, wrong
+from tercet.model.tensor_names import Names, TensorRule
 
 
 @dataclass(frozen=True)
@@ -59,6 +22,7 @@ class Family:
     """How one family is read and written.
 
     name, architecture: ``model_type`` and ``architectures[0]`` in config.json.
+    base_architecture: what a checkpoint of the bare decoder is called there.
     prefix: what tensor names of the whole model begin with; checkpoints of the bare decoder lack it.
     ignored: regular expressions of tensors that hold no weights (buffers that old versions stored).
     """
@@ -66,108 +30,84 @@ class Family:
     name: str
     architecture: str
     base_architecture: str
-    prefix: str
     read: Callable[[HF], ModelConfig]
     write: Callable[[ModelConfig], HF]
-    tensors: Callable[[ModelConfig], list[TensorRule]]
+    names: Names = names.LLAMA_NAMES
+    prefix: str = "model."
     ignored: tuple[str, ...] = (r"(.*\.)?rotary_emb\.inv_freq",)
 
+    def tensors(self, config: ModelConfig) -> list[TensorRule]:
+        """Every tensor of a checkpoint of this configuration."""
+        return self.names.rules(config)
 
-# Tensors
-
-
-def _decoder_tensors(config: ModelConfig) -> list[TensorRule]:
-    """Llama and its descendants: their names are ours."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_layers):
-        at = f"model.layers.{layer}"
-        shapes[f"{at}.input_layernorm.weight"] = shapes[f"{at}.post_attention_layernorm.weight"] = (hidden,)
-        linears = [
-            ("self_attn.q_proj", query, hidden, config.attention_bias),
-            ("self_attn.k_proj", key, hidden, config.attention_bias),
-            ("self_attn.v_proj", key, hidden, config.attention_bias),
-            ("self_attn.o_proj", hidden, query, config.output_bias),
-            ("mlp.gate_proj", inner, hidden, config.mlp_bias),
-            ("mlp.up_proj", inner, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, inner, config.mlp_bias),
-        ]
-        for name, rows, columns, bias in linears:
-            shapes[f"{at}.{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{at}.{name}.bias"] = (rows,)
-        if config.qk_norm:
-            shapes[f"{at}.self_attn.q_norm.weight"] = shapes[f"{at}.self_attn.k_norm.weight"] = (
-                config.head_dim,
-            )
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return [TensorRule(name, (Part(name, shape),)) for name, shape in shapes.items()]
+    @property
+    def head(self) -> str:
+        """What the tensor of the head is called."""
+        return self.names.rename("lm_head.weight")
 
 
-def _gpt2_tensors(config: ModelConfig) -> list[TensorRule]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-
-    def same(theirs: str, ours: str, *shape: int) -> TensorRule:
-        return TensorRule(theirs, (Part(ours, shape),))
-
-    def norm(theirs: str, ours: str) -> list[TensorRule]:
-        return [same(f"{theirs}.{kind}", f"{ours}.{kind}", hidden) for kind in ("weight", "bias")]
-
-    def linear(theirs: str, ours: list[str], rows: int, columns: int) -> list[TensorRule]:
-        return [
-            TensorRule(
-                f"{theirs}.weight", tuple(Part(f"{o}.weight", (rows, columns)) for o in ours), transpose=True
-            ),
-            TensorRule(f"{theirs}.bias", tuple(Part(f"{o}.bias", (rows,)) for o in ours)),
-        ]
-
-    rules = [
-        same("transformer.wte.weight", "model.embed_tokens.weight", config.vocab_size, hidden),
-        same("transformer.wpe.weight", "model.embed_positions.weight", config.max_positions, hidden),
-    ]
-    for layer in range(config.num_layers):
-        theirs, ours = f"transformer.h.{layer}", f"model.layers.{layer}"
-        attention = [f"{ours}.self_attn.{name}_proj" for name in "qkv"]
-        rules += norm(f"{theirs}.ln_1", f"{ours}.input_layernorm")
-        rules += linear(f"{theirs}.attn.c_attn", attention, hidden, hidden)
-        rules += linear(f"{theirs}.attn.c_proj", [f"{ours}.self_attn.o_proj"], hidden, hidden)
-        rules += norm(f"{theirs}.ln_2", f"{ours}.post_attention_layernorm")
-        rules += linear(f"{theirs}.mlp.c_fc", [f"{ours}.mlp.up_proj"], inner, hidden)
-        rules += linear(f"{theirs}.mlp.c_proj", [f"{ours}.mlp.down_proj"], hidden, inner)
-    rules += norm("transformer.ln_f", "model.norm")
-    if not config.tie_embeddings:
-        rules.append(same("lm_head.weight", "lm_head.weight", config.vocab_size, hidden))
-    return rules
-
-
-def _llama_like(
-    name: str, title: str, read: Callable[[HF], ModelConfig], write: Callable[[ModelConfig], HF]
+def _decoder(
+    name: str,
+    title: str,
+    read: Callable[[HF], ModelConfig],
+    write: Callable[[ModelConfig], HF],
+    tensors: Names = names.LLAMA_NAMES,
 ) -> Family:
-    return Family(name, f"{title}ForCausalLM", f"{title}Model", "model.", read, write, _decoder_tensors)
+    return Family(name, f"{title}ForCausalLM", f"{title}Model", read, write, tensors)
 
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        _llama_like("llama", "Llama", read_llama, write_llama),
-        _llama_like("mistral", "Mistral", read_mistral, write_mistral),
-        _llama_like("qwen2", "Qwen2", read_qwen2, write_qwen2),
-        _llama_like("qwen3", "Qwen3", read_qwen3, write_qwen3),
+        _decoder("llama", "Llama", hf_config.read_llama, hf_config.write_llama),
+        _decoder("mistral", "Mistral", hf_config.read_mistral, hf_config.write_mistral),
+        _decoder("qwen2", "Qwen2", hf_config.read_qwen2, hf_config.write_qwen2),
+        _decoder("qwen3", "Qwen3", hf_config.read_qwen3, hf_config.write_qwen3),
+        _decoder("gemma2", "Gemma2", hf_gemma.read_gemma2, hf_gemma.write_gemma2, names.GEMMA_NAMES),
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            "Gemma3TextModel",
+            hf_gemma.read_gemma3,
+            hf_gemma.write_gemma3,
+            names.GEMMA_NAMES,
+        ),
+        _decoder("phi3", "Phi3", hf_config.read_phi3, hf_config.write_phi3, names.PHI3_NAMES),
+        _decoder("olmo2", "Olmo2", hf_config.read_olmo2, hf_config.write_olmo2, names.OLMO2_NAMES),
+        _decoder("smollm3", "SmolLM3", hf_config.read_smollm3, hf_config.write_smollm3),
+        _decoder("mixtral", "Mixtral", hf_config.read_mixtral, hf_config.write_mixtral, names.MIXTRAL_NAMES),
+        _decoder("qwen3_moe", "Qwen3Moe", hf_config.read_qwen3_moe, hf_config.write_qwen3_moe),
         Family(
             "gpt2",
             "GPT2LMHeadModel",
             "GPT2Model",
-            "transformer.",
-            read_gpt2,
-            write_gpt2,
-            _gpt2_tensors,
+            hf_gpt.read_gpt2,
+            hf_gpt.write_gpt2,
+            names.GPT2_NAMES,
+            prefix="transformer.",
             ignored=(r"(.*\.)?attn\.(masked_)?bias",),
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoXForCausalLM",
+            "GPTNeoXModel",
+            hf_gpt.read_gpt_neox,
+            hf_gpt.write_gpt_neox,
+            names.GPT_NEOX_NAMES,
+            prefix="gpt_neox.",
+            ignored=(r"(.*\.)?attention\.(masked_)?bias", r"(.*\.)?rotary_emb\.inv_freq"),
         ),
     )
 }
+
+
+def _text_model(hf: HF) -> HF:
+    """The text model of a Gemma 3 that also sees pictures; loading then refuses it if it holds more."""
+    text = hf.get("text_config")
+    if not isinstance(text, dict):
+        raise wrong("text_config", text, "an object")
+    whole = {name: hf[name] for name in ("tie_word_embeddings", "quantization_config") if name in hf}
+    return whole | text | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 
 
 def config_from_hf(hf: HF, where: str) -> ModelConfig:
@@ -178,6 +118,11 @@ def config_from_hf(hf: HF, where: str) -> ModelConfig:
     """
     if not isinstance(hf, dict):
         raise UserError(f"{where} holds a {type(hf).__name__}; it must be a JSON object")
+    if hf.get("model_type") == "gemma3":
+        try:
+            hf = _text_model(hf)
+        except UserError as problem:
+            raise UserError(f"{where}: {problem}") from problem
     model_type, architectures = hf.get("model_type"), hf.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise UserError(f"{where}: {wrong('architectures', architectures, 'a list of names')}")

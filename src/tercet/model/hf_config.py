@@ -1,364 +1,242 @@
-"""The fields of Hugging Face's ``config.json``, family by family, to and from `ModelConfig`.
+"""``config.json`` of Llama and the families that descend from it, to and from `ModelConfig`.
 
-Two layouts are read: the one of transformers 5 (``rope_parameters``, ``dtype``) and the older one
-(``rope_theta``, ``rope_scaling``, ``torch_dtype``). Written files hold both, so that readers of
-either age agree. A field left out has the default of the family's configuration class in transformers.
+The other families are in `tercet.model.hf_gemma` and `tercet.model.hf_gpt`. A field left out has the
+default of the family's configuration class in transformers; a field that is null has none.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tercet.errors import UserError
-from tercet.model.config import Activation, ModelConfig, RopeKind, RopeScaling
+from tercet.model.config import ModelConfig
+from tercet.model.hf_fields import (
+    HF,
+    activation,
+    activation_name,
+    boolean,
+    eos_ids,
+    head_size,
+    integer,
+    layer_list,
+    layer_types,
+    number,
+    optional_integer,
+    refuse,
+    same_windows,
+    sliding_window,
+    token_ids,
+    window_size,
+    windows_by_type,
+    wrong,
+)
+from tercet.model.hf_rope import (
+    partial_factor,
+    read_rope,
+    read_rotary_dim,
+    rope_kind,
+    rope_object,
+    scaling_object,
+    write_rope,
+)
 
-HF = dict[str, Any]
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
-ROPE_KINDS: tuple[RopeKind, ...] = ("linear", "dynamic", "llama3", "yarn")
-
-
-# Reading fields
-
-
-def wrong(name: str, value: object, wanted: str) -> UserError:
-    return UserError(f"field {name!r} is {value!r}; it must be {wanted}")
-
-
-def _integer(hf: HF, name: str, default: int | None = None) -> int:
-    value = hf.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**31:
-        raise wrong(name, value, "an integer below 2**31")
-    return value
-
-
-def _optional_integer(hf: HF, name: str, default: int | None = None) -> int | None:
-    return None if hf.get(name, default) is None else _integer(hf, name, default)
-
-
-def _number(hf: HF, name: str, default: float | None = None) -> float:
-    value = hf.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise wrong(name, value, "a number")
-    return float(value)
-
-
-def _optional_number(hf: HF, name: str) -> float | None:
-    return None if hf.get(name) is None else _number(hf, name)
-
-
-def _boolean(hf: HF, name: str, default: bool) -> bool:
-    value = hf.get(name, default)
-    if not isinstance(value, bool):
-        raise wrong(name, value, "true or false")
-    return value
-
-
-def refuse(hf: HF, name: str, neutral: object) -> None:
-    """A field that changes the result and that the network has no counterpart for."""
-    value = hf.get(name)
-    if value is not None and value != neutral:
-        raise UserError(f"field {name!r} is {value!r}, which is not supported; only {neutral!r} is")
-
-
-def _activation(hf: HF, name: str, default: str) -> Activation:
-    value = hf.get(name, default)
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise UserError(f"field {name!r} is {value!r}; supported are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[value]
-
-
-def _eos(hf: HF, default: int | None) -> tuple[int, ...]:
-    value = hf.get("eos_token_id", default)
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise wrong("eos_token_id", value, "an integer, a list of integers or null")
-    return tuple(ids)
+# Defaults of transformers 5, family by family.
+LLAMA: HF = {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MISTRAL = LLAMA | {
+    "intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096,
+}  # fmt: skip
+MIXTRAL = MISTRAL | {
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+QWEN2 = LLAMA | {
+    "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32, "max_position_embeddings": 32_768,
+    "sliding_window": 4096, "max_window_layers": 28, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+QWEN3 = QWEN2 | {"head_dim": 128}
+QWEN3_MOE = QWEN2 | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+    "moe_intermediate_size": 768, "num_experts_per_tok": 8, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
+OLMO2 = LLAMA | {
+    "vocab_size": 50_304, "rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50_279, "pad_token_id": 1,
+}  # fmt: skip
+SMOLLM3 = LLAMA | {
+    "vocab_size": 128_256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "max_position_embeddings": 32_768, "rope_theta": 2e6, "no_rope_layer_interval": 4,
+    "tie_word_embeddings": True, "bos_token_id": 128_000, "eos_token_id": 128_001, "pad_token_id": 128_004,
+}  # fmt: skip
+PHI3 = LLAMA | {
+    "vocab_size": 32_064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 32_000, "pad_token_id": 32_000,
+}  # fmt: skip
 
 
-def _rope(hf: HF, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling. transformers 5 prefers ``rope_scaling`` where both layouts are there; so do we."""
-    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    rope = hf.get(name) or {}
-    if not isinstance(rope, dict):
-        raise wrong(name, rope, "an object")
-    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        raise UserError(f"field {name!r} differs by layer type ({', '.join(nested)}), which is not supported")
-    refuse(rope, "partial_rotary_factor", 1.0)
-    base = rope if rope.get("rope_theta") is not None else hf
-    theta = _number(base, "rope_theta", 10_000.0) if base.get("rope_theta") is not None else 10_000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind not in ROPE_KINDS:
-        raise UserError(
-            f"{name}: rope_type {kind!r} is unknown; supported are default, {', '.join(ROPE_KINDS)}"
-        )
-    try:
-        scaling = _scaling(hf, rope, kind, max_positions)
-        if scaling.factor <= 0 or scaling.original_max_positions < 1:
-            raise UserError("factor and original_max_position_embeddings must be above 0")
-        return theta, scaling
-    except UserError as problem:
-        raise UserError(f"{name}: {problem}") from problem
+# Reading
 
 
-def _scaling(hf: HF, rope: HF, kind: RopeKind, max_positions: int) -> RopeScaling:
-    if kind in ("linear", "dynamic"):  # these count from max_position_embeddings, whatever else is there
-        return RopeScaling(kind, _number(rope, "factor"), max_positions)
-    source = hf if hf.get("original_max_position_embeddings") is not None else rope
-    original = _integer(source, "original_max_position_embeddings", max_positions)
-    if kind == "llama3":
-        low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-        if low == high:
-            raise UserError(f"low_freq_factor and high_freq_factor are both {low}; the second must be larger")
-        return RopeScaling(
-            kind, _number(rope, "factor"), original, low_freq_factor=low, high_freq_factor=high
-        )
-    factor = _optional_number(rope, "factor")
-    return RopeScaling(
-        kind,
-        max_positions / original if factor is None else factor,
-        original,
-        beta_fast=_optional_number(rope, "beta_fast") or 32.0,
-        beta_slow=_optional_number(rope, "beta_slow") or 1.0,
-        attention_factor=_optional_number(rope, "attention_factor"),
-        mscale=_optional_number(rope, "mscale"),
-        mscale_all_dim=_optional_number(rope, "mscale_all_dim"),
-        truncate=_boolean(rope, "truncate", True),
-    )
-
-
-def _window(hf: HF) -> int | None:
-    window = _optional_integer(hf, "sliding_window", 4096)
-    if window is not None and window < 1:
-        raise wrong("sliding_window", window, "at least 1, or null")
-    return window
-
-
-def _layer_windows(hf: HF, layers: int) -> tuple[int | None, ...]:
-    """Sliding windows of Qwen: some layers see all positions, the others the last ``sliding_window``."""
-    sliding = _boolean(hf, "use_sliding_window", False)
-    window = _window(hf) if sliding else None
-    types = hf.get("layer_types")
-    if types is None:
-        first = _integer(hf, "max_window_layers", 28)
-        types = ["sliding_attention" if i >= first and window else "full_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        raise wrong("layer_types", types, f"a list of {layers} names, one a layer")
-    for value in types:
-        if value not in ("full_attention", "sliding_attention"):
-            raise UserError(
-                f"field 'layer_types' holds {value!r}; supported are full_attention, sliding_attention"
-            )
-    if window is None and "sliding_attention" in types:
-        raise UserError("field 'layer_types' asks for sliding_attention but no sliding_window is in use")
-    windows = tuple(window if value == "sliding_attention" else None for value in types)
-    return windows if any(windows) else ()
-
-
-def _decoder(
-    hf: HF,
-    family: str,
-    *,
-    vocab: int,
-    intermediate: int,
-    positions: int,
-    kv_heads: int | None,
-    head_dim: int | None,
-    bos: int | None,
-    eos: int | None,
-    **choices: Any,
+def read_decoder(
+    hf: HF, family: str, *, act: str = "hidden_act", partial_rotary: bool = False, **choices: Any
 ) -> ModelConfig:
-    """What Llama and its descendants share; the arguments are the defaults in which they differ."""
-    refuse(hf, "partial_rotary_factor", 1.0)
-    hidden, heads = _integer(hf, "hidden_size", 4096), _integer(hf, "num_attention_heads", 32)
-    layers = _integer(hf, "num_hidden_layers", 32)
-    dim = _optional_integer(hf, "head_dim", head_dim)
-    if dim is None:
-        if heads < 1 or hidden % heads:
-            raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-        dim = hidden // heads
-    max_positions = _integer(hf, "max_position_embeddings", positions)
-    theta, scaling = _rope(hf, max_positions)
-    windows = choices.pop("windows", None)
-    groups = _optional_integer(hf, "num_key_value_heads", kv_heads)
+    """What Llama and its descendants share. ``hf`` holds defaults already; ``choices`` are the rest.
+
+    act: the field that names the activation. partial_rotary: a part of each head may be rotated.
+    """
+    hidden, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+    head_dim = optional_integer(hf, "head_dim")
+    if head_dim is None:
+        head_dim = head_size(hidden, heads, "hidden_size", "num_attention_heads")
+    max_positions = integer(hf, "max_position_embeddings")
+    theta, scaling = read_rope(hf, max_positions)
+    if not partial_rotary:
+        for holder in (hf, rope_object(hf)[1]):
+            refuse(holder, "partial_rotary_factor", 1.0)
+    groups = optional_integer(hf, "num_key_value_heads")
     return ModelConfig(
         family=family,
-        vocab_size=_integer(hf, "vocab_size", vocab),
+        vocab_size=integer(hf, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_integer(hf, "intermediate_size", intermediate),
-        num_layers=layers,
+        intermediate_size=integer(hf, "intermediate_size"),
+        num_layers=integer(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads if groups is None else groups,
-        head_dim=dim,
+        head_dim=head_dim,
         max_positions=max_positions,
-        norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+        norm_eps=number(hf, "rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
-        activation=_activation(hf, "hidden_act", "silu"),
-        windows=windows(layers) if windows else (),
-        tie_embeddings=_boolean(hf, "tie_word_embeddings", False),
-        bos_token_id=_optional_integer(hf, "bos_token_id", bos),
-        eos_token_ids=_eos(hf, eos),
-        pad_token_id=_optional_integer(hf, "pad_token_id"),
+        rotary_dim=read_rotary_dim(hf, head_dim),
+        activation=activation(hf, act),
+        tie_embeddings=boolean(hf, "tie_word_embeddings"),
+        bos_token_id=optional_integer(hf, "bos_token_id"),
+        eos_token_ids=eos_ids(hf),
+        pad_token_id=optional_integer(hf, "pad_token_id"),
         **choices,
     )
 
 
+def biases(hf: HF) -> dict[str, Any]:
+    """``attention_bias``: all four projections of the attention have one, or none."""
+    bias = boolean(hf, "attention_bias")
+    return {"attention_bias": bias, "output_bias": bias}
+
+
 def read_llama(hf: HF) -> ModelConfig:
-    bias = _boolean(hf, "attention_bias", False)
-    return _decoder(
-        hf,
-        "llama",
-        vocab=32_000,
-        intermediate=11_008,
-        positions=2048,
-        kv_heads=None,
-        head_dim=None,
-        bos=1,
-        eos=2,
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=_boolean(hf, "mlp_bias", False),
-    )
+    hf = LLAMA | hf
+    return read_decoder(hf, "llama", mlp_bias=boolean(hf, "mlp_bias"), **biases(hf))
 
 
 def read_mistral(hf: HF) -> ModelConfig:
-    window = _window(hf)
-    return _decoder(
+    hf = MISTRAL | hf
+    layers = integer(hf, "num_hidden_layers")
+    return read_decoder(hf, "mistral", windows=same_windows(sliding_window(hf), layers))
+
+
+def read_mixtral(hf: HF) -> ModelConfig:
+    hf = MIXTRAL | hf
+    return read_decoder(
         hf,
-        "mistral",
-        vocab=32_000,
-        intermediate=14_336,
-        positions=131_072,
-        kv_heads=8,
-        head_dim=None,
-        bos=1,
-        eos=2,
-        windows=lambda layers: (window,) * layers if window else (),
+        "mixtral",
+        windows=same_windows(sliding_window(hf), integer(hf, "num_hidden_layers")),
+        num_experts=integer(hf, "num_local_experts"),
+        experts_per_token=integer(hf, "num_experts_per_tok"),
+        moe_intermediate_size=integer(hf, "intermediate_size"),
     )
+
+
+def _window_in_use(hf: HF) -> int | None:
+    return sliding_window(hf) if boolean(hf, "use_sliding_window") else None
+
+
+def _upper_windows(hf: HF) -> tuple[int | None, ...]:
+    """Qwen's sliding windows: unless the layers are listed, those from ``max_window_layers`` on."""
+    layers, size = integer(hf, "num_hidden_layers"), _window_in_use(hf)
+    first = integer(hf, "max_window_layers")
+    return windows_by_type(hf, layers, size, [size is not None and layer >= first for layer in range(layers)])
 
 
 def read_qwen2(hf: HF) -> ModelConfig:
-    return _decoder(
-        hf,
-        "qwen2",
-        vocab=151_936,
-        intermediate=22_016,
-        positions=32_768,
-        kv_heads=32,
-        head_dim=None,
-        bos=None,
-        eos=None,
-        attention_bias=True,
-        windows=lambda layers: _layer_windows(hf, layers),
-    )
+    hf = QWEN2 | hf
+    return read_decoder(hf, "qwen2", attention_bias=True, windows=_upper_windows(hf))
 
 
 def read_qwen3(hf: HF) -> ModelConfig:
-    bias = _boolean(hf, "attention_bias", False)
-    return _decoder(
+    hf = QWEN3 | hf
+    return read_decoder(hf, "qwen3", qk_norm="head", windows=_upper_windows(hf), **biases(hf))
+
+
+def read_qwen3_moe(hf: HF) -> ModelConfig:
+    hf = QWEN3_MOE | hf
+    layers = integer(hf, "num_hidden_layers")
+    every, dense = integer(hf, "decoder_sparse_step"), hf["mlp_only_layers"] or []
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise wrong("mlp_only_layers", dense, "a list of layer numbers")
+    if every < 1:
+        raise wrong("decoder_sparse_step", every, "at least 1")
+    # transformers 5 writes the second name, everyone else the first.
+    given = {hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None}
+    if len(given) > 1:
+        raise UserError("fields 'num_experts' and 'num_local_experts' contradict each other")
+    return read_decoder(
         hf,
-        "qwen3",
-        vocab=151_936,
-        intermediate=22_016,
-        positions=32_768,
-        kv_heads=32,
-        head_dim=128,
-        bos=None,
-        eos=None,
-        qk_norm=True,
-        attention_bias=bias,
-        output_bias=bias,
-        windows=lambda layers: _layer_windows(hf, layers),
+        "qwen3_moe",
+        qk_norm="head",
+        windows=same_windows(_window_in_use(hf), layers),
+        num_experts=integer({"num_experts": next(iter(given), 128)}, "num_experts"),
+        experts_per_token=integer(hf, "num_experts_per_tok"),
+        moe_intermediate_size=integer(hf, "moe_intermediate_size"),
+        normalize_expert_weights=boolean(hf, "norm_topk_prob"),
+        dense_layers=tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % every),
+        **biases(hf),
     )
 
 
-def read_gpt2(hf: HF) -> ModelConfig:
-    refuse(hf, "scale_attn_weights", True)
-    refuse(hf, "scale_attn_by_inverse_layer_idx", False)
-    refuse(hf, "add_cross_attention", False)
-    hidden, heads = _integer(hf, "n_embd", 768), _integer(hf, "n_head", 12)
-    if heads < 1 or hidden % heads:
-        raise UserError(f"n_embd {hidden} is not a multiple of n_head {heads}")
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=_integer(hf, "vocab_size", 50_257),
-        hidden_size=hidden,
-        intermediate_size=4 * hidden if hf.get("n_inner") is None else _integer(hf, "n_inner"),
-        num_layers=_integer(hf, "n_layer", 12),
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        max_positions=_integer(hf, "n_positions", 1024),
-        norm="layer",
-        norm_eps=_number(hf, "layer_norm_epsilon", 1e-5),
-        positions="learned",
-        attention_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-        gated_mlp=False,
-        activation=_activation(hf, "activation_function", "gelu_new"),
-        tie_embeddings=_boolean(hf, "tie_word_embeddings", True),
-        bos_token_id=_optional_integer(hf, "bos_token_id", 50_256),
-        eos_token_ids=_eos(hf, 50_256),
-        pad_token_id=_optional_integer(hf, "pad_token_id"),
+def read_olmo2(hf: HF) -> ModelConfig:
+    hf = OLMO2 | hf
+    return read_decoder(hf, "olmo2", pre_norm=False, post_norm=True, qk_norm="projection", **biases(hf))
+
+
+def read_smollm3(hf: HF) -> ModelConfig:
+    hf = SMOLLM3 | hf
+    layers, size = integer(hf, "num_hidden_layers"), _window_in_use(hf)
+    turned = layer_list(hf, "no_rope_layers", layers)
+    if turned is None:
+        every = integer(hf, "no_rope_layer_interval")
+        if every < 1:
+            raise wrong("no_rope_layer_interval", every, "at least 1")
+        turned = [(layer + 1) % every != 0 for layer in range(layers)]
+    if not all(value in (0, 1) for value in turned):
+        raise wrong("no_rope_layers", turned, "a list of 1 (rotary positions) and 0 (none)")
+    return read_decoder(
+        hf,
+        "smollm3",
+        nope_layers=tuple(layer for layer in range(layers) if not turned[layer]),
+        windows=windows_by_type(hf, layers, size, [size is not None and not value for value in turned]),
+        mlp_bias=boolean(hf, "mlp_bias"),
+        **biases(hf),
     )
+
+
+def read_phi3(hf: HF) -> ModelConfig:
+    hf = PHI3 | hf
+    name, rope = rope_object(hf)
+    kind = rope_kind(rope)
+    if kind in ("su", "yarn"):  # what early Phi-3 checkpoints call it
+        kind = "longrope"
+    if kind not in ("default", "longrope"):
+        raise UserError(f"{name}: rope_type {kind!r} is unknown in phi3; supported are default, longrope")
+    hf[name] = {**rope, "rope_type": kind}
+    windows = same_windows(sliding_window(hf), integer(hf, "num_hidden_layers"))
+    return read_decoder(hf, "phi3", partial_rotary=True, windows=windows)
 
 
 # Writing
 
 
-def _token_ids(config: ModelConfig) -> HF:
-    eos = config.eos_token_ids
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
-    }
-
-
-def _write_rope(config: ModelConfig) -> HF:
-    """Both layouts: transformers 5 reads ``rope_parameters``, older readers the other two."""
-    scaling = config.rope_scaling
-    if scaling is None:
-        parameters: HF = {"rope_type": "default"}
-    else:
-        parameters = {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind in ("llama3", "yarn"):
-            parameters["original_max_position_embeddings"] = scaling.original_max_positions
-        if scaling.kind == "llama3":
-            parameters |= {
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-            }
-        if scaling.kind == "yarn":
-            parameters |= {
-                "beta_fast": scaling.beta_fast,
-                "beta_slow": scaling.beta_slow,
-                "truncate": scaling.truncate,
-            }
-            optional = ("attention_factor", "mscale", "mscale_all_dim")
-            parameters |= {key: value for key in optional if (value := getattr(scaling, key)) is not None}
-    return {
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else parameters,
-        "rope_parameters": {**parameters, "rope_theta": config.rope_theta},
-    }
-
-
-def _write_decoder(config: ModelConfig) -> HF:
+def write_decoder(config: ModelConfig) -> HF:
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -367,54 +245,86 @@ def _write_decoder(config: ModelConfig) -> HF:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation,
+        "hidden_act": activation_name(config),
         "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        **_write_rope(config),
-        **_token_ids(config),
+        **write_rope(config),
+        **token_ids(config),
     }
 
 
 def write_llama(config: ModelConfig) -> HF:
-    return _write_decoder(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    return write_decoder(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
 def write_mistral(config: ModelConfig) -> HF:
-    return _write_decoder(config) | {"sliding_window": config.window(0)}
+    return write_decoder(config) | {"sliding_window": window_size(config)}
+
+
+def write_mixtral(config: ModelConfig) -> HF:
+    experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
+    return write_mistral(config) | experts
 
 
 def _write_windows(config: ModelConfig) -> HF:
-    windows = [config.window(layer) for layer in range(config.num_layers)]
-    sliding = [layer for layer, window in enumerate(windows) if window]
     return {
-        "use_sliding_window": bool(sliding),
-        "sliding_window": windows[sliding[0]] if sliding else None,
-        # Older readers know the number of full layers at the bottom, newer ones the list.
-        "max_window_layers": sliding[0] if sliding else config.num_layers,
-        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+        "use_sliding_window": window_size(config) is not None,
+        "sliding_window": window_size(config),
+        "layer_types": layer_types(config),
     }
 
 
 def write_qwen2(config: ModelConfig) -> HF:
-    return _write_decoder(config) | _write_windows(config)
+    sliding = [layer for layer in range(config.num_layers) if config.window(layer)]
+    # Older readers know the number of full layers at the bottom, newer ones the list.
+    bottom = {"max_window_layers": sliding[0] if sliding else config.num_layers}
+    return write_decoder(config) | _write_windows(config) | bottom
 
 
 def write_qwen3(config: ModelConfig) -> HF:
     return write_qwen2(config) | {"attention_bias": config.attention_bias}
 
 
-def write_gpt2(config: ModelConfig) -> HF:
-    return {
-        "vocab_size": config.vocab_size,
-        "n_positions": config.max_positions,
-        "n_ctx": config.max_positions,  # older readers
-        "n_embd": config.hidden_size,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": None if config.intermediate_size == 4 * config.hidden_size else config.intermediate_size,
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else config.activation,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        **_token_ids(config),
+def write_qwen3_moe(config: ModelConfig) -> HF:
+    return write_decoder(config) | {
+        "attention_bias": config.attention_bias,
+        "use_sliding_window": window_size(config) is not None,
+        "sliding_window": window_size(config),
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.normalize_expert_weights,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": list(config.dense_layers),
     }
+
+
+def write_olmo2(config: ModelConfig) -> HF:
+    return write_decoder(config) | {"attention_bias": config.attention_bias}
+
+
+def write_smollm3(config: ModelConfig) -> HF:
+    turned = [int(layer not in config.nope_layers) for layer in range(config.num_layers)]
+    return write_llama(config) | _write_windows(config) | {"no_rope_layers": turned}
+
+
+def write_phi3(config: ModelConfig) -> HF:
+    hf = write_mistral(config)
+    scaling = config.rope_scaling
+    if config.rotary_dim is not None:
+        hf["partial_rotary_factor"] = hf["rope_parameters"]["partial_rotary_factor"] = partial_factor(config)
+    if scaling is not None:
+        hf["original_max_position_embeddings"] = scaling.original_max_positions
+        rope = scaling_object(scaling) or {}
+        if scaling.factor == config.max_positions / scaling.original_max_positions:
+            # Early readers insist on these three and compute the rest, as all others do.
+            rope = {
+                "type": "longrope",
+                "short_factor": rope["short_factor"],
+                "long_factor": rope["long_factor"],
+            }
+            if scaling.attention_factor is not None:
+                rope["attention_factor"] = scaling.attention_factor
+        hf["rope_scaling"] = rope
+    return hf

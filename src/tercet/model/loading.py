@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tercet.errors import UserError
 from tercet.files import write_json
 from tercet.model.checkpoint import (
     MAX_SHARD_BYTES,
     Item,
     StoredTensor,
-    open_tensors,
     read_config,
     write_tensors,
 )
-from tercet.model.config import ModelConfig
-from tercet.model.families import FAMILIES, Family, TensorRule, config_to_hf
+from tercet.model.families import FAMILIES, config_to_hf
+from tercet.model.tensor_names import split_rows
 from tercet.model.transformer import Transformer
+from tercet.model.weights import matched_tensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,16 +45,14 @@ def load_model(
     """
     directory = Path(directory)
     config = read_config(directory)
-    family = FAMILIES[config.family]
-    stored = _match(config, family, open_tensors(directory), directory)
+    stored = matched_tensors(config, directory)
     state: dict[str, Tensor] = {}
     for rule, tensor in stored:
         whole = tensor_from(tensor)
         own = whole.to(device=device, dtype=dtype or whole.dtype, copy=trainable)
         if rule.transpose:
             own = own.t()
-        pieces = torch.split(own, [part.shape[0] for part in rule.parts])
-        for part, piece in zip(rule.parts, pieces, strict=True):
+        for part, piece in zip(rule.parts, split_rows(own, rule.heights, rule.groups), strict=True):
             # Pieces of one tensor would share its memory, and an optimizer updates them apart.
             shared = trainable and len(rule.parts) > 1 and piece.is_contiguous()
             state[part.name] = piece.clone() if shared else piece.contiguous()
@@ -67,6 +63,14 @@ def load_model(
     model.load_state_dict(state, assign=True)
     model.tie()
     return model.eval()
+
+
+def join_rows(parts: list[Tensor], groups: int = 1) -> Tensor:
+    """One tensor of several: the inverse of `split_rows`."""
+    if len(parts) == 1:
+        return parts[0]
+    rest = parts[0].shape[1:]
+    return torch.cat([part.reshape(groups, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
 
 
 class _WithoutInitialisation(TorchFunctionMode):
@@ -81,50 +85,11 @@ class _WithoutInitialisation(TorchFunctionMode):
 
 
 def tensor_from(tensor: StoredTensor) -> Tensor:
-    """The stored tensor itself, mapped from its file. UserError when its type is not a weight's."""
-    if tensor.dtype not in DTYPES:
-        raise UserError(
-            f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; weights must be {', '.join(DTYPES)}"
-        )
+    """The stored tensor itself, mapped from its file."""
     dtype, data = DTYPES[tensor.dtype], tensor.data
     if data.ctypes.data % dtype.itemsize:  # older files; a view must be aligned
         data = np.array(data)
     return torch.from_numpy(data).view(dtype).view(tensor.shape)
-
-
-def _match(
-    config: ModelConfig, family: Family, stored: dict[str, StoredTensor], directory: Path
-) -> list[tuple[TensorRule, StoredTensor]]:
-    """Each rule with its stored tensor; nothing may be missing, left over or of a wrong shape."""
-    left = dict(stored)
-    matched = []
-    for rule in family.tensors(config):
-        # A bare decoder (GPT2Model, LlamaModel) is stored without the prefix.
-        tensor = left.pop(rule.name, None) or left.pop(rule.name.removeprefix(family.prefix), None)
-        if tensor is None:
-            raise UserError(f"{directory}: tensor {rule.name} is missing from the weights")
-        if tensor.shape != rule.shape:
-            raise UserError(
-                f"{tensor.file}: tensor {rule.name} has shape {list(tensor.shape)}; "
-                f"config.json asks for {list(rule.shape)}"
-            )
-        matched.append((rule, tensor))
-    head = left.pop("lm_head.weight", None) if config.tie_embeddings else None
-    if head is not None:
-        embedding = next(
-            tensor for rule, tensor in matched if rule.parts[0].name == "model.embed_tokens.weight"
-        )
-        if head.dtype != embedding.dtype or not np.array_equal(head.data, embedding.data):
-            raise UserError(
-                f"{head.file}: tensor lm_head.weight differs from the embedding, "
-                "but config.json ties them (field 'tie_word_embeddings')"
-            )
-    for name, tensor in left.items():
-        if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
-            raise UserError(
-                f"{tensor.file}: tensor {name} is unexpected; a {family.name} model of this config.json has none"
-            )
-    return matched
 
 
 def save_model(
@@ -156,7 +121,7 @@ def save_model(
     def items() -> Iterator[Item]:
         for rule in rules:
             parts = [state[part.name].detach() for part in rule.parts]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            whole = join_rows(parts, rule.groups)
             whole = (whole.t() if rule.transpose else whole).to("cpu", dtype or whole.dtype).contiguous()
             yield rule.name, DTYPE_NAMES[whole.dtype], tuple(whole.shape), whole.view(torch.uint8).numpy()
 

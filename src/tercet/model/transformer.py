@@ -11,7 +11,6 @@ tables and logits stay in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tercet.model.config import ModelConfig, RopeScaling
+from tercet.model.config import ModelConfig
+from tercet.model.rope import rope_frequencies
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -38,19 +38,24 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), in float32."""
+    """Root mean square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467), in float32.
 
-    def __init__(self, size: int, eps: float) -> None:
+    ``offset`` plus the weight is the factor, which begins at one: Gemma stores what is added to 1.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
         self.eps = eps
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation with a bias (GPT-2), in float32."""
+    """Layer normalisation with a bias (GPT-2, GPT-NeoX), in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(
@@ -60,90 +65,70 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
-        return RMSNorm(config.hidden_size, config.norm_eps)
+        return RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
     return LayerNorm(config.hidden_size, config.norm_eps)
 
 
-def rope_frequencies(config: ModelConfig, length: int) -> tuple[Tensor, float]:
-    """Angle per position for each of D/2 pairs, and the factor on cos and sin. ``length``: tokens at hand."""
-    dim, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    plain = 1.0 / theta**exponents
-    if scaling is None:
-        return plain, 1.0
-    original = scaling.original_max_positions
-    if scaling.kind == "linear":
-        return plain / scaling.factor, 1.0
-    if scaling.kind == "dynamic":
-        longest = max(length, original)
-        base = theta * (scaling.factor * longest / original - (scaling.factor - 1)) ** (dim / (dim - 2))
-        return 1.0 / base**exponents, 1.0
-    if scaling.kind == "llama3":
-        wavelength = 2 * math.pi / plain
-        low, high = original / scaling.low_freq_factor, original / scaling.high_freq_factor
-        smooth = (original / wavelength - scaling.low_freq_factor) / (
-            scaling.high_freq_factor - scaling.low_freq_factor
-        )
-        between = (1 - smooth) * plain / scaling.factor + smooth * plain
-        stretched = torch.where(wavelength > low, plain / scaling.factor, plain)
-        return torch.where((wavelength <= low) & (wavelength >= high), between, stretched), 1.0
-    return _yarn_frequencies(scaling, plain, dim, theta)
-
-
-def _yarn_frequencies(scaling: RopeScaling, plain: Tensor, dim: int, theta: float) -> tuple[Tensor, float]:
-    def dimension(rotations: float) -> float:
-        # The pair that turns `rotations` times over the original context.
-        return (
-            dim * math.log(scaling.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-        )
-
-    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    width = high - low or 0.001  # never zero; negative, all of it extrapolated, for tiny contexts
-    ramp = ((torch.arange(dim // 2).float() - low) / width).clamp(0, 1)
-    frequencies = plain / scaling.factor * ramp + plain * (1 - ramp)
-
-    def magnitude(scale: float) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * scale * math.log(scaling.factor) + 1.0
-
-    if scaling.attention_factor is not None:
-        return frequencies, scaling.attention_factor
-    if scaling.mscale and scaling.mscale_all_dim:
-        return frequencies, magnitude(scaling.mscale) / magnitude(scaling.mscale_all_dim)
-    return frequencies, magnitude(1.0)
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Bend values into (-cap, cap): cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118)."""
+    return torch.tanh(x / cap) * cap
 
 
 class RotaryEmbedding:
-    """Tables of cos and sin by position, grown on demand. No parameters, so not a module.
+    """cos and sin by position. No parameters, so not a module.
 
-    Su et al. 2021 (arXiv:2104.09864), in the half-rotated layout of Hugging Face checkpoints.
+    In the half-rotated layout of Hugging Face checkpoints. ``local``: for layers with a base of their own.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._table: tuple[Tensor, Tensor] | None = None
+    def __init__(self, config: ModelConfig, local: bool = False) -> None:
+        self.config, self.local = config, local
+        self.by_length = not local and config.rope_scaling is not None and config.rope_scaling.by_length
+        self._table: tuple[Tensor, Tensor] | None = None  # of every position, grown on demand
 
-    def __call__(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, D] float32 for ``positions`` [B, T], all below ``length``."""
-        scaling = self.config.rope_scaling
-        dynamic = scaling is not None and scaling.kind == "dynamic"
+    def __call__(
+        self, positions: Tensor, length: int, segments: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, rotary] float32 for ``positions`` [B, T], all below ``length``.
+
+        Where frequencies depend on the length at hand, it is that of the token's own row, or of its
+        own segment [B, T], so that neither batching nor packing changes a result.
+        """
+        if self.by_length:
+            return self._by_length(positions, segments)
         table = self._table
-        if table is None or table[0].shape[0] < length or table[0].device != positions.device or dynamic:
-            rows = length if dynamic else max(256, 1 << (length - 1).bit_length())
-            frequencies, factor = rope_frequencies(self.config, length)
-            angles = torch.outer(torch.arange(rows).float(), frequencies)
-            angles = torch.cat((angles, angles), dim=-1).to(positions.device)
-            table = self._table = (angles.cos() * factor, angles.sin() * factor)
+        if table is None or table[0].shape[0] < length or table[0].device != positions.device:
+            rows = torch.arange(max(256, 1 << (length - 1).bit_length()), device=positions.device)
+            frequencies, factor = rope_frequencies(self.config, length, self.local)
+            table = self._table = _cos_and_sin(rows, torch.from_numpy(frequencies), factor)
         return table[0][positions], table[1][positions]
+
+    def _by_length(self, positions: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+        if segments is None:
+            lengths = positions.amax(1, keepdim=True) + 1
+        else:
+            alike = segments[:, :, None] == segments[:, None, :]
+            lengths = (positions[:, None, :] * alike).amax(2) + 1
+        distinct, which = torch.unique(lengths, return_inverse=True)
+        found = [rope_frequencies(self.config, length) for length in distinct.tolist()]
+        frequencies = torch.stack([torch.from_numpy(frequency) for frequency, _ in found]).to(which.device)
+        return _cos_and_sin(positions, frequencies[which], found[0][1])  # the factor is the same for all
+
+
+def _cos_and_sin(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """For ``positions`` [...] and ``frequencies`` [..., rotary / 2]: [..., rotary] each."""
+    angles = positions[..., None].float() * frequencies.to(positions.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of ``x`` [B, heads, T, D] by its position's angle."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    """Turn each pair (i, i + R/2) of the first R dimensions of ``x`` [B, heads, T, D] by its angle."""
+    dim = cos.shape[-1]
+    turned, rest = x[..., :dim], x[..., dim:]
+    half = dim // 2
+    swapped = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
+    turned = turned * cos + swapped * sin
+    return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 
 class KVCache:
@@ -186,9 +171,11 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, key, bias=config.attention_bias)
         self.v_proj = Linear(config.hidden_size, key, bias=config.attention_bias)
         self.o_proj = Linear(query, config.hidden_size, bias=config.output_bias)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        if config.qk_norm != "none":
+            whole = config.qk_norm == "projection"
+            sizes = (query, key) if whole else (config.head_dim, config.head_dim)
+            self.q_norm = RMSNorm(sizes[0], config.norm_eps, config.norm_offset)
+            self.k_norm = RMSNorm(sizes[1], config.norm_eps, config.norm_offset)
 
     def forward(
         self,
@@ -200,37 +187,61 @@ class Attention(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:
         batch, time, _ = x.shape
-        dim = self.config.head_dim
-        q = self.q_proj(x).view(batch, time, -1, dim)
-        k = self.k_proj(x).view(batch, time, -1, dim)
-        v = self.v_proj(x).view(batch, time, -1, dim).transpose(1, 2)
-        if self.config.qk_norm:
+        config = self.config
+        q, k = self.q_proj(x), self.k_proj(x)
+        if config.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(batch, time, -1, config.head_dim), k.view(batch, time, -1, config.head_dim)
+        if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
+        v = self.v_proj(x).view(batch, time, -1, config.head_dim).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions, length)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and time > 1,
-            enable_gqa=self.config.num_heads != self.config.num_kv_heads,
-        )
+        if config.attention_softcap is None:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None and time > 1,
+                scale=config.attention_scale,
+                enable_gqa=config.num_heads != config.num_kv_heads,
+            )
+        else:
+            out = capped_attention(q, k, v, mask, config.attention_scale, config.attention_softcap)
         return cast(Tensor, self.o_proj(out.transpose(1, 2).reshape(batch, time, -1)))
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, cap: float
+) -> Tensor:
+    """Attention with soft-capped scores, which PyTorch's own attention does not have.
+
+    q [B, N, T, D]; k, v [B, K, S, D] with N a multiple of K; mask [B or 1, 1, T, S], True to see, or
+    None for plain causal attention (T = S). Holds all scores [B, N, T, S] at once. Returns [B, N, T, D].
+    """
+    batch, heads, time, dim = q.shape
+    groups = k.shape[1]
+    if mask is None:
+        mask = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()[None, None]
+    grouped = q.view(batch, groups, heads // groups, time, dim) * (dim**-0.5 if scale is None else scale)
+    scores = softcap(grouped @ k[:, :, None].transpose(3, 4), cap)
+    weights = scores.float().masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).to(q.dtype)
+    return (weights @ v[:, :, None]).view(batch, heads, time, dim)
 
 
 class MLP(nn.Module):
     """Feed-forward layer, gated (SwiGLU, Shazeer 2020, arXiv:2002.05202) or plain."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, inner: int) -> None:
         super().__init__()
         if config.gated_mlp:
-            self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+            self.gate_proj = Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, config.hidden_size, bias=config.mlp_bias)
         self.gated = config.gated_mlp
         self.activation = ACTIVATIONS[config.activation]
 
@@ -240,15 +251,56 @@ class MLP(nn.Module):
         return cast(Tensor, self.down_proj(self.activation(self.up_proj(x))))
 
 
+class Mixture(nn.Module):
+    """Experts, of which each token is sent to a few (Shazeer et al. 2017, arXiv:1701.06538; Mixtral).
+
+    A router gives every expert a probability; the likeliest ``experts_per_token`` are computed and
+    their outputs added with those weights. Gradients flow through the weights and the experts used.
+    No auxiliary loss keeps the experts evenly used: tuning a mixture doesn't balance its router.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+        self.chosen = config.experts_per_token
+        self.normalize = config.normalize_expert_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(flat).float().softmax(-1).topk(self.chosen, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        # Places (token, choice) sorted by expert, so that each expert runs once, on all of its tokens.
+        by_expert = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        out = torch.zeros_like(flat, dtype=torch.float32)
+        for expert, places in zip(self.experts, by_expert.split(counts), strict=True):
+            if len(places):
+                tokens = places // self.chosen
+                out.index_add_(0, tokens, expert(flat[tokens]) * weights.flatten()[places, None])
+        return out.to(x.dtype).view(x.shape)
+
+
 class Block(nn.Module):
-    """Attention, then feed-forward, each on the normalised input and added to it (pre-norm)."""
+    """Attention, then feed-forward, each added to its input; norms before them, after them or both."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = make_norm(config)
+        if config.pre_norm:
+            self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
+        if config.post_norm:
+            self.attention_output_norm = make_norm(config)
+        if config.pre_norm:
+            self.post_attention_layernorm = make_norm(config)  # before the MLP; Llama's name
+        self.mlp = Mixture(config) if config.is_mixture(layer) else MLP(config, config.intermediate_size)
+        if config.post_norm:
+            self.mlp_output_norm = make_norm(config)
+        self.pre_norm, self.post_norm = config.pre_norm, config.post_norm
+        self.parallel = config.parallel_residual
 
     def forward(
         self,
@@ -259,8 +311,16 @@ class Block(nn.Module):
         length: int,
         cache: KVCache | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, positions, length, cache)
-        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+        normed = self.input_layernorm(x) if self.pre_norm else x
+        attended = self.self_attn(normed, rope, mask, positions, length, cache)
+        if self.post_norm:
+            attended = self.attention_output_norm(attended)
+        middle = x + attended
+        source = x if self.parallel else middle
+        fed = self.mlp(self.post_attention_layernorm(source) if self.pre_norm else source)
+        if self.post_norm:
+            fed = self.mlp_output_norm(fed)
+        return cast(Tensor, middle + fed)
 
 
 class Decoder(nn.Module):
@@ -288,6 +348,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = RotaryEmbedding(config) if config.positions == "rope" else None
+        self.local_rope = RotaryEmbedding(config, local=True) if config.local_rope_theta is not None else None
         self.tie()
 
     def tie(self) -> None:
@@ -328,12 +389,16 @@ class Transformer(nn.Module):
             positions = torch.arange(time, device=tokens.device).expand(batch, time)
         length = time if plain else int(positions.max()) + 1
         x = self.model.embed_tokens(tokens).to(self.dtype)
+        if self.config.embedding_scale is not None:
+            # Rounded to the type of the activations first, as Gemma was trained.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device="cpu").item()
         if self.config.positions == "learned":
             x = x + self.model.embed_positions(positions).to(x.dtype)
-        rope = None
-        if self.rope is not None:
-            cos, sin = self.rope(positions, length)
-            rope = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
+        ropes: dict[bool, tuple[Tensor, Tensor]] = {}
+        for local, embedding in ((False, self.rope), (True, self.local_rope)):
+            if embedding is not None:
+                cos, sin = embedding(positions, length, segments)
+                ropes[local] = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
         masks: dict[int | None, Tensor | None] = {}
         for layer, block in enumerate(self.model.layers):
             window = self.config.window(layer)
@@ -341,6 +406,7 @@ class Transformer(nn.Module):
                 masks[window] = self._mask(
                     positions, segments, window, length, cached=cache is not None, plain=plain
                 )
+            rope = ropes[self.config.has_local_rope(layer)] if self.config.has_rope(layer) else None
             x = block(x, rope, masks[window], positions, length, cache)
         return cast(Tensor, self.model.norm(x))
 
@@ -378,7 +444,9 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] in float32 for hidden states [..., H]."""
-        return cast(Tensor, self.lm_head(hidden)).float()
+        logits = cast(Tensor, self.lm_head(hidden)).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else softcap(logits, cap)
 
     def forward(
         self,
