@@ -47,6 +47,7 @@ def test_json_is_one_object_and_nothing_else(server: FakeServer, capsys: pytest.
     assert found == {
         "model": server.reference,
         "text": "Hello",
+        "parsed": None,
         "finish_reason": "length",
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "cost": None},
     }
@@ -100,3 +101,85 @@ def test_text_from_standard_input(
     stdin(b"\xff\xfe")
     assert main(["prompt", server.reference, "-"]) == 2
     assert "standard input is not UTF-8" in capsys.readouterr().err
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def test_a_schema_is_sent_and_what_came_is_parsed(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("city.json").write_text(json.dumps(SCHEMA))
+    arguments = ["prompt", server.reference, "where?", "--schema", "city.json"]
+    server.script.append(spoken('{"city": ', '"Oslo"}'))
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == {"city": "Oslo"}
+    assert server.bodies()[0]["response_format"]["json_schema"]["schema"] == SCHEMA
+    server.script.append(completion('{"city": "Oslo"}'))
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parsed"] == {"city": "Oslo"}
+
+
+def test_an_answer_that_was_cut_off_is_shown_and_is_an_error(
+    server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("city.json").write_text(json.dumps(SCHEMA))
+    arguments = ["prompt", server.reference, "where?", "--schema", "city.json"]
+    server.script.append(spoken('{"city": "Os', finish="length"))
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == '{"city": "Os\n'
+    assert "raise max_tokens" in shown.err
+    server.script.append(completion('{"city": "Os', finish_reason="length"))
+    assert main([*arguments, "--json"]) == 2
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert (found["text"], found["parsed"], found["finish_reason"]) == ('{"city": "Os', None, "length")
+    assert "raise max_tokens" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--schema", "gone.json"], "gone.json"),
+        (["--schema", "broken.json"], "broken.json:1:10 is not valid JSON"),
+        (["--schema", "list.json"], "list.json holds a list; a JSON Schema is an object"),
+        (["--schema", "list.json", "--regex", "a"], "--schema and --regex are given"),
+        (["--regex", "a"], "takes a schema and no regex"),
+        (["--regex", ""], "regex is ''"),
+        (["--choices", "a,b"], "takes a schema and no choices"),
+        (["--choices", "a,,b"], "--choices is 'a,,b'"),
+        (["--grammar", "gone.lark"], "gone.lark"),
+    ],
+)
+def test_mistakes_in_the_form_of_the_answer(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], arguments: list[str], part: str
+) -> None:
+    Path("broken.json").write_text('{"type": ')
+    Path("list.json").write_text("[]")
+    assert main(["prompt", server.reference, "hi", *arguments]) == 2
+    assert part in capsys.readouterr().err
+    assert server.seen == []
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "part"),
+    [
+        (
+            "--schema",
+            '{"properties": {"age": {"type": "integr"}}}',
+            "error: form: schema.properties.age: Invalid type: integr\n",
+        ),
+        ("--grammar", "start: x", 'error: form: grammar: line 1, column 8: unknown name: "x"\n'),
+    ],
+)
+def test_a_wrong_form_for_a_local_model_is_told_with_file_and_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, content: str, part: str
+) -> None:
+    from tiny_model import write_model
+
+    Path("form").write_text(content)
+    model = write_model(tmp_path / "model", chat=True)
+    capsys.readouterr()
+    assert main(["prompt", str(model), "hi", option, "form"]) == 2
+    assert part in capsys.readouterr().err

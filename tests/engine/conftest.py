@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def network(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
         "num_kv_heads": 2,
         "head_dim": 8,
         "max_positions": 128,
-        "qk_norm": True,
+        "qk_norm": "head",
     }
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**(fields | changes)))  # type: ignore[arg-type]
@@ -101,15 +102,20 @@ def network(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
 
 @pytest.fixture(scope="session")
 def make_engine(byte_level: Tokenizer) -> Callable[..., Engine]:
-    """An engine on a random network; ``room`` limits the cache to that many tokens."""
+    """An engine on a random network; ``room`` limits the cache to that many tokens, in pages of 4."""
 
     def make(
-        tokenizer: Tokenizer = byte_level, room: int | None = None, max_batch: int = 64, **changes: object
+        tokenizer: Tokenizer = byte_level,
+        room: int = 100_000,
+        max_batch: int = 64,
+        options: dict[str, Any] | None = None,
+        **changes: object,
     ) -> Engine:
-        backend = TorchBackend(network(tokenizer.vocab_size, **changes))  # type: ignore[arg-type]
-        if room is not None:
-            backend.cache_tokens = room
+        model = network(tokenizer.vocab_size, **changes)  # type: ignore[arg-type]
+        config = model.config
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
         assert tokenizer.eos_id is not None
-        return Engine(backend, tokenizer, [tokenizer.eos_id], max_batch)
+        backend = TorchBackend(model, room * per_token, page_size=4)
+        return Engine(backend, tokenizer, [tokenizer.eos_id], max_batch, **(options or {}))
 
     return make

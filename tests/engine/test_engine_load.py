@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from tercet.engine import load
+from tercet.engine.backend import Chunk
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
@@ -38,24 +40,34 @@ def base(tmp_path: Path, byte_level: Tokenizer) -> Path:
 
 
 def next_logits(engine: Any) -> np.ndarray:
-    state = engine.backend.new_state(1, len(PROMPT))
-    logits = engine.backend.next_logits(state, [PROMPT], [0])
+    logits: np.ndarray = engine.backend.feed([Chunk(0, PROMPT, 0, [0], [len(PROMPT) - 1])])
     last: np.ndarray = logits[0]
     return last
 
 
-def test_a_checkpoint_runs_in_float32_on_a_cpu_unless_asked(base: Path) -> None:
-    engine = load_engine(base, device="cpu")
-    assert engine.backend.model.dtype == torch.float32  # type: ignore[attr-defined]
-    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def theirs(base: Path) -> np.ndarray:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
-        wanted = theirs(torch.tensor([PROMPT])).logits[0, -1].numpy()
-    np.testing.assert_allclose(next_logits(engine), wanted, atol=1e-4)
+        found: np.ndarray = model(torch.tensor([PROMPT])).logits[0, -1].numpy()
+    return found
 
+
+def test_a_checkpoint_runs_in_int8_on_a_cpu_unless_asked(base: Path) -> None:
+    assert load_engine(base, device="cpu").backend.quantization == "int8"  # type: ignore[attr-defined]
+    for options, error in (({}, 0.3), ({"quantize": "none"}, 1e-4), ({"dtype": "float32"}, 1e-4)):
+        engine = load_engine(base, device="cpu", **options)  # type: ignore[arg-type]
+        np.testing.assert_allclose(next_logits(engine), theirs(base), atol=error)
     half = load_engine(base, dtype="bfloat16", device="cpu")
-    assert half.backend.model.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert half.backend.quantization == "bf16"  # type: ignore[attr-defined]
     request = Request(tuple(PROMPT), Sampling(max_tokens=3, temperature=0))
     assert half.generate([request])[0].usage.completion_tokens >= 1
+
+
+def test_other_devices_run_through_torch(base: Path) -> None:
+    """The "device" is still this CPU, which is all there is in tests."""
+    backend = load._torch_backend(base, None, None, "cpu")
+    logits = backend.feed([Chunk(0, PROMPT, 0, [0], [len(PROMPT) - 1])])
+    np.testing.assert_allclose(logits[0], theirs(base), atol=1e-4)
 
 
 def test_every_stop_token_of_checkpoint_and_tokenizer_stops(base: Path, byte_level: Tokenizer) -> None:
@@ -86,7 +98,7 @@ def test_an_adapter_runs_merged_into_its_base(
     adapter = base.parent / "adapter"
     rename_base(adapter, str(base) if name == "absolute" else name)
     monkeypatch.chdir(base.parent)
-    engine = load_engine(adapter, device="cpu")
+    engine = load_engine(adapter, device="cpu", quantize="none")
     with torch.no_grad():
         wanted = adapted(torch.tensor([PROMPT])).logits[0, -1].numpy()
     mine = next_logits(engine)
@@ -113,6 +125,9 @@ def test_an_adapter_without_its_base_says_so(base: Path, adapted: Any, name: str
     ("options", "message"),
     [
         ({"dtype": "int3"}, "dtype 'int3' is unknown; use float32, bfloat16, float16"),
+        ({"dtype": "float16"}, "dtype float16 is for GPUs; on a CPU use float32 or bfloat16, or quantize"),
+        ({"quantize": "int3"}, "quantization 'int3' is unknown; use int8, int4, bf16, none"),
+        ({"quantize": "int8", "dtype": "float32"}, "give dtype or quantize, not both"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there; this machine has"),
         ({"device": "meta"}, "device 'meta' is not there"),

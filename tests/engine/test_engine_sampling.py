@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from tercet.errors import UserError
 VOCAB = 50
 
 
-def logits(seed: int, spread: float = 3) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, spread, VOCAB).astype(np.float32)
+def logits(seed: int, spread: float = 3, size: int = VOCAB) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
 
 
 def theirs(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -54,15 +55,37 @@ def test_temperature_and_truncation_are_those_of_transformers(
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     raw = logits(seed, spread)
-    np.testing.assert_allclose(
-        distribution(raw.astype(np.float64), sampling), theirs(raw, sampling), atol=1e-9
-    )
+    np.testing.assert_allclose(distribution(raw, sampling).dense(VOCAB), theirs(raw, sampling), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 1}, {"top_k": 7}, {"top_k": 300}, {"top_k": 40, "top_p": 0.7}]
+)
+@pytest.mark.parametrize("size", [255, 256, 3000, 5000])
+def test_large_vocabularies_are_worked_through_in_blocks_with_the_same_result(
+    settings: dict[str, float], size: int
+) -> None:
+    sampling = Sampling(temperature=0.9, **settings)  # type: ignore[arg-type]
+    for seed in range(3):
+        raw = logits(seed, size=size)
+        if "top_p" not in settings:  # which of two equals is cut there is nobody's rule
+            raw = np.round(raw, 1)
+        wanted = theirs(raw, sampling)
+        found = distribution(raw, sampling)
+        np.testing.assert_allclose(found.dense(size), wanted, atol=1e-9)
+        # A number u draws the token at which the running sum passes u.
+        for u in (0.0, 0.2, 0.5, 0.9, 1 - 2**-53):
+            token = found.draw(SimpleNamespace(random=lambda u=u: u))  # type: ignore[arg-type]
+            reach = wanted.cumsum()
+            assert wanted[token] > 0
+            assert reach[token] - wanted[token] - 1e-9 <= u * reach[-1] <= reach[token] + 1e-9
+    assert largest(raw.astype(np.float64), 9).tolist() == np.argsort(-raw, kind="stable")[:9].tolist()
 
 
 def test_equal_logits_at_the_kth_place_all_stay_as_in_transformers() -> None:
     raw = np.array([1, 3, 1, 1, 0], dtype=np.float32)
     sampling = Sampling(temperature=1, top_k=2)
-    np.testing.assert_allclose(distribution(raw.astype(np.float64), sampling), theirs(raw, sampling))
+    np.testing.assert_allclose(distribution(raw, sampling).dense(5), theirs(raw, sampling))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
@@ -117,6 +140,24 @@ def test_draws_follow_the_distribution_and_repeat_with_their_seed() -> None:
     assert draws(1, 20) == draws(1, 20) != draws(2, 20)
 
 
+def test_only_allowed_tokens_come_and_log_probabilities_stay_the_models_own() -> None:
+    raw, rng = logits(9), np.random.default_rng(0)
+    allowed = np.zeros(VOCAB, dtype=np.bool_)
+    allowed[[4, 8]] = True
+    wanted = torch.log_softmax(torch.from_numpy(raw), -1)
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(temperature=temperature, logprobs=1)
+        choice = next_token(raw, sampling, History([]), rng, allowed)
+        assert choice.token in (4, 8)
+        assert choice.logprob == pytest.approx(float(wanted[choice.token]), abs=1e-6)
+        assert choice.top[0][0] == int(raw.argmax())
+    assert next_token(raw, Sampling(temperature=0), History([]), rng, allowed).token == (
+        4 if raw[4] > raw[8] else 8
+    )
+    with pytest.raises(UserError, match="no token may come next"):
+        next_token(raw, sampling, History([]), rng, np.zeros(VOCAB, dtype=np.bool_))
+
+
 def test_a_temperature_next_to_zero_is_greedy_not_an_overflow() -> None:
     raw = logits(6)
     sampling = Sampling(temperature=1e-300)
@@ -135,8 +176,9 @@ def test_log_softmax_and_largest_agree_with_torch() -> None:
 def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
     raw = logits(8)
     raw[3] = broken
-    with pytest.raises(UserError, match="not finite"):
-        next_token(raw, Sampling(), History([]), np.random.default_rng(0))
+    for sampling in (Sampling(), Sampling(temperature=0), Sampling(temperature=0, presence_penalty=1)):
+        with pytest.raises(UserError, match="not finite"):
+            next_token(raw, sampling, History([]), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from tiny_checkpoints import Make
 
 from tercet.errors import UserError
 from tercet.model.adapter import (
@@ -28,6 +27,7 @@ from tercet.model.adapter import (
 )
 from tercet.model.loading import load_model, save_model
 from tercet.model.transformer import Transformer
+from tiny_checkpoints import Make
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:fan_in_fan_out is set to False:UserWarning"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny_checkpoints  # noqa: F401 - keeps transformers off the network
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import tiny_checkpoints  # noqa: F401 - keeps transformers off the network
 from tercet.errors import UserError
 from tercet.model.chat_template import render_template
 

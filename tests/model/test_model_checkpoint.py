@@ -13,11 +13,11 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from tiny_checkpoints import Make, reload
 
 from tercet.errors import UserError
 from tercet.model.checkpoint import open_tensors, read_config, read_stop_ids, write_safetensors
 from tercet.model.loading import load_model, save_model
+from tiny_checkpoints import Make, reload
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -11,13 +11,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from tiny_checkpoints import Make
 
 from tercet.errors import UserError
 from tercet.model.checkpoint import read_config
 from tercet.model.config import ModelConfig
 from tercet.model.families import FAMILIES, config_from_hf, config_to_hf
 from tercet.model.loading import load_model
+from tiny_checkpoints import Make
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 

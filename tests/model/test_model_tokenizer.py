@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_checkpoints  # noqa: F401 - keeps transformers off the network
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+import tiny_checkpoints  # noqa: F401 - keeps transformers off the network
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 

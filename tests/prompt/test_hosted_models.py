@@ -464,7 +464,9 @@ def test_a_conversation_that_is_none(llm: LLM, messages: Any, part: str) -> None
 
 
 def test_options_that_would_do_nothing_are_refused(server: FakeServer) -> None:
-    with pytest.raises(UserError, match="dtype and device are for local models"):
+    with pytest.raises(
+        UserError, match="dtype, device, quantize, threads and speculation are for local models"
+    ):
         LLM(server.reference, device="cpu")
     with pytest.raises(UserError, match="timeout"):
         LLM(server.reference, timeout=0)

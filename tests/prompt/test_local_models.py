@@ -26,12 +26,14 @@ def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(chat_directory: Path) -> LLM:
-    return LLM(chat_directory.parent, device="cpu")  # the run directory stands for its model
+    return LLM(chat_directory.parent, device="cpu", quantize="none")  # the run directory stands for its model
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return LLM(write_model(tmp_path_factory.mktemp("base") / "model", chat=False), device="cpu")
+    return LLM(
+        write_model(tmp_path_factory.mktemp("base") / "model", chat=False), device="cpu", quantize="none"
+    )
 
 
 @pytest.fixture(scope="module")

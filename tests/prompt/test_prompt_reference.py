@@ -68,6 +68,21 @@ def test_hosted_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_reference("https://host/v1").name == ""
 
 
+def test_a_model_through_the_transformers_library() -> None:
+    checkpoint(Path("runs/mine/model"))
+    adapter(Path("tuned"))
+    local, hub = parse_reference("transformers:runs/mine"), parse_reference("transformers:org/name@main")
+    assert (local.kind, local.path, local.text) == (
+        "transformers",
+        Path("runs/mine/model"),
+        "transformers:runs/mine",
+    )
+    assert (hub.kind, hub.path, hub.name, hub.revision) == ("transformers", None, "org/name", "main")
+    assert local.is_local and hub.is_local
+    with pytest.raises(UserError, match="is an adapter"):
+        parse_reference("transformers:tuned")
+
+
 def test_a_mistyped_run_names_the_nearest() -> None:
     checkpoint(Path("runs/mine/model"))
     checkpoint(Path("runs/other/model"))
@@ -93,7 +108,10 @@ def test_a_mistyped_path_names_its_neighbours() -> None:
         ("openai:", "write openai:NAME"),
         ("http://", "http://HOST:PORT/v1#NAME"),
         ("http://host:port/v1", "http://HOST:PORT/v1#NAME"),
-        ("transformers:org/name", "not in this version"),
+        ("transformers:", "write transformers:DIRECTORY or transformers:org/name"),
+        ("transformers:openai:small", "runs a checkpoint directory or org/name, not openai:small"),
+        ("transformers:no-such", "no model at no-such"),
+        ("transfromers:org/name", "did you mean transformers:org/name?"),
         ("no/such/path", "no such directory"),
         ("just-a-word", "no such directory"),
     ],

@@ -35,14 +35,14 @@ def chat(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    quantize: options.Quantize = None,
+    speculate: options.Speculate = None,
     price: options.PriceOption = None,
 ) -> None:
     """Chat with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
     from tercet.prompt.chat import ChatSession
-    from tercet.prompt.llm import LLM
-    from tercet.prompt.prices import parse_price
 
-    llm = LLM(ref or _newest(), price=parse_price(price) if price is not None else None)
+    llm = options.load_llm(ref or _newest(), quantize, speculate, price)
     if max_tokens is None and llm.is_local and llm.has_chat_template:
         max_tokens = CHAT_TOKENS
     fields = options.sampling_fields(

@@ -39,13 +39,27 @@ def prompt(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON Schema file; the answer is JSON that is valid under it."),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(metavar="R", help="Regular expression that matches the whole answer.")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="The texts of which the answer is one.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Lark grammar file; the answer is a text of it.")
+    ] = None,
+    quantize: options.Quantize = None,
+    speculate: options.Speculate = None,
     price: options.PriceOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Ask a model once. A chat model answers, a base model continues the text."""
-    from tercet.prompt.llm import LLM
+    from tercet.engine.constraint import GrammarError
     from tercet.prompt.messages import check_text, conversation
-    from tercet.prompt.prices import parse_price
 
     asked = check_text(_asked(text, template, var or []), "the prompt")
     fields = options.sampling_fields(
@@ -56,37 +70,89 @@ def prompt(
         min_p=min_p,
         seed=seed,
         stop=stop,
-    )
-    llm = LLM(ref, price=parse_price(price) if price is not None else None)
+    ) | _form(schema, regex, choices, grammar)
+    llm = options.load_llm(ref, quantize, speculate, price)
     if llm.has_chat_template:
         message: Prompt = conversation(asked, None if system is None else check_text(system, "--system"))
     elif system is not None:
         raise UserError(f"{llm.name} has no chat template, so it has no place for --system; put it into TEXT")
     else:
         message = asked
-    completion = _json(llm, message, fields) if json else _stream(llm, message, fields)
+    try:
+        completion = _json(llm, message, fields) if json else _stream(llm, message, fields)
+    except GrammarError as problem:
+        file = schema or grammar
+        raise UserError(f"{file}: {problem}" if file else str(problem)) from problem
     sys.stderr.write(spent(completion) + "\n")
 
 
+def _form(
+    schema: Path | None, regex: str | None, choices: str | None, grammar: Path | None
+) -> dict[str, Any]:
+    """The form that the answer must have, as a keyword of `LLM.stream`; none when none is given."""
+    from tercet.files import read_json, read_text
+
+    forms = {"--schema": schema, "--regex": regex, "--choices": choices, "--grammar": grammar}
+    given = [option for option, value in forms.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are given; an answer has one form, so give one of them")
+    if schema is not None:
+        wanted = read_json(schema)
+        if not isinstance(wanted, dict):
+            raise UserError(f"{schema} holds a {type(wanted).__name__}; a JSON Schema is an object")
+        return {"schema": wanted}
+    if grammar is not None:
+        return {"grammar": read_text(grammar)}
+    if choices is not None:
+        texts = [choice.strip() for choice in choices.split(",")]
+        if not all(texts):
+            raise UserError(
+                f"--choices is {choices!r}; it must be texts with commas between them, none empty"
+            )
+        return {"choices": texts}
+    return {} if regex is None else {"regex": regex}
+
+
 def _stream(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
+    from tercet.prompt.output import OutputError
+
     with llm.stream(message, **fields) as stream:
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        try:
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        except OutputError:
+            sys.stdout.write("\n")
+            raise
     sys.stdout.write("\n")
     return stream.completion
 
 
 def _json(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
+    from tercet.prompt.output import OutputError
+
+    try:
+        if isinstance(message, str):
+            completion = llm.generate(message, **fields)
+        else:
+            completion = llm.chat(message, **fields)
+    except OutputError as problem:  # the text is not lost with it
+        _print(llm, problem.completion)
+        raise
+    _print(llm, completion)
+    return completion
+
+
+def _print(llm: LLM, completion: Completion) -> None:
     from tercet.files import dump_json
 
-    completion = llm.batch([message], **fields)[0]
     usage = completion.usage
     sys.stdout.write(
         dump_json(
             {
                 "model": llm.name,
                 "text": completion.text,
+                "parsed": completion.parsed,
                 "finish_reason": completion.finish_reason,
                 "usage": {
                     "prompt_tokens": usage.prompt_tokens,
@@ -97,7 +163,6 @@ def _json(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
             }
         )
     )
-    return completion
 
 
 def spent(completion: Completion) -> str:

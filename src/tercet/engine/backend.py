@@ -1,70 +1,110 @@
 """The seam between the engine and whatever computes the network.
 
-The engine decides what is computed for whom; a backend computes it. Everything that crosses is
-Python integers and numpy arrays. `TorchBackend` is one; another can stand in its place if it keeps
-the rules below.
+The engine decides what is computed for whom, and where its keys and values are kept; a backend
+computes and keeps. Everything that crosses is Python integers and numpy arrays.
 
-A *state* holds the keys and values of some rows (sequences). A token's slot in its row is its
-position. Feeding a row from position p overwrites what was at p and makes what lies after the fed
-tokens void, so that a row can be rewound by feeding it from an earlier position again.
+Keys and values lie in *pages* of ``page_size`` positions (Kwon et al. 2023, arXiv:2309.06180). A
+sequence is a list of pages, and a token's slot in it is its position. Feeding from position p
+overwrites what was at p and after it, as far as tokens are fed; what lies beyond is void. So a
+sequence is rewound by feeding it from an earlier position again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-State = TypeVar("State")
-Tokens = Sequence[Sequence[int]]  # for each row the tokens it is fed, at least one; lengths may differ
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some tokens of one sequence, fed at positions ``start``, ``start + 1``, ...
+
+    sequence: which sequence; stays the same while it lives. Backends with pages may ignore it.
+    tokens: at least one.
+    pages: the sequence's pages in order; they cover ``start + len(tokens)`` positions at least.
+    wanted: ascending indices into ``tokens``: the logits after these are wanted. May be empty.
+    """
+
+    sequence: int
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    wanted: Sequence[int]
 
 
-class Backend(Protocol[State]):
-    """Computes one network."""
+class Backend(Protocol):
+    """Computes one network.
+
+    The chunks of one call are of different sequences, so that none depends on another of the same
+    call. Several may have pages in common before their starts, which are only read; a page that is
+    written to belongs to one sequence.
+
+    vocab_size: V, the width of the logits.
+    max_positions: how many tokens a sequence may hold at most.
+    page_size: positions in a page.
+    num_pages: how many pages there are, numbered from 0: the memory budget.
+    max_tokens: tokens in one call at most, over all its chunks.
+    max_chunks: chunks in one call at most.
+    """
 
     @property
-    def vocab_size(self) -> int:
-        """V: the width of the logits."""
-        ...
-
+    def vocab_size(self) -> int: ...
     @property
-    def max_positions(self) -> int:
-        """How many tokens a row may hold at most."""
-        ...
-
+    def max_positions(self) -> int: ...
     @property
-    def cache_tokens(self) -> int:
-        """Rows times capacity that a state should not exceed: the memory budget in tokens."""
-        ...
+    def page_size(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def max_chunks(self) -> int: ...
 
-    def new_state(self, rows: int, capacity: int) -> State:
-        """A state of empty rows, each with room for ``capacity`` tokens."""
-        ...
-
-    def gather(self, parts: Sequence[tuple[State, Sequence[int]]], capacity: int) -> State:
-        """A state made of the named rows of each part, in order; a row may be named repeatedly.
-
-        The parts stay valid, and what is fed to the result does not change them.
-        """
-        ...
-
-    def next_logits(self, state: State, tokens: Tokens, starts: Sequence[int]) -> NDArray[np.float32]:
-        """Feed row i ``tokens[i]`` from position ``starts[i]``; logits [rows, V] after its last token."""
+    def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Compute the chunks; logits [places, V], a row for each wanted place in order of chunks."""
         ...
 
     def logprobs(
-        self,
-        state: State,
-        tokens: Tokens,
-        starts: Sequence[int],
-        places: Sequence[tuple[int, int]],
-        targets: Sequence[int],
+        self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Feed the same way; how likely is ``targets[n]`` after token ``places[n]`` (row, index in tokens)?
+        """Compute the chunks; how likely is each of ``targets[n]`` at the n-th wanted place?
 
-        A place may be named with several targets. Returns natural log-probabilities [N], and [N]
-        whether the target is the likeliest token there.
+        A place may have any number of targets. Returns for all targets in order their natural
+        log-probabilities, and whether each is the likeliest token at its place. The logits of all
+        places are never in memory at once.
         """
         ...
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the contents of pages: (source, target) each."""
+        ...
+
+    def release(self, sequence: int) -> None:
+        """The sequence is over. Nothing to do for a backend that keeps all it knows in pages."""
+        ...
+
+
+def split_calls(backend: Backend, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """``chunks`` in calls that keep the backend's bounds; long ones are cut and go on in the next call.
+
+    All wanted places come in the order they had.
+    """
+    call: list[Chunk] = []
+    room = backend.max_tokens
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk.tokens):
+            if at or not room or len(call) == backend.max_chunks:
+                yield call
+                call, room = [], backend.max_tokens
+            end = min(at + room, len(chunk.tokens))
+            wanted = [place - at for place in chunk.wanted if at <= place < end]
+            call.append(Chunk(chunk.sequence, chunk.tokens[at:end], chunk.start + at, chunk.pages, wanted))
+            room -= end - at
+            at = end
+    if call:
+        yield call

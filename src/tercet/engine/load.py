@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from tercet.engine.backend import Backend
+from tercet.engine.cpu import QUANTIZATIONS, Quantization
 from tercet.engine.engine import Engine
 from tercet.errors import UserError
 from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
@@ -18,38 +22,107 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+CPU_DTYPES: dict[str, Quantization] = {"float32": "none", "bfloat16": "bf16"}
 
 
-def load_engine(directory: str | Path, dtype: str | None = None, device: str | None = None) -> Engine:
+def load_engine(
+    directory: str | Path,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    quantize: str | None = None,
+    threads: int | None = None,
+    speculation: Literal["ngram"] | Engine | None = None,
+) -> Engine:
     """An engine for a checkpoint or adapter directory.
 
-    dtype: "float32", "bfloat16" or "float16"; None: float32 on a CPU, where arithmetic in half
-        precision can be many times slower, otherwise the type on disk.
+    On a CPU Tercet's own kernels compute the network, without torch; elsewhere PyTorch does.
+
+    dtype: "float32", "bfloat16" or "float16" on a GPU, None: the type on disk. On a CPU "float32"
+        means weights as they are, "bfloat16" rounded to that; results are float32 in either case.
     device: "cuda", "cuda:1", "mps" or "cpu"; None: the first of cuda, mps and cpu that is there.
+    quantize: on a CPU "int8" (what None means unless there is a dtype), "int4", "bf16" or "none".
+    threads: on a CPU; None: its physical cores.
+    speculation: see `Engine`.
 
     An adapter is merged into its base, which ``adapter_config.json`` names: a path, absolute or
     relative to the adapter or to the working directory, or a name on the Hub. Its tokenizer is used if it has one.
 
     Raises:
-        UserError: the directory holds no model that can be loaded, or the device is not there.
+        UserError: the directory holds no model that can be loaded, the device is not there, or an
+            option does not fit it.
     """
-    from tercet.engine.torch_backend import TorchBackend
-    from tercet.model.loading import load_model
+    directory = Path(directory)
+    adapter = directory if is_adapter(directory) else None
+    base = _find_base(directory, read_adapter_config(directory)) if adapter else directory
+    backend: Backend
+    if (device or _device_without_torch()) == "cpu":
+        from tercet.engine.cpu.load import load_cpu_backend
+
+        backend = load_cpu_backend(base, adapter, _quantization(dtype, quantize), threads)
+    else:
+        for name, value in (("quantize", quantize), ("threads", threads)):
+            if value is not None:
+                raise UserError(
+                    f"{name} is for models that run on a CPU; add device='cpu', or leave {name} out"
+                )
+        backend = _torch_backend(base, adapter, dtype, device)
+    tokenizer = Tokenizer.load(directory if (directory / TOKENIZER).is_file() else base)
+    return Engine(backend, tokenizer, _stop_ids(directory, base, tokenizer), speculation=speculation)
+
+
+def load_transformers_engine(
+    directory: str | Path, dtype: str | None = None, device: str | None = None
+) -> Engine:
+    """An engine that runs a checkpoint through the transformers library, whatever its architecture.
+
+    Raises:
+        UserError: transformers is not installed or cannot load the directory, or it has no tokenizer.json.
+    """
+    from tercet.engine.transformers_backend import load_transformers
 
     directory = Path(directory)
     where = _device(device)
-    kind = _dtype(dtype, where)
-    if not is_adapter(directory):
-        model, base = load_model(directory, kind, where), directory
-    else:
+    backend = load_transformers(directory, _dtype(dtype, where), where)
+    tokenizer = Tokenizer.load(directory)
+    return Engine(backend, tokenizer, _stop_ids(directory, directory, tokenizer), reuse_prefixes=False)
+
+
+def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: str | None) -> Backend:
+    from tercet.engine.torch_backend import TorchBackend
+    from tercet.model.loading import load_model
+
+    where = _device(device)
+    model = load_model(base, _dtype(dtype, where), where)
+    if adapter is not None:
         from tercet.model.adapter import load_adapter, merge_lora
 
-        base = _find_base(directory, read_adapter_config(directory))
-        model = load_model(base, kind, where)
-        load_adapter(model, directory)
+        load_adapter(model, adapter)
         merge_lora(model)
-    tokenizer = Tokenizer.load(directory if (directory / TOKENIZER).is_file() else base)
-    return Engine(TorchBackend(model), tokenizer, _stop_ids(directory, base, tokenizer))
+    return TorchBackend(model)
+
+
+def _quantization(dtype: str | None, quantize: str | None) -> Quantization:
+    if dtype is not None and quantize is not None:
+        raise UserError("give dtype or quantize, not both: on a CPU each says how the weights are kept")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in CPU_DTYPES:
+        raise UserError(f"dtype {dtype} is for GPUs; on a CPU use {' or '.join(CPU_DTYPES)}, or quantize")
+    wanted = CPU_DTYPES[dtype] if dtype is not None else quantize or "int8"
+    for known in QUANTIZATIONS:
+        if wanted == known:
+            return known
+    raise UserError(f"quantization {quantize!r} is unknown; use {', '.join(QUANTIZATIONS)}")
+
+
+def _device_without_torch() -> str | None:
+    """ "cpu" where no driver of a GPU is installed: importing torch to ask takes a second or two."""
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    if apple or sys.platform == "win32" or any(Path(path).exists() for path in drivers):
+        return _device(None).type
+    return "cpu"
 
 
 def _find_base(adapter: Path, config: AdapterConfig) -> Path:

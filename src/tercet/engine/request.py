@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.errors import UserError
+
+if TYPE_CHECKING:
+    from tercet.engine.constraint import Grammar
 
 FinishReason = Literal["stop", "length"]
 
@@ -58,6 +61,11 @@ class Sampling:
             if not isinstance(checked, str) or not checked:
                 raise UserError(f"stop holds {text!r}; every stop must be a string that is not empty")
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether any penalty changes the logits."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
 
 _WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
 _OPTIONAL = ("seed", "logprobs")
@@ -77,10 +85,14 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, already tokens, and how to go on from it."""
+    """One prompt, already tokens, and how to go on from it.
+
+    constraint: the form that the output must have; None: any.
+    """
 
     tokens: tuple[int, ...]
     sampling: Sampling = Sampling()
+    constraint: Grammar | None = None
 
 
 @dataclass
@@ -114,7 +126,9 @@ class Completion:
     """What one request gave.
 
     ``tokens`` are all that were generated, a stop token at the end included; ``text`` is without
-    stop tokens, other special tokens and stop strings.
+    stop tokens, other special tokens and stop strings. ``parsed`` is what the text stands for where
+    a schema was asked for (the engine leaves it to its caller): the instance of a pydantic class,
+    or the value of the JSON.
     """
 
     text: str
@@ -123,6 +137,9 @@ class Completion:
     usage: Usage
     finish_reason: FinishReason
     seconds: float
+    parsed: Any = None
+    drafted: int = 0  # tokens that speculation proposed, ...
+    accepted: int = 0  # ... and how many of them are in the output
 
 
 @dataclass
@@ -130,14 +147,16 @@ class Delta:
     """A piece of one request's output while it is streamed.
 
     ``text`` holds whole characters and never a part of a stop string; the texts of a request
-    joined are its completion's text, and the same goes for ``tokens`` and ``logprobs``.
+    joined are its completion's text, and the same goes for ``tokens`` and ``logprobs``. The last
+    delta of a request has its ``completion``, or the ``error`` that it failed with.
     """
 
-    index: int  # which request
+    index: int  # which request: its place in the call, or the handle of `Engine.submit`
     text: str
     tokens: list[int]
     logprobs: list[TokenLogprob] | None
-    completion: Completion | None = None  # set on the request's last delta
+    completion: Completion | None = None
+    error: Exception | None = None
 
 
 @dataclass

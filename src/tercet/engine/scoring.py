@@ -1,22 +1,21 @@
 """How likely given continuations are: every shared token is computed once.
 
-Three layers of sharing, each a feed of the backend: the prefix of all sequences in the call (a
-few-shot header), the prefix of each group (a prompt), and what is left of each continuation. The
-continuations of a group take turns on the same rows: each overwrites the slots of the one before,
-so that nothing of the cache is copied when a batch is wide.
+What several prompts begin with (a few-shot header) is computed for the first of them, and its pages
+serve the others. What the continuations of one prompt share is fed once; then each goes on from there,
+on a copy of the page that is partly filled. Where there is no room for copies the continuations take
+turns on the prompt's own pages: each overwrites the slots of the one before.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tercet.engine.backend import Backend, State
-from tercet.engine.prefix import SharedPrefix, common_prefix
-
-FORWARD_TOKENS = 4096  # in one feed: enough to keep any matrix product busy; bounds activations
-ROWS = 32  # with fewer prompts than this their rows are repeated, so that continuations share a feed
+from tercet.engine.backend import Backend, Chunk, split_calls
+from tercet.engine.cache import PagedSequence, PagePool
+from tercet.errors import UserError
+from tercet.model.tokenizer import Tokenizer
 
 
 @dataclass
@@ -30,115 +29,236 @@ class Continuation:
     is_greedy: bool = True
 
 
+def encode(
+    tokenizer: Tokenizer, group: int, prompt: str, continuation: str, special: bool, end: bool
+) -> Continuation:
+    """``continuation`` after ``prompt``, encoded together; ``end``: with the tokenizer's EOS behind it.
+
+    special: whether encoding adds special tokens.
+
+    Raises:
+        UserError: the continuation is empty, or a special token that is needed does not exist.
+    """
+    tokens, offsets = tokenizer.encode_with_offsets(prompt + continuation, special=special)
+    begin = len(tokens)
+    while begin > 1 and offsets[begin - 1] == (0, 0):
+        begin -= 1  # a token that encoding adds at the end is no part of the continuation
+    tokens = list(tokens[:begin])
+    while begin and offsets[begin - 1][1] > len(prompt):
+        begin -= 1
+    if end:
+        if tokenizer.eos_id is None:
+            raise UserError(
+                "the tokenizer has no end-of-text token to count with every choice; use end=False"
+            )
+        tokens.append(tokenizer.eos_id)
+    if begin == len(tokens) or not continuation:
+        raise UserError(f"the continuation {continuation!r} is empty; there is nothing to score")
+    if begin == 0:
+        before = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if before is None:
+            raise UserError(
+                "the prompt is empty, and the tokenizer has neither a BOS nor an EOS token to condition on"
+            )
+        tokens, begin = [before, *tokens], 1
+    return Continuation(group, tokens, begin)
+
+
 @dataclass(frozen=True)
 class _Group:
     members: list[Continuation]
     shared: list[int]  # the tokens all members are fed first
+    pages: PagedSequence
 
     @property
-    def rest(self) -> list[Continuation]:
+    def rest(self) -> deque[Continuation]:
         """Members that are fed more than the shared tokens (the last token is never fed)."""
-        return [one for one in self.members if len(one.tokens) - 1 > len(self.shared)]
+        return deque(one for one in self.members if len(one.tokens) - 1 > len(self.shared))
 
     @property
     def longest(self) -> int:
-        return max(len(one.tokens) for one in self.members)
+        """Positions that the longest member needs."""
+        return max(len(one.tokens) for one in self.members) - 1
+
+    @property
+    def unscored(self) -> int:
+        """Tokens up to the one before the first that is scored, and less than all."""
+        return min(len(self.shared), *(one.begin for one in self.members)) - 1
 
 
-def evaluate(backend: Backend[State], continuations: Sequence[Continuation]) -> None:
-    """Fill in ``logprobs`` and ``is_greedy`` of every continuation."""
-    groups = _group(continuations)
-    # Up to the token before the first that is scored, and less than all of any group.
-    prefix = SharedPrefix(
-        backend,
-        [
-            group.shared[: min(len(group.shared) - 1, *(one.begin - 1 for one in group.members))]
-            for group in groups
-        ],
-    )
-    for batch, capacity in _batches(backend, groups, prefix.length):
-        state = prefix.rows(len(batch), capacity)
-        scored = [
-            (one, row, at)
-            for row, group in enumerate(batch)
-            for one in group.members
-            for at in range(one.begin, min(len(one.tokens), len(group.shared) + 1))
-        ]
-        fed = [group.shared[prefix.length :] for group in batch]
-        _score(backend, state, fed, [prefix.length] * len(batch), scored)
-        _score_rest(backend, state, batch, capacity)
+def evaluate(
+    backend: Backend,
+    pool: PagePool,
+    continuations: Sequence[Continuation],
+    make_room: Callable[[], bool] = lambda: False,
+) -> None:
+    """Fill in ``logprobs`` and ``is_greedy`` of every continuation.
+
+    make_room: frees pages that others hold; False when there are none.
+
+    Raises:
+        UserError: a continuation does not fit the cache.
+    """
+    longest = max((len(one.tokens) - 1 for one in continuations), default=0)
+    if pool.pages_for(longest) > pool.num_pages:
+        raise UserError(
+            f"a prompt with its continuation has {longest + 1} tokens; the cache holds "
+            f"{pool.num_pages * pool.page_size}; shorten it, or give the cache more memory"
+        )
+    waiting = deque(_groups(continuations, pool))
+    while waiting:
+        batch: list[_Group] = []
+        try:
+            for group in _admit(backend, pool, waiting, make_room):
+                batch.append(group)
+            _score_shared(backend, batch)
+            _score_rest(backend, batch)
+        finally:
+            for group in batch:
+                _close(backend, group.pages)
 
 
-def _group(continuations: Sequence[Continuation]) -> list[_Group]:
-    """Groups of at least one shared token, by length, so that batches are of similar lengths."""
+def _groups(continuations: Sequence[Continuation], pool: PagePool) -> list[_Group]:
+    """Groups of at least one shared token, by length, so that calls are of similar lengths."""
     members: dict[tuple[int, int], list[Continuation]] = defaultdict(list)
     for one in continuations:
         members[one.group, one.tokens[0]].append(one)
     groups = []
     for group in members.values():
-        shared = common_prefix([one.tokens[:-1] for one in group])
-        groups.append(_Group(group, group[0].tokens[:shared]))
+        shared = _common_prefix([one.tokens[:-1] for one in group])
+        groups.append(_Group(group, group[0].tokens[:shared], pool.sequence()))
     return sorted(groups, key=lambda group: len(group.shared))
 
 
-def _batches(
-    backend: Backend[State], groups: list[_Group], prefix: int
-) -> Iterator[tuple[list[_Group], int]]:
-    """Groups that are fed together, and the longest sequence among them."""
-    batch: list[_Group] = []
-    capacity = 0
-    for group in groups:
-        larger = max(capacity, group.longest)
-        fed = (len(batch) + 1) * (len(group.shared) - prefix)
-        if batch and ((len(batch) + 1) * larger > backend.cache_tokens or fed > FORWARD_TOKENS):
-            yield batch, capacity
-            batch, larger = [], group.longest
-        batch.append(group)
-        capacity = larger
-    if batch:
-        yield batch, capacity
+def _common_prefix(sequences: Sequence[list[int]]) -> int:
+    """How many tokens all ``sequences`` begin with."""
+    # The first and the last in lexicographic order differ the earliest.
+    first, last = min(sequences), max(sequences)
+    for place, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(last))
 
 
-def _score_rest(backend: Backend[State], state: State, batch: list[_Group], capacity: int) -> None:
-    rests = [group.rest for group in batch]
-    turns = max(len(rest) for rest in rests)
-    if not turns:
-        return
-    copies = min(turns, max(1, min(ROWS, backend.cache_tokens // capacity) // len(batch)))
-    if copies > 1:
-        rows = [row for row in range(len(batch)) for _ in range(copies)]
-        state = backend.gather([(state, rows)], capacity)
-    for turn in range(0, turns, copies):
-        fed: list[list[int]] = []
-        starts: list[int] = []
-        scored: list[tuple[Continuation, int, int]] = []
-        for group, rest in zip(batch, rests, strict=True):
-            start = len(group.shared)
-            for place in range(turn, turn + copies):
-                if place < len(rest):
-                    one = rest[place]
-                    scored += [
-                        (one, len(fed), at) for at in range(max(one.begin, start + 1), len(one.tokens))
-                    ]
-                    fed.append(one.tokens[start:-1])
-                    starts.append(start)
-                else:  # nothing left for this row: its last shared token once more, which changes nothing
-                    fed.append(group.shared[-1:])
-                    starts.append(start - 1)
-        _score(backend, state, fed, starts, scored)
+def _admit(
+    backend: Backend, pool: PagePool, waiting: deque[_Group], make_room: Callable[[], bool]
+) -> Iterator[_Group]:
+    """Take groups out of ``waiting`` that are computed together: as many as fit one feed, one at least."""
+    passed: list[_Group] = []  # they wait for what others are computing
+    count = fed = 0
+    while waiting and max(count, len(passed)) < backend.max_chunks:
+        group = waiting[0]
+        pages = group.pages
+        pages.reuse(group.shared, group.unscored)
+        if pages.should_wait(group.shared, group.unscored):
+            pages.close()
+            passed.append(waiting.popleft())
+            continue
+        fed += len(group.shared) - pages.computed
+        fits = not count or fed <= backend.max_tokens
+        while fits and not pages.reserve(group.longest):
+            fits = not count and make_room()
+        if not fits:
+            pages.close()
+            if not count:
+                raise RuntimeError("scoring can't begin: pages are held by nobody the engine knows")
+            break
+        pages.announce(group.shared)
+        count += 1
+        yield waiting.popleft()
+    waiting.extendleft(reversed(passed))
+
+
+def _score_shared(backend: Backend, batch: Sequence[_Group]) -> None:
+    chunks: list[Chunk] = []
+    scored: list[list[tuple[Continuation, int]]] = []
+    for group in batch:
+        pages, end = group.pages, len(group.shared)
+        at: dict[int, list[tuple[Continuation, int]]] = defaultdict(list)
+        for one in group.members:
+            for place in range(one.begin - 1, min(len(one.tokens) - 1, end)):
+                at[place].append((one, one.tokens[place + 1]))
+        wanted = sorted(at)
+        chunks.append(
+            Chunk(
+                pages.number,
+                group.shared[pages.computed :],
+                pages.computed,
+                pages.pages,
+                [place - pages.computed for place in wanted],
+            )
+        )
+        scored += [at[place] for place in wanted]
+    _score(backend, chunks, scored)
+    for group in batch:
+        group.pages.computed = len(group.shared)
+        group.pages.share(group.shared)
+
+
+def _score_rest(backend: Backend, batch: Sequence[_Group]) -> None:
+    going = [(group, rest) for group in batch if (rest := group.rest)]
+    while going:
+        copies: list[PagedSequence] = []
+        try:
+            _score_some(backend, going, copies)
+        finally:
+            for copy in copies:
+                _close(backend, copy)
+        going = [(group, rest) for group, rest in going if rest]
+
+
+def _score_some(
+    backend: Backend, going: Sequence[tuple[_Group, deque[Continuation]]], copies: list[PagedSequence]
+) -> None:
+    """Take members out of ``going`` as long as there is room, and feed what they don't share."""
+    chunks: list[Chunk] = []
+    scored: list[list[tuple[Continuation, int]]] = []
+    pairs: list[tuple[int, int]] = []
+    room = backend.max_tokens
+    for group, rest in going:
+        start, in_place = len(group.shared), True
+        while rest and len(chunks) < backend.max_chunks:
+            one = rest[0]
+            tokens = one.tokens[start:-1]
+            if chunks and len(tokens) > room:
+                break
+            pages = group.pages
+            if not in_place:
+                fork = pages.fork(start, start + len(tokens))
+                if fork is None:
+                    break  # it has its turn on the group's own pages
+                pages = fork
+                copies.append(pages)
+                if start % pages.pool.page_size:
+                    page = start // pages.pool.page_size
+                    pairs.append((group.pages.pages[page], pages.pages[page]))
+            first = max(one.begin - 1, start)
+            wanted = range(first - start, len(tokens))
+            chunks.append(Chunk(pages.number, tokens, start, pages.pages, wanted))
+            scored += [[(one, one.tokens[start + place + 1])] for place in wanted]
+            room, in_place = max(0, room - len(tokens)), False
+            rest.popleft()
+    if pairs:
+        backend.copy_pages(pairs)
+    _score(backend, chunks, scored)
 
 
 def _score(
-    backend: Backend[State],
-    state: State,
-    fed: list[list[int]],
-    starts: list[int],
-    scored: list[tuple[Continuation, int, int]],
+    backend: Backend, chunks: Sequence[Chunk], scored: Sequence[list[tuple[Continuation, int]]]
 ) -> None:
-    """Feed, and note for each (continuation, row, at) the log-probability of its token ``at``."""
-    places = [(row, at - 1 - starts[row]) for _, row, at in scored]
-    targets = [one.tokens[at] for one, _, at in scored]
-    logprobs, likeliest = backend.logprobs(state, fed, starts, places, targets)
-    for (one, _, _), logprob, best in zip(scored, logprobs.tolist(), likeliest.tolist(), strict=True):
-        one.logprobs.append(logprob)
-        one.is_greedy = one.is_greedy and best
+    """Feed, and note the log-probability of the (continuation, token)s at each wanted place in order."""
+    begin = 0
+    for call in split_calls(backend, chunks):
+        end = begin + sum(len(chunk.wanted) for chunk in call)
+        here = scored[begin:end]
+        logprobs, likeliest = backend.logprobs(call, [[token for _, token in place] for place in here])
+        owners = (one for place in here for one, _ in place)
+        for one, logprob, best in zip(owners, logprobs.tolist(), likeliest.tolist(), strict=True):
+            one.logprobs.append(logprob)
+            one.is_greedy = one.is_greedy and best
+        begin = end
+
+
+def _close(backend: Backend, pages: PagedSequence) -> None:
+    backend.release(pages.number)
+    pages.close()

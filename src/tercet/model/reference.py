@@ -9,6 +9,8 @@
 ``anthropic:NAME``         ANTHROPIC_API_KEY
 ``http://host/v1#NAME``    any server that speaks OpenAI's protocol (``#NAME`` may be left
                            out when it serves one model)
+``transformers:REF``       a checkpoint directory or ``org/name`` through the transformers
+                           library: architectures that our own network does not cover
 =========================  =============================================================
 """
 
@@ -24,9 +26,11 @@ from urllib.parse import urlsplit
 
 from tercet.errors import UserError
 
-Kind = Literal["checkpoint", "adapter", "hub", "openai", "anthropic", "http"]
-SCHEMES = ("openai:", "anthropic:", "http://", "https://")
-GRAMMAR = "a checkpoint or adapter directory, org/name on the Hub, openai:NAME, anthropic:NAME or http://HOST/v1#NAME"
+Kind = Literal["checkpoint", "adapter", "hub", "openai", "anthropic", "http", "transformers"]
+GRAMMAR = (
+    "a checkpoint or adapter directory, org/name on the Hub, openai:NAME, anthropic:NAME, "
+    "http://HOST/v1#NAME or transformers:REF"
+)
 # Anthropic's documented endpoint for clients of OpenAI's protocol.
 ANTHROPIC_URL = "https://api.anthropic.com/v1/"
 OPENAI_URL = "https://api.openai.com/v1"
@@ -42,14 +46,14 @@ class Reference:
     kind: Kind
     text: str
     name: str = ""  # the model's name on its server or on the Hub
-    path: Path | None = None  # checkpoint, adapter
-    revision: str | None = None  # hub
+    path: Path | None = None  # checkpoint, adapter, transformers
+    revision: str | None = None  # hub, transformers
     base_url: str = ""  # openai, anthropic, http
 
     @property
     def is_local(self) -> bool:
         """Its weights run in this process."""
-        return self.kind in ("checkpoint", "adapter", "hub")
+        return self.kind in ("checkpoint", "adapter", "hub", "transformers")
 
 
 def directory_kind(directory: Path) -> Literal["checkpoint", "adapter"] | None:
@@ -131,9 +135,7 @@ def _server(text: str) -> Reference:
 
 def _provider(text: str, scheme: str, name: str) -> Reference:
     if scheme == "transformers":
-        raise UserError(
-            f"{text}: running a model through the transformers library is not in this version; use {GRAMMAR}"
-        )
+        return _through_transformers(text, name)
     if scheme in ("openai", "anthropic"):
         if not name:
             raise UserError(f"{text} names no model; write {scheme}:NAME")
@@ -141,16 +143,29 @@ def _provider(text: str, scheme: str, name: str) -> Reference:
             return Reference("anthropic", text, name=name, base_url=ANTHROPIC_URL)
         return Reference("openai", text, name=name, base_url=os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
     near = difflib.get_close_matches(
-        scheme.lower(), ["openai", "anthropic", "http", "https"], n=1, cutoff=0.5
+        scheme.lower(), ["openai", "anthropic", "transformers", "http", "https"], n=1, cutoff=0.5
     )
     meant = ""
     if near:
         meant = (
-            f"; did you mean {near[0]}:{name}?"
-            if near[0] in ("openai", "anthropic")
-            else f"; did you mean {near[0]}://?"
+            f"; did you mean {near[0]}://?"
+            if near[0] in ("http", "https")
+            else f"; did you mean {near[0]}:{name}?"
         )
     raise UserError(f"{text}: no scheme is called {scheme}:{meant or _nearest(text)}. A model is {GRAMMAR}")
+
+
+def _through_transformers(text: str, name: str) -> Reference:
+    if not name:
+        raise UserError(f"{text} names no model; write transformers:DIRECTORY or transformers:org/name")
+    found = parse_reference(name)
+    if found.kind == "adapter":
+        raise UserError(
+            f"{text} is an adapter, which transformers: does not run; merge it first (tercet tune --merge)"
+        )
+    if found.kind not in ("checkpoint", "hub"):
+        raise UserError(f"{text}: transformers: runs a checkpoint directory or org/name, not {found.text}")
+    return Reference("transformers", text, name=found.name, path=found.path, revision=found.revision)
 
 
 def _nearest(text: str) -> str:

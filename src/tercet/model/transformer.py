@@ -12,7 +12,7 @@ tables and logits stay in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,33 +131,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if not rest.shape[-1] else torch.cat((turned, rest), dim=-1)
 
 
-class KVCache:
-    """Keys and values of every layer, [B, K, capacity, D]; a token's slot is its position.
+class KVCache(Protocol):
+    """Keeps keys and values of earlier tokens; a token's slot is its position.
 
     Rows may hold different numbers of tokens: what lies beyond a row's own position is never
     attended to, because a query at position p sees slots 0..p only, and slot p is written before
     it is read. So unequal prompts are padded on the right and nothing needs a padding mask.
     """
 
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[2]
-
     def update(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
-        """Store [B, K, T, D] at ``positions`` [B, T]; return slots 0..length-1 of the layer."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self.keys[layer][rows, :, positions] = keys.transpose(1, 2)
-        self.values[layer][rows, :, positions] = values.transpose(1, 2)
-        return self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+        """Store [B, K, T, D] at ``positions`` [B, T]; return slots 0..length-1 of the layer, [B, K, length, D]."""
+        ...
 
 
 class Attention(nn.Module):
@@ -364,9 +350,6 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type activations have between layers."""
         return self.compute_dtype or self.model.embed_tokens.weight.dtype
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self.config, batch, capacity, self.dtype, self.device)
 
     def hidden(
         self,

@@ -5,6 +5,7 @@ Tensors stay mapped to their files until they are asked for, one at a time.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,11 @@ def as_float32(tensor: StoredTensor) -> Floats:
     data = tensor.data
     if data.ctypes.data % kind.itemsize:  # older files; a view must be aligned
         data = np.array(data)
-    values = data.view(kind).reshape(tensor.shape)
+    values: NDArray[Any] = data.view(kind).reshape(tensor.shape)
     if tensor.dtype == "BF16":  # the upper half of a float32
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32, copy=False)
+        wide: Floats = (values.astype(np.uint32) << 16).view(np.float32)
+        return wide
+    return np.asarray(values, np.float32)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class Weights:
             for rule, tensor in matched
             for number, part in enumerate(rule.parts)
         }
-        self.dtype = matched[0][1].dtype  # of the embedding, as safetensors calls it
+        # The embedding's, as safetensors calls it; what an adapter adds must not be rounded away.
+        self.dtype = matched[0][1].dtype if adapter is None else "F32"
+        self.parameters = sum(math.prod(rule.shape) for rule, _ in matched)
         self._updates = {} if adapter is None else read_adapter(adapter, self.config)[1]
         self._last: tuple[str, list[Floats]] = ("", [])  # parts of one tensor are asked for one after another
 
@@ -118,7 +122,10 @@ class Weights:
         rule, tensor, number = self._places[name]
         if self._last[0] != rule.name:
             whole = as_float32(tensor)
-            self._last = rule.name, split_rows(whole.T if rule.transpose else whole, rule.heights, rule.groups)
+            self._last = (
+                rule.name,
+                split_rows(whole.T if rule.transpose else whole, rule.heights, rule.groups),
+            )
         found = self._last[1][number]
         update = self._updates.get(name.removesuffix(".weight"))
         if update is not None:
@@ -142,9 +149,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[AdapterCon
             f"{directory} has no {WEIGHTS}{pickled if (directory / 'adapter_model.bin').is_file() else ''}"
         )
     shapes = {
-        part.name: part.shape
-        for rule in FAMILIES[config.family].tensors(config)
-        for part in rule.parts
+        part.name: part.shape for rule in FAMILIES[config.family].tensors(config) for part in rule.parts
     }
     left = read_safetensors(path)
     updates: dict[str, Update] = {}
@@ -182,5 +187,7 @@ def _take(stored: dict[str, StoredTensor], path: Path, name: str, shape: tuple[i
             f"{list(shape)}: is it the base that the adapter was trained on?"
         )
     if tensor.dtype not in DTYPES:
-        raise UserError(f"{path}: tensor {name} has dtype {tensor.dtype}; it must be one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"{path}: tensor {name} has dtype {tensor.dtype}; it must be one of {', '.join(DTYPES)}"
+        )
     return as_float32(tensor)

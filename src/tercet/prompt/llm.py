@@ -3,6 +3,7 @@
 llm = LLM("runs/mine/model")         # or "org/name", "openai:NAME", "http://host/v1#NAME"
 llm.generate("Once upon a time", max_tokens=64).text
 llm.chat([{"role": "user", "content": "hi"}], temperature=0).text
+llm.generate("A person:", schema=Person).parsed  # Person: a pydantic class
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from tercet.engine.constraint import Grammar
 from tercet.engine.request import Completion, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import parse_reference
 from tercet.prompt.messages import Message, check_messages, check_text, conversation
+from tercet.prompt.output import OPTIONS, Output, OutputError, wanted_output
 from tercet.prompt.prices import Price, as_price, known_price
 
 if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
     from tercet.prompt.local import LocalModel
     from tercet.prompt.openai_client import OpenAIModel
+    from tercet.prompt.output import Schema
 
 Prompt = str | Sequence[Message]
 
@@ -33,10 +37,16 @@ class Stream:
     """Pieces of text as they come; afterwards ``completion`` holds the whole.
 
     ``close()`` (or leaving a ``with`` block) stops the model. ``text`` is what has come so far.
+    With a schema, OutputError comes after the last piece when the whole is not what was asked for.
     """
 
-    def __init__(self, pieces: Iterator[str | Completion], price: Price | None = None) -> None:
-        self._pieces, self._price = pieces, price
+    def __init__(
+        self,
+        pieces: Iterator[str | Completion],
+        price: Price | None = None,
+        output: Output | None = None,
+    ) -> None:
+        self._pieces, self._price, self._output = pieces, price, output
         self._completion: Completion | None = None
         self.text = ""
 
@@ -46,8 +56,9 @@ class Stream:
     def __next__(self) -> str:
         piece = next(self._pieces)
         if isinstance(piece, Completion):
-            self._completion = _priced(piece, self._price)
+            self._completion = piece
             self.close()
+            _finish(piece, self._price, self._output)
             raise StopIteration
         self.text += piece
         return piece
@@ -82,9 +93,15 @@ class LLM:
 
     Args:
         reference: any model reference (see :mod:`tercet.model.reference`).
-        dtype: type of the weights of a local model ("float32", "bfloat16"); None: float32 on a CPU,
-            otherwise as on disk.
-        device: where a local model runs ("cpu", "cuda"); None: the engine's choice.
+        device: where a local model runs ("cpu", "cuda"); None: a GPU if there is one.
+        quantize: how a local model's weights are kept on a CPU: "int8" (what None means), "int4",
+            "bf16", or "none" for as they are on disk.
+        dtype: the type of a local model's weights on a GPU ("float32", "bfloat16", "float16"); None: as on
+            disk. On a CPU "float32" is another word for "none", "bfloat16" for "bf16".
+        threads: threads for a local model on a CPU; None: its physical cores.
+        speculation: guess tokens and check several at once, which changes no greedy answer: "ngram"
+            guesses what followed the same words before; an LLM of the same tokenizer, smaller, guesses
+            with its own network. The completion's ``drafted`` and ``accepted`` tell how well that went.
         price: US dollars per million tokens (read, written); None: from the user's prices file.
         timeout: seconds to wait for a hosted model (60), each try.
         retries: how often a hosted model is tried again (2).
@@ -93,6 +110,20 @@ class LLM:
     ``sampling=Sampling(...)``, or both (keywords win). A hosted model is sent the keywords that
     were given and nothing else, so that its own defaults hold; of a Sampling object it is sent
     ``max_tokens``, ``temperature`` and what differs from the defaults.
+
+    ``generate``, ``chat``, ``stream`` and ``batch`` also take the form that an answer must have, at
+    most one of:
+
+    - ``schema``: a pydantic class or a JSON Schema (a dict). The answer is JSON, and the completion's
+      ``parsed`` the instance of the class or the value of the JSON. When the answer is not that (it
+      was cut off at ``max_tokens``, or a validator of the class refuses it), the call raises
+      OutputError, which holds the completion.
+    - ``regex``: a regular expression that matches the whole answer (Rust's syntax: no look-around).
+    - ``choices``: a list of texts, of which the answer is one.
+    - ``grammar``: a grammar in llguidance's Lark syntax.
+
+    A local model can only choose tokens that keep to the form. A hosted model takes a schema only, and
+    sees to it itself. The prompt stays as it is: say in it what you want, as the model is not told.
 
     Raises:
         UserError: a wrong reference, a model that can't be loaded, an option that would do nothing.
@@ -104,6 +135,9 @@ class LLM:
         *,
         dtype: str | None = None,
         device: str | None = None,
+        quantize: str | None = None,
+        threads: int | None = None,
+        speculation: Literal["ngram"] | LLM | None = None,
         price: Price | tuple[float, float] | None = None,
         timeout: float | None = None,
         retries: int | None = None,
@@ -120,10 +154,15 @@ class LLM:
                 raise UserError(f"timeout and retries are for hosted models; {text} runs here")
             from tercet.prompt.local import LocalModel
 
-            self._local = LocalModel(self.reference, dtype=dtype, device=device)
+            guesses = speculation._drafts() if isinstance(speculation, LLM) else speculation
+            self._local = LocalModel(
+                self.reference, dtype, device, quantize=quantize, threads=threads, speculation=guesses
+            )
         else:
-            if dtype is not None or device is not None:
-                raise UserError(f"dtype and device are for local models; {text} runs on its server")
+            if any(one is not None for one in (dtype, device, quantize, threads, speculation)):
+                raise UserError(
+                    f"dtype, device, quantize, threads and speculation are for local models; {text} runs on its server"
+                )
             from tercet.prompt.openai_client import OpenAIModel
 
             self._hosted = OpenAIModel(
@@ -131,6 +170,11 @@ class LLM:
                 timeout=60 if timeout is None else timeout,
                 retries=2 if retries is None else retries,
             )
+
+    def _drafts(self) -> LocalModel:
+        if self._local is None:
+            raise UserError(f"{self.name} can't guess for another model: it is hosted")
+        return self._local
 
     @property
     def name(self) -> str:
@@ -173,55 +217,115 @@ class LLM:
             return self._local.count_tokens(checked)
         raise UserError(f"{self.name} does not count tokens before a call; the answer's usage tells")
 
-    def generate(self, prompt: str, *, sampling: Sampling | None = None, **fields: Any) -> Completion:
-        """Continue ``prompt``. A hosted model, which only chats, gets it as one user message."""
-        return self._one(check_text(prompt, "prompt"), sampling, fields)
+    def generate(
+        self,
+        prompt: str,
+        *,
+        sampling: Sampling | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """Continue ``prompt``. A hosted model, which only chats, gets it as one user message.
+
+        Raises:
+            OutputError: with a schema, an answer that is not what it asks for.
+        """
+        output = wanted_output(schema, regex, choices, grammar)
+        return self._one(check_text(prompt, "prompt"), sampling, fields, output)
 
     def chat(
-        self, messages: Sequence[Message], *, sampling: Sampling | None = None, **fields: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: Sampling | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        **fields: Any,
     ) -> Completion:
         """The assistant's next message in a conversation.
 
         Raises:
             UserError: a local model without a chat template (``generate`` continues text instead).
             ContextOverflow: the conversation is longer than the model's context.
+            OutputError: with a schema, an answer that is not what it asks for.
         """
-        return self._one(check_messages(messages), sampling, fields)
+        output = wanted_output(schema, regex, choices, grammar)
+        return self._one(check_messages(messages), sampling, fields, output)
 
-    def stream(self, prompt: Prompt, *, sampling: Sampling | None = None, **fields: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        **fields: Any,
+    ) -> Stream:
         """As ``generate`` for a string and ``chat`` for messages, piece by piece.
 
         Whole characters only, and never a part of a stop string.
         """
         checked = _checked(prompt)
         settings = _settings(sampling, fields)
+        output = wanted_output(schema, regex, choices, grammar)
         if self._local:
-            pieces = self._local.stream(checked, Sampling(**settings))
+            pieces = self._local.stream(checked, Sampling(**settings), _constraint(output))
         else:
-            pieces = self._server.stream(_as_messages(checked), _sent(sampling, fields))
-        return Stream(pieces, self.price)
+            pieces = self._server.stream(_as_messages(checked), _sent(sampling, fields), output)
+        return Stream(pieces, self.price, output)
 
     def batch(
-        self, prompts: Sequence[Prompt], *, sampling: Sampling | None = None, **fields: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: Sampling | None = None,
+        schema: Schema | None = None,
+        regex: str | None = None,
+        choices: Sequence[str] | None = None,
+        grammar: str | None = None,
+        **fields: Any,
     ) -> list[Completion]:
         """One completion for each prompt or conversation, in order; the same as one by one.
 
         Raises:
-            BatchError: some requests to a hosted model failed; it holds the others' completions.
+            BatchError: some requests to a hosted model failed, or some answers are not what the
+                schema asks for; it holds all completions that came.
         """
         if isinstance(prompts, str):
             raise UserError("batch takes a list of prompts; use generate for one")
         checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
         settings = _settings(sampling, fields)
+        output = wanted_output(schema, regex, choices, grammar)
         if not checked:
             return []
+        from tercet.prompt.openai_client import BatchError
+
+        completions: Sequence[Completion | None]
+        failures: dict[int, str] = {}
         if self._local:
-            completions = self._local.batch(checked, Sampling(**settings))
+            completions = self._local.batch(checked, Sampling(**settings), _constraint(output))
         else:
-            completions = self._server.batch(
-                [_as_messages(prompt) for prompt in checked], _sent(sampling, fields)
-            )
-        return [_priced(completion, self.price) for completion in completions]
+            try:
+                conversations = [_as_messages(prompt) for prompt in checked]
+                completions = self._server.batch(conversations, _sent(sampling, fields), output)
+            except BatchError as problem:
+                completions, failures = problem.completions, dict(problem.failures)
+        for index, completion in enumerate(completions):
+            try:
+                if completion is not None:
+                    _finish(completion, self.price, output)
+            except OutputError as problem:
+                failures[index] = str(problem)
+        if failures:
+            raise BatchError(list(completions), failures)
+        return [completion for completion in completions if completion is not None]
 
     def score(self, prompt: Prompt, continuation: str) -> Score:
         """The log-probability of ``continuation`` after a text, or as the answer in a conversation.
@@ -275,14 +379,19 @@ class LLM:
         return self._hosted
 
     def _one(
-        self, prompt: str | list[Message], sampling: Sampling | None, fields: dict[str, Any]
+        self,
+        prompt: str | list[Message],
+        sampling: Sampling | None,
+        fields: dict[str, Any],
+        output: Output | None,
     ) -> Completion:
         settings = _settings(sampling, fields)
         if self._local:
-            completion = self._local.batch([prompt], Sampling(**settings))[0]
+            completion = self._local.batch([prompt], Sampling(**settings), _constraint(output))[0]
         else:
-            completion = self._server.chat(_as_messages(prompt), _sent(sampling, fields))
-        return _priced(completion, self.price)
+            completion = self._server.chat(_as_messages(prompt), _sent(sampling, fields), output)
+        _finish(completion, self.price, output)
+        return completion
 
 
 def _checked(prompt: Prompt, what: str = "prompt") -> str | list[Message]:
@@ -297,7 +406,7 @@ def _settings(sampling: Sampling | None, fields: dict[str, Any]) -> dict[str, An
     """All fields of the Sampling that is meant, checked. UserError names the nearest of a wrong one."""
     for name in fields:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*_FIELDS, *OPTIONS], n=1, cutoff=0.5)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"there is no sampling setting {name!r}{meant} (settings: {', '.join(_FIELDS)})")
     merged = dataclasses.replace(sampling or Sampling(), **fields)
@@ -337,6 +446,16 @@ def _choices(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> li
     return rows
 
 
-def _priced(completion: Completion, price: Price | None) -> Completion:
+def _constraint(output: Output | None) -> Grammar | None:
+    """The grammar for a local model, checked before anything is generated."""
+    if output is None:
+        return None
+    output.grammar.check()
+    return output.grammar
+
+
+def _finish(completion: Completion, price: Price | None, output: Output | None) -> None:
+    """Fill in what only the user's side of the model knows: its price, and what the text stands for."""
     completion.usage.cost = price.cost(completion.usage) if price else None
-    return completion
+    if output is not None:
+        output.parse(completion)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
-from tercet.engine.load import load_engine
+from tercet.engine.constraint import Grammar
+from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import Reference
@@ -21,10 +23,30 @@ class LocalModel:
         UserError: the directory holds no model that can be loaded.
     """
 
-    def __init__(self, reference: Reference, dtype: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        dtype: str | None = None,
+        device: str | None = None,
+        *,
+        quantize: str | None = None,
+        threads: int | None = None,
+        speculation: LocalModel | Literal["ngram"] | None = None,
+    ) -> None:
         self.reference = reference
-        self.directory = _directory(reference)
-        self.engine = load_engine(self.directory, dtype=dtype, device=device)
+        self.directory = directory_of(reference)
+        if reference.kind == "transformers":
+            for name, value in (("quantize", quantize), ("threads", threads), ("speculation", speculation)):
+                if value is not None:
+                    raise UserError(
+                        f"{name} does nothing for {reference.text}: transformers runs it; leave it out"
+                    )
+            self.engine = load_transformers_engine(self.directory, dtype=dtype, device=device)
+        else:
+            guesses = speculation.engine if isinstance(speculation, LocalModel) else speculation
+            self.engine = load_engine(
+                self.directory, dtype, device, quantize=quantize, threads=threads, speculation=guesses
+            )
         self.tokenizer = self.engine.tokenizer
 
     @property
@@ -37,13 +59,17 @@ class LocalModel:
         """Tokens of prompt and answer together."""
         return self.engine.max_positions
 
-    def batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """All prompts in one batch."""
-        return self.engine.generate([self._request(prompt, sampling) for prompt in prompts])
+    def batch(
+        self, prompts: Sequence[Prompt], sampling: Sampling, constraint: Grammar | None = None
+    ) -> list[Completion]:
+        """All prompts in one batch; ``constraint``: the form that every answer must have."""
+        return self.engine.generate([self._request(prompt, sampling, constraint) for prompt in prompts])
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str | Completion]:
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, constraint: Grammar | None = None
+    ) -> Iterator[str | Completion]:
         """Pieces of text, then the Completion. Closing the iterator stops the engine."""
-        for delta in self.engine.stream([self._request(prompt, sampling)]):
+        for delta in self.engine.stream([self._request(prompt, sampling, constraint)]):
             if delta.text:
                 yield delta.text
             if delta.completion is not None:
@@ -87,7 +113,7 @@ class LocalModel:
             )
         return self.tokenizer.render(prompt, add_generation_prompt=True), False
 
-    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
+    def _request(self, prompt: Prompt, sampling: Sampling, constraint: Grammar | None) -> Request:
         tokens = self._tokens(prompt)
         if not tokens:
             raise UserError(
@@ -99,10 +125,11 @@ class LocalModel:
                 f"the {what} is {len(tokens)} tokens, and {self.reference.text} takes "
                 f"{self.max_tokens_context} with the answer"
             )
-        return Request(tuple(tokens), sampling)
+        return Request(tuple(tokens), sampling, constraint)
 
 
-def _directory(reference: Reference) -> Path:
+def directory_of(reference: Reference) -> Path:
+    """Where a local model's files are; fetched from the Hub where the reference is a name there."""
     if reference.path is not None:
         return reference.path
     from tercet.model.hub import fetch

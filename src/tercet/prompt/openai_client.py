@@ -20,6 +20,7 @@ from tercet.engine.request import Completion, FinishReason, Score, TokenLogprob,
 from tercet.errors import UserError
 from tercet.model.reference import Reference
 from tercet.prompt.messages import ContextOverflow, Message
+from tercet.prompt.output import Output
 
 CONCURRENCY = 8  # requests of one batch in flight; most servers' own default is of this order
 
@@ -51,7 +52,8 @@ class BatchError(UserError):
     """Some requests of a batch failed; the answers of the others are here.
 
     Attributes:
-        completions: in the order of the requests; None where one failed.
+        completions: in the order of the requests; None where no answer came. An answer that is not
+            what its schema asked for is here, with ``parsed`` None, and counts as a failure.
         failures: message by the index of the request.
     """
 
@@ -104,17 +106,21 @@ class OpenAIModel:
 
     # What is asked
 
-    def chat(self, messages: Sequence[Message], settings: dict[str, Any]) -> Completion:
+    def chat(
+        self, messages: Sequence[Message], settings: dict[str, Any], output: Output | None = None
+    ) -> Completion:
         """One answer. ``settings``: the fields of Sampling that the user set, and only those."""
         started = time.monotonic()
-        body = self._body(messages, settings)
+        body = self._body(messages, settings, output)
         answer = self._call(lambda: self._client.chat.completions.create(**body))
         return self._completion(answer, settings, time.monotonic() - started)
 
-    def stream(self, messages: Sequence[Message], settings: dict[str, Any]) -> Iterator[str | Completion]:
+    def stream(
+        self, messages: Sequence[Message], settings: dict[str, Any], output: Output | None = None
+    ) -> Iterator[str | Completion]:
         """Pieces of the text as they come, then the Completion."""
         started = time.monotonic()
-        body = self._body(messages, settings)
+        body = self._body(messages, settings, output)
         texts: list[str] = []
         logprobs: list[TokenLogprob] = []
         reason: str | None = None
@@ -138,7 +144,12 @@ class OpenAIModel:
         found = self._checked_logprobs(logprobs, settings, bool(texts))
         yield Completion("".join(texts), [], found, usage, self._finish(reason), time.monotonic() - started)
 
-    def batch(self, conversations: Sequence[Sequence[Message]], settings: dict[str, Any]) -> list[Completion]:
+    def batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        settings: dict[str, Any],
+        output: Output | None = None,
+    ) -> list[Completion]:
         """The answers in order, at most CONCURRENCY requests at a time.
 
         Raises:
@@ -154,7 +165,7 @@ class OpenAIModel:
                 failures[index] = "not sent, since the server refuses all requests"
                 return
             try:
-                completions[index] = self.chat(conversations[index], settings)
+                completions[index] = self.chat(conversations[index], settings, output)
             except UserError as problem:
                 failures[index] = str(problem)
                 if isinstance(problem, HostedError) and problem.fatal:
@@ -202,7 +213,9 @@ class OpenAIModel:
     def _called(self) -> str:
         return self.reference.text
 
-    def _body(self, messages: Sequence[Message], settings: dict[str, Any]) -> dict[str, Any]:
+    def _body(
+        self, messages: Sequence[Message], settings: dict[str, Any], output: Output | None
+    ) -> dict[str, Any]:
         kind = self.reference.kind
         refused = [name for name in settings if name in _REFUSED[kind]]
         if refused:
@@ -212,6 +225,8 @@ class OpenAIModel:
         if kind == "anthropic" and settings.get("temperature", 0) > 1:
             raise UserError(f"temperature is {settings['temperature']}; {self._called} takes 0 to 1")
         body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        if output is not None:
+            body["response_format"] = self._response_format(output)
         extra: dict[str, Any] = {}
         for name, value in settings.items():
             if name == "max_tokens":
@@ -226,6 +241,19 @@ class OpenAIModel:
             elif value is not None:  # seed=None: no seed
                 body[name] = value
         return body | ({"extra_body": extra} if extra else {})
+
+    def _response_format(self, output: Output) -> dict[str, Any]:
+        if self.reference.kind == "anthropic":  # documented as ignored, as those of _REFUSED
+            raise UserError(
+                f"{self._called} can't be held to a form: its OpenAI protocol ignores schemas; "
+                f"leave out {output.option}, or use another model"
+            )
+        if output.schema is None:
+            raise UserError(
+                f"{self._called} takes a schema and no {output.option}, as all hosted models; "
+                "use a local model, or a schema"
+            )
+        return output.response_format()
 
     def _open_stream(self, body: dict[str, Any]) -> Any:
         create = self._client.chat.completions.create

@@ -108,6 +108,10 @@ def resolve(reference: str | Path) -> Path:
     found = parse_reference(str(reference))
     if found.kind == "adapter":
         raise UserError(f"{reference} is an adapter; tune its base, or merge it first (tercet tune --merge)")
+    if found.kind == "transformers":
+        raise UserError(
+            f"{reference} runs through transformers; only models of Tercet's own network can be tuned"
+        )
     if not found.is_local:
         raise UserError(f"{reference} is a hosted model: its weights are not here to be tuned")
     return found.path if found.path is not None else fetch(found.name, found.revision)

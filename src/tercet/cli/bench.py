@@ -1,0 +1,115 @@
+"""``tercet bench REF``: how fast a model runs here, and what the machine would allow."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tercet.engine.bench import Report
+
+EXAMPLE = "tercet bench runs/mine --quantize int8 --threads 2"
+GIB, GB = 1 << 30, 1e9
+
+
+def bench(
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF", help="Checkpoint, adapter or run directory, org/name or transformers:REF."
+        ),
+    ],
+    quantize: Annotated[
+        str | None, typer.Option(metavar="Q", help="int8, int4, bf16 or none; default: as prompt runs it.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Random tokens that are read.")] = 512,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens written after them.")] = 128,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences at once.")] = 1,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads; default: the library's.")] = None,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Repetitions, after one not counted.")] = 3,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a local model's speed and memory beside the machine's memory bandwidth."""
+    from tercet.engine.bench import Settings
+    from tercet.engine.bench import bench as run
+    from tercet.files import dump_json
+    from tercet.progress import Progress
+
+    settings = Settings(prompt_tokens, new_tokens, batch, repeat)
+    with Progress("measuring", settings.work, "tokens") as bar:
+        report = run(ref, settings, quantize=quantize, threads=threads, advance=bar.advance)
+    if json:
+        sys.stdout.write(dump_json(report.to_json()))
+    else:
+        _show(report)
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tercet.progress import duration
+
+    print(
+        f"{report.model}: {_count(report.parameters)} parameters, {report.quantization}, {report.backend}, "
+        f"{_threads(report)}"
+    )
+    table = Table()
+    table.add_column("")
+    table.add_column("median", justify="right")
+    table.add_column("slowest", justify="right")
+    for name, median, worst in (
+        (
+            f"reading {report.prompt_tokens} tokens",
+            report.prefill_tokens_per_second,
+            report.prefill_tokens_per_second_min,
+        ),
+        (
+            f"writing {report.new_tokens} tokens",
+            report.decode_tokens_per_second,
+            report.decode_tokens_per_second_min,
+        ),
+    ):
+        of = name if report.batch == 1 else f"{name}, {report.batch} at once"
+        table.add_row(of, f"{median:,.1f} tokens/s", f"{worst:,.1f}")
+    table.add_row("time to first token", f"{1000 * report.time_to_first_token:,.0f} ms", "")
+    table.add_row("loading", duration(report.load_seconds), "")
+    table.add_row("weights", _bytes(report.weight_bytes), "")
+    table.add_row("most memory used", _bytes(report.peak_memory_bytes), "")
+    Console(file=sys.stdout).print(table)
+    print(limit(report))
+
+
+def limit(report: Report) -> str:
+    """One line: what bounds writing, and how near it is."""
+    bandwidth = report.bandwidth_bytes_per_second
+    if bandwidth is None:
+        return "Memory bandwidth is measured for models on the CPU only."
+    memory = f"memory gives {_threads(report)} {bandwidth / GB:.1f} GB/s"
+    if report.fraction_of_limit is None:
+        return (
+            f"One step reads the weights once for all {report.batch} sequences ({memory}), so arithmetic "
+            "may be the limit."
+        )
+    most = report.decode_tokens_per_second / report.fraction_of_limit
+    return (
+        f"Writing a token reads the weights and the text's keys and values once; {memory}, "
+        f"so at most {most:,.1f} tokens/s: this is {100 * report.fraction_of_limit:.0f}% of that."
+    )
+
+
+def _threads(report: Report) -> str:
+    return f"{report.threads} thread{'' if report.threads == 1 else 's'}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / GIB:,.2f} GiB" if count >= GIB else f"{count / (1 << 20):,.1f} MiB"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,436 @@
+"""How fast a model runs on this machine, and how near that is to what its memory allows.
+
+Writing one token reads every weight once, so one sequence can't be faster than memory bandwidth
+divided by the bytes of the weights and of the keys and values so far. That limit is measured in the
+same run and reported beside the speed.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tercet.engine.backend import Backend, Chunk, split_calls
+from tercet.engine.engine import Engine
+from tercet.engine.request import Request, Sampling
+from tercet.errors import UserError
+
+QUANTIZATIONS = ("int8", "int4", "bf16", "none")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+FIRST_SEQUENCE = 1 << 30  # far from the numbers that an engine gives its sequences
+ARRAY_BYTES = 1 << 28  # read to measure the memory, unless the last-level cache is large
+BANDWIDTH_SECONDS = 1.0  # the best reading within this time, and of ten at least
+
+Advance = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: ``batch`` sequences of ``prompt_tokens`` read, then ``new_tokens`` written each.
+
+    Raises:
+        UserError: a value is below 1.
+    """
+
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    batch: int = 1
+    repeat: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "batch", "repeat"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def work(self) -> float:
+        """Tokens that `measure` feeds in all, as its ``advance`` counts them."""
+        once = self.batch * (self.prompt_tokens + self.new_tokens)
+        return float((self.repeat + 1) * (once + self.prompt_tokens))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """``parameters``: numbers in the model; ``read``: bytes of the weights that one token needs."""
+
+    parameters: int
+    nbytes: int
+    read: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """One value for each repetition: tokens per second, and seconds to the first token."""
+
+    prefill: list[float]
+    decode: list[float]
+    first_token: list[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `tercet bench` tells. Rates and the time to the first token are medians of the repetitions.
+
+    ``fraction_of_limit``: the share of the memory bandwidth that decoding one sequence uses; None for
+    a larger batch, where arithmetic may be the limit, and on devices whose memory is not measured.
+    """
+
+    model: str
+    parameters: int
+    quantization: str
+    backend: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    prefill_tokens_per_second: float
+    prefill_tokens_per_second_min: float
+    prefill_tokens_per_second_median: float
+    decode_tokens_per_second: float
+    decode_tokens_per_second_min: float
+    decode_tokens_per_second_median: float
+    time_to_first_token: float  # seconds
+    time_to_first_token_min: float
+    time_to_first_token_median: float
+    load_seconds: float
+    peak_memory_bytes: int
+    weight_bytes: int
+    bandwidth_bytes_per_second: float | None
+    fraction_of_limit: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the JSON form."""
+        return asdict(self)
+
+
+def bench(
+    reference: str,
+    settings: Settings = Settings(),
+    quantize: str | None = None,
+    threads: int | None = None,
+    advance: Advance = lambda tokens: None,
+) -> Report:
+    """Load a local model and measure it. ``advance`` is told how many more tokens were fed.
+
+    Raises:
+        UserError: a hosted or unknown model, a setting out of range, or sequences too long for it.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise UserError(f"--quantize is {quantize!r}; it must be {', '.join(QUANTIZATIONS)}")
+    if threads is not None:
+        use_threads(threads)
+    begun = time.perf_counter()
+    engine = load(reference, quantize, threads)
+    load_seconds = time.perf_counter() - begun
+    backend = engine.backend
+    weights, used = weights_of(backend), threads_of(backend)
+    speeds = measure(engine, settings, advance)
+    peak = peak_memory()  # before the array that the bandwidth is measured with
+    bandwidth = memory_bandwidth(used) if _device(backend) == "cpu" else None
+    decode = statistics.median(speeds.decode)
+    fraction = None
+    if bandwidth is not None and settings.batch == 1:
+        fraction = decode * bytes_per_token(backend, weights, settings) / bandwidth
+    prefill, first = statistics.median(speeds.prefill), statistics.median(speeds.first_token)
+    return Report(
+        model=reference,
+        parameters=weights.parameters,
+        quantization=_quantization(backend, quantize),
+        backend=getattr(backend, "name", type(backend).__name__.removesuffix("Backend").lower()),
+        threads=used,
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        batch=settings.batch,
+        prefill_tokens_per_second=prefill,
+        prefill_tokens_per_second_min=min(speeds.prefill),
+        prefill_tokens_per_second_median=prefill,
+        decode_tokens_per_second=decode,
+        decode_tokens_per_second_min=min(speeds.decode),
+        decode_tokens_per_second_median=decode,
+        time_to_first_token=first,
+        time_to_first_token_min=min(speeds.first_token),
+        time_to_first_token_median=first,
+        load_seconds=load_seconds,
+        peak_memory_bytes=peak,
+        weight_bytes=weights.nbytes,
+        bandwidth_bytes_per_second=bandwidth,
+        fraction_of_limit=fraction,
+    )
+
+
+def load(reference: str, quantize: str | None = None, threads: int | None = None) -> Engine:
+    """The engine of a local reference.
+
+    Raises:
+        UserError: it is a hosted model, or holds none that can be loaded.
+    """
+    from tercet.engine.load import load_engine, load_transformers_engine
+    from tercet.model.hub import fetch
+    from tercet.model.reference import parse_reference
+
+    found = parse_reference(reference)
+    if not found.is_local:
+        raise UserError(
+            f"{reference} is a hosted model: its speed is its server's; bench measures local ones"
+        )
+    directory = found.path if found.path is not None else fetch(found.name, found.revision)
+    if found.kind == "transformers":
+        if quantize is not None:
+            raise UserError("--quantize is for models of our own network; transformers: runs them as stored")
+        return load_transformers_engine(directory)
+    return load_engine(directory, quantize=quantize, threads=threads)
+
+
+# Speed
+
+
+def measure(engine: Engine, settings: Settings, advance: Advance = lambda tokens: None) -> Speeds:
+    """Every repetition's speeds, after one that is not counted (it maps weights and compiles kernels).
+
+    Raises:
+        UserError: the model or its cache can't hold such sequences.
+    """
+    backend = engine.backend
+    rng = np.random.default_rng(settings.seed)
+    pages = _pages(backend, settings)
+    # Through the engine first: what is fed past it afterwards overwrites pages that it may keep.
+    first = [
+        first_token(engine, _random(rng, settings.prompt_tokens, backend), advance) for _ in _turns(settings)
+    ]
+    prefill: list[float] = []
+    decode: list[float] = []
+    for _ in _turns(settings):
+        prompts = [_random(rng, settings.prompt_tokens, backend) for _ in range(settings.batch)]
+        seconds = _prefill(backend, prompts, pages, advance)
+        prefill.append(settings.batch * settings.prompt_tokens / seconds)
+        seconds = _decode(backend, settings, pages, rng, advance)
+        decode.append(settings.batch * settings.new_tokens / seconds)
+        for row in range(settings.batch):
+            backend.release(FIRST_SEQUENCE + row)
+    return Speeds(prefill[1:], decode[1:], first[1:])
+
+
+def first_token(engine: Engine, prompt: Sequence[int], advance: Advance = lambda tokens: None) -> float:
+    """Seconds from a request with this prompt to its first token."""
+    request = Request(tuple(prompt), Sampling(max_tokens=1, temperature=0, ignore_eos=True))
+    begun = time.perf_counter()
+    engine.generate([request])
+    seconds = time.perf_counter() - begun
+    advance(len(prompt))
+    return seconds
+
+
+def _prefill(backend: Backend, prompts: list[list[int]], pages: list[list[int]], advance: Advance) -> float:
+    """Seconds to read the prompts, cut as the backend asks; logits are wanted after each one's last token."""
+    chunks = [
+        Chunk(FIRST_SEQUENCE + row, prompt, 0, pages[row], [len(prompt) - 1])
+        for row, prompt in enumerate(prompts)
+    ]
+    return _feed(backend, chunks, advance)
+
+
+def _decode(
+    backend: Backend, settings: Settings, pages: list[list[int]], rng: np.random.Generator, advance: Advance
+) -> float:
+    """Seconds to feed every sequence ``new_tokens`` more, one at a time, with logits after each."""
+    seconds = 0.0
+    for step in range(settings.new_tokens):
+        tokens = _random(rng, settings.batch, backend)
+        chunks = [
+            Chunk(FIRST_SEQUENCE + row, [token], settings.prompt_tokens + step, pages[row], [0])
+            for row, token in enumerate(tokens)
+        ]
+        seconds += _feed(backend, chunks, advance)
+    return seconds
+
+
+def _feed(backend: Backend, chunks: list[Chunk], advance: Advance) -> float:
+    """Seconds that the backend takes for the chunks, in as many calls as its bounds ask for."""
+    seconds = 0.0
+    for call in split_calls(backend, chunks):
+        begun = time.perf_counter()
+        backend.feed(call)
+        seconds += time.perf_counter() - begun
+        advance(sum(len(chunk.tokens) for chunk in call))
+    return seconds
+
+
+def _pages(backend: Backend, settings: Settings) -> list[list[int]]:
+    """Pages of every sequence. UserError when there are not enough positions or pages."""
+    length = settings.prompt_tokens + settings.new_tokens
+    if length > backend.max_positions:
+        raise UserError(
+            f"--prompt-tokens and --new-tokens are {length} together; the model takes {backend.max_positions}"
+        )
+    each = -(-length // backend.page_size)
+    if each * settings.batch > backend.num_pages:
+        most = backend.num_pages // each
+        raise UserError(f"--batch is {settings.batch}; the cache holds {most} sequences of {length} tokens")
+    return [list(range(row * each, (row + 1) * each)) for row in range(settings.batch)]
+
+
+def _turns(settings: Settings) -> Iterator[int]:
+    return iter(range(settings.repeat + 1))
+
+
+def _random(rng: np.random.Generator, count: int, backend: Backend) -> list[int]:
+    found: list[int] = rng.integers(0, backend.vocab_size, count).tolist()
+    return found
+
+
+# The machine
+
+
+def use_threads(count: int) -> None:
+    """Compute with ``count`` threads from now on. UserError when there are fewer cores.
+
+    The variables reach libraries that are not loaded yet.
+    """
+    cores = available_cores()
+    if not 1 <= count <= cores:
+        raise UserError(f"--threads is {count}; this machine has {cores} cores, so use 1 to {cores}")
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(count)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
+    if numba := sys.modules.get("numba"):
+        with suppress(ValueError):  # started with fewer
+            numba.set_num_threads(count)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_of(backend: Any) -> int:
+    """How many threads a backend computes with: its own word, or PyTorch's setting."""
+    own = getattr(backend, "threads", None)
+    if own is not None:
+        return int(own)
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch else available_cores()
+
+
+def peak_memory() -> int:
+    """The most memory this process has had so far (resident set, mapped weights included), in bytes."""
+    # Linux' getrusage also counts what the process that started this one had, so the kernel's own
+    # account of this one's memory comes first.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def memory_bandwidth(threads: int) -> float:
+    """Bytes per second that ``threads`` threads read from memory, at best.
+
+    As in STREAM (McCalpin 1995), an array much larger than the last-level cache is gone through in
+    contiguous slices, one a thread; only read, as weights are. The operation is numpy's bitwise or
+    over 64-bit integers: of its reductions the nearest to a compiled loop that does nothing but read
+    (within 3%; sums of floats and byte-wise operations wait for the arithmetic).
+    """
+    array = np.ones(max(ARRAY_BYTES, 4 * _cache_bytes()) // 8, np.int64)
+    slices = np.array_split(array, threads)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        until, reading = time.perf_counter() + BANDWIDTH_SECONDS, 0
+        while reading < 10 or time.perf_counter() < until:
+            begun = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, slices))
+            best = min(best, time.perf_counter() - begun)
+            reading += 1
+    return array.nbytes / best
+
+
+def _cache_bytes() -> int:
+    """The largest cache of a core, 0 where the system does not tell (Linux does)."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    largest = 0
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with suppress(OSError, ValueError, KeyError):
+            text = file.read_text().strip()
+            largest = max(largest, int(text[:-1]) * units[text[-1]])
+    return largest
+
+
+# The model
+
+
+def weights_of(backend: Any) -> Weights:
+    """What a backend's weights take. One that holds no torch module (``model``) tells it itself."""
+    model = getattr(backend, "model", None)
+    if model is None:
+        return Weights(backend.parameters, backend.weight_bytes, backend.weight_bytes_per_token)
+    tensors = {tensor.data_ptr(): (name, tensor) for name, tensor in model.named_parameters()}
+    heads = {
+        module.weight.data_ptr()
+        for module in model.modules()
+        if type(module).__name__ != "Embedding" and hasattr(module, "weight") and module.weight is not None
+    }
+    # Of an embedding one row is read, unless it is the output head as well.
+    looked_up = {
+        module.weight.data_ptr() for module in model.modules() if type(module).__name__ == "Embedding"
+    } - heads
+    total = read = 0.0
+    share = _expert_share(model.config)
+    for pointer, (name, tensor) in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        total += size
+        if pointer not in looked_up:
+            read += size * (share if ".experts." in name else 1)
+    count = sum(tensor.numel() for _, tensor in tensors.values())
+    return Weights(count, int(total), int(read))
+
+
+def _expert_share(config: Any) -> float:
+    """Experts that a token goes through, of all there are."""
+    there = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
+    used = getattr(config, "experts_per_token", 0) or getattr(config, "num_experts_per_tok", 0)
+    return used / there if there and used else 1.0
+
+
+def bytes_per_token(backend: Any, weights: Weights, settings: Settings) -> float:
+    """Bytes of weights, keys and values read for one token of one sequence, on average while decoding."""
+    per_position = getattr(backend, "cache_bytes_per_token", None)
+    length = settings.prompt_tokens + (settings.new_tokens + 1) / 2
+    if per_position is not None:
+        return weights.read + length * float(per_position)
+    model = getattr(backend, "model", None)
+    config = model.config if model is not None else backend.config
+    item = model.dtype.itemsize if model is not None else 4
+    layers = range(config.num_layers)
+    seen = sum(min(length, config.window(layer) or length) for layer in layers)
+    return float(weights.read + seen * 2 * config.num_kv_heads * config.head_dim * item)
+
+
+def _quantization(backend: Any, asked: str | None) -> str:
+    """What the weights are in memory: the backend's own word (``quantization``), or their type."""
+    own = getattr(backend, "quantization", None)
+    if own is not None:
+        return str(own)
+    dtype = getattr(getattr(backend, "model", None), "dtype", None)
+    return str(dtype).removeprefix("torch.") if dtype is not None else asked or "none"
+
+
+def _device(backend: Any) -> str:
+    device = getattr(getattr(backend, "model", None), "device", None)
+    return str(getattr(device, "type", "cpu"))

@@ -1,0 +1,308 @@
+"""The network on a CPU, without torch: packed weights, paged keys and values, compiled steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.cpu import Quantization
+from tercet.engine.cpu import table as at
+from tercet.engine.cpu.attention import PAGE, state_bytes
+from tercet.engine.cpu.layout import Layout, Matrix, Shape, norms
+from tercet.engine.cpu.pack import Bytes, allocate, padded_vocabulary
+from tercet.engine.cpu.pool import address, physical_cores, pool
+from tercet.engine.cpu.tiles import GROUP4, GROUP8
+from tercet.engine.cpu.vector import bits, has_half, has_vnni
+from tercet.model.config import ModelConfig
+from tercet.model.rope import rope_frequencies
+
+if TYPE_CHECKING:
+    from tercet.engine.backend import Chunk
+
+CACHE_BYTES = 1 << 30  # keys and values; memory is taken as pages are first written
+MAX_CHUNKS = 64
+LOGIT_ROWS = 64  # logits held at a time
+NO_WINDOW = 1 << 30
+
+
+class CPUBackend:
+    """A `Backend` (see `tercet.engine.backend`) over packed weights.
+
+    quantization: what the weights were packed with; with "none" keys and values are float32, not float16.
+    threads: None: the physical cores.
+    portable: without instructions that only some processors have.
+    """
+
+    page_size = PAGE
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        places: Layout,
+        memory: Bytes,
+        *,
+        quantization: Quantization = "int8",
+        parameters: int = 0,
+        threads: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        portable: bool = False,
+    ) -> None:
+        self.config, self._memory = config, memory
+        self.vocab_size, self.max_positions = config.vocab_size, config.max_positions
+        self.threads = threads or physical_cores()
+        self.max_tokens = 512 if config.hidden_size <= 1024 else 256
+        self.max_chunks = MAX_CHUNKS
+        self._pool = pool(self.threads)
+        # What `tercet bench` tells of it.
+        self.quantization, self.parameters = quantization, parameters
+        self.weight_bytes, self.weight_bytes_per_token = places.size, places.read_bytes(config)
+        self._shape = Shape.of(config)
+        self._half = has_half() and quantization != "none"
+        plane = PAGE * self._shape.dim * (2 if self._half else 4)
+        self._page_bytes = config.num_layers * config.num_kv_heads * 2 * plane
+        self.cache_bytes_per_token = self._page_bytes // PAGE
+        self.num_pages = max(2, min(cache_bytes // self._page_bytes, 1 << 16))
+        self._pages = allocate(self.num_pages * self._page_bytes)
+        self._table = np.zeros(at.SIZE, np.int64)
+        self._keep: list[NDArray[np.generic]] = []  # what the table points to
+        self._portable = portable or not has_vnni()
+        self._fill_model(places, plane)
+        self._fill_scratch()
+
+    # What the table says of the model
+
+    def _hold(self, array: NDArray[np.generic]) -> int:
+        self._keep.append(array)
+        return int(array.ctypes.data)
+
+    def _descriptor(self, matrices: Sequence[Matrix]) -> int:
+        base = self._memory.ctypes.data
+        rows = np.zeros((len(matrices), at.MATRIX_WIDTH), np.int64)
+        for row, one in zip(rows, matrices, strict=True):
+            name = ("float32", "bfloat16", "int8", "int4")[one.kind]
+            integer = one.kind in (at.INT8, at.INT4)
+            row[at.PRODUCT] = address(f"product_{name}{'_portable' if integer and self._portable else ''}")
+            row[at.QUANTIZE] = address(f"quantize_{name}") if integer else 0
+            row[at.GROUP] = group = GROUP4 if one.kind == at.INT4 else GROUP8
+            row[at.BLOCK_BYTES] = 16 * one.columns * (32, 16, 8, 4)[one.kind] // 8
+            row[at.SCALE_BYTES] = one.columns // group * (64 if one.kind == at.INT4 else 32)
+            row[at.KIND], row[at.BLOCKS], row[at.COLUMNS] = one.kind, one.rows // 16, one.columns
+            row[at.WEIGHTS], row[at.WEIGHT_SCALES] = base + one.weights, base + one.scales
+            row[at.BIAS] = base + one.bias if one.bias >= 0 else 0
+        return self._hold(rows)
+
+    def _fill_model(self, places: Layout, plane: int) -> None:
+        config, shape, t = self.config, self._shape, self._table
+        base = self._memory.ctypes.data
+
+        def vector(name: str) -> int:
+            return base + places.vectors[name][0] if name in places.vectors else 0
+
+        def matrix(*names: str) -> int:
+            return self._descriptor([places.matrices[name] for name in names])
+
+        t[at.LAYERS], t[at.HIDDEN], t[at.HIDDEN_SIZE] = config.num_layers, shape.hidden, config.hidden_size
+        t[at.HEADS], t[at.KV_HEADS] = config.num_heads, config.num_kv_heads
+        t[at.DIM], t[at.DIM_SIZE] = shape.dim, config.head_dim
+        t[at.INNER], t[at.ATTENTION_WIDTH] = shape.inner, shape.attention
+        half = "_half" if self._half else ""
+        t[at.ATTEND_ONE], t[at.ATTEND_FOUR] = address(f"attend_one{half}"), address(f"attend_four{half}")
+        t[at.STORE] = address("store_half" if self._half else "store_float")
+        t[at.GATE] = address(f"{'gated' if config.gated_mlp else 'ungated'}_{config.activation}")
+        t[at.ATTENTION_CAP] = bits(config.attention_softcap) if config.attention_softcap else 0
+        t[at.LOGIT_CAP] = bits(config.logit_softcap) if config.logit_softcap else 0
+        t[at.GATED] = config.gated_mlp
+        t[at.LAYER_NORM], t[at.EPS] = config.norm == "layer", bits(config.norm_eps)
+        t[at.PRE_NORM], t[at.POST_NORM] = config.pre_norm, config.post_norm
+        t[at.PARALLEL] = config.parallel_residual
+        t[at.QK_NORM] = ("none", "head", "projection").index(config.qk_norm)
+        t[at.EXPERTS], t[at.EXPERTS_PER_TOKEN] = config.num_experts, config.experts_per_token
+        t[at.NORMALIZE] = config.normalize_expert_weights
+        scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
+        t[at.FLOATS] = self._hold(np.array([scale, config.embedding_scale or 1, config.norm_eps], np.float32))
+        t[at.EMBEDDING] = matrix("embedding")
+        t[at.HEAD] = matrix("embedding" if config.tie_embeddings else "head")
+        t[at.LEARNED_POSITIONS] = vector("positions")
+        t[at.FINAL_NORM], t[at.FINAL_NORM_BIAS] = vector("norm"), vector("norm.bias")
+        t[at.KEYS_VALUES], t[at.PAGE_BYTES] = self._pages.ctypes.data, self._page_bytes
+        t[at.PLANE_BYTES] = plane
+        self._fill_rope()
+        layers = np.zeros((config.num_layers, at.LAYER_WIDTH), np.int64)
+        for number, row in enumerate(layers):
+            name = f"{number}."
+            columns = [at.INPUT_NORM, at.MLP_NORM] if config.pre_norm else []
+            columns += [at.ATTENTION_OUTPUT_NORM, at.MLP_OUTPUT_NORM] if config.post_norm else []
+            for column, one in zip(columns, norms(config), strict=True):
+                row[column] = vector(name + one)
+            row[at.INPUT_NORM_BIAS] = vector(name + "input_layernorm.bias")
+            row[at.MLP_NORM_BIAS] = vector(name + "post_attention_layernorm.bias")
+            row[at.QKV_MATRIX], row[at.O_MATRIX] = matrix(name + "qkv"), matrix(name + "o")
+            row[at.Q_NORM], row[at.K_NORM] = vector(name + "q_norm"), vector(name + "k_norm")
+            mlps = [name]
+            if config.is_mixture(number):
+                row[at.ROUTER] = matrix(name + "router")
+                mlps = [f"{name}{expert}." for expert in range(config.num_experts)]
+            row[at.GATE_UP] = matrix(*(f"{mlp}gate_up" for mlp in mlps))
+            row[at.DOWN] = matrix(*(f"{mlp}down" for mlp in mlps))
+            window = config.window(number)
+            row[at.WINDOW] = NO_WINDOW if window is None else window
+            if config.has_rope(number):
+                local = config.has_local_rope(number)
+                row[at.COSINES], row[at.SINES] = (one.ctypes.data for one in self._rope[local])
+        t[at.LAYER_TABLE] = self._hold(layers)
+
+    def _fill_rope(self) -> None:
+        """Tables of cos and sin [max_positions, pairs] for layers of both kinds."""
+        config = self.config
+        self._rope: dict[bool, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        if config.positions != "rope":
+            return
+        self._table[at.ROTARY_HALF] = config.rotary // 2
+        for local in {config.has_local_rope(layer) for layer in range(config.num_layers)}:
+            empty = (config.max_positions, config.rotary // 2)
+            self._rope[local] = (np.zeros(empty, np.float32), np.zeros(empty, np.float32))
+        self._rope_length = 0
+        self._reach(min(1024, config.max_positions))
+
+    def _reach(self, length: int) -> None:
+        """See that the rotary tables hold for sequences of ``length``."""
+        config = self.config
+        if config.positions != "rope":
+            return
+        moving = config.rope_scaling is not None and config.rope_scaling.by_length
+        if length <= self._rope_length and not moving:
+            return
+        size = length if moving else min(config.max_positions, max(length, 2 * self._rope_length))
+        for local, (cosines, sines) in self._rope.items():
+            frequencies, factor = rope_frequencies(config, length, local)
+            angles = np.outer(np.arange(size, dtype=np.float32), frequencies)
+            np.multiply(np.cos(angles), np.float32(factor), out=cosines[:size])
+            np.multiply(np.sin(angles), np.float32(factor), out=sines[:size])
+        self._rope_length = size
+
+    def _fill_scratch(self) -> None:
+        config, shape, t = self.config, self._shape, self._table
+        rows = max(self.max_tokens, at.SMALL * self.threads)
+        experts = max(1, config.experts_per_token)
+        widest = max(shape.hidden, shape.inner, shape.attention)
+
+        def floats(count: int) -> int:
+            return self._hold(allocate(4 * count + 64))
+
+        heads = config.num_heads + 2 * config.num_kv_heads
+        t[at.X], t[at.NORMED] = floats(rows * shape.hidden), floats(rows * shape.hidden)
+        t[at.OUTPUT] = floats(rows * shape.hidden)
+        t[at.QUANTIZED] = floats(rows * experts * widest // 4)
+        t[at.SCALES], t[at.ZEROS] = (
+            floats(rows * experts * widest // 32),
+            floats(rows * experts * widest // 32),
+        )
+        t[at.QKV], t[at.ATTENDED] = floats(rows * heads * shape.dim), floats(rows * shape.attention)
+        t[at.INNER_ROWS] = floats(rows * experts * shape.inner)
+        t[at.ROUTES], t[at.ROUTE_WEIGHTS] = floats(2 * rows * experts), floats(rows * experts)
+        private = max(4 * 16 * (2 * rows + 1), state_bytes(4, shape.dim), 4 * (2 * config.num_experts + 16))
+        private += -private % 64 + 64
+        t[at.PRIVATE], t[at.PRIVATE_BYTES] = floats(private * self.threads // 4), private
+        self._logits = np.zeros((LOGIT_ROWS, padded_vocabulary(config)), np.float32)
+        t[at.LOGITS] = self._logits.ctypes.data
+        pages = -(-self.max_positions // PAGE) + 1
+        self._ids, self._positions, self._chunk_of, self._wanted = (
+            np.zeros(rows, np.int64) for _ in range(4)
+        )
+        self._chunks = np.zeros((MAX_CHUNKS, 3), np.int64)
+        self._chunk_pages = np.zeros((MAX_CHUNKS, pages), np.int64)
+        self._chunks[:, 2] = self._chunk_pages.ctypes.data + 8 * pages * np.arange(MAX_CHUNKS)
+        self._tiles = np.zeros((rows, 3), np.int64)
+        phases = 5 * config.num_layers + 1  # `draw` is called with each number once
+        self._counters = np.zeros(phases, np.int64)
+        for column, array in (
+            (at.IDS, self._ids),
+            (at.POSITIONS, self._positions),
+            (at.CHUNK_OF, self._chunk_of),
+            (at.WANTED_ROWS, self._wanted),
+            (at.CHUNKS, self._chunks),
+            (at.TILE_TABLE, self._tiles),
+            (at.COUNTERS, self._counters),
+        ):
+            t[column] = self._hold(array)
+
+    # Steps
+
+    def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        parts = list(self._logit_parts(self._describe(chunks)))
+        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+    def logprobs(
+        self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        values: list[NDArray[np.float32]] = []
+        likeliest: list[NDArray[np.bool_]] = []
+        done = 0
+        for logits in self._logit_parts(self._describe(chunks)):
+            mine = targets[done : done + len(logits)]
+            done += len(logits)
+            best = logits.argmax(-1)
+            shift = logits[np.arange(len(logits)), best]
+            total = np.exp(logits - shift[:, None]).sum(-1, dtype=np.float64)
+            norm = (shift + np.log(total)).astype(np.float32)
+            rows = np.repeat(np.arange(len(mine)), [len(one) for one in mine])
+            wanted = np.array([token for one in mine for token in one], dtype=np.int64)
+            values.append(logits[rows, wanted] - norm[rows])
+            likeliest.append(best[rows] == wanted)
+        return np.concatenate(values), np.concatenate(likeliest)
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        size = self._page_bytes
+        for source, target in pairs:
+            self._pages[target * size : (target + 1) * size] = self._pages[
+                source * size : (source + 1) * size
+            ]
+
+    def release(self, sequence: int) -> None:
+        """Nothing is kept for a sequence beyond its pages."""
+
+    def _logit_parts(self, wanted: list[int]) -> Iterator[NDArray[np.float32]]:
+        """Run the step; the wanted rows' logits in parts [up to LOGIT_ROWS, V], each valid until the next."""
+        table = self._table
+        for begin in range(0, max(1, len(wanted)), LOGIT_ROWS):
+            part = wanted[begin : begin + LOGIT_ROWS]
+            table[at.HEAD_ONLY], table[at.WANTED] = begin > 0, len(part)
+            self._wanted[: len(part)] = part
+            self._run()
+            yield self._logits[: len(part), : self.vocab_size]
+
+    def _describe(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Put the chunks into the table's arrays; the rows whose logits are wanted."""
+        row = tile = longest = 0
+        wanted: list[int] = []
+        for number, chunk in enumerate(chunks):
+            count, start = len(chunk.tokens), chunk.start
+            end = row + count
+            self._ids[row:end] = chunk.tokens
+            if count == 1:
+                self._positions[row] = start
+            else:
+                self._positions[row:end] = np.arange(start, start + count)
+            self._chunk_of[row:end] = number
+            self._chunks[number, 0], self._chunks[number, 1] = row, start
+            pages = -(-(start + count) // PAGE)
+            self._chunk_pages[number, :pages] = chunk.pages[:pages]
+            fours = count // 4
+            for first in range(0, 4 * fours, 4):
+                self._tiles[tile] = (number, first, 4)
+                tile += 1
+            for first in range(4 * fours, count):
+                self._tiles[tile] = (number, first, 1)
+                tile += 1
+            wanted += [row + index for index in chunk.wanted]
+            row, longest = end, max(longest, start + count)
+        self._table[at.TOKENS], self._table[at.TILES] = row, tile
+        self._reach(longest)
+        return wanted
+
+    def _run(self) -> None:
+        self._counters[:] = 0
+        self._pool.run(self._table)

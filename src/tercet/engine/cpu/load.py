@@ -1,0 +1,88 @@
+"""From a checkpoint directory to a CPU backend; quantised weights are kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from tercet.engine.cpu import Quantization
+from tercet.engine.cpu.backend import CPUBackend
+from tercet.engine.cpu.layout import layout
+from tercet.engine.cpu.pack import Bytes, pack, read_packed
+from tercet.errors import UserError
+from tercet.files import fingerprint, replaced_when_complete
+from tercet.model.checkpoint import weights_identity
+from tercet.model.weights import Weights
+from tercet.progress import say
+
+FORMAT = 1  # changes whenever packed weights would not be read rightly any more
+KEPT = 8  # packed models in the cache; the one used longest ago goes first
+
+
+def load_cpu_backend(
+    directory: str | Path,
+    adapter: str | Path | None = None,
+    quantization: Quantization = "int8",
+    threads: int | None = None,
+) -> CPUBackend:
+    """A checkpoint, with an adapter merged or without, for the compiled kernels.
+
+    Raises:
+        UserError: the directory holds no model that can be loaded.
+    """
+    weights = Weights(directory, adapter)
+    config = weights.config
+    exact = quantization == "none"
+    places = layout(config, quantization, weights.dtype)
+    memory = None if exact else _kept(weights, directory, adapter, quantization, places.size)
+    if memory is None:
+        places, memory = pack(config, quantization, weights.dtype, weights)
+        if not exact:
+            _keep(_path(weights, directory, adapter, quantization), memory)
+    return CPUBackend(
+        config, places, memory, quantization=quantization, parameters=weights.parameters, threads=threads
+    )
+
+
+def _path(
+    weights: Weights, directory: str | Path, adapter: str | Path | None, quantization: Quantization
+) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet" / "packed"
+    sources = [
+        (str(Path(one).resolve()), weights_identity(one)) for one in (directory, adapter) if one is not None
+    ]
+    name = fingerprint([FORMAT, quantization, sources, asdict(weights.config)])
+    return home / f"{name}.bin"
+
+
+def _kept(
+    weights: Weights,
+    directory: str | Path,
+    adapter: str | Path | None,
+    quantization: Quantization,
+    size: int,
+) -> Bytes | None:
+    path = _path(weights, directory, adapter, quantization)
+    memory = read_packed(path, size)
+    if memory is not None:
+        with contextlib.suppress(OSError):  # a cache that may only be read still serves
+            path.touch()
+    return memory
+
+
+def _keep(path: Path, memory: Bytes) -> None:
+    """Store a packed model. A cache that can't be written to only costs time: it is said, once a load."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_when_complete(path) as temporary:
+            memory.tofile(temporary)
+        others = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
+        for old in others[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except (OSError, UserError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        say(
+            f"The quantised weights could not be kept in {path.parent} ({reason}); they are made again next time."
+        )

@@ -1,0 +1,224 @@
+"""From a checkpoint's tensors to packed, quantised weights in one block of memory.
+
+Everything is numpy on memory-mapped tensors, one matrix at a time. What was quantised is kept in the
+user's cache, by what the weights are and how they were quantised, and read from there next time.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.cpu import Quantization
+from tercet.engine.cpu import table as at
+from tercet.engine.cpu.layout import Layout, Matrix, Shape, layout, norms, padded
+from tercet.engine.cpu.tiles import GROUP4, GROUP8
+from tercet.model.config import ModelConfig
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Get = Callable[[str], Floats]  # a tensor by our module names, float32
+
+LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
+
+
+def allocate(size: int) -> Bytes:
+    """Zeroed memory in large pages where the system has them: fewer address translations, faster reads."""
+    if LARGE_PAGES is None:
+        return np.zeros(max(size, 1), np.uint8)
+    # Not shared memory, which mmap gives unless told: that has small pages only.
+    block = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(LARGE_PAGES)
+    return np.frombuffer(block, dtype=np.uint8)
+
+
+def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
+    """Rounded to the nearest bfloat16, ties to even."""
+    raw = values.view(np.uint32)
+    return ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(raw: NDArray[np.uint16]) -> Floats:
+    return (raw.astype(np.uint32) << 16).view(np.float32)
+
+
+def quantize_int8(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Symmetric: q + 128 [rows, K] and scales [rows, K / GROUP8] in bfloat16, w = q * scale."""
+    groups = w.reshape(len(w), -1, GROUP8)
+    # A scale rounded down would cut the largest weight: at most 0.4% of it, less than rounding does.
+    scales = to_bfloat16(np.abs(groups).max(-1) / np.float32(127))
+    steps = from_bfloat16(scales)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
+    q = np.clip(np.rint(groups * inverse[..., None]), -127, 127).astype(np.int16)
+    return (q + 128).astype(np.uint8).reshape(w.shape), scales
+
+
+def quantize_int4(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
+    """Asymmetric: q in 0..15 [rows, K], scales and offsets [rows, K / GROUP4] bfloat16, w = q * scale + offset.
+
+    Of several ranges, from the whole of a group's values to 0.8 of it, the one with the least
+    squared error is taken: cutting off an extreme value often serves the others.
+    """
+    groups = w.reshape(len(w), -1, GROUP4)
+    low, high = groups.min(-1), groups.max(-1)
+    best = np.full(low.shape, np.inf, np.float32)
+    chosen = np.zeros(groups.shape, np.uint8)
+    scales, offsets = np.zeros(low.shape, np.uint16), np.zeros(low.shape, np.uint16)
+    middle, half = (low + high) / 2, (high - low) / 2
+    for keep in (1.0, 0.95, 0.9, 0.85, 0.8):
+        offset = to_bfloat16(middle - half * np.float32(keep))
+        scale = to_bfloat16(half * np.float32(keep * 2 / 15))
+        start, step = from_bfloat16(offset), from_bfloat16(scale)
+        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
+        q = np.clip(np.rint((groups - start[..., None]) * inverse[..., None]), 0, 15)
+        error = np.square(q * step[..., None] + start[..., None] - groups).sum(-1)
+        better = error < best
+        best = np.where(better, error, best)
+        chosen = np.where(better[..., None], q.astype(np.uint8), chosen)
+        scales, offsets = np.where(better, scale, scales), np.where(better, offset, offsets)
+    return chosen.reshape(w.shape), scales, offsets
+
+
+def pack_matrix(memory: Bytes, place: Matrix, w: Floats, bias: Floats | None = None) -> None:
+    """Write a matrix [rows, columns], padded already, into its place."""
+    blocks, k = place.rows // 16, place.columns
+    w = np.ascontiguousarray(w, dtype=np.float32)
+
+    def put(offset: int, values: NDArray[Any]) -> None:
+        raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+        memory[offset : offset + raw.size] = raw
+
+    if place.kind == at.INT8:
+        q, scales = quantize_int8(w)
+        put(place.weights, q.reshape(blocks, 16, k // 4, 4).transpose(0, 2, 1, 3))
+        put(place.scales, scales.reshape(blocks, 16, -1).transpose(0, 2, 1))
+    elif place.kind == at.INT4:
+        q, scales, offsets = quantize_int4(w)
+        eights = q.reshape(blocks, 16, k // 8, 2, 4).transpose(0, 2, 1, 3, 4)
+        put(place.weights, eights[..., 0, :] | (eights[..., 1, :] << 4))
+        both = np.stack([scales, offsets], axis=1).reshape(blocks, 16, 2, -1)
+        put(place.scales, both.transpose(0, 3, 2, 1))
+    else:
+        columns = w.reshape(blocks, 16, k).transpose(0, 2, 1)
+        columns = np.ascontiguousarray(columns)
+        put(place.weights, to_bfloat16(columns) if place.kind == at.BFLOAT16 else columns)
+    if bias is not None:
+        put(place.bias, bias.astype(np.float32))
+
+
+def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get) -> tuple[Layout, Bytes]:
+    """Pack a model's tensors; ``get`` gives each by our module name."""
+    places = layout(config, quantization, stored)
+    memory = allocate(places.size)
+    shape = Shape.of(config)
+    dim, head_dim = shape.dim, config.head_dim
+
+    def vector(name: str, values: Floats) -> None:
+        offset, length = places.vectors[name]
+        memory[offset : offset + 4 * values.size] = np.ascontiguousarray(values, np.float32).view(np.uint8)
+        assert values.size <= length
+
+    def matrix(name: str, w: Floats, bias: Floats | None = None) -> None:
+        place = places.matrices[name]
+        whole = np.zeros((place.rows, place.columns), np.float32)
+        whole[: w.shape[0], : w.shape[1]] = w
+        full = None
+        if bias is not None:
+            full = np.zeros(place.rows, np.float32)
+            full[: bias.size] = bias
+        pack_matrix(memory, place, whole, full)
+
+    def heads(w: Floats) -> Floats:
+        """Rows of heads, each padded: [n * head_dim, ...] to [n * dim, ...]."""
+        split = w.reshape(-1, head_dim, *w.shape[1:])
+        whole = np.zeros((len(split), dim, *w.shape[1:]), np.float32)
+        whole[:, :head_dim] = split
+        return whole.reshape(-1, *w.shape[1:])
+
+    def norm(name: str, module: str) -> None:
+        vector(name, get(f"{module}.weight") + np.float32(config.norm_offset))
+        if config.norm == "layer":
+            vector(f"{name}.bias", get(f"{module}.bias"))
+
+    def mlp(name: str, module: str) -> None:
+        parts = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
+        # Blocks of gate and up alternate, so that a thread that needs both reads one stream.
+        both = np.zeros((shape.inner // 16, len(parts), 16, config.hidden_size), np.float32)
+        biases = np.zeros((shape.inner // 16, len(parts), 16), np.float32)
+        for number, part in enumerate(parts):
+            w = get(f"{module}.{part}.weight")
+            whole = np.zeros((shape.inner, config.hidden_size), np.float32)
+            whole[: len(w)] = w
+            both[:, number] = whole.reshape(-1, 16, config.hidden_size)
+            if config.mlp_bias:
+                bias = np.zeros(shape.inner, np.float32)
+                bias[: len(w)] = get(f"{module}.{part}.bias")
+                biases[:, number] = bias.reshape(-1, 16)
+        matrix(
+            f"{name}gate_up",
+            both.reshape(-1, config.hidden_size),
+            biases.reshape(-1) if config.mlp_bias else None,
+        )
+        down_bias = get(f"{module}.down_proj.bias") if config.mlp_bias else None
+        matrix(f"{name}down", get(f"{module}.down_proj.weight"), down_bias)
+
+    matrix("embedding", get("model.embed_tokens.weight"))
+    if config.positions == "learned":
+        table = np.zeros((config.max_positions, shape.hidden), np.float32)
+        table[:, : config.hidden_size] = get("model.embed_positions.weight")
+        vector("positions", table.reshape(-1))
+    for layer in range(config.num_layers):
+        name, module = f"{layer}.", f"model.layers.{layer}"
+        for one in norms(config):
+            norm(name + one, f"{module}.{one}")
+        attention = f"{module}.self_attn"
+        qkv = np.concatenate([heads(get(f"{attention}.{part}_proj.weight")) for part in "qkv"])
+        bias = None
+        if config.attention_bias:
+            bias = np.concatenate([heads(get(f"{attention}.{part}_proj.bias")) for part in "qkv"])
+        matrix(name + "qkv", qkv, bias)
+        if config.qk_norm != "none":
+            for part in "qk":
+                weight = get(f"{attention}.{part}_norm.weight") + np.float32(config.norm_offset)
+                vector(f"{name}{part}_norm", heads(weight))
+        out = heads(np.ascontiguousarray(get(f"{attention}.o_proj.weight").T)).T
+        matrix(name + "o", out, get(f"{attention}.o_proj.bias") if config.output_bias else None)
+        if config.is_mixture(layer):
+            matrix(name + "router", get(f"{module}.mlp.gate.weight"))
+            for expert in range(config.num_experts):
+                mlp(f"{name}{expert}.", f"{module}.mlp.experts.{expert}")
+        else:
+            mlp(name, f"{module}.mlp")
+    norm("norm", "model.norm")
+    if not config.tie_embeddings:
+        matrix("head", get("lm_head.weight"))
+    return places, memory
+
+
+def padded_vocabulary(config: ModelConfig) -> int:
+    """Rows of the head."""
+    return padded(config.vocab_size, 16)
+
+
+def read_packed(path: Path, size: int) -> Bytes | None:
+    """A packed block from a file, in large pages; None where the file is not there or not whole."""
+    try:
+        with path.open("rb") as stream:
+            if path.stat().st_size != size:
+                return None
+            memory = allocate(size)
+            view = memory.data
+            done = 0
+            while done < size:
+                count = stream.readinto(view[done:])
+                if not count:
+                    return None
+                done += count
+            return memory
+    except OSError:
+        return None

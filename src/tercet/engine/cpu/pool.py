@@ -1,0 +1,231 @@
+"""The compiled program and the threads that run it.
+
+Threads other than the caller's wait inside compiled code, spinning, for about a millisecond after a
+step, so that the next step of a generation starts at once; then they sleep until they are woken, so
+that a server without requests uses no processor.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.cpu import table as at
+from tercet.progress import say
+
+MEETING_PLACES = 64
+PATIENCE = 30_000  # turns of waiting before a thread sleeps: one to two milliseconds
+LEAST = 0.25  # uneven work alone makes many threads wait this fraction
+RECENT = 0.9  # a step's weight falls by a tenth with each that follows
+ENOUGH, LONG = 6, 0.05  # steps, or seconds, before a judgement
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds until a thread is asked back
+CACHE_VARIABLE = "NUMBA_CACHE_DIR"
+
+
+def physical_cores() -> int:
+    """Cores this process may use, two hardware threads of one core counted once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            siblings.add(path.read_text().strip())
+        except OSError:
+            siblings.add(str(cpu))
+    return min(len(siblings), _quota() or len(siblings))
+
+
+def _quota() -> int | None:
+    """The processors that a container's limit (cgroup v2) amounts to, at least one."""
+    try:
+        most, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if most == "max" else max(1, int(most) // int(period))
+    except (OSError, ValueError):
+        return None
+
+
+def _cache_directory() -> Path:
+    """Where compiled code is kept: changed sources get a new place, as numba sees one file only."""
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(file.read_bytes())
+    home = os.environ.get(CACHE_VARIABLE)
+    if home is None:
+        home = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet" / "kernels")
+    return Path(home) / source.hexdigest()[:16]
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Functions declared within are kept in our directory: numba reads it when they are declared."""
+    import numba
+
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(_cache_directory())
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@functools.cache
+def _announce() -> None:
+    if not any(_cache_directory().rglob("*.nbi")):
+        say("Compiling the CPU kernels for this machine: about fifteen seconds, once.")
+
+
+@functools.cache
+def program() -> Any:
+    """The compiled program `kernels.run`."""
+    _announce()
+    with _kept():
+        from tercet.engine.cpu.kernels import run
+    run.compile("int64(int64, int64, int64, int64)")
+    return run
+
+
+@functools.cache
+def _compiled(name: str) -> Any:
+    from numba import cfunc, types
+
+    from tercet.engine.cpu import programs
+
+    _announce()
+    function = getattr(programs, name)
+    arguments = function.__code__.co_argcount
+    with _kept():
+        return cfunc(types.void(*[types.int64] * arguments), cache=True)(function)
+
+
+def address(name: str) -> int:
+    """Where the compiled function `programs`.name is."""
+    return int(_compiled(name).address)
+
+
+class Crew:
+    """How many threads to use, when other processes want the cores too.
+
+    Where the one that waits most does so a fraction f of the time, n threads do the work of n (1 - f):
+    less than n - 1 would when f is above 1 / n. Then one leaves, and is asked back after a while;
+    longer each time that this was too early.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = self.threads = most
+        self._waited = self._elapsed = 0.0  # seconds, recent steps weighing most
+        self._steps = 0
+        self._pause, self._again = FIRST_PAUSE, 0.0
+
+    def choose(self, now: float) -> int:
+        """Threads for the step that begins ``now``."""
+        if self.threads < self.most and now >= self._again:
+            self.threads += 1
+            self._waited, self._elapsed, self._steps = 0.0, 0.0, 0
+        return self.threads
+
+    def note(self, waited: float, elapsed: float, now: float) -> None:
+        """A step took ``elapsed`` seconds, of which some thread waited ``waited``."""
+        if self.threads == 1:
+            return
+        self._waited = RECENT * self._waited + waited
+        self._elapsed = RECENT * self._elapsed + elapsed
+        self._steps += 1
+        fraction = self._waited / self._elapsed
+        judged = self._steps >= ENOUGH or self._elapsed > LONG
+        if judged and fraction > max(1 / self.threads, LEAST):
+            self.threads -= 1
+            self._again = now + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._waited, self._elapsed, self._steps = 0.0, 0.0, 0
+        elif self._steps >= 4 * ENOUGH and fraction < 0.5 / self.threads:
+            self._pause = FIRST_PAUSE
+
+
+class Pool:
+    """A few threads that run steps together; the caller is the first of them.
+
+    Steps of one pool run one after another, whichever Python thread they come from.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._program = program()
+        from tercet.engine.cpu import kernels  # after program(), which decides where its code is kept
+
+        self._table = kernels.TABLE // 8
+        self._waited = np.array([(kernels.WAITED + 64 * thread) // 8 for thread in range(threads)])
+        self._parked = [(kernels.PARKED + 64 * thread) // 8 for thread in range(threads)]
+        # Meetings of steps are counted here, not in the models' memory, which may be gone when a slow
+        # thread looks a last time; in turn at several places, so that it finds its count unchanged.
+        raw = np.zeros(16 + 8 * threads + 8 * MEETING_PLACES, dtype=np.int64)
+        self._control = raw[-(raw.ctypes.data // 8) % 8 :]
+        self._first_place, self._step = 8 + 8 * threads, 0
+        self._address = self._control.ctypes.data
+        self._lock = threading.Lock()
+        self.crew = Crew(threads)
+        begin = time.perf_counter()
+        self._program(self._address, -2, 0, 10_000)
+        self._turn = (time.perf_counter() - begin) / 10_000  # seconds
+        self._wake = [threading.Event() for _ in range(threads)]
+        for thread in range(1, threads):
+            threading.Thread(target=self._serve, args=(thread,), name=f"tercet-{thread}", daemon=True).start()
+
+    def _serve(self, thread: int) -> None:
+        seen = 0
+        while seen >= 0:
+            seen = self._program(self._address, thread, seen, PATIENCE)
+            if seen >= 0:
+                self._wake[thread].wait()
+                self._wake[thread].clear()
+                self._control[self._parked[thread]] = 0
+
+    def run(self, table: NDArray[np.int64]) -> None:
+        """Run the step that ``table`` describes; it takes up to ``threads`` threads."""
+        with self._lock:
+            control = self._control
+            self._step = (self._step + 1) % MEETING_PLACES
+            place = self._first_place + 8 * self._step
+            begin = time.perf_counter()
+            threads = self.crew.choose(begin)
+            control[place] = 0
+            before = self._seconds_waited(threads)
+            table[at.ARRIVED], table[at.THREADS] = self._address + 8 * place, threads
+            table[at.WAITED] = self._address + 8 * self._waited[0]
+            control[self._table] = table.ctypes.data
+            if threads > 1:
+                self._program(self._address, -1, 0, 0)
+                for thread in range(1, threads):
+                    if control[self._parked[thread]]:
+                        self._wake[thread].set()
+            self._program(self._address, 0, 0, 0)
+            if threads > 1:
+                end = time.perf_counter()
+                waited = float((self._seconds_waited(threads) - before).max())
+                self.crew.note(waited, end - begin, end)
+
+    def _seconds_waited(self, threads: int) -> NDArray[np.float64]:
+        """How long each thread has waited in meetings, ever."""
+        places = self._waited[:threads]
+        seconds: NDArray[np.float64] = self._control[places] * self._turn + self._control[places + 1] * 1e-9
+        return seconds
+
+
+_pools: dict[tuple[int, int], Pool] = {}
+
+
+def pool(threads: int) -> Pool:
+    """The process's pool of so many threads (a forked child gets its own)."""
+    key = (os.getpid(), threads)
+    if key not in _pools:
+        _pools[key] = Pool(threads)
+    return _pools[key]

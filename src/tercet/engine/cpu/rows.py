@@ -1,0 +1,110 @@
+"""What happens to a row of activations between matrix products: norm, quantisation, gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from tercet.engine.cpu.tiles import GROUP4, GROUP8
+from tercet.engine.cpu.vector import F32, I8, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
+
+
+@kernel(6)
+def rms_norm(v: Vectors, x: Any, weight: Any, vectors: Any, size: Any, eps: Any, out: Any) -> None:
+    """x / sqrt(mean(x**2) + eps) * weight. ``vectors`` of 16, zero after the first ``size`` values."""
+    b = v.b
+    squares = v.variable(VECTOR, v.constant(0.0))
+    with v.loop(vectors) as i:
+        value = v.floats(v.address(x, b.mul(i, I64(64))))
+        b.store(v.fma(value, value, b.load(squares)), squares)
+    mean = b.fdiv(v.total(b.load(squares)), b.sitofp(size, F32))
+    root = v.call("llvm.sqrt.f32", F32, b.fadd(mean, b.bitcast(b.trunc(eps, I32), F32)))
+    scale = v.splat(b.fdiv(F32(1.0), root))
+    with v.loop(vectors) as i:
+        offset = b.mul(i, I64(64))
+        value = b.fmul(v.floats(v.address(x, offset)), scale)
+        v.store(b.fmul(value, v.floats(v.address(weight, offset))), v.address(out, offset), 4)
+
+
+def _quantize(group_size: int, integer_zeros: bool) -> Any:
+    """(x, groups, out, scales, zeros): int8 with a scale for each group of ``group_size`` floats.
+
+    zeros: -128 times the group's sum (int32), what unsigned weights have too much; or scale times
+    the group's sum (float32), which a group's offset is multiplied by.
+    """
+    vectors = group_size // LANES
+
+    @kernel(5)
+    def quantize(v: Vectors, x: Any, groups: Any, out: Any, scales: Any, zeros: Any) -> None:
+        b = v.b
+        with v.loop(groups) as group:
+            at = v.address(x, b.mul(group, I64(4 * group_size)))
+            values = [v.floats(v.address(at, 64 * i)) for i in range(vectors)]
+            highest = v.absolute(values[0])
+            for value in values[1:]:
+                highest = v.largest(highest, v.absolute(value))
+            top = v.maximum(highest)
+            scale = b.fmul(top, F32(1 / 127))
+            # A group of zeros stays one; so does one too small for its inverse to be finite.
+            usable = b.fcmp_ordered(">", top, F32(1e-30))
+            inverse = v.splat(b.select(usable, b.fdiv(F32(127.0), top), F32(0.0)))
+            total = v.integers(0)
+            start = v.address(out, b.mul(group, I64(group_size)))
+            for i, value in enumerate(values):
+                whole = b.fptosi(v.round(b.fmul(value, inverse)), INTEGERS)
+                total = b.add(total, whole)
+                v.store(b.trunc(whole, ir.VectorType(I8, LANES)), v.address(start, LANES * i), 1)
+            count = v.call("llvm.vector.reduce.add.v16i32", I32, total)
+            offset = b.mul(group, I64(4))
+            v.store(scale, v.address(scales, offset), 4)
+            zero = b.mul(count, I32(-128)) if integer_zeros else b.fmul(b.sitofp(count, F32), scale)
+            v.store(zero, v.address(zeros, offset), 4)
+
+    return quantize
+
+
+def _gate(activation: str, gated: bool) -> Any:
+    """(gate, up, out): 16 values of act(gate) * up, or of act(gate) alone."""
+
+    @kernel(3)
+    def gate(v: Vectors, gate: Any, up: Any, out: Any) -> None:
+        value = _activate(v, v.floats(gate), activation)
+        v.store(v.b.fmul(value, v.floats(up)) if gated else value, out, 4)
+
+    return gate
+
+
+def _activate(v: Vectors, x: ir.Value, activation: str) -> ir.Value:
+    b, one, half = v.b, v.constant(1.0), v.constant(0.5)
+    if activation == "silu":
+        return b.fdiv(x, b.fadd(one, v.exp(b.fneg(x))))
+    if activation == "relu":
+        return v.largest(x, v.constant(0.0))
+    if activation == "gelu_tanh":
+        cube = b.fmul(b.fmul(x, x), b.fmul(x, v.constant(0.044715)))
+        inner = b.fmul(v.constant(0.7978845608028654), b.fadd(x, cube))
+        return b.fmul(b.fmul(half, x), b.fadd(one, v.tanh(inner)))
+    # gelu: x * (1 + erf(x / sqrt 2)) / 2, erf within 1.5e-7 (Abramowitz and Stegun 7.1.26).
+    z = b.fmul(v.absolute(x), v.constant(0.7071067811865476))
+    t = b.fdiv(one, v.fma(z, v.constant(0.3275911), one))
+    power = v.constant(1.061405429)
+    for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        power = v.fma(power, t, v.constant(factor))
+    tail = b.fmul(b.fmul(power, t), v.exp(b.fneg(b.fmul(z, z))))  # 1 - erf(z)
+    negative = b.fcmp_ordered("<", x, v.constant(0.0))
+    return b.fmul(b.fmul(half, x), b.select(negative, tail, b.fsub(v.constant(2.0), tail)))
+
+
+quantize8, quantize4 = _quantize(GROUP8, True), _quantize(GROUP4, False)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+GATES = {(name, gated): _gate(name, gated) for name in ACTIVATIONS for gated in (True, False)}
+
+
+@kernel(3)
+def soft_cap(v: Vectors, x: Any, vectors: Any, cap: Any) -> None:
+    """cap * tanh(x / cap), in place."""
+    b, limit = v.b, v.number(cap)
+    with v.loop(vectors) as i:
+        at = v.address(x, b.mul(i, I64(64)))
+        v.store(b.fmul(limit, v.tanh(b.fdiv(v.floats(at), limit))), at, 4)

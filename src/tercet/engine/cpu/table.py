@@ -1,0 +1,120 @@
+"""The table that describes a model and a step to the compiled code: 64-bit integers and addresses.
+
+One compiled program serves every model: what differs is data. `kernels` reads the table, `backend`
+fills it. Names are indices.
+"""
+
+from __future__ import annotations
+
+# Where threads meet.
+(
+    THREADS,  # threads that take part in this step
+    ARRIVED,  # address: arrivals at meetings in this step; another one each step, as a thread may be late
+    WAITED,  # address: for each thread, 64 bytes apart, turns it has waited in meetings
+    COUNTERS,  # address: for each phase, what has been handed out
+    # What to compute.
+    HEAD_ONLY,  # more logits of the rows that the last step left in X
+    TOKENS,  # T: rows of activations
+    IDS,  # address [T]
+    POSITIONS,  # address [T]
+    CHUNK_OF,  # address [T]: which chunk a row belongs to
+    CHUNKS,  # address [chunks, 3]: first row, first position, address of the chunk's pages
+    TILES,  # number of attention tiles (before heads)
+    TILE_TABLE,  # address [tiles, 3]: chunk, first row within it, rows
+    WANTED,  # rows whose logits are wanted
+    WANTED_ROWS,  # address
+    LOGITS,  # address [wanted, vocabulary in blocks]
+    # The model's shape.
+    LAYERS,
+    HIDDEN,  # row length, in floats, padded to 64
+    HIDDEN_SIZE,  # without padding
+    HEADS,
+    KV_HEADS,
+    DIM,  # of a head, padded to 16
+    DIM_SIZE,  # without padding
+    ROTARY_HALF,  # pairs that are rotated
+    INNER,  # row length of the feed-forward layer, padded to 64
+    ATTENTION_WIDTH,  # row length of attention outputs, padded to 64
+    GATE,  # addresses of functions
+    STORE,
+    ATTEND_ONE,
+    ATTEND_FOUR,
+    ATTENTION_CAP,  # bits of a float32; 0: none
+    LOGIT_CAP,
+    GATED,
+    LAYER_NORM,
+    EPS,  # bits
+    PRE_NORM,
+    POST_NORM,
+    PARALLEL,
+    QK_NORM,  # 0, 1 (each head), 2 (the whole projection)
+    EXPERTS_PER_TOKEN,
+    EXPERTS,
+    NORMALIZE,
+    # Data.
+    FLOATS,  # address: attention scale, embedding scale, eps
+    LAYER_TABLE,  # address [layers, LAYER_WIDTH]
+    EMBEDDING,  # address of a matrix's descriptor
+    LEARNED_POSITIONS,  # address of float32 [positions, HIDDEN], or 0
+    FINAL_NORM,  # address
+    FINAL_NORM_BIAS,
+    HEAD,  # address of a matrix's descriptor
+    KEYS_VALUES,  # address of the pages
+    PAGE_BYTES,  # of one page, all layers
+    PLANE_BYTES,  # of the keys (or the values) of one head of one layer
+    # Scratch, float32 unless said.
+    X,  # [T, HIDDEN]: the residual stream
+    NORMED,  # [T, HIDDEN]
+    QUANTIZED,  # int8 [T, widest]
+    SCALES,  # [T, widest / 32]
+    ZEROS,  # [T, widest / 32]
+    QKV,  # [T, heads * DIM]
+    ATTENDED,  # [T, ATTENTION_WIDTH]
+    OUTPUT,  # [T, HIDDEN]: of attention or feed-forward layer, where it is not added at once
+    INNER_ROWS,  # [T * experts per token, INNER]
+    ROUTES,  # int64 [T, experts per token], and weights float32 behind
+    ROUTE_WEIGHTS,
+    PRIVATE,  # scratch of the threads
+    PRIVATE_BYTES,  # of each
+    SIZE,
+) = range(65)
+
+# A layer.
+(
+    INPUT_NORM,
+    INPUT_NORM_BIAS,
+    QKV_MATRIX,  # addresses of descriptors
+    Q_NORM,
+    K_NORM,
+    O_MATRIX,
+    ATTENTION_OUTPUT_NORM,
+    MLP_NORM,
+    MLP_NORM_BIAS,
+    GATE_UP,  # a descriptor, or the first of the experts'
+    DOWN,
+    ROUTER,  # 0: a plain feed-forward layer
+    MLP_OUTPUT_NORM,
+    WINDOW,
+    COSINES,  # float32 [positions, ROTARY_HALF]; 0: no rotation
+    SINES,
+    LAYER_WIDTH,
+) = range(17)
+
+# A matrix.
+(
+    PRODUCT,  # addresses of the functions that multiply by it
+    QUANTIZE,  # and that prepare activations for it, or 0
+    GROUP,  # weights with a scale of their own
+    BLOCK_BYTES,  # weights of 16 rows
+    SCALE_BYTES,  # their scales
+    KIND,
+    WEIGHTS,
+    WEIGHT_SCALES,
+    BIAS,
+    BLOCKS,
+    COLUMNS,
+    MATRIX_WIDTH,
+) = range(12)
+
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+SMALL = 2  # up to so many rows every thread normalises all of them itself rather than wait for another

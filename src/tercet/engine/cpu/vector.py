@@ -1,0 +1,266 @@
+"""Sixteen floats at a time: a few words to write vector code with inside numba.
+
+A kernel's inner loop is written as LLVM instructions on vectors of 16 lanes, through numba's
+``@intrinsic``. LLVM maps such vectors to whatever the processor has: one AVX-512 register, two of
+AVX2, four of NEON. So one text serves every machine, and nothing depends on what a compiler makes
+of a scalar loop. Only `dot4` has two forms, because one instruction does what else takes ten.
+
+Addresses cross between Python and kernels as 64-bit integers.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+VECTOR = ir.VectorType(F32, LANES)
+INTEGERS = ir.VectorType(I32, LANES)
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """What the processor can do, in LLVM's names."""
+    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+
+
+def has_vnni() -> bool:
+    """Whether one instruction adds 64 byte products to 16 sums (AVX-512 VNNI)."""
+    return {"avx512vnni", "avx512vl", "avx512bw"} <= host_features()
+
+
+def has_half() -> bool:
+    """Whether float16 converts in hardware."""
+    machine = platform.machine().lower()
+    return machine in ("arm64", "aarch64") or "f16c" in host_features()
+
+
+class Vectors:
+    """Emits vector instructions at the place of an ``ir.IRBuilder``."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.b = builder
+
+    # Memory
+
+    def address(self, base: ir.Value, offset: ir.Value | int = 0) -> ir.Value:
+        """``base`` + ``offset`` bytes."""
+        offset = offset if isinstance(offset, ir.Value) else I64(offset)
+        return self.b.add(base, offset)
+
+    def load(self, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=align)
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
+
+    def floats(self, address: ir.Value) -> ir.Value:
+        """16 float32."""
+        return self.load(address, VECTOR, 4)
+
+    def halves(self, address: ir.Value) -> ir.Value:
+        """16 float16, as float32."""
+        return self.b.fpext(self.load(address, ir.VectorType(F16, LANES), 2), VECTOR)
+
+    def bfloats(self, address: ir.Value) -> ir.Value:
+        """16 bfloat16, as float32: they are the upper halves of float32."""
+        raw = self.load(address, ir.VectorType(I16, LANES), 2)
+        wide = self.b.shl(self.b.zext(raw, INTEGERS), self.splat(I32(16)))
+        return self.b.bitcast(wide, VECTOR)
+
+    # Values
+
+    def number(self, bits: ir.Value) -> ir.Value:
+        """The float that `bits` made of it, in every lane."""
+        return self.splat(self.b.bitcast(self.b.trunc(bits, I32), F32))
+
+    def splat(self, value: ir.Value) -> ir.Value:
+        """``value`` in every lane."""
+        one = self.b.insert_element(
+            ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), value, I32(0)
+        )
+        zeros = ir.Constant(INTEGERS, [0] * LANES)
+        return self.b.shuffle_vector(one, ir.Constant(one.type, ir.Undefined), zeros)
+
+    def constant(self, value: float) -> ir.Value:
+        return ir.Constant(VECTOR, [value] * LANES)
+
+    def integers(self, value: int) -> ir.Value:
+        return ir.Constant(INTEGERS, [value] * LANES)
+
+    def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+        kind = ir.FunctionType(result, [value.type for value in arguments])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """a * b + c, rounded once."""
+        return self.call("llvm.fma.v16f32", VECTOR, a, b, c)
+
+    def largest(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def absolute(self, a: ir.Value) -> ir.Value:
+        return self.call("llvm.fabs.v16f32", VECTOR, a)
+
+    def round(self, a: ir.Value) -> ir.Value:
+        """To the nearest integer, ties to even, as a float."""
+        return self.call("llvm.roundeven.v16f32", VECTOR, a)
+
+    def maximum(self, a: ir.Value) -> ir.Value:
+        """The largest lane."""
+        return self.call("llvm.vector.reduce.fmax.v16f32", F32, a)
+
+    def total(self, a: ir.Value) -> ir.Value:
+        """The sum of the lanes, halves first: the same order on every machine."""
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        for step in (8, 4, 2, 1):
+            order = [(lane + step) % LANES for lane in range(LANES)]
+            a = self.b.fadd(a, self.b.shuffle_vector(a, undefined, ir.Constant(INTEGERS, order)))
+        return self.b.extract_element(a, I32(0))
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """e to the power of each lane, within 3 units in the last place; exactly 0 below -87, 1 at 0.
+
+        2**n * e**r with r = x - n ln 2 in two parts (Cody and Waite), e**r by its Taylor series to
+        the seventh power (|r| <= 0.35: the rest is below 1e-8), and n put into the exponent's bits.
+        """
+        small = self.b.fcmp_ordered("<", x, self.constant(-87.0))
+        x = self.b.select(small, self.constant(-87.0), x)
+        x = self.b.select(self.b.fcmp_ordered(">", x, self.constant(88.0)), self.constant(88.0), x)
+        n = self.round(self.b.fmul(x, self.constant(1.4426950408889634)))
+        r = self.fma(n, self.constant(-0.693145751953125), x)
+        r = self.fma(n, self.constant(-1.4286068203094172e-6), r)
+        power = self.constant(1 / 5040)
+        for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            power = self.fma(power, r, self.constant(factor))
+        bits = self.b.shl(self.b.add(self.b.fptosi(n, INTEGERS), self.integers(127)), self.integers(23))
+        return self.b.select(small, self.constant(0.0), self.b.fmul(power, self.b.bitcast(bits, VECTOR)))
+
+    def tanh(self, x: ir.Value) -> ir.Value:
+        """1 - 2 / (e**2x + 1), which does not overflow (exp stops at e**88)."""
+        power = self.exp(self.b.fadd(x, x))
+        two, one = self.constant(2.0), self.constant(1.0)
+        return self.b.fsub(one, self.b.fdiv(two, self.b.fadd(power, one)))
+
+    def dot4(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value, vnni: bool) -> ir.Value:
+        """Each 32-bit lane of ``sums`` plus the dot product of its 4 bytes in the other two.
+
+        vnni: by one instruction, if this machine has it; both ways give the same integers.
+        """
+        if vnni and has_vnni():
+            return self.call("llvm.x86.avx512.vpdpbusd.512", INTEGERS, sums, unsigned, signed)
+        for byte in range(4):
+            shift = self.integers(8 * byte)
+            left = self.b.and_(self.b.lshr(unsigned, shift), self.integers(255))
+            right = self.b.ashr(self.b.shl(signed, self.integers(24 - 8 * byte)), self.integers(24))
+            sums = self.b.add(sums, self.b.mul(left, right))
+        return sums
+
+    # Control
+
+    def variable(self, kind: ir.Type, value: ir.Value) -> ir.Value:
+        """A place that holds ``value`` and may be stored to; becomes a register."""
+        place = cgutils.alloca_once(self.b, kind)
+        self.b.store(value, place)
+        return place
+
+    @contextmanager
+    def loop(self, count: ir.Value | int) -> Iterator[ir.Value]:
+        """The body once for each of 0..count-1; gives the index, 64 bits."""
+        count = count if isinstance(count, ir.Value) else I64(count)
+        with cgutils.for_range(self.b, count, intp=I64) as loop:
+            yield loop.index
+
+
+def kernel(arguments: int) -> Callable[[Callable[..., None]], Any]:
+    """Makes ``body(v: Vectors, *values)`` callable from compiled code with that many integers."""
+
+    def wrap(body: Callable[..., None]) -> Any:
+        signature = types.void(*[types.int64] * arguments)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            body(Vectors(builder), *args)
+            return context.get_dummy_value()
+
+        names = [f"a{number}" for number in range(arguments)]
+        namespace: dict[str, Any] = {"result": (signature, codegen)}
+        # numba reads the number of arguments off the signature, so there must be one with names.
+        exec(f"def {body.__name__}(context, {', '.join(names)}): return result", namespace)
+        return intrinsic(namespace[body.__name__])
+
+    return wrap
+
+
+def bits(value: float) -> int:
+    """A float32's bits, to hand a number to a kernel; `Vectors.number` gives it back."""
+    return int(np.float32(value).view(np.int32))
+
+
+@kernel(0)
+def pause(v: Vectors) -> None:
+    """Tell the processor that this thread waits in a loop."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        v.call("llvm.x86.sse2.pause", ir.VoidType())
+    elif machine in ("arm64", "aarch64"):
+        v.call("llvm.aarch64.hint", ir.VoidType(), I32(1))  # yield
+
+
+def caller(arguments: int) -> Any:
+    """``call(address, ...)``: call a compiled function of that many integers by its address."""
+    kind = ir.FunctionType(ir.VoidType(), [I64] * arguments)
+
+    @kernel(arguments + 1)
+    def call(v: Vectors, address: Any, *values: Any) -> None:
+        v.b.call(v.b.inttoptr(address, kind.as_pointer()), values)
+
+    return call
+
+
+@intrinsic
+def atomic_add(context: Any, address: Any, amount: Any) -> Any:
+    """Add to a 64-bit integer in memory; gives what was there before. Orders memory for all threads."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        place = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(context: Any, address: Any) -> Any:
+    """A 64-bit integer as other threads left it."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+def _view(kind: Any) -> Any:
+    @intrinsic
+    def pointer(context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            return builder.inttoptr(args[0], context.get_value_type(types.CPointer(kind)))
+
+        return types.CPointer(kind)(types.int64), codegen
+
+    return pointer
+
+
+float_pointer = _view(types.float32)
+integer_pointer = _view(types.int64)

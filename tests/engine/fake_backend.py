@@ -1,0 +1,116 @@
+"""A backend without a network: logits are a hash of the whole history, read from the pages.
+
+A slot holds its token and its position. Wrong pages, a slot that was never written or was overwritten
+by another sequence all give other logits, and so other tokens. Every rule of `Backend` is asserted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.backend import Chunk
+
+
+class FakeBackend:
+    def __init__(
+        self,
+        vocab_size: int = 40,
+        num_pages: int = 64,
+        page_size: int = 4,
+        max_tokens: int = 64,
+        max_chunks: int = 16,
+        max_positions: int = 128,
+        salt: int = 0,
+        blend: float = 0.0,
+        repeats: int = 0,
+    ) -> None:
+        """salt: another network; blend: how much all networks agree; repeats: tokens that matter, 0: all."""
+        self.vocab_size, self.max_positions = vocab_size, max_positions
+        self.page_size, self.num_pages = page_size, num_pages
+        self.max_tokens, self.max_chunks = max_tokens, max_chunks
+        self.salt, self.blend, self.repeats = salt, blend, repeats
+        self.slots = np.full((num_pages, page_size, 2), -1, dtype=np.int64)
+        self.fed: list[list[int]] = []  # tokens of each chunk of each call
+        self.broken: set[tuple[int, ...]] = set()  # histories after which the logits are not finite
+
+    def logits(self, history: Sequence[int]) -> NDArray[np.float32]:
+        """After ``history``: what the tests take for the truth."""
+        if tuple(history) in self.broken:
+            return np.full(self.vocab_size, np.nan, np.float32)
+        history = history[-self.repeats :] if self.repeats else history
+        value = 7
+        for token in history:
+            value = (value * 1_000_003 + token + 1) % (1 << 61)
+        own = np.random.default_rng([value, self.salt]).normal(0, 2, self.vocab_size)
+        common = np.random.default_rng([value]).normal(0, 2, self.vocab_size)
+        return (self.blend * common + (1 - self.blend) * own).astype(np.float32)
+
+    def _places(self, chunks: Sequence[Chunk]) -> list[list[int]]:
+        """The history at each wanted place; checks the rules and writes the slots."""
+        assert 0 < len(chunks) <= self.max_chunks
+        assert sum(len(chunk.tokens) for chunk in chunks) <= self.max_tokens
+        assert len({chunk.sequence for chunk in chunks}) == len(chunks)
+        self.fed.append([len(chunk.tokens) for chunk in chunks])
+        written: set[int] = set()
+        read: set[int] = set()
+        for chunk in chunks:
+            end = chunk.start + len(chunk.tokens)
+            assert chunk.tokens and chunk.start >= 0 and end <= self.max_positions
+            assert all(0 <= token < self.vocab_size for token in chunk.tokens)
+            assert end <= len(chunk.pages) * self.page_size
+            assert all(0 <= page < self.num_pages for page in chunk.pages)
+            assert len(set(chunk.pages)) == len(chunk.pages)
+            assert list(chunk.wanted) == sorted(set(chunk.wanted))
+            assert all(0 <= place < len(chunk.tokens) for place in chunk.wanted)
+            mine = set(chunk.pages[chunk.start // self.page_size : -(-end // self.page_size)])
+            assert not mine & written, "two sequences write to one page"
+            written |= mine
+            read |= set(chunk.pages[: chunk.start // self.page_size])
+        assert not read & written, "one sequence writes to what another reads"
+        for chunk in chunks:
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                self.slots[chunk.pages[position // self.page_size], position % self.page_size] = (
+                    token,
+                    position,
+                )
+        found = []
+        for chunk in chunks:
+            stored = self.slots[list(chunk.pages)].reshape(-1, 2)
+            for place in chunk.wanted:
+                here = stored[: chunk.start + place + 1]
+                assert (here[:, 1] == np.arange(len(here))).all(), "a slot holds another position"
+                found.append(here[:, 0].tolist())
+        return found
+
+    def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        rows = [self.logits(history) for history in self._places(chunks)]
+        return np.array(rows, dtype=np.float32).reshape(-1, self.vocab_size)
+
+    def logprobs(
+        self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        values, likeliest = [], []
+        for history, wanted in zip(self._places(chunks), targets, strict=True):
+            logits = self.logits(history).astype(np.float64)
+            values += (logits[list(wanted)] - np.log(np.exp(logits).sum())).tolist()
+            likeliest += [int(logits.argmax()) == token for token in wanted]
+        return np.array(values, dtype=np.float32), np.array(likeliest, dtype=np.bool_)
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        assert not {source for source, _ in pairs} & {target for _, target in pairs}
+        for source, target in pairs:
+            self.slots[target] = self.slots[source]
+
+    def release(self, sequence: int) -> None:
+        pass
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """What decoding by hand gives."""
+        tokens = list(prompt)
+        for _ in itertools.repeat(None, count):
+            tokens.append(int(self.logits(tokens).argmax()))
+        return tokens[len(prompt) :]

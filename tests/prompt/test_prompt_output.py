@@ -1,0 +1,309 @@
+"""Answers of a given form: schema, regex, choices and grammar, for local and for hosted models."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+from fake_openai_server import FakeServer, completion, error, spoken
+from pydantic import BaseModel, Field, field_validator
+from tiny_model import write_model
+
+from tercet.engine.constraint import Constraints, GrammarError
+from tercet.engine.engine import Engine
+from tercet.engine.request import Completion, Delta, FinishReason, Request, Usage
+from tercet.errors import UserError
+from tercet.prompt.llm import LLM
+from tercet.prompt.openai_client import BatchError
+from tercet.prompt.output import OutputError
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+class Pet(BaseModel):
+    kind: Literal["cat", "dog"]
+    legs: int = Field(ge=0, le=9)
+
+
+PET = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["kind", "legs"],
+    "additionalProperties": False,
+}
+
+
+class MaskedEngine:
+    """An engine whose model likes every token alike: all that its outputs have is their constraint."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.tokenizer, self.stop_ids = engine.tokenizer, engine.stop_ids
+        self.max_positions = engine.max_positions
+        self.constraints = Constraints(engine.tokenizer, engine.backend.vocab_size, sorted(engine.stop_ids))
+        self.random = random.Random(0)
+        self.asked: list[Request] = []
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return [self._one(request) for request in requests]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
+        (request,) = requests
+        found = self._one(request)
+        yield Delta(0, found.text, found.tokens, None)
+        yield Delta(0, "", [], None, found)
+
+    def _one(self, request: Request) -> Completion:
+        self.asked.append(request)
+        assert request.constraint is not None
+        matcher, tokens = self.constraints.matcher(request.constraint), list[int]()
+        while not matcher.ended and len(tokens) < request.sampling.max_tokens:
+            allowed = [int(token) for token in matcher.mask().nonzero()[0]]
+            step = matcher.forced() or [self.random.choice(allowed)]
+            for token in step:
+                matcher.accept(token)
+            tokens += step
+        limit = request.sampling.max_tokens
+        reason: FinishReason = "stop" if matcher.ended and len(tokens) <= limit else "length"
+        text, usage = self.tokenizer.decode(tokens[:limit]), Usage(len(request.tokens), len(tokens[:limit]))
+        return Completion(text, tokens[:limit], None, usage, reason, 0.0)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("chat") / "model", chat=True)
+
+
+@pytest.fixture(params=["any tokens", "engine"])
+def llm(request: pytest.FixtureRequest, directory: Path) -> LLM:
+    llm = LLM(directory, device="cpu")
+    if request.param == "any tokens":
+        assert llm._local is not None
+        llm._local.engine = MaskedEngine(llm._local.engine)  # type: ignore[assignment]
+    return llm
+
+
+@pytest.fixture
+def hosted(server: FakeServer) -> LLM:
+    return LLM(server.reference, retries=0)
+
+
+def one_line(problem: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(problem.value)
+    assert "\n" not in message
+    return message
+
+
+# Local models
+
+
+def test_a_class_gives_its_instance(llm: LLM) -> None:
+    for seed in range(4):
+        answer = llm.generate("a pet: ", schema=Pet, seed=seed, max_tokens=60)
+        assert isinstance(answer.parsed, Pet)
+        assert json.loads(answer.text) == answer.parsed.model_dump()
+        assert answer.finish_reason == "stop"
+    assert isinstance(llm.chat(HELLO, schema=Pet, max_tokens=60).parsed, Pet)
+
+
+def test_a_dict_gives_the_json(llm: LLM) -> None:
+    answer = llm.chat(HELLO, schema=PET, seed=1, max_tokens=60)
+    assert answer.parsed == json.loads(answer.text)
+    assert Pet.model_validate(answer.parsed).legs == answer.parsed["legs"]
+
+
+def test_the_other_forms_give_text_and_nothing_parsed(llm: LLM) -> None:
+    for seed in range(4):
+        date = llm.generate("on ", regex=r"\d{4}-[01]\d", seed=seed)
+        assert re.fullmatch(r"\d{4}-[01]\d", date.text)
+        assert date.parsed is None
+        assert llm.generate("is it? ", choices=["yes", "no", "né"], seed=seed).text in ("yes", "no", "né")
+        assert llm.chat(HELLO, grammar='start: "a" start? "b"', seed=seed, max_tokens=40).text[:1] == "a"
+
+
+def test_a_stream_gives_the_instance_at_its_end(llm: LLM) -> None:
+    with llm.stream("a pet: ", schema=Pet, seed=2, max_tokens=60) as stream:
+        text = "".join(stream)
+    assert stream.completion.parsed == Pet.model_validate_json(text)
+
+
+def test_a_batch_has_one_form_for_all(llm: LLM) -> None:
+    answers = llm.batch(["a pet: ", HELLO, "p"], schema=Pet, seed=3, max_tokens=60)
+    assert all(isinstance(answer.parsed, Pet) for answer in answers)
+    assert llm.batch([], schema=Pet) == []
+
+
+def test_an_answer_cut_off_is_told_with_max_tokens_and_not_lost(llm: LLM) -> None:
+    for schema in (Pet, PET):
+        with pytest.raises(OutputError, match=r"cut off after 8 tokens.*raise max_tokens") as problem:
+            llm.generate("a pet: ", schema=schema, max_tokens=8)
+        one_line(problem)
+        assert problem.value.completion.text.startswith('{"kind":')
+        assert problem.value.completion.parsed is None
+        assert problem.value.completion.finish_reason == "length"
+    with llm.stream("a pet: ", schema=Pet, max_tokens=8) as stream, pytest.raises(OutputError):
+        list(stream)
+    assert stream.completion.text == stream.text
+    with pytest.raises(BatchError, match=r"2 of 2 requests failed; .* cut off") as batch:
+        llm.batch(["a", "b"], schema=Pet, max_tokens=8)
+    assert all(answer is not None and answer.text for answer in batch.value.completions)
+    assert llm.generate("on ", regex=r"[0-9]{9}", max_tokens=4).finish_reason == "length"  # just text
+
+
+def test_a_validator_that_refuses_is_told(llm: LLM) -> None:
+    class Legless(Pet):
+        @field_validator("legs")
+        @classmethod
+        def none(cls, legs: int) -> int:
+            raise ValueError("has legs")
+
+    with pytest.raises(OutputError, match="the answer is not a Legless: legs: Value error, has legs"):
+        llm.generate("a pet: ", schema=Legless, max_tokens=60)
+
+
+def test_the_prompt_is_as_it_was_written(directory: Path) -> None:
+    llm = LLM(directory, device="cpu")
+    assert llm._local is not None
+    engine = MaskedEngine(llm._local.engine)
+    llm._local.engine = engine  # type: ignore[assignment]
+    llm.generate("a pet: ", schema=Pet, max_tokens=60)
+    assert list(engine.asked[0].tokens) == engine.tokenizer.encode("a pet: ")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"schema": {"properties": {"a": {"type": "integr"}}}}, "schema.properties.a: Invalid type: integr"),
+        ({"regex": "(?=a)b"}, r"regex '\(\?=a\)b' can't be used: look-around"),
+        ({"choices": "yes"}, "choices must be a list"),
+        ({"grammar": "start: x"}, "grammar: line 1, column 8: unknown name"),
+        ({"schema": '{"type": "string"}'}, "must be a pydantic BaseModel class or a JSON Schema as a dict"),
+        ({"schema": Pet(kind="cat", legs=4)}, "must be a pydantic BaseModel class"),
+        ({"schema": int}, "schema is the class int; it must be one of pydantic's BaseModel"),
+        ({"schema": Pet, "regex": "a"}, "schema and regex are given; .* at most one of schema, regex"),
+        ({"shema": Pet}, "there is no sampling setting 'shema'; did you mean schema"),
+    ],
+)
+def test_a_wrong_form_is_told_before_anything_is_generated(
+    directory: Path, form: dict[str, Any], message: str
+) -> None:
+    llm = LLM(directory, device="cpu")
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(UserError, match=message) as problem:
+            call("a", **form)
+        one_line(problem)
+    with pytest.raises(UserError, match=message):
+        llm.batch(["a"], **form)
+
+
+def test_a_class_without_a_schema_is_told(directory: Path) -> None:
+    class Odd(BaseModel):
+        model_config = {"arbitrary_types_allowed": True}
+        engine: MaskedEngine
+
+    with pytest.raises(GrammarError, match="Odd has no JSON schema: Cannot generate"):
+        LLM(directory, device="cpu").generate("a", schema=Odd)
+
+
+# Hosted models
+
+
+def test_a_class_is_sent_as_a_strict_schema(server: FakeServer, hosted: LLM) -> None:
+    class Toy(BaseModel):
+        name: str
+        owner: Pet | None = None
+
+    server.script.append(completion('{"name": "ball", "owner": {"kind": "dog", "legs": 4}}'))
+    answer = hosted.chat(HELLO, schema=Toy)
+    assert answer.parsed == Toy(name="ball", owner=Pet(kind="dog", legs=4))
+    body = server.bodies()[0]
+    assert body["messages"] == HELLO
+    sent = body["response_format"]
+    assert (sent["type"], sent["json_schema"]["name"], sent["json_schema"]["strict"]) == (
+        "json_schema",
+        "Toy",
+        True,
+    )
+    schema = sent["json_schema"]["schema"]
+    assert (schema["required"], schema["additionalProperties"]) == (["name", "owner"], False)
+    # The same as the openai client's own parse() sends.
+    server.script.append(completion('{"name": "ball", "owner": null}'))
+    client = openai.OpenAI(base_url=server.url, api_key="none")
+    client.chat.completions.parse(
+        model="small", messages=[{"role": "user", "content": "hi"}], response_format=Toy
+    )
+    assert server.bodies()[1]["response_format"] == sent
+
+
+def test_a_dict_is_sent_as_it_is(server: FakeServer, hosted: LLM) -> None:
+    for schema, name in ((PET, "answer"), (PET | {"title": "a pet!"}, "a_pet_")):
+        server.script.append(completion('{"kind": "cat", "legs": 3}'))
+        assert hosted.generate("hi", schema=schema).parsed == {"kind": "cat", "legs": 3}
+        wanted = {"name": name, "schema": schema, "strict": True}
+        assert server.bodies()[-1]["response_format"] == {"type": "json_schema", "json_schema": wanted}
+
+
+def test_a_hosted_stream_is_parsed_too(server: FakeServer, hosted: LLM) -> None:
+    server.script.append(spoken('{"kind": "c', 'at", "legs": 3}'))
+    stream = hosted.stream("hi", schema=Pet)
+    list(stream)
+    assert stream.completion.parsed == Pet(kind="cat", legs=3)
+
+
+def test_a_hosted_answer_that_is_something_else(server: FakeServer, hosted: LLM) -> None:
+    answers = [
+        (completion('{"kind": "c', finish_reason="length"), Pet, "cut off after 3 tokens.*max_tokens"),
+        (completion("Sorry, no."), Pet, r"not a Pet: Invalid JSON: .*; it begins 'Sorry, no\.'"),
+        (completion('{"kind": "cow", "legs": 3}'), Pet, "not a Pet: kind: Input should be 'cat' or 'dog'"),
+        (completion("Sorry, no."), PET, "the answer is not JSON: Expecting value"),
+        (completion("[NaN]"), PET, "the answer is not JSON: NaN is not JSON"),
+        (completion("[1e999]"), PET, "the answer is not JSON: 1e999 is too large a number"),
+    ]
+    for answer, schema, message in answers:
+        server.script.append(answer)
+        with pytest.raises(OutputError, match=message) as problem:
+            hosted.chat(HELLO, schema=schema)
+        one_line(problem)
+        assert problem.value.completion.text
+
+
+def test_a_hosted_batch_keeps_what_came(server: FakeServer) -> None:
+    llm = LLM(server.reference, retries=0, price=(1, 1))
+    prompts: list[Any] = ['{"kind": "cat", "legs": 1}', "no", '{"kind": "dog", "legs": 2}']
+    with pytest.raises(
+        BatchError, match=r"1 of 3 requests failed; the first, number 2: .* not a Pet"
+    ) as problem:
+        llm.batch(prompts, schema=Pet)
+    first, second, third = problem.value.completions
+    assert first is not None and second is not None and third is not None
+    assert (first.parsed, second.parsed, third.parsed) == (
+        Pet(kind="cat", legs=1),
+        None,
+        Pet(kind="dog", legs=2),
+    )
+    assert second.text == "no"
+    assert first.usage.cost is not None
+    server.script.append(error(400, "not this one"))
+    with pytest.raises(BatchError, match="2 of 2") as both:
+        llm.batch(["no", "no"], schema=Pet)
+    assert sum(answer is None for answer in both.value.completions) == 1
+
+
+@pytest.mark.parametrize("form", [{"regex": "a"}, {"choices": ["a"]}, {"grammar": 'start: "a"'}])
+def test_hosted_models_take_a_schema_only(server: FakeServer, hosted: LLM, form: dict[str, Any]) -> None:
+    for call in (hosted.generate, lambda text, **form: list(hosted.stream(text, **form))):
+        with pytest.raises(UserError, match=f"takes a schema and no {next(iter(form))}") as problem:
+            call("hi", **form)
+        one_line(problem)
+    assert server.seen == []
+
+
+def test_a_server_that_ignores_schemas_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
+    with pytest.raises(UserError, match="its OpenAI protocol ignores schemas; leave out schema"):
+        LLM("anthropic:x", retries=0).chat(HELLO, schema=Pet)
