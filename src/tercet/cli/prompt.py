@@ -173,6 +173,8 @@ def spent(completion: Completion) -> str:
     counted = usage.prompt_tokens or usage.completion_tokens
     parts = [f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"] if counted else []
     parts.append(duration(completion.seconds))
+    if completion.drafted:
+        parts.append(f"{completion.accepted} of {completion.drafted} guessed tokens right")
     if usage.cost is not None:
         parts.append(f"${usage.cost:.3g}" if usage.cost >= 0.0001 else f"${usage.cost:.2g}")
     if completion.finish_reason == "length":
