@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tiny_checkpoints import Make
 
 # Compiled kernels alone are kept from run to run, for subprocesses too: making them takes fifteen seconds.
-os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
+os.environ.setdefault("TERCET_KERNELS", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 
 @pytest.fixture(autouse=True)

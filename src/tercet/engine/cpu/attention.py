@@ -13,16 +13,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from tercet.engine.cpu.table import PAGE, QUERIES
 from tercet.engine.cpu.vector import F16, F32, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
 
-PAGE = 64
 VECTORS = PAGE // LANES
 NEVER = -1e30  # below every score
-
-
-def state_bytes(queries: int, head_dim: int) -> int:
-    """Scratch for a tile: maxima, sums, weights and outputs."""
-    return 4 * queries * (LANES + LANES + PAGE + head_dim)
 
 
 def _attend(queries: int, half: bool) -> Any:
@@ -181,8 +176,7 @@ def _begin(queries: int) -> Any:
     return begin
 
 
-TILES = (1, 4)  # queries at a time
-ATTEND = {(queries, half): _attend(queries, half) for queries in TILES for half in (False, True)}
-BEGIN = {queries: _begin(queries) for queries in TILES}
-FINISH = {queries: _finish(queries) for queries in TILES}
+ATTEND = {(queries, half): _attend(queries, half) for queries in QUERIES for half in (False, True)}
+BEGIN = {queries: _begin(queries) for queries in QUERIES}
+FINISH = {queries: _finish(queries) for queries in QUERIES}
 STORE = {half: _store(half) for half in (False, True)}

@@ -15,8 +15,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from tercet.engine.cpu import table as at
-from tercet.engine.cpu import tiles
-from tercet.engine.cpu.attention import BEGIN, FINISH, PAGE
+from tercet.engine.cpu.attention import BEGIN, FINISH
 from tercet.engine.cpu.rows import rms_norm, soft_cap
 from tercet.engine.cpu.vector import atomic_add, atomic_load, caller, float_pointer, integer_pointer, pause
 
@@ -88,17 +87,17 @@ def read_row(matrix: int, row: int, out: int) -> None:
         for i in range(k):
             y[i] = bfloat(m[at.WEIGHTS], block * BLOCK * k + i * BLOCK + lane)
     elif kind == at.INT8:
-        groups = k // tiles.GROUP8
+        groups = k // at.GROUP8
         for i in range(k):
             value = byte(m[at.WEIGHTS], block * BLOCK * k + (i // 4) * 64 + lane * 4 + i % 4) - 128
-            scale = bfloat(m[at.WEIGHT_SCALES], (block * groups + i // tiles.GROUP8) * BLOCK + lane)
+            scale = bfloat(m[at.WEIGHT_SCALES], (block * groups + i // at.GROUP8) * BLOCK + lane)
             y[i] = np.float32(value) * scale
     else:
-        groups = k // tiles.GROUP4
+        groups = k // at.GROUP4
         for i in range(k):
             packed = byte(m[at.WEIGHTS], block * BLOCK // 2 * k + (i // 8) * 64 + lane * 4 + i % 4)
             value = packed >> 4 if i % 8 >= 4 else packed & 15
-            group = (block * groups + i // tiles.GROUP4) * 2 * BLOCK + lane
+            group = (block * groups + i // at.GROUP4) * 2 * BLOCK + lane
             scale, minimum = bfloat(m[at.WEIGHT_SCALES], group), bfloat(m[at.WEIGHT_SCALES], group + BLOCK)
             y[i] = np.float32(value) * scale + minimum
 
@@ -285,10 +284,10 @@ def place_heads(t: Any, layer: int, l: Any, low: int, high: int) -> None:  # noq
         plane = t[at.PLANE_BYTES]
         keys = (
             t[at.KEYS_VALUES]
-            + pages[position // PAGE] * t[at.PAGE_BYTES]
+            + pages[position // at.PAGE] * t[at.PAGE_BYTES]
             + (layer * kv_heads + head) * 2 * plane
         )
-        call6(t[at.STORE], x, x + kv_heads * dim * 4, dim, keys, keys + plane, position % PAGE)
+        call6(t[at.STORE], x, x + kv_heads * dim * 4, dim, keys, keys + plane, position % at.PAGE)
 
 
 @njit
@@ -311,10 +310,10 @@ def attend_tile(t: Any, layer: int, window: int, tile: int, head: int, state: in
         begin4(state, dim)
     else:
         begin1(state, dim)
-    nearest = max(0, position + 1 - window) // PAGE
-    for index in range(nearest, (position + queries - 1) // PAGE + 1):
+    nearest = max(0, position + 1 - window) // at.PAGE
+    for index in range(nearest, (position + queries - 1) // at.PAGE + 1):
         keys = t[at.KEYS_VALUES] + pages[index] * t[at.PAGE_BYTES] + offset
-        seen, values, cap = position + 1 - index * PAGE, keys + plane, t[at.ATTENTION_CAP]
+        seen, values, cap = position + 1 - index * at.PAGE, keys + plane, t[at.ATTENTION_CAP]
         call10(attend, q, stride, keys, values, dim, seen, 1, window, cap, state)
     if four:
         finish4(state, dim, out, out_stride)
@@ -625,12 +624,6 @@ def forward(t: Any, thread: int) -> None:
     meetings = meet(t, meetings, thread)
 
 
-# The control block of a pool of threads.
-GENERATION, TABLE, STOP = 0, 8, 16
-PARKED, WAITED = 64, 72  # one a thread, a cache line apart; behind WAITED: nanoseconds, and a clock's scratch
-
-
-@njit(nogil=True, cache=True)
 def run(control: int, thread: int, seen: int, patience: int) -> int:
     """Thread 0 runs the step that the control block points to, -1 announces it. Others wait and run steps.
 
@@ -644,25 +637,25 @@ def run(control: int, thread: int, seen: int, patience: int) -> int:
             pause()
         return 0
     if thread == -1:
-        atomic_add(control + GENERATION, 1)
+        atomic_add(control + at.GENERATION, 1)
         return 0
     if thread == 0:
         forward(integers(integers(control, 2)[1], at.SIZE), 0)
         return 0
-    parked = control + PARKED + 64 * thread
+    parked = control + at.PARKED + 64 * thread
     while True:
         turns = 0
-        while atomic_load(control + GENERATION) == seen:
+        while atomic_load(control + at.GENERATION) == seen:
             pause()
             turns += 1
             if turns > patience:
                 atomic_add(parked, 1)
-                if atomic_load(control + GENERATION) == seen:
+                if atomic_load(control + at.GENERATION) == seen:
                     return seen
                 atomic_add(parked, -1)
-        seen = atomic_load(control + GENERATION)
-        if atomic_load(control + STOP):
+        seen = atomic_load(control + at.GENERATION)
+        if atomic_load(control + at.STOP):
             return -1
-        t = integers(atomic_load(control + TABLE), at.SIZE)
+        t = integers(atomic_load(control + at.STEP_TABLE), at.SIZE)
         if thread < t[at.THREADS]:
             forward(t, thread)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu import table as at
-from tercet.engine.cpu.tiles import GROUP4, GROUP8
+from tercet.engine.cpu.table import GROUP4, GROUP8
 from tercet.model.config import ModelConfig
 
 ALIGN = 64

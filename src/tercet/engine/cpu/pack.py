@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.layout import Layout, Matrix, Shape, layout, norms, padded
-from tercet.engine.cpu.tiles import GROUP4, GROUP8
+from tercet.engine.cpu.table import GROUP4, GROUP8
 from tercet.model.config import ModelConfig
 
 Floats = NDArray[np.float32]

@@ -7,21 +7,16 @@ that a server without requests uses no processor.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tercet.engine.cpu import table as at
-from tercet.progress import say
+from tercet.engine.cpu.native import function
 
 MEETING_PLACES = 64
 PATIENCE = 30_000  # turns of waiting before a thread sleeps: one to two milliseconds
@@ -29,7 +24,6 @@ LEAST = 0.25  # uneven work alone makes many threads wait this fraction
 RECENT = 0.9  # a step's weight falls by a tenth with each that follows
 ENOUGH, LONG = 6, 0.05  # steps, or seconds, before a judgement
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds until a thread is asked back
-CACHE_VARIABLE = "NUMBA_CACHE_DIR"
 
 
 def physical_cores() -> int:
@@ -52,64 +46,6 @@ def _quota() -> int | None:
         return None if most == "max" else max(1, int(most) // int(period))
     except (OSError, ValueError):
         return None
-
-
-def _cache_directory() -> Path:
-    """Where compiled code is kept: changed sources get a new place, as numba sees one file only."""
-    source = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        source.update(file.read_bytes())
-    home = os.environ.get(CACHE_VARIABLE)
-    if home is None:
-        home = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet" / "kernels")
-    return Path(home) / source.hexdigest()[:16]
-
-
-@contextmanager
-def _kept() -> Iterator[None]:
-    """Functions declared within are kept in our directory: numba reads it when they are declared."""
-    import numba
-
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(_cache_directory())
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-@functools.cache
-def _announce() -> None:
-    if not any(_cache_directory().rglob("*.nbi")):
-        say("Compiling the CPU kernels for this machine: about fifteen seconds, once.")
-
-
-@functools.cache
-def program() -> Any:
-    """The compiled program `kernels.run`."""
-    _announce()
-    with _kept():
-        from tercet.engine.cpu.kernels import run
-    run.compile("int64(int64, int64, int64, int64)")
-    return run
-
-
-@functools.cache
-def _compiled(name: str) -> Any:
-    from numba import cfunc, types
-
-    from tercet.engine.cpu import programs
-
-    _announce()
-    function = getattr(programs, name)
-    arguments = function.__code__.co_argcount
-    with _kept():
-        return cfunc(types.void(*[types.int64] * arguments), cache=True)(function)
-
-
-def address(name: str) -> int:
-    """Where the compiled function `programs`.name is."""
-    return int(_compiled(name).address)
 
 
 class Crew:
@@ -159,12 +95,10 @@ class Pool:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._program = program()
-        from tercet.engine.cpu import kernels  # after program(), which decides where its code is kept
-
-        self._table = kernels.TABLE // 8
-        self._waited = np.array([(kernels.WAITED + 64 * thread) // 8 for thread in range(threads)])
-        self._parked = [(kernels.PARKED + 64 * thread) // 8 for thread in range(threads)]
+        self._program = function("run", 4)
+        self._table = at.STEP_TABLE // 8
+        self._waited = np.array([(at.WAITING + 64 * thread) // 8 for thread in range(threads)])
+        self._parked = [(at.PARKED + 64 * thread) // 8 for thread in range(threads)]
         # Meetings of steps are counted here, not in the models' memory, which may be gone when a slow
         # thread looks a last time; in turn at several places, so that it finds its count unchanged.
         raw = np.zeros(16 + 8 * threads + 8 * MEETING_PLACES, dtype=np.int64)

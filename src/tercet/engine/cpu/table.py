@@ -6,6 +6,11 @@ fills it. Names are indices.
 
 from __future__ import annotations
 
+GROUP8, GROUP4 = 64, 64  # weights that share a scale, int8 and int4
+PAGE = 64  # positions in a page of keys and values
+LANES = 16  # of a vector, and rows in a block of weights
+QUERIES = (1, 4)  # of an attention tile
+
 # Where threads meet.
 (
     THREADS,  # threads that take part in this step
@@ -118,3 +123,12 @@ from __future__ import annotations
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 SMALL = 2  # up to so many rows every thread normalises all of them itself rather than wait for another
+
+# The control block of a pool of threads, in bytes.
+GENERATION, STEP_TABLE, STOP = 0, 8, 16
+PARKED, WAITING = 64, 72  # one a thread, a cache line apart; behind WAITING: nanoseconds, and a clock's scratch
+
+
+def state_bytes(queries: int, head_dim: int) -> int:
+    """Scratch for an attention tile: maxima, sums, weights and outputs."""
+    return 4 * queries * (LANES + LANES + PAGE + head_dim)

@@ -22,11 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tercet.engine.cpu.table import GROUP4, GROUP8
 from tercet.engine.cpu.vector import F32, I32, I64, INTEGERS, VECTOR, Vectors, kernel
-
-GROUP8 = 64  # weights that share a scale, int8
-GROUP4 = 64  # int4
-
 
 TILES = (8, 4, 1)  # tokens: as many as registers hold, and what is left
 Tile = Callable[..., None]

@@ -10,18 +10,17 @@ Addresses cross between Python and kernels as 64-bit integers.
 
 from __future__ import annotations
 
-import functools
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import llvmlite.binding as llvm
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from tercet.engine.cpu.host import has_vnni
 
 LANES = 16
 
@@ -29,23 +28,6 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)
 INTEGERS = ir.VectorType(I32, LANES)
-
-
-@functools.cache
-def host_features() -> frozenset[str]:
-    """What the processor can do, in LLVM's names."""
-    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
-
-
-def has_vnni() -> bool:
-    """Whether one instruction adds 64 byte products to 16 sums (AVX-512 VNNI)."""
-    return {"avx512vnni", "avx512vl", "avx512bw"} <= host_features()
-
-
-def has_half() -> bool:
-    """Whether float16 converts in hardware."""
-    machine = platform.machine().lower()
-    return machine in ("arm64", "aarch64") or "f16c" in host_features()
 
 
 class Vectors:
@@ -204,11 +186,6 @@ def kernel(arguments: int) -> Callable[[Callable[..., None]], Any]:
     return wrap
 
 
-def bits(value: float) -> int:
-    """A float32's bits, to hand a number to a kernel; `Vectors.number` gives it back."""
-    return int(np.float32(value).view(np.int32))
-
-
 @kernel(0)
 def pause(v: Vectors) -> None:
     """Tell the processor that this thread waits in a loop."""
@@ -220,12 +197,17 @@ def pause(v: Vectors) -> None:
 
 
 def caller(arguments: int) -> Any:
-    """``call(address, ...)``: call a compiled function of that many integers by its address."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * arguments)
+    """``call(address, ...)``: call a compiled function of that many integers by its address.
+
+    In numba's convention: two pointers first, to where a result and an exception would go.
+    """
+    pointer = I64.as_pointer()
+    kind = ir.FunctionType(I32, [pointer, pointer] + [I64] * arguments)
 
     @kernel(arguments + 1)
     def call(v: Vectors, address: Any, *values: Any) -> None:
-        v.b.call(v.b.inttoptr(address, kind.as_pointer()), values)
+        places = [cgutils.alloca_once(v.b, I64) for _ in range(2)]
+        v.b.call(v.b.inttoptr(address, kind.as_pointer()), [*places, *values])
 
     return call
 
