@@ -18,7 +18,28 @@ from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 
 KINDS = 240
-WORDS = "the a little bird sat in tree and sang while it rained on old house by river where nobody came".split()
+WORDS = [
+    "the",
+    "a",
+    "little",
+    "bird",
+    "sat",
+    "in",
+    "tree",
+    "and",
+    "sang",
+    "while",
+    "it",
+    "rained",
+    "on",
+    "old",
+    "house",
+    "by",
+    "river",
+    "where",
+    "nobody",
+    "came",
+]
 FORMS = (
     Grammar.regex("[a-z]{3,12}( [0-9]{1,4})?"),
     Grammar.choices(["yes", "no", "perhaps not"]),

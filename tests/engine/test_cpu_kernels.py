@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,10 @@ import scipy.special
 from numba import cfunc, types
 from numpy.typing import NDArray
 
-from tercet.engine.cpu import rows, vector
+from tercet.engine.cpu import host, rows, vector
+from tercet.engine.cpu.native import function
 from tercet.engine.cpu.pack import allocate
-from tercet.engine.cpu.pool import address, program
-from tercet.engine.cpu.tiles import GROUP4, GROUP8
+from tercet.engine.cpu.table import GROUP4, GROUP8
 
 Array = NDArray[Any]
 TOKENS = 20
@@ -26,7 +25,7 @@ def compiled(name: str) -> Callable[..., None]:
     from tercet.engine.cpu import programs
 
     count = getattr(programs, name).__code__.co_argcount
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * count)(address(name))
+    return function(name, count)
 
 
 def aligned(values: Array) -> Array:
@@ -89,12 +88,12 @@ def functions() -> dict[str, Callable[..., None]]:
 
     def rms(x: Array, weight: Array, size: int, eps: float) -> Array:
         out = np.zeros_like(x)
-        call(2, at(x), at(weight), len(x) // 16, size, vector.bits(eps), at(out), 0, 0)
+        call(2, at(x), at(weight), len(x) // 16, size, host.bits(eps), at(out), 0, 0)
         return out
 
     def capped(x: Array, cap: float) -> Array:
         out = x.copy()
-        call(3, at(out), 0, len(x) // 16, 0, vector.bits(cap), 0, 0, 0)
+        call(3, at(out), 0, len(x) // 16, 0, host.bits(cap), 0, 0, 0)
         return out
 
     def dots(unsigned: Array, signed: Array, sums: Array) -> tuple[Array, Array]:
@@ -182,7 +181,6 @@ def test_rms_norm_counts_what_is_not_padding(functions: dict[str, Any]) -> None:
 
 
 def test_layer_norm() -> None:
-    program()  # decides where the compiled code of the next module is kept
     from tercet.engine.cpu.kernels import layer_norm
 
     rng = np.random.default_rng(0)
@@ -357,7 +355,7 @@ def test_integer_products_are_exact_where_scales_are(kind: str, portable: bool) 
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.skipif(not vector.has_vnni(), reason="this machine adds byte products the portable way only")
+@pytest.mark.skipif(not host.has_vnni(), reason="this machine adds byte products the portable way only")
 def test_the_portable_product_has_the_same_bits(kind: str) -> None:
     block = Block(kind, 576, seed=2)
     np.testing.assert_array_equal(block.times(0, TOKENS), block.times(0, TOKENS, portable=True))

@@ -232,8 +232,8 @@ class CPUBackend:
     # Steps
 
     def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        parts = list(self._logit_parts(self._describe(chunks)))
-        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+        parts = [part.copy() for part in self._logit_parts(self._describe(chunks))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def logprobs(
         self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]

@@ -24,6 +24,7 @@ Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Get = Callable[[str], Floats]  # a tensor by our module names, float32
 
+ROWS_AT_ONCE = 4096  # a multiple of 16
 LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
@@ -85,30 +86,48 @@ def quantize_int4(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDA
 
 
 def pack_matrix(memory: Bytes, place: Matrix, w: Floats, bias: Floats | None = None) -> None:
-    """Write a matrix [rows, columns], padded already, into its place."""
-    blocks, k = place.rows // 16, place.columns
-    w = np.ascontiguousarray(w, dtype=np.float32)
+    """Write a matrix, at most [rows, columns], into its place; what it lacks becomes zeros.
 
-    def put(offset: int, values: NDArray[Any]) -> None:
-        raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-        memory[offset : offset + raw.size] = raw
+    A few thousand rows at a time: what quantising takes beside the weights stays small.
+    """
+    for begin in range(0, place.rows, ROWS_AT_ONCE):
+        rows = min(ROWS_AT_ONCE, place.rows - begin)
+        part = np.zeros((rows, place.columns), np.float32)
+        given = w[begin : begin + rows]
+        part[: len(given), : w.shape[1]] = given
+        _pack_rows(memory, place, begin, part)
+    if bias is not None:
+        whole = np.zeros(place.rows, np.float32)
+        whole[: bias.size] = bias
+        _put(memory, place.bias, whole)
 
+
+def _put(memory: Bytes, offset: int, values: NDArray[Any]) -> None:
+    raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+    memory[offset : offset + raw.size] = raw
+
+
+def _pack_rows(memory: Bytes, place: Matrix, begin: int, w: Floats) -> None:
+    """Rows ``begin``.. of a matrix; blocks of 16 rows follow each other, so its place is part of the whole."""
+    blocks, k = len(w) // 16, place.columns
+    # Two bytes for the scale of a group, with int4 two more for its offset.
+    scales_at = place.scales + begin * (2 * k // GROUP8 if place.kind == at.INT8 else 4 * k // GROUP4)
     if place.kind == at.INT8:
         q, scales = quantize_int8(w)
-        put(place.weights, q.reshape(blocks, 16, k // 4, 4).transpose(0, 2, 1, 3))
-        put(place.scales, scales.reshape(blocks, 16, -1).transpose(0, 2, 1))
+        _put(memory, place.weights + begin * k, q.reshape(blocks, 16, k // 4, 4).transpose(0, 2, 1, 3))
+        _put(memory, scales_at, scales.reshape(blocks, 16, -1).transpose(0, 2, 1))
     elif place.kind == at.INT4:
         q, scales, offsets = quantize_int4(w)
         eights = q.reshape(blocks, 16, k // 8, 2, 4).transpose(0, 2, 1, 3, 4)
-        put(place.weights, eights[..., 0, :] | (eights[..., 1, :] << 4))
+        _put(memory, place.weights + begin * k // 2, eights[..., 0, :] | (eights[..., 1, :] << 4))
         both = np.stack([scales, offsets], axis=1).reshape(blocks, 16, 2, -1)
-        put(place.scales, both.transpose(0, 3, 2, 1))
+        _put(memory, scales_at, both.transpose(0, 3, 2, 1))
     else:
-        columns = w.reshape(blocks, 16, k).transpose(0, 2, 1)
-        columns = np.ascontiguousarray(columns)
-        put(place.weights, to_bfloat16(columns) if place.kind == at.BFLOAT16 else columns)
-    if bias is not None:
-        put(place.bias, bias.astype(np.float32))
+        columns = np.ascontiguousarray(w.reshape(blocks, 16, k).transpose(0, 2, 1))
+        if place.kind == at.BFLOAT16:
+            _put(memory, place.weights + 2 * begin * k, to_bfloat16(columns))
+        else:
+            _put(memory, place.weights + 4 * begin * k, columns)
 
 
 def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get) -> tuple[Layout, Bytes]:
@@ -124,14 +143,7 @@ def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get)
         assert values.size <= length
 
     def matrix(name: str, w: Floats, bias: Floats | None = None) -> None:
-        place = places.matrices[name]
-        whole = np.zeros((place.rows, place.columns), np.float32)
-        whole[: w.shape[0], : w.shape[1]] = w
-        full = None
-        if bias is not None:
-            full = np.zeros(place.rows, np.float32)
-            full[: bias.size] = bias
-        pack_matrix(memory, place, whole, full)
+        pack_matrix(memory, places.matrices[name], w, bias)
 
     def heads(w: Floats) -> Floats:
         """Rows of heads, each padded: [n * head_dim, ...] to [n * dim, ...]."""

@@ -126,7 +126,10 @@ SMALL = 2  # up to so many rows every thread normalises all of them itself rathe
 
 # The control block of a pool of threads, in bytes.
 GENERATION, STEP_TABLE, STOP = 0, 8, 16
-PARKED, WAITING = 64, 72  # one a thread, a cache line apart; behind WAITING: nanoseconds, and a clock's scratch
+PARKED, WAITING = (
+    64,
+    72,
+)  # one a thread, a cache line apart; behind WAITING: nanoseconds, and a clock's scratch
 
 
 def state_bytes(queries: int, head_dim: int) -> int:

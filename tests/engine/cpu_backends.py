@@ -1,0 +1,78 @@
+"""CPU backends of small checkpoints, and ways to feed them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.backend import Chunk
+from tercet.engine.cpu import Quantization
+from tercet.engine.cpu.backend import CPUBackend
+from tercet.engine.cpu.pack import pack
+from tercet.model.weights import Weights
+
+Logits = NDArray[np.float32]
+CACHE_BYTES = 1 << 24
+
+
+def load(
+    directory: Path, quantization: Quantization = "none", threads: int = 1, portable: bool = False
+) -> CPUBackend:
+    """A backend with less room for keys and values than usual."""
+    weights = Weights(directory)
+    places, memory = pack(weights.config, quantization, weights.dtype, weights)
+    return CPUBackend(
+        weights.config, places, memory, quantization=quantization, threads=threads, cache_bytes=CACHE_BYTES,
+        portable=portable,
+    )  # fmt: skip
+
+
+def chunk(
+    tokens: Sequence[int],
+    start: int = 0,
+    pages: Sequence[int] = range(64),
+    sequence: int = 0,
+    wanted: Any = None,
+) -> Chunk:
+    """All logits are wanted unless told."""
+    return Chunk(sequence, list(tokens), start, list(pages), range(len(tokens)) if wanted is None else wanted)
+
+
+def at_once(backend: CPUBackend, tokens: Sequence[int], pages: Sequence[int] = range(64)) -> Logits:
+    """Logits after each token, in as few calls as it takes."""
+    size = backend.max_tokens
+    calls = [chunk(tokens[begin : begin + size], begin, pages) for begin in range(0, len(tokens), size)]
+    return np.concatenate([backend.feed([one]) for one in calls])
+
+
+def in_pieces(
+    backend: CPUBackend, sequences: Sequence[Sequence[int]], rng: np.random.Generator, sizes: Sequence[int]
+) -> list[Logits]:
+    """Logits after each token of each sequence, fed by chance: who is in a call, how many tokens, which pages.
+
+    Each sequence's pages are taken when it comes to need them, so those of all are mixed.
+    """
+    free = list(rng.permutation(backend.num_pages))
+    pages: list[list[int]] = [[] for _ in sequences]
+    done = [0] * len(sequences)
+    found: list[list[Logits]] = [[] for _ in sequences]
+    while any(count < len(tokens) for count, tokens in zip(done, sequences, strict=True)):
+        left = [number for number, tokens in enumerate(sequences) if done[number] < len(tokens)]
+        taken = rng.permutation(left)[: rng.integers(1, len(left) + 1)]
+        chunks = []
+        for number in taken:
+            begin, tokens = done[number], sequences[number]
+            end = min(len(tokens), begin + int(rng.choice(sizes)))
+            while len(pages[number]) * backend.page_size < end:
+                pages[number].append(int(free.pop()))
+            chunks.append(chunk(tokens[begin:end], begin, pages[number], number))
+            done[number] = end
+        rows = backend.feed(chunks)
+        cuts = np.cumsum([len(one.tokens) for one in chunks])[:-1]
+        for number, part in zip(taken, np.split(rows, cuts), strict=True):
+            found[number].append(part)
+    return [np.concatenate(parts) for parts in found]
