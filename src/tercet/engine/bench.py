@@ -26,7 +26,7 @@ from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 
 QUANTIZATIONS = ("int8", "int4", "bf16", "none")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 FIRST_SEQUENCE = 1 << 30  # far from the numbers that an engine gives its sequences
 ARRAY_BYTES = 1 << 28  # read to measure the memory, unless the last-level cache is large
 BANDWIDTH_SECONDS = 1.0  # the best reading within this time, and of ten at least
@@ -305,9 +305,6 @@ def use_threads(count: int) -> None:
         os.environ[name] = str(count)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(count)
-    if numba := sys.modules.get("numba"):
-        with suppress(ValueError):  # started with fewer
-            numba.set_num_threads(count)
 
 
 def available_cores() -> int:
