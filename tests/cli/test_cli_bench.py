@@ -55,7 +55,7 @@ def test_the_defaults(asked: dict[str, Any], capsys: pytest.CaptureFixture[str])
     assert cli.main(["bench", "runs/mine"]) == 0
     assert asked == {
         "reference": "runs/mine",
-        "settings": Settings(prompt_tokens=512, new_tokens=128, batch=1, repeat=3),
+        "settings": Settings(),
         "quantize": None,
         "threads": None,
     }

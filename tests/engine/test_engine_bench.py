@@ -145,6 +145,12 @@ def test_the_report_puts_speed_beside_the_limit_of_the_memory(
     assert bench.bench("runs/mine", SETTINGS).fraction_of_limit is None
 
 
+def test_the_prompt_leaves_room_for_what_is_written_unless_a_length_is_asked_for() -> None:
+    assert Settings(new_tokens=100).for_model(2048).prompt == 512
+    assert Settings(new_tokens=100).for_model(256).prompt == 156
+    assert Settings(prompt_tokens=512, new_tokens=100).for_model(256).prompt == 512
+
+
 def test_a_hosted_model_and_unknown_settings_are_refused() -> None:
     with pytest.raises(UserError, match="openai:small is a hosted model"):
         bench.bench("openai:small")

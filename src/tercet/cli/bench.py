@@ -24,10 +24,17 @@ def bench(
     quantize: Annotated[
         str | None, typer.Option(metavar="Q", help="int8, int4, bf16 or none; default: as prompt runs it.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Random tokens that are read.")] = 512,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Random tokens that are read; default: 512, or what the model has room for."
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens written after them.")] = 128,
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences at once.")] = 1,
-    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads; default: the library's.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="Threads; default: one for each core.")
+    ] = None,
     repeat: Annotated[int, typer.Option(metavar="N", help="Repetitions, after one not counted.")] = 3,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tercet.errors import UserError
 
 QUANTIZATIONS = ("int8", "int4", "bf16", "none")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+PROMPT_TOKENS = 512  # unless asked otherwise
 FIRST_SEQUENCE = 1 << 30  # far from the numbers that an engine gives its sequences
 ARRAY_BYTES = 1 << 28  # read to measure the memory, unless the last-level cache is large
 BANDWIDTH_SECONDS = 1.0  # the best reading within this time, and of ten at least
@@ -38,11 +39,13 @@ Advance = Callable[[float], None]
 class Settings:
     """What is measured: ``batch`` sequences of ``prompt_tokens`` read, then ``new_tokens`` written each.
 
+    prompt_tokens: None: 512, or what the model has room for before the new ones.
+
     Raises:
         UserError: a value is below 1.
     """
 
-    prompt_tokens: int = 512
+    prompt_tokens: int | None = None
     new_tokens: int = 128
     batch: int = 1
     repeat: int = 3
@@ -50,15 +53,26 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch", "repeat"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def work(self) -> float:
         """Tokens that `measure` feeds in all, as its ``advance`` counts them."""
-        once = self.batch * (self.prompt_tokens + self.new_tokens)
-        return float((self.repeat + 1) * (once + self.prompt_tokens))
+        once = self.batch * (self.prompt + self.new_tokens)
+        return float((self.repeat + 1) * (once + self.prompt))
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt; before `for_model`, what they will be at most."""
+        return PROMPT_TOKENS if self.prompt_tokens is None else self.prompt_tokens
+
+    def for_model(self, max_positions: int) -> Settings:
+        """The same, with the prompt as long as the model allows where no length was asked for."""
+        if self.prompt_tokens is not None:
+            return self
+        return replace(self, prompt_tokens=max(1, min(PROMPT_TOKENS, max_positions - self.new_tokens)))
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,7 @@ def bench(
     load_seconds = time.perf_counter() - begun
     backend = engine.backend
     weights, used = weights_of(backend), threads_of(backend)
+    settings = settings.for_model(backend.max_positions)
     speeds = measure(engine, settings, advance)
     peak = peak_memory()  # before the array that the bandwidth is measured with
     bandwidth = memory_bandwidth(used) if _device(backend) == "cpu" else None
@@ -150,7 +165,7 @@ def bench(
         quantization=_quantization(backend, quantize),
         backend=getattr(backend, "name", type(backend).__name__.removesuffix("Backend").lower()),
         threads=used,
-        prompt_tokens=settings.prompt_tokens,
+        prompt_tokens=settings.prompt,
         new_tokens=settings.new_tokens,
         batch=settings.batch,
         prefill_tokens_per_second=prefill,
@@ -206,15 +221,13 @@ def measure(engine: Engine, settings: Settings, advance: Advance = lambda tokens
     rng = np.random.default_rng(settings.seed)
     pages = _pages(backend, settings)
     # Through the engine first: what is fed past it afterwards overwrites pages that it may keep.
-    first = [
-        first_token(engine, _random(rng, settings.prompt_tokens, backend), advance) for _ in _turns(settings)
-    ]
+    first = [first_token(engine, _random(rng, settings.prompt, backend), advance) for _ in _turns(settings)]
     prefill: list[float] = []
     decode: list[float] = []
     for _ in _turns(settings):
-        prompts = [_random(rng, settings.prompt_tokens, backend) for _ in range(settings.batch)]
+        prompts = [_random(rng, settings.prompt, backend) for _ in range(settings.batch)]
         seconds = _prefill(backend, prompts, pages, advance)
-        prefill.append(settings.batch * settings.prompt_tokens / seconds)
+        prefill.append(settings.batch * settings.prompt / seconds)
         seconds = _decode(backend, settings, pages, rng, advance)
         decode.append(settings.batch * settings.new_tokens / seconds)
         for row in range(settings.batch):
@@ -249,7 +262,7 @@ def _decode(
     for step in range(settings.new_tokens):
         tokens = _random(rng, settings.batch, backend)
         chunks = [
-            Chunk(FIRST_SEQUENCE + row, [token], settings.prompt_tokens + step, pages[row], [0])
+            Chunk(FIRST_SEQUENCE + row, [token], settings.prompt + step, pages[row], [0])
             for row, token in enumerate(tokens)
         ]
         seconds += _feed(backend, chunks, advance)
@@ -269,7 +282,7 @@ def _feed(backend: Backend, chunks: list[Chunk], advance: Advance) -> float:
 
 def _pages(backend: Backend, settings: Settings) -> list[list[int]]:
     """Pages of every sequence. UserError when there are not enough positions or pages."""
-    length = settings.prompt_tokens + settings.new_tokens
+    length = settings.prompt + settings.new_tokens
     if length > backend.max_positions:
         raise UserError(
             f"--prompt-tokens and --new-tokens are {length} together; the model takes {backend.max_positions}"
@@ -408,7 +421,7 @@ def _expert_share(config: Any) -> float:
 def bytes_per_token(backend: Any, weights: Weights, settings: Settings) -> float:
     """Bytes of weights, keys and values read for one token of one sequence, on average while decoding."""
     per_position = getattr(backend, "cache_bytes_per_token", None)
-    length = settings.prompt_tokens + (settings.new_tokens + 1) / 2
+    length = settings.prompt + (settings.new_tokens + 1) / 2
     if per_position is not None:
         return weights.read + length * float(per_position)
     model = getattr(backend, "model", None)
