@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from tercet.engine.backend import Chunk
-from tercet.engine.cpu import load
+from tercet.engine.cpu import load, native
 from tercet.engine.cpu.backend import LOGIT_ROWS, CPUBackend
 from tercet.engine.cpu.layout import layout
 from tercet.engine.cpu.load import load_cpu_backend
@@ -222,6 +223,17 @@ def test_a_cache_that_cannot_be_written_is_said_and_costs_only_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert feed(load_cpu_backend(directory), ids(5), []).shape == (5, 61)
     assert "The quantised weights could not be kept in" in capsys.readouterr().err
+
+
+def test_kept_code_that_is_not_whole_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.o"
+    assert native._read(path) is None
+    code = b"symbol\nmachine code"
+    path.write_bytes(hashlib.sha256(code).hexdigest().encode() + code)
+    assert native._read(path) == code
+    for broken in (path.read_bytes()[:-1], b"", b"symbol\nmachine code"):
+        path.write_bytes(broken)
+        assert native._read(path) is None
 
 
 # Threads

@@ -56,7 +56,7 @@ def test_steps_come_from_several_python_threads_and_models(make: Make) -> None:
     problems: list[str] = []
 
     def work(number: int) -> None:
-        for seed in range(25):
+        for seed in range(10):
             [found] = in_pieces(backends[number], [ids(30)], np.random.default_rng(seed), (1, 2, 5, 11))
             if not np.array_equal(found, expected[number]):
                 problems.append(f"model {number}, seed {seed}")

@@ -126,6 +126,8 @@ def test_an_adapter_without_its_base_says_so(base: Path, adapted: Any, name: str
     [
         ({"dtype": "int3"}, "dtype 'int3' is unknown; use float32, bfloat16, float16"),
         ({"dtype": "float16"}, "dtype float16 is for GPUs; on a CPU use float32 or bfloat16, or quantize"),
+        ({"threads": 0}, "threads is 0; this machine has"),
+        ({"threads": 9999}, "threads is 9999; this machine has"),
         ({"quantize": "int3"}, "quantization 'int3' is unknown; use int8, int4, bf16, none"),
         ({"quantize": "int8", "dtype": "float32"}, "give dtype or quantize, not both"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
@@ -133,7 +135,7 @@ def test_an_adapter_without_its_base_says_so(base: Path, adapted: Any, name: str
         ({"device": "meta"}, "device 'meta' is not there"),
     ],
 )
-def test_an_unknown_dtype_or_device_is_refused(base: Path, options: dict[str, str], message: str) -> None:
+def test_an_unknown_dtype_or_device_is_refused(base: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as problem:
         load_engine(base, **options)
     assert message in str(problem.value)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tercet.engine.backend import Backend, Chunk, split_calls
+from tercet.engine.cpu.pool import available_cores
 from tercet.engine.engine import Engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
@@ -318,13 +319,6 @@ def use_threads(count: int) -> None:
         os.environ[name] = str(count)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(count)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def threads_of(backend: Any) -> int:

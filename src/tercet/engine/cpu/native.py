@@ -57,16 +57,25 @@ def address(name: str) -> int:
     """
     with _lock:
         path = _directory() / f"{name}.o"
-        try:
-            kept = path.read_bytes()
-        except OSError:
+        kept = _read(path)
+        if kept is None:
             kept = _compile(name)
             try:
-                write_atomic(path, kept)
+                write_atomic(path, hashlib.sha256(kept).hexdigest().encode() + kept)
             except (OSError, UserError) as problem:
                 say(f"The compiled kernels could not be kept ({problem}); they are compiled again next time.")
         symbol, _, code = kept.partition(b"\n")
         return _link(symbol.decode(), code)
+
+
+def _read(path: Path) -> bytes | None:
+    """What was kept in a file, behind its checksum; None where it is not there or not whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, kept = content[:64], content[64:]
+    return kept if hashlib.sha256(kept).hexdigest().encode() == digest else None
 
 
 def _compile(name: str) -> bytes:

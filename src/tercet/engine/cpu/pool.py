@@ -26,11 +26,19 @@ ENOUGH, LONG = 6, 0.05  # steps, or seconds, before a judgement
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds until a thread is asked back
 
 
+def _allowed() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def available_cores() -> int:
+    """Hardware threads that this process may use."""
+    return len(_allowed())
+
+
 def physical_cores() -> int:
     """Cores this process may use, two hardware threads of one core counted once."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     siblings = set()
-    for cpu in allowed:
+    for cpu in _allowed():
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             siblings.add(path.read_text().strip())
