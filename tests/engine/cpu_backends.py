@@ -20,15 +20,24 @@ CACHE_BYTES = 1 << 24
 
 
 def load(
-    directory: Path, quantization: Quantization = "none", threads: int = 1, portable: bool = False
+    directory: Path,
+    quantization: Quantization = "none",
+    threads: int = 1,
+    portable: bool = False,
+    exact: bool = False,
 ) -> CPUBackend:
-    """A backend with less room for keys and values than usual."""
+    """A backend with less room for keys and values than usual; they are float32 where it is exact."""
     weights = Weights(directory)
     places, memory = pack(weights.config, quantization, weights.dtype, weights)
     return CPUBackend(
-        weights.config, places, memory, quantization=quantization, threads=threads, cache_bytes=CACHE_BYTES,
+        weights.config,
+        places,
+        memory,
+        quantization="none" if exact else quantization,
+        threads=threads,
+        cache_bytes=CACHE_BYTES,
         portable=portable,
-    )  # fmt: skip
+    )
 
 
 def chunk(

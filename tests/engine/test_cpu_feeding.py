@@ -152,20 +152,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 SEQUENCES = [ids(150, 1), ids(70, 2), ids(33, 3), ids(1, 4), ids(20, 5)]
 
 
-@pytest.mark.parametrize("quantization", ["none", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [(name, quantization) for name in FAMILIES for quantization in ("none", "int8")]
+    + [("llama", "bf16"), ("llama", "int4"), ("qwen3_moe", "int4")],
+)
 def test_no_bit_depends_on_the_company(name: str, quantization: Any, checkpoints: dict[str, Path]) -> None:
     """Neighbours, chunks, pages and threads; often enough that threads that raced would show."""
     alone = load(checkpoints[name], quantization)
     expected = [at_once(alone, tokens) for tokens in SEQUENCES]
     backends = [load(checkpoints[name], quantization, threads) for threads in (1, 2, 3)]
 
-    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
     @given(
         seed=st.integers(0, 2**32),
         which=st.lists(st.integers(0, len(SEQUENCES) - 1), min_size=1, max_size=6),
         sizes=st.lists(st.integers(1, 80), min_size=1, max_size=5),
-        backend=st.sampled_from([0, 1, 1, 1, 2]),
+        backend=st.sampled_from([0, 1, 1, 1, 1, 2]),
     )
     def check(seed: int, which: list[int], sizes: list[int], backend: int) -> None:
         rng = np.random.default_rng(seed)
@@ -174,7 +177,7 @@ def test_no_bit_depends_on_the_company(name: str, quantization: Any, checkpoints
             np.testing.assert_array_equal(logits, expected[number])
 
     check()
-    for seed in range(8):  # a generation with neighbours: many small steps
+    for seed in range(4):  # a generation with neighbours: many small steps
         found = in_pieces(backends[1], SEQUENCES, np.random.default_rng(seed), (1, 1, 2, 5, 11))
         for logits, wanted in zip(found, expected, strict=True):
             np.testing.assert_array_equal(logits, wanted)
@@ -330,14 +333,12 @@ WHOLE_GROUPS = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 def test_int8_is_what_torch_computes_with_the_same_roundings(make: Make) -> None:
     """One layer, so that a value that is rounded the other way changes its own row only."""
     theirs, directory = long_model(make, "llama", num_hidden_layers=1, **WHOLE_GROUPS)
-    for name, parameter in theirs.named_parameters():
-        if (
-            parameter.ndim == 2
-        ):  # with an error of 1% of each weight rounding is seen, but not itself magnified
+    for parameter in theirs.parameters():
+        if parameter.ndim == 2:  # rounding is to be seen, not to be magnified
             parameter *= 0.2
     theirs.save_pretrained(directory)
     exact = expected_logits(theirs, ids(100))
-    found = at_once(load(directory, "int8"), ids(100))
+    found = at_once(load(directory, "int8", exact=True), ids(100))
     for parameter in theirs.parameters():
         if parameter.ndim == 2:
             parameter.copy_(int8_values(parameter))
@@ -348,10 +349,9 @@ def test_int8_is_what_torch_computes_with_the_same_roundings(make: Make) -> None
     both = expected_logits(theirs, ids(100))
     size = exact.std()
     off = np.abs(found - both).max(-1) / size
-    assert np.median(off) < 2e-3 and off.max() < 0.1  # keys and values are in float16
+    assert np.quantile(off, 0.7) < 1e-5 and off.max() < 0.1
     assert np.sqrt(np.square(found - weights_only).mean()) < 0.03 * size
     assert np.sqrt(np.square(found - exact).mean()) < 0.04 * size
-    del name
 
 
 @torch.no_grad()
@@ -371,7 +371,7 @@ def test_bf16_is_what_torch_computes_with_rounded_weights(make: Make) -> None:
     )
 
 
-@pytest.mark.parametrize(("quantization", "error"), [("bf16", 0.01), ("int8", 0.05), ("int4", 0.35)])
+@pytest.mark.parametrize(("quantization", "error"), [("bf16", 0.01), ("int8", 0.05), ("int4", 0.45)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
 def test_fewer_bits_cost_what_they_should(family: str, quantization: Any, error: float, make: Make) -> None:
     theirs, directory = make(family)
