@@ -55,7 +55,6 @@ class CPUBackend:
         self.threads = threads or physical_cores()
         self.max_tokens = 512 if config.hidden_size <= 1024 else 256
         self.max_chunks = MAX_CHUNKS
-        self._pool = pool(self.threads)
         # What `tercet bench` tells of it.
         self.quantization, self.parameters = quantization, parameters
         self.weight_bytes, self.weight_bytes_per_token = places.size, places.read_bytes(config)
@@ -305,4 +304,4 @@ class CPUBackend:
 
     def _run(self) -> None:
         self._counters[:] = 0
-        self._pool.run(self._table)
+        pool(self.threads).run(self._table)  # looked up each time: a forked child needs its own

@@ -195,7 +195,8 @@ def meet(t: Any, meetings: int, thread: int) -> int:
     """
     meetings += 1
     # The table may already describe the next step when a slow thread leaves this loop.
-    arrived, goal, waited = t[at.ARRIVED], meetings * t[at.THREADS], t[at.WAITED] + 64 * thread
+    arrived, goal = t[at.ARRIVED], t[at.BEFORE] + meetings * t[at.THREADS]
+    waited = t[at.WAITED] + 64 * thread
     atomic_add(arrived, 1)
     turns = 0
     while atomic_load(arrived) < goal and turns < SPIN:
@@ -625,7 +626,8 @@ def forward(t: Any, thread: int) -> None:
 
 
 def run(control: int, thread: int, seen: int, patience: int) -> int:
-    """Thread 0 runs the step that the control block points to, -1 announces it. Others wait and run steps.
+    """Thread 0 runs the step that the control block points to, -1 announces it by adding ``seen`` to the
+    generation. Others wait and run steps.
 
     -2 waits ``patience`` turns, to see how long one takes.
 
@@ -637,14 +639,14 @@ def run(control: int, thread: int, seen: int, patience: int) -> int:
             pause()
         return 0
     if thread == -1:
-        atomic_add(control + at.GENERATION, 1)
+        atomic_add(control + at.GENERATION, seen)
         return 0
     if thread == 0:
         forward(integers(integers(control, 2)[1], at.SIZE), 0)
         return 0
     parked = control + at.PARKED + 64 * thread
+    turns = 0
     while True:
-        turns = 0
         while atomic_load(control + at.GENERATION) == seen:
             pause()
             turns += 1
@@ -656,6 +658,7 @@ def run(control: int, thread: int, seen: int, patience: int) -> int:
         seen = atomic_load(control + at.GENERATION)
         if atomic_load(control + at.STOP):
             return -1
-        t = integers(atomic_load(control + at.STEP_TABLE), at.SIZE)
-        if thread < t[at.THREADS]:
-            forward(t, thread)
+        # Only for a thread that takes part is the table sure to stay as it is until it has read it.
+        if thread < seen % at.CREW:
+            forward(integers(atomic_load(control + at.STEP_TABLE), at.SIZE), thread)
+            turns = 0

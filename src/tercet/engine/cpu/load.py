@@ -13,6 +13,7 @@ from tercet.engine.cpu.layout import layout
 from tercet.engine.cpu.pack import Bytes, pack, read_packed
 from tercet.errors import UserError
 from tercet.files import fingerprint, replaced_when_complete
+from tercet.model.adapter_config import read_adapter_config
 from tercet.model.checkpoint import weights_identity
 from tercet.model.weights import Weights
 from tercet.progress import say
@@ -53,7 +54,8 @@ def _path(
     sources = [
         (str(Path(one).resolve()), weights_identity(one)) for one in (directory, adapter) if one is not None
     ]
-    name = fingerprint([FORMAT, quantization, sources, asdict(weights.config)])
+    merged = None if adapter is None else asdict(read_adapter_config(adapter))
+    name = fingerprint([FORMAT, quantization, sources, asdict(weights.config), merged])
     return home / f"{name}.bin"
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.native import function
 
-MEETING_PLACES = 64
 PATIENCE = 30_000  # turns of waiting before a thread sleeps: one to two milliseconds
 LEAST = 0.25  # uneven work alone makes many threads wait this fraction
 RECENT = 0.9  # a step's weight falls by a tenth with each that follows
@@ -107,11 +106,11 @@ class Pool:
         self._table = at.STEP_TABLE // 8
         self._waited = np.array([(at.WAITING + 64 * thread) // 8 for thread in range(threads)])
         self._parked = [(at.PARKED + 64 * thread) // 8 for thread in range(threads)]
-        # Meetings of steps are counted here, not in the models' memory, which may be gone when a slow
-        # thread looks a last time; in turn at several places, so that it finds its count unchanged.
-        raw = np.zeros(16 + 8 * threads + 8 * MEETING_PLACES, dtype=np.int64)
+        # Meetings are counted here, not in the models' memory, which may be gone when a slow thread looks
+        # a last time; and never from zero again, as it may look many steps later.
+        raw = np.zeros(8 + 8 * threads + 16, dtype=np.int64)
         self._control = raw[-(raw.ctypes.data // 8) % 8 :]
-        self._first_place, self._step = 8 + 8 * threads, 0
+        self._arrived = 8 + 8 * threads
         self._address = self._control.ctypes.data
         self._lock = threading.Lock()
         self.crew = Crew(threads)
@@ -135,17 +134,16 @@ class Pool:
         """Run the step that ``table`` describes; it takes up to ``threads`` threads."""
         with self._lock:
             control = self._control
-            self._step = (self._step + 1) % MEETING_PLACES
-            place = self._first_place + 8 * self._step
             begin = time.perf_counter()
             threads = self.crew.choose(begin)
-            control[place] = 0
             before = self._seconds_waited(threads)
-            table[at.ARRIVED], table[at.THREADS] = self._address + 8 * place, threads
+            table[at.ARRIVED], table[at.THREADS] = self._address + 8 * self._arrived, threads
+            table[at.BEFORE] = control[self._arrived]
             table[at.WAITED] = self._address + 8 * self._waited[0]
             control[self._table] = table.ctypes.data
             if threads > 1:
-                self._program(self._address, -1, 0, 0)
+                last = int(control[at.GENERATION // 8])
+                self._program(self._address, -1, (last // at.CREW + 1) * at.CREW + threads - last, 0)
                 for thread in range(1, threads):
                     if control[self._parked[thread]]:
                         self._wake[thread].set()

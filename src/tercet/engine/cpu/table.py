@@ -14,7 +14,8 @@ QUERIES = (1, 4)  # of an attention tile
 # Where threads meet.
 (
     THREADS,  # threads that take part in this step
-    ARRIVED,  # address: arrivals at meetings in this step; another one each step, as a thread may be late
+    ARRIVED,  # address: arrivals at meetings, ever: a late thread always finds that it need not wait any more
+    BEFORE,  # arrivals before this step
     WAITED,  # address: for each thread, 64 bytes apart, turns it has waited in meetings
     COUNTERS,  # address: for each phase, what has been handed out
     # What to compute.
@@ -82,7 +83,7 @@ QUERIES = (1, 4)  # of an attention tile
     PRIVATE,  # scratch of the threads
     PRIVATE_BYTES,  # of each
     SIZE,
-) = range(65)
+) = range(66)
 
 # A layer.
 (
@@ -126,6 +127,7 @@ SMALL = 2  # up to so many rows every thread normalises all of them itself rathe
 
 # The control block of a pool of threads, in bytes.
 GENERATION, STEP_TABLE, STOP = 0, 8, 16
+CREW = 256  # a generation is this times the number of the step, and how many threads take part
 PARKED, WAITING = (
     64,
     72,

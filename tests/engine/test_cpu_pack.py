@@ -1,0 +1,397 @@
+"""Packing weights: errors by arithmetic, bytes where the kernels look for them, and a cache that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cpu_backends import at_once
+from numpy.typing import NDArray
+
+from tercet.engine.cpu import QUANTIZATIONS, pack
+from tercet.engine.cpu import load as loading
+from tercet.engine.cpu import table as at
+from tercet.engine.cpu.backend import CPUBackend
+from tercet.engine.cpu.layout import Layout
+from tercet.engine.cpu.load import KEPT, load_cpu_backend
+from tercet.model.adapter import AdapterConfig, add_lora, load_adapter, merge_lora, save_adapter
+from tercet.model.loading import load_model
+from tiny_checkpoints import Make
+
+Floats = NDArray[np.float32]
+TOKENS = list(range(3, 40))
+ROWS, COLUMNS = 32, 4 * 64
+
+
+def bfloat(raw: NDArray[np.uint16]) -> NDArray[np.float64]:
+    return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def random_weights(seed: int = 0) -> Floats:
+    """Rows from 1e-4 to 1e2, as normal as trained weights are."""
+    rng = np.random.default_rng(seed)
+    w: Floats = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    return w * (10.0 ** rng.integers(-4, 3, (ROWS, 1))).astype(np.float32)
+
+
+def from_int8(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Groups of weights as int8 keeps them, and their steps."""
+    q, scales = pack.quantize_int8(w)
+    steps = bfloat(scales)[..., None]
+    return (q.reshape(*scales.shape, at.GROUP8).astype(int) - 128) * steps, steps
+
+
+def from_int4(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Groups of weights as int4 keeps them, their steps and offsets."""
+    q, scales, offsets = pack.quantize_int4(w)
+    assert q.max() <= 15
+    steps, starts = bfloat(scales)[..., None], bfloat(offsets)[..., None]
+    return q.reshape(*scales.shape, at.GROUP4) * steps + starts, steps, starts
+
+
+# Errors
+
+
+def test_int8_is_off_by_half_a_step() -> None:
+    """A step is a 127th of the largest weight, give or take what bfloat16 rounds: 2**-9 of it."""
+    w = random_weights()
+    groups = w.reshape(ROWS, -1, at.GROUP8).astype(np.float64)
+    found, steps = from_int8(w)
+    highest = np.abs(groups).max(-1, keepdims=True)
+    np.testing.assert_allclose(steps, highest / 127, rtol=2.0**-8)
+    cut = np.maximum(np.abs(groups) - 127 * steps, 0)  # what a step rounded down does not reach
+    assert (np.abs(found - groups) <= np.maximum(steps * 0.5001, cut * 1.0001)).all()
+    assert (np.abs(found - groups) <= highest * 0.004).all()
+
+
+def test_int4_is_off_by_half_a_step_within_its_range() -> None:
+    w = random_weights()
+    groups = w.reshape(ROWS, -1, at.GROUP4).astype(np.float64)
+    found, steps, starts = from_int4(w)
+    inside = np.clip(groups, starts, starts + 15 * steps)
+    assert (np.abs(found - inside) <= 0.5001 * steps).all()
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    assert (steps * 15 <= (high - low) * 1.005).all() and (steps * 15 >= (high - low) * 0.795).all()
+
+
+def test_int4_chooses_no_worse_a_range_than_the_whole() -> None:
+    w = random_weights(1)
+    groups = w.reshape(ROWS, -1, at.GROUP4).astype(np.float64)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    start = torch.from_numpy(low).bfloat16().double().numpy()
+    step = torch.from_numpy((high - low) / 15).bfloat16().double().numpy()
+    whole = np.clip(np.rint((groups - start) / step), 0, 15) * step + start
+    mine, theirs = (np.square(one - groups).sum(-1) for one in (from_int4(w)[0], whole))
+    assert (mine <= theirs * 1.0001).all()
+    assert mine.sum() < 0.99 * theirs.sum()  # and it pays
+
+
+def test_groups_of_one_value() -> None:
+    w = np.zeros((16, 128), np.float32)
+    w[1], w[2], w[3] = 0.37, -1e-30, 1e15
+    w[4, 64:] = 5  # the other group of the row stays zero
+    for found in (from_int8(w)[0], from_int4(w)[0]):
+        found = found.reshape(16, 128)
+        assert not found[[0, *range(5, 16)]].any() and not found[4, :64].any()
+        np.testing.assert_allclose(found[1:4], w[1:4], rtol=2.0**-8)
+        np.testing.assert_allclose(found[4, 64:], 5, rtol=2.0**-8)
+
+
+def test_weights_too_small_for_a_scale_become_zero_or_nearly() -> None:
+    w = np.full((16, 64), 1e-42, np.float32)
+    w[1::2] *= -1
+    for found in (from_int8(w)[0], from_int4(w)[0]):
+        assert (np.abs(found.reshape(16, 64) - w) <= 1e-41).all()
+
+
+def test_an_outlier_costs_its_own_group_only() -> None:
+    w = random_weights()[:, :128].copy()
+    before8, before4 = from_int8(w)[0], from_int4(w)[0]
+    w[3, 5] = 1e4
+    for before, (after, steps, *_) in ((before8, from_int8(w)), (before4, from_int4(w))):
+        changed = (before != after).any(-1)
+        assert changed[3, 0] and changed.sum() == 1
+        assert after[3, 0, 5] == pytest.approx(
+            1e4, rel=0.11
+        )  # int4 may cut a tenth of the range at either end
+        rest = np.delete(after[3, 0] - w[3, :64], 5)
+        assert (np.abs(rest) <= 0.11 * 1e4).all() and steps[3, 0] > 10
+
+
+def test_bfloat16_is_rounded_as_by_torch() -> None:
+    raw = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    x = raw.view(np.float32)
+    edges = [
+        np.inf,
+        -np.inf,
+        0,
+        -0.0,
+        3.4028235e38,
+        -3.4e38,
+        1e-45,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        1 + 2**-8 + 2**-20,
+    ]
+    x = np.concatenate([x[~np.isnan(x)], np.array(edges, np.float32)])
+    expected = torch.from_numpy(x).bfloat16()
+    found = pack.to_bfloat16(x)
+    np.testing.assert_array_equal(found, expected.view(torch.uint16).numpy())
+    np.testing.assert_array_equal(pack.from_bfloat16(found), expected.float().numpy())
+
+
+# Places
+
+
+def matrix_of(kind: int, rows: int, columns: int, bias: bool) -> tuple[Any, pack.Bytes]:
+    places = Layout()
+    places.matrix("before", kind, 16, columns)
+    places.matrix("one", kind, rows, columns, bias)
+    places.matrix("after", kind, 16, columns)
+    return places.matrices["one"], pack.allocate(places.size)
+
+
+@pytest.mark.parametrize("kind", [at.FLOAT32, at.BFLOAT16, at.INT8, at.INT4])
+def test_weights_lie_where_the_kernels_look(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 rows, padded with zeros, however many rows are packed at a time."""
+    place, memory = matrix_of(kind, 48, 128, bias=True)
+    w, bias = random_weights()[:, :128][:, :100] + np.float32(0.001), np.arange(35, dtype=np.float32)
+    w = np.concatenate([w, w[:5]])[:37]
+    pack.pack_matrix(memory, place, w, bias)
+    whole = np.zeros((48, 128), np.float32)
+    whole[:37, :100] = w
+
+    def part(offset: int, dtype: Any, *shape: int) -> Any:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return memory[offset : offset + size].view(dtype).reshape(shape)
+
+    if kind in (at.FLOAT32, at.BFLOAT16):
+        found = part(place.weights, np.float32 if kind == at.FLOAT32 else np.uint16, 3, 128, 16)
+        expected = whole if kind == at.FLOAT32 else pack.to_bfloat16(whole)
+        for row, column in np.ndindex(48, 128):
+            assert found[row // 16, column, row % 16] == expected[row, column]
+    elif kind == at.INT8:
+        q, scales = pack.quantize_int8(whole)
+        found, steps = part(place.weights, np.uint8, 3, 32, 16, 4), part(place.scales, np.uint16, 3, 2, 16)
+        for row, column in np.ndindex(48, 128):
+            assert found[row // 16, column // 4, row % 16, column % 4] == q[row, column]
+            assert steps[row // 16, column // 64, row % 16] == scales[row, column // 64]
+    else:
+        q, scales, offsets = pack.quantize_int4(whole)
+        found, steps = part(place.weights, np.uint8, 3, 16, 16, 4), part(place.scales, np.uint16, 3, 2, 2, 16)
+        for row, column in np.ndindex(48, 128):
+            both = found[row // 16, column // 8, row % 16, column % 4]
+            assert (both >> 4 if column % 8 >= 4 else both & 15) == q[row, column]
+            group = column // at.GROUP4
+            assert steps[row // 16, group, 0, row % 16] == scales[row, group]
+            assert steps[row // 16, group, 1, row % 16] == offsets[row, group]
+    assert part(place.bias, np.float32, 48).tolist() == [*range(35), *[0] * 13]
+    monkeypatch.setattr(pack, "ROWS_AT_ONCE", 16)
+    again = pack.allocate(memory.size)
+    pack.pack_matrix(again, place, w, bias)
+    np.testing.assert_array_equal(again, memory)
+    end = place.bias + 4 * 48
+    assert not memory[: place.weights].any() and not memory[end:].any()  # its neighbours' places
+
+
+def test_memory_begins_as_zeros_at_a_multiple_of_64() -> None:
+    for size in (1, 100, 5_000_000):
+        memory = pack.allocate(size)
+        assert memory.size >= size and not memory.any() and memory.ctypes.data % 64 == 0
+        memory[-1] = 1
+
+
+# The cache
+
+
+def bits(backend: CPUBackend) -> Any:
+    return at_once(backend, TOKENS)
+
+
+def packed(caches: Path) -> list[Path]:
+    return sorted((caches / "tercet" / "packed").glob("*"))
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches"
+
+
+@pytest.fixture
+def no_packing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``no_packing()``: from now on nothing may be packed."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("packed again")
+
+    return lambda: monkeypatch.setattr(loading, "pack", refuse)
+
+
+def test_each_way_of_quantising_is_kept_once(make: Make, caches: Path, no_packing: Any) -> None:
+    _, directory = make("qwen3")
+    found = {one: bits(load_cpu_backend(directory, quantization=one)) for one in QUANTIZATIONS}
+    assert len(packed(caches)) == 3  # what is exact is read from the checkpoint itself
+    no_packing()
+    for one in ("int8", "int4", "bf16"):
+        np.testing.assert_array_equal(bits(load_cpu_backend(directory, quantization=one)), found[one])
+    with pytest.raises(AssertionError, match="packed again"):
+        load_cpu_backend(directory, quantization="none")
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "a directory", "left over"])
+def test_what_is_not_whole_is_not_used(damage: str, make: Make, caches: Path) -> None:
+    _, directory = make("llama")
+    expected = bits(load_cpu_backend(directory))
+    [kept] = packed(caches)
+    whole = kept.read_bytes()
+    if damage == "left over":  # of a process that was killed while writing
+        kept.rename(kept.with_name(f".{kept.name}.0123.tmp"))
+    else:
+        kept.unlink()
+        if damage == "a directory":
+            kept.mkdir()
+        else:
+            kept.write_bytes({"cut": whole[:-1], "longer": whole + b"0", "empty": b""}[damage])
+    np.testing.assert_array_equal(bits(load_cpu_backend(directory)), expected)
+    if damage != "a directory":
+        assert kept.read_bytes() == whole
+
+
+def test_a_changed_checkpoint_is_packed_again(make: Make, caches: Path) -> None:
+    theirs, directory = make("llama")
+    before = bits(load_cpu_backend(directory))
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight *= 2
+    theirs.save_pretrained(directory)
+    changed = bits(load_cpu_backend(directory))
+    assert np.abs(changed - before).max() > 0.1 and len(packed(caches)) == 2
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+    assert np.abs(bits(load_cpu_backend(directory)) - changed).max() > 0.01
+
+
+def test_the_ones_used_longest_ago_go(make: Make, caches: Path) -> None:
+    directories = [make(family)[1] for family in ("llama", "qwen3", "gpt2", "gemma2", "olmo2")]
+    first = packed_after(caches, directories[0], "int8")
+    for number in range(KEPT - 1):
+        made = packed_after(caches, directories[1 + number // 2], ("int8", "int4")[number % 2])
+        os.utime(made, (1000 + number, 1000 + number))
+    os.utime(first, (1, 1))
+    load_cpu_backend(directories[0])  # used now
+    packed_after(caches, directories[0], "bf16")
+    assert len(packed(caches)) == KEPT
+    assert first.exists() and min(file.stat().st_mtime for file in packed(caches)) == 1001
+
+
+def packed_after(caches: Path, directory: Path, quantization: Any) -> Path:
+    before = set(packed(caches))
+    load_cpu_backend(directory, quantization=quantization)
+    [new] = set(packed(caches)) - before
+    return new
+
+
+def test_a_cache_that_cannot_be_made_is_told_in_one_line(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, directory = make("llama")
+    expected = bits(load_cpu_backend(directory))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    capsys.readouterr()
+    np.testing.assert_array_equal(bits(load_cpu_backend(directory)), expected)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and str(tmp_path / "file") in err and "Not a directory" in err
+
+
+def test_two_processes_at_once(make: Make, caches: Path) -> None:
+    """Both pack; each finds its own result or the other's, never half of one."""
+    _, directory = make("llama", hidden_size=256, intermediate_size=512, vocab_size=4000)
+    program = (
+        "import sys, hashlib\n"
+        "from tercet.engine.backend import Chunk\n"
+        "from tercet.engine.cpu.load import load_cpu_backend\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        f"backend = load_cpu_backend({str(directory)!r}, threads=1)\n"
+        f"print(backend.feed([Chunk(0, {TOKENS!r}, 0, [0], range({len(TOKENS)}))]).tobytes().hex())\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    expected = load_cpu_backend(directory, threads=1)
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+        assert out.strip() == bits(expected).tobytes().hex()
+    assert len(packed(caches)) == 1
+
+
+# Adapters
+
+
+def write_adapter(base: Path, directory: Path, alpha: int = 6) -> None:
+    model, config = load_model(base), AdapterConfig(r=4, alpha=alpha, base_model=str(base))
+    add_lora(model, config, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    save_adapter(model, directory, config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+@torch.no_grad()
+def test_adapters_compute_what_torch_computes_with_them_merged(
+    family: str, make: Make, tmp_path: Path
+) -> None:
+    _, base = make(family)
+    write_adapter(base, tmp_path / "adapter")
+    model = load_model(base, trainable=True)
+    load_adapter(model, tmp_path / "adapter")
+    merge_lora(model)
+    expected = model(torch.tensor([TOKENS]))[0].numpy()
+    found = bits(load_cpu_backend(base, tmp_path / "adapter", quantization="none"))
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    plain = bits(load_cpu_backend(base, quantization="none"))
+    assert np.abs(found - plain).max() > 0.1
+    near = bits(load_cpu_backend(base, tmp_path / "adapter", quantization="int8"))
+    assert np.abs(near - expected).mean() < 0.2 * np.abs(plain - expected).mean()
+
+
+def test_base_and_adapters_are_kept_apart(make: Make, tmp_path: Path, caches: Path, no_packing: Any) -> None:
+    _, base = make("llama")
+    write_adapter(base, tmp_path / "one")
+    write_adapter(base, tmp_path / "two", alpha=12)
+    found = {one: bits(load_cpu_backend(base, one)) for one in (None, tmp_path / "one", tmp_path / "two")}
+    assert len(packed(caches)) == 3
+    no_packing()
+    for one, expected in found.items():
+        np.testing.assert_array_equal(bits(load_cpu_backend(base, one)), expected)
+
+
+def test_a_changed_scale_of_an_adapter_is_packed_again(make: Make, tmp_path: Path, caches: Path) -> None:
+    _, base = make("llama")
+    write_adapter(base, tmp_path / "adapter")
+    before = bits(load_cpu_backend(base, tmp_path / "adapter"))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 60}))
+    assert np.abs(bits(load_cpu_backend(base, tmp_path / "adapter")) - before).max() > 0.1
