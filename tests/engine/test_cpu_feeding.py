@@ -118,7 +118,6 @@ def test_stretched_positions_grow_as_in_transformers(family: str, make: Make) ->
         begin += size
 
 
-@pytest.mark.xfail(strict=True, reason="the longest sequence of a call decides the frequencies of all")
 def test_a_long_neighbour_does_not_stretch_a_short_sequence(make: Make) -> None:
     family, fields = STRETCHED["longrope"]
     _, directory = long_model(make, family, **fields)

@@ -157,26 +157,30 @@ class CPUBackend:
         """Tables of cos and sin [max_positions, pairs] for layers of both kinds."""
         config = self.config
         self._rope: dict[bool, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._frequencies: dict[bool, NDArray[np.float32]] = {}  # what the tables were made of
+        self._rope_length = 0
+        scaling = config.rope_scaling
+        self._by_length = config.positions == "rope" and scaling is not None and scaling.by_length
         if config.positions != "rope":
             return
         self._table[at.ROTARY_HALF] = config.rotary // 2
         for local in {config.has_local_rope(layer) for layer in range(config.num_layers)}:
             empty = (config.max_positions, config.rotary // 2)
             self._rope[local] = (np.zeros(empty, np.float32), np.zeros(empty, np.float32))
-        self._rope_length = 0
         self._reach(min(1024, config.max_positions))
 
     def _reach(self, length: int) -> None:
         """See that the rotary tables hold for sequences of ``length``."""
-        config = self.config
-        if config.positions != "rope":
+        if length <= self._rope_length and not self._by_length:
             return
-        moving = config.rope_scaling is not None and config.rope_scaling.by_length
-        if length <= self._rope_length and not moving:
-            return
-        size = length if moving else min(config.max_positions, max(length, 2 * self._rope_length))
+        size = self._rope_length
+        if length > size:
+            size = min(self.config.max_positions, max(length, 2 * size))
         for local, (cosines, sines) in self._rope.items():
-            frequencies, factor = rope_frequencies(config, length, local)
+            frequencies, factor = rope_frequencies(self.config, length, local)
+            if size == self._rope_length and np.array_equal(frequencies, self._frequencies.get(local, ())):
+                continue
+            self._frequencies[local] = frequencies
             angles = np.outer(np.arange(size, dtype=np.float32), frequencies)
             np.multiply(np.cos(angles), np.float32(factor), out=cosines[:size])
             np.multiply(np.sin(angles), np.float32(factor), out=sines[:size])
@@ -231,7 +235,7 @@ class CPUBackend:
     # Steps
 
     def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        parts = [part.copy() for part in self._logit_parts(self._describe(chunks))]
+        parts = [part.copy() for part in self._logit_parts(chunks)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def logprobs(
@@ -240,7 +244,7 @@ class CPUBackend:
         values: list[NDArray[np.float32]] = []
         likeliest: list[NDArray[np.bool_]] = []
         done = 0
-        for logits in self._logit_parts(self._describe(chunks)):
+        for logits in self._logit_parts(chunks):
             mine = targets[done : done + len(logits)]
             done += len(logits)
             best = logits.argmax(-1)
@@ -263,15 +267,18 @@ class CPUBackend:
     def release(self, sequence: int) -> None:
         """Nothing is kept for a sequence beyond its pages."""
 
-    def _logit_parts(self, wanted: list[int]) -> Iterator[NDArray[np.float32]]:
+    def _logit_parts(self, chunks: Sequence[Chunk]) -> Iterator[NDArray[np.float32]]:
         """Run the step; the wanted rows' logits in parts [up to LOGIT_ROWS, V], each valid until the next."""
         table = self._table
-        for begin in range(0, max(1, len(wanted)), LOGIT_ROWS):
-            part = wanted[begin : begin + LOGIT_ROWS]
-            table[at.HEAD_ONLY], table[at.WANTED] = begin > 0, len(part)
-            self._wanted[: len(part)] = part
-            self._run()
-            yield self._logits[: len(part), : self.vocab_size]
+        # Where positions are stretched by a sequence's length, each has rotary tables of its own.
+        for together in [[one] for one in chunks] if self._by_length else [chunks]:
+            wanted = self._describe(together)
+            for begin in range(0, max(1, len(wanted)), LOGIT_ROWS):
+                part = wanted[begin : begin + LOGIT_ROWS]
+                table[at.HEAD_ONLY], table[at.WANTED] = begin > 0, len(part)
+                self._wanted[: len(part)] = part
+                self._run()
+                yield self._logits[: len(part), : self.vocab_size]
 
     def _describe(self, chunks: Sequence[Chunk]) -> list[int]:
         """Put the chunks into the table's arrays; the rows whose logits are wanted."""

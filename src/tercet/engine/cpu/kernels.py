@@ -656,8 +656,6 @@ def run(control: int, thread: int, seen: int, patience: int) -> int:
                     return seen
                 atomic_add(parked, -1)
         seen = atomic_load(control + at.GENERATION)
-        if atomic_load(control + at.STOP):
-            return -1
         # Only for a thread that takes part is the table sure to stay as it is until it has read it.
         if thread < seen % at.CREW:
             forward(integers(atomic_load(control + at.STEP_TABLE), at.SIZE), thread)

@@ -35,21 +35,25 @@ def load_cpu_backend(
     """
     weights = Weights(directory, adapter)
     config = weights.config
-    exact = quantization == "none"
+    kept = None if quantization == "none" else _kept_in(weights, directory, adapter, quantization)
     places = layout(config, quantization, weights.dtype)
-    memory = None if exact else _kept(weights, directory, adapter, quantization, places.size)
+    memory = None if kept is None else read_packed(kept, places.size)
     if memory is None:
         places, memory = pack(config, quantization, weights.dtype, weights)
-        if not exact:
-            _keep(_path(weights, directory, adapter, quantization), memory)
+        if kept is not None:
+            _keep(kept, memory)
+    elif kept is not None:
+        with contextlib.suppress(OSError):  # a cache that may only be read still serves
+            kept.touch()
     return CPUBackend(
         config, places, memory, quantization=quantization, parameters=weights.parameters, threads=threads
     )
 
 
-def _path(
+def _kept_in(
     weights: Weights, directory: str | Path, adapter: str | Path | None, quantization: Quantization
 ) -> Path:
+    """The file for these weights in this form."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet" / "packed"
     sources = [
         (str(Path(one).resolve()), weights_identity(one)) for one in (directory, adapter) if one is not None
@@ -59,32 +63,18 @@ def _path(
     return home / f"{name}.bin"
 
 
-def _kept(
-    weights: Weights,
-    directory: str | Path,
-    adapter: str | Path | None,
-    quantization: Quantization,
-    size: int,
-) -> Bytes | None:
-    path = _path(weights, directory, adapter, quantization)
-    memory = read_packed(path, size)
-    if memory is not None:
-        with contextlib.suppress(OSError):  # a cache that may only be read still serves
-            path.touch()
-    return memory
-
-
 def _keep(path: Path, memory: Bytes) -> None:
-    """Store a packed model. A cache that can't be written to only costs time: it is said, once a load."""
+    """Store a packed model. A cache that can't be written to only costs time: it is said."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_when_complete(path) as temporary:
             memory.tofile(temporary)
-        others = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
-        for old in others[:-KEPT]:
-            old.unlink(missing_ok=True)
     except (OSError, UserError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         say(
             f"The quantised weights could not be kept in {path.parent} ({reason}); they are made again next time."
         )
+        return
+    with contextlib.suppress(OSError):  # another process may be tidying too
+        others = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
+        for old in others[:-KEPT]:
+            old.unlink()

@@ -123,12 +123,11 @@ class Pool:
 
     def _serve(self, thread: int) -> None:
         seen = 0
-        while seen >= 0:
+        while True:
             seen = self._program(self._address, thread, seen, PATIENCE)
-            if seen >= 0:
-                self._wake[thread].wait()
-                self._wake[thread].clear()
-                self._control[self._parked[thread]] = 0
+            self._wake[thread].wait()
+            self._wake[thread].clear()
+            self._control[self._parked[thread]] = 0
 
     def run(self, table: NDArray[np.int64]) -> None:
         """Run the step that ``table`` describes; it takes up to ``threads`` threads."""

@@ -126,7 +126,7 @@ FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 SMALL = 2  # up to so many rows every thread normalises all of them itself rather than wait for another
 
 # The control block of a pool of threads, in bytes.
-GENERATION, STEP_TABLE, STOP = 0, 8, 16
+GENERATION, STEP_TABLE = 0, 8
 CREW = 256  # a generation is this times the number of the step, and how many threads take part
 PARKED, WAITING = (
     64,
