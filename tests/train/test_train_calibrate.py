@@ -52,7 +52,7 @@ def test_what_is_measured_is_real(real_measurement: None) -> None:
     model = Transformer(CONFIG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
-        speed = calibrate._measure(model, 2, 32)
+        speed = calibrate._measure(model, 2, 32, "adamw")
     finally:
         torch.set_num_threads(threads)
     assert model.compute_dtype is None

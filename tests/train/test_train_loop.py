@@ -144,9 +144,15 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(whole: Path, tmp_path
 
     def losses(directory: Path) -> list[tuple[int, float]]:
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        return [(row["step"], row["loss"]) for row in rows]
+        return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+    def measured(directory: Path) -> list[tuple[int, float]]:
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        return [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
 
     assert losses(whole) == losses(killed)
+    assert measured(whole) == measured(killed)
+    assert [step for step, _ in measured(killed)] == [7, 14, 21, 28, 35, 40]
     assert [step for step, _ in losses(killed)] == list(range(1, 41))
 
 
@@ -167,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
                 model.model.embed_tokens.weight[0, 0] = math.nan
         return [batch_of(step)]
 
-    with pytest.raises(UserError, match=r"the loss is nan at step 4 .* lower learning rate"):
+    with pytest.raises(UserError, match=r"5 steps in a row .* the loss is nan; .* lower learning rate"):
         train(model, recipe(9, save_seconds=0), batches, tmp_path, fingerprint="x", title="test")
     assert load_progress(tmp_path / STATE, "x").step == 3  # type: ignore[union-attr]
 

@@ -163,7 +163,8 @@ def test_conversations_on_a_base_without_a_template_use_chatml_and_stop_at_its_e
 def test_the_metrics_and_the_report_are_there(base: Path, tmp_path: Path) -> None:
     tune(base, ROWS, tmp_path, epochs=2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page and "src=" not in page and "<script" not in page and "<link" not in page
 

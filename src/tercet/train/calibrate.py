@@ -20,7 +20,9 @@ import torch
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
 from tercet.model.transformer import Transformer
-from tercet.train.loss import Batch, loss_sum
+from tercet.train.loss import Batch, gradients_of
+from tercet.train.optimizer import Kind, Optimizer, Rates, clip_gradients
+from tercet.train.state import trainable
 
 AGREE = 0.7  # measurements of an idle machine scatter less than this; a busy or another one is further off
 
@@ -67,21 +69,30 @@ def use_all_cores() -> None:
     torch.set_num_threads(available_cores())
 
 
-def calibrate(model: Transformer, rows: int, time_steps: int) -> Speed:
+def calibrate(model: Transformer, rows: int, time_steps: int, kind: Kind = "adamw") -> Speed:
     """The fastest way to train ``model`` with batches of ``rows`` x ``time_steps`` tokens here.
 
-    The model itself is timed, with an optimizer whose rate is zero: its weights stay as they are.
+    The model itself is timed, with an optimizer of ``kind`` whose rate is zero: its weights stay as they are.
 
     Sets torch's thread count to the chosen one.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
     key = fingerprint(
-        [asdict(model.config), trained, rows, time_steps, processor(), available_cores(), torch.__version__]
+        [
+            asdict(model.config),
+            trained,
+            rows,
+            time_steps,
+            kind,
+            processor(),
+            available_cores(),
+            torch.__version__,
+        ]
     )
     path = cache_directory() / "speed.json"
     known = _remembered(path)
     before = known.get(key)
-    speed = _measure(model, rows, time_steps)
+    speed = _measure(model, rows, time_steps, kind)
     if before is not None and AGREE < speed.tokens_per_second / before.tokens_per_second < 1 / AGREE:
         speed = before  # the machine is as it was, so the plan is too
     else:
@@ -98,41 +109,44 @@ def _remembered(path: Path) -> dict[str, Speed]:
         return {}
 
 
-def _measure(model: Transformer, rows: int, time_steps: int) -> Speed:
+def _measure(model: Transformer, rows: int, time_steps: int, kind: Kind) -> Speed:
     before = model.compute_dtype
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     # Random tokens, as real ones do, touch all of the embedding and of its gradient.
     tokens = torch.randint(
         0, model.config.vocab_size, (rows, time_steps), generator=torch.Generator().manual_seed(0)
     )
-    batch = Batch(tokens, tokens)
-    results: list[tuple[float, str, int]] = []  # seconds a pass, type, threads
-    threads = available_cores()
-    for dtype in ("float32", "bfloat16"):
+    results: list[tuple[float, str, int]] = []  # seconds a step, type, threads
+
+    def pace(dtype: str, threads: int, patience: float) -> None:
         torch.set_num_threads(threads)
         model.compute_dtype = getattr(torch, dtype)
-        seconds = _pace(model, optimizer, batch, patience=3.0 if not results else 3 * results[0][0])
-        results.append((seconds, dtype, threads))
-    if threads > 1:
-        torch.set_num_threads(1)
-        fastest = min(results)
-        model.compute_dtype = getattr(torch, fastest[1])
-        results.append((_pace(model, optimizer, batch, patience=2 * fastest[0]), fastest[1], 1))
+        results.append((_pace(model, tokens, kind, threads, patience), dtype, threads))
+
+    cores = available_cores()
+    pace("float32", cores, 3.0)
+    pace("bfloat16", cores, 3 * results[0][0])
+    if cores > 1:
+        seconds, dtype, _ = min(results)
+        pace(dtype, 1, 2 * seconds)
     model.compute_dtype = before
+    model.zero_grad(set_to_none=True)
     seconds, dtype, threads = min(results)
     # Two digits are what the measurement is worth, and rounding makes plans repeatable.
     return Speed(float(f"{rows * time_steps / seconds:.2g}"), dtype, threads)
 
 
-def _pace(model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, patience: float) -> float:
+def _pace(model: Transformer, tokens: torch.Tensor, kind: Kind, threads: int, patience: float) -> float:
     """Median seconds of an optimizer step; gives up early past ``patience`` seconds a step."""
+    parameters = trainable(model)
+    optimizer = Optimizer(parameters, Rates(kind, 0.0), threads=threads, dtype=model.dtype)
+    work = gradients_of(model, threads)
+    work.gradients([Batch(tokens[:1, :8], tokens[:1, :8])])  # compiles what has to be compiled
     times = []
     for _ in range(PASSES):
         begun = time.monotonic()
-        loss_sum(model, batch).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        work.gradients([Batch(tokens, tokens)])
+        clip_gradients(list(parameters.values()), 1.0)
+        optimizer.step(1.0)
         times.append(time.monotonic() - begun)
         if times[-1] > patience or sum(times) > LONGEST:
             break

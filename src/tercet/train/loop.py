@@ -18,17 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tercet.errors import UserError
 from tercet.files import write_jsonl
 from tercet.model.transformer import Transformer
 from tercet.progress import Progress, say
-from tercet.train.loss import Batch, loss_sum
+from tercet.train.loss import Batch, gradients_of
+from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.schedule import Schedule
 from tercet.train.state import Progressed, load_progress, load_tensors, save_state, trainable
 
 STATE = "state.safetensors"
+SKIPPED_MOST = 5  # steps in a row without a usable gradient end the run: the weights themselves are broken
+# A gradient this many times the usual one is an accident (a broken document, an overflow): clipping would
+# still follow its direction. Not judged in the first steps, when norms fall by themselves.
+SPIKE, SPIKE_AFTER = 50, 50
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,21 @@ class Recipe:
     """How to train. Rates and counts are per optimizer step."""
 
     schedule: Schedule
-    learning_rate: float
+    learning_rate: float  # peak; AdamW's, unless ``rates`` says more
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, float] = (0.9, 0.95)
+    rates: Rates | None = None  # instead of the three above
     clip: float = 1.0  # largest gradient norm
     evaluate_every: int = 0  # steps between held-out measurements; 0: at the end only
     save_seconds: float = 20.0  # a checkpoint this often: what a kill can cost
     deadline: float | None = None  # seconds of training; a slow machine cools down early to meet it
+    threads: int = 0  # of the training step; 0: as many as PyTorch is set to
+
+    @property
+    def peak_rates(self) -> Rates:
+        return self.rates or Rates(
+            "adamw", self.learning_rate, weight_decay=self.weight_decay, betas=self.betas
+        )
 
 
 @dataclass(frozen=True)
@@ -56,24 +69,11 @@ class Trained:
     best_step: int
     history: list[dict[str, Any]]
     shortened: bool  # a deadline cut the schedule, so the clock had a say in the result
+    skipped: int = 0  # steps whose gradient was not finite or a spike, and was not applied
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def make_optimizer(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); norms, biases and embeddings are not decayed."""
-
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.dim() >= 2 and "embed" not in name
-
-    groups = [
-        {"params": [p for n, p in parameters.items() if decays(n, p)], "weight_decay": recipe.weight_decay},
-        {"params": [p for n, p in parameters.items() if not decays(n, p)], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def train(
@@ -99,10 +99,10 @@ def train(
         KeyboardInterrupt: on SIGINT or SIGTERM, after the state has been saved.
     """
     state = directory / STATE
-    # In the optimizer's order, decayed ones first, which its saved moments are numbered by.
     parameters = trainable(model)
-    parameters = dict(sorted(parameters.items(), key=lambda item: item[1].dim() < 2 or "embed" in item[0]))
-    optimizer = make_optimizer(parameters, recipe)
+    threads = recipe.threads or torch.get_num_threads()
+    optimizer = Optimizer(parameters, recipe.peak_rates, threads=threads, dtype=model.dtype)
+    step_gradients = gradients_of(model, threads)
     progressed = load_progress(state, fingerprint)
     best: dict[str, Tensor] | None = None
     schedule = recipe.schedule
@@ -113,59 +113,87 @@ def train(
         best = load_tensors(state, parameters, optimizer)
         schedule = replace(schedule, steps=progressed.steps, cooldown=progressed.cooldown)
         # Lines written after the checkpoint describe steps that will be taken again.
-        write_jsonl(directory / "metrics.jsonl", _rows_until(directory / "metrics.jsonl", progressed.step))
+        write_jsonl(directory / "metrics.jsonl", _rows_until(directory / "metrics.jsonl", progressed))
         if not progressed.done:
             say(f"{title}: going on from step {progressed.step} of {progressed.steps}")
 
     model.train()
     begun = saved = time.monotonic()
     before = progressed.seconds
+    in_a_row = 0  # skipped
     with (
         _stop_signals() as stop,
         (directory / "metrics.jsonl").open("a", encoding="utf-8") as metrics,
         Progress(title, schedule.steps, "steps", done=progressed.step) as bar,
     ):
+
+        def save() -> float:
+            metrics.flush()
+            progressed.seconds = before + time.monotonic() - begun
+            save_state(state, progressed, parameters, optimizer, best)
+            return time.monotonic()
+
         while not progressed.done:
             step = progressed.step
-            rate = recipe.learning_rate * schedule.rate(step)
-            loss, tokens, norm = _step(model, parameters, optimizer, batches_at(step), rate, recipe.clip)
-            if not math.isfinite(loss) or not math.isfinite(norm):
+            ended = step >= schedule.steps
+            every = recipe.evaluate_every
+            due = step > progressed.evaluated and (ended or (every and step % every == 0))
+            if evaluate is not None and due:
+                # Saved first: measuring may fail or be killed, and must not cost the training before it.
+                if ended or time.monotonic() - saved > recipe.save_seconds / 2:
+                    saved = save()
+                measured = evaluate()
+                model.train()
+                metrics.write(json.dumps({"step": step, **_heldout(measured)}) + "\n")
+                progressed.history.append({"step": step, "tokens": progressed.tokens, **measured})
+                progressed.evaluated = step
+                if progressed.best is None or measured["loss"] < progressed.best:
+                    progressed.best, progressed.best_step = measured["loss"], step
+                    if keep_best:
+                        best = {name: value.detach().clone() for name, value in parameters.items()}
+            if ended:
+                progressed.done = True
+                save()
+                break
+            loss, tokens = step_gradients.gradients(batches_at(step))
+            norm = clip_gradients(list(parameters.values()), recipe.clip)
+            rate = schedule.rate(step)
+            reason = _no_use(loss, norm, progressed)
+            if reason is None:
+                optimizer.step(rate)
+                in_a_row = 0
+                progressed.norm = norm if not progressed.norm else 0.95 * progressed.norm + 0.05 * norm
+            else:
+                in_a_row, progressed.skipped = in_a_row + 1, progressed.skipped + 1
+                say(f"{title}: step {step + 1} left out: {reason}")
+            if in_a_row == SKIPPED_MOST:
+                kept = state if state.is_file() else "none yet"
                 raise UserError(
-                    f"the loss is {loss} at step {step + 1} (gradient norm {norm}); the last good state is in "
-                    f"{state}; start again with a lower learning rate"
+                    f"{in_a_row} steps in a row could not be used, the last (step {step + 1}) because {reason}; the last "
+                    f"good checkpoint: {kept}; start again with a lower learning rate"
                 )
+            optimizer.zero_grad()
             progressed.step, progressed.tokens = step + 1, progressed.tokens + tokens
             progressed.seconds = before + time.monotonic() - begun
-            row = {
+            row: dict[str, Any] = {
                 "step": step + 1,
-                "loss": loss,
-                "gradient_norm": norm,
-                "learning_rate": rate,
+                "loss": loss if math.isfinite(loss) else None,
+                "gradient_norm": norm if math.isfinite(norm) else None,
+                "learning_rate": recipe.learning_rate * rate,
                 "tokens": progressed.tokens,
                 "seconds": round(progressed.seconds, 3),
             }
+            if reason is not None:
+                row["skipped"] = reason
+            metrics.write(json.dumps(row) + "\n")
+            bar.advance(1, f"loss {loss:.3f}")
             if schedule.steps > progressed.step and recipe.deadline is not None:
                 schedule = _meet_deadline(schedule, progressed, recipe.deadline, title)
                 progressed.steps, progressed.cooldown = schedule.steps, schedule.cooldown
                 bar.total = schedule.steps
-            progressed.done = progressed.step >= schedule.steps
-            every = recipe.evaluate_every
-            if evaluate is not None and (progressed.done or (every and progressed.step % every == 0)):
-                measured = evaluate()
-                model.train()
-                row.update({f"heldout_{key}": value for key, value in measured.items()})
-                progressed.history.append({"step": progressed.step, "tokens": progressed.tokens, **measured})
-                if progressed.best is None or measured["loss"] < progressed.best:
-                    progressed.best, progressed.best_step = measured["loss"], progressed.step
-                    if keep_best:
-                        best = {name: value.detach().clone() for name, value in parameters.items()}
-            metrics.write(json.dumps(row) + "\n")
-            bar.advance(1, f"loss {loss:.3f}")
-            if progressed.done or stop.is_set() or time.monotonic() - saved > recipe.save_seconds:
-                metrics.flush()
-                progressed.seconds = before + time.monotonic() - begun
-                save_state(state, progressed, parameters, optimizer, best)
-                saved = time.monotonic()
+            # While steps can't be used the weights are in doubt, and the checkpoint stays the one before.
+            if not in_a_row and (stop.is_set() or time.monotonic() - saved > recipe.save_seconds):
+                saved = save()
             if stop.is_set():
                 say(
                     f"stopped at step {progressed.step}; saved in {directory}. The same command goes on from there"
@@ -184,46 +212,38 @@ def train(
         progressed.best_step,
         progressed.history,
         progressed.shortened,
+        progressed.skipped,
     )
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """The measurements up to ``step``; a kill may have torn the last line."""
+def _heldout(measured: dict[str, float]) -> dict[str, float]:
+    return {f"heldout_{key}": value for key, value in measured.items()}
+
+
+def _no_use(loss: float, norm: float, progressed: Progressed) -> str | None:
+    """Why a step's gradient must not be applied, or None. It says nothing of the data that isn't there."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norm):
+        return f"the gradient norm is {norm}"
+    if progressed.step >= SPIKE_AFTER and norm > SPIKE * progressed.norm:
+        return f"the gradient norm, {norm:.3g}, is more than {SPIKE} times the usual {progressed.norm:.3g}"
+    return None
+
+
+def _rows_until(path: Path, progressed: Progressed) -> list[dict[str, Any]]:
+    """The measurements up to the state's step; a kill may have torn the last line."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        if row["step"] > step:
+        later = row["step"] > (progressed.step if "loss" in row else progressed.evaluated)
+        if later:
             break
         rows.append(row)
     return rows
-
-
-def _step(
-    model: Transformer,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    rate: float,
-    clip: float,
-) -> tuple[float, int, float]:
-    """One optimizer step; returns the mean loss in nats, the tokens it is over, and the gradient norm."""
-    tokens = sum(batch.supervised for batch in batches)
-    total = 0.0
-    for batch in batches:
-        if batch.supervised:
-            loss = loss_sum(model, batch) / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-    norm = float(nn.utils.clip_grad_norm_(parameters.values(), clip))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, tokens, norm
 
 
 def _meet_deadline(schedule: Schedule, progressed: Progressed, deadline: float, title: str) -> Schedule:

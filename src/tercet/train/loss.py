@@ -1,8 +1,10 @@
-"""Cross-entropy over the supervised tokens only."""
+"""Cross-entropy over the supervised tokens only, and its gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,14 @@ class Batch:
 
     tokens: [B, T] input ids. Rows are padded on the right; causal attention never sees padding.
     targets: [B, T] the id that should follow each input token, or `IGNORED`.
+    positions, segments: [B, T] where rows hold several documents: each token's place in its own, and
+        the document's number in its row. None: one document a row.
     """
 
     tokens: Tensor
     targets: Tensor
+    positions: Tensor | None = None
+    segments: Tensor | None = None
 
     @property
     def supervised(self) -> int:
@@ -40,7 +46,7 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     A sum, not a mean: dividing by the tokens of the whole optimizer step, not of each piece, makes
     the gradient independent of how a step was cut into pieces.
     """
-    hidden = model.hidden(batch.tokens)
+    hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
     chosen = batch.targets != IGNORED
     # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked.
     hidden, targets = hidden[chosen], batch.targets[chosen]
@@ -56,3 +62,44 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
 
 def _piece(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model.logits(hidden), targets, reduction="sum")
+
+
+class Gradients(Protocol):
+    """Gradients of one optimizer step."""
+
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Mean loss in nats over the supervised tokens of all ``batches``, and how many those are.
+
+        Sets every parameter's ``grad`` to the gradient of that mean.
+        """
+        ...
+
+
+class Autograd:
+    """PyTorch's own gradients: any network, any device."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        tokens = sum(batch.supervised for batch in batches)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        total = 0.0
+        for batch in batches:
+            if batch.supervised:
+                loss = loss_sum(self.model, batch) / tokens
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total, tokens
+
+
+def gradients_of(model: Transformer, threads: int) -> Gradients:
+    """The fastest way to this network's gradients: the written-out passes where they know it."""
+    from tercet.train.cpu.support import supports
+
+    if not supports(model):
+        return Autograd(model)
+    from tercet.train.cpu.step import Stepper
+
+    return Stepper(model, threads)

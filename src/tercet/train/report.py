@@ -53,6 +53,7 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, 
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
+    rows = [row for row in rows if row.get("loss") is not None]  # not those of held-out measurements
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     smooth: list[float] = []
     for loss in losses:

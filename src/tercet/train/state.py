@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tercet.errors import UserError
 from tercet.files import replaced_when_complete
+from tercet.train.optimizer import Optimizer
 
 
 @dataclass
@@ -35,6 +36,9 @@ class Progressed:
     best_step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # held-out measurements
     shortened: bool = False  # a deadline cut the schedule
+    evaluated: int = 0  # the step after which was last measured
+    skipped: int = 0  # updates left out because their gradient was no use
+    norm: float = 0.0  # running mean of the gradient norms, to know a spike by
     done: bool = False
 
 
@@ -47,7 +51,7 @@ def save_state(
     path: Path,
     progressed: Progressed,
     parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     best: dict[str, Tensor] | None,
 ) -> None:
     """Replace the state at ``path``; a kill at any moment leaves the old one or the new one.
@@ -55,10 +59,8 @@ def save_state(
     Raises:
         UserError: the disk is full or refuses; the old state stays.
     """
-    names = list(parameters)
     tensors = {f"weight:{name}": value.detach().contiguous() for name, value in parameters.items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"{moment}:{names[index]}": value for moment, value in values.items()}
+    tensors |= optimizer.state()
     tensors |= {f"best:{name}": value for name, value in (best or {}).items()}
     with replaced_when_complete(path) as temporary:
         try:
@@ -88,11 +90,10 @@ def load_progress(path: Path, fingerprint: str) -> Progressed | None:
 
 
 def load_tensors(
-    path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer
 ) -> dict[str, Tensor] | None:
     """Put weights and optimizer moments back in place; return the best weights, if any were kept."""
-    index = {name: position for position, name in enumerate(parameters)}
-    moments: dict[int, dict[str, Tensor]] = {}
+    moments: dict[str, Tensor] = {}
     best: dict[str, Tensor] = {}
     with safe_open(path, "pt") as stored, torch.no_grad():
         for key in stored.keys():  # noqa: SIM118 - not a dictionary
@@ -102,6 +103,6 @@ def load_tensors(
             elif kind == "best":
                 best[name] = stored.get_tensor(key)
             else:
-                moments.setdefault(index[name], {})[kind] = stored.get_tensor(key)
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+                moments[key] = stored.get_tensor(key)
+    optimizer.load_state(moments)
     return best or None

@@ -1,0 +1,104 @@
+"""Minimal pairs: two sentences that differ in one thing, which makes one of them ungrammatical.
+
+The form is BLiMP's (Warstadt et al. 2020, arXiv:1912.00582): a row has ``sentence_good``,
+``sentence_bad`` and ``UID``, the paradigm it belongs to. Nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tercet.data.rows import nearest_file, read_rows
+from tercet.errors import UserError
+
+GOOD, BAD, GROUP = "sentence_good", "sentence_bad", "UID"
+SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")  # what is read of a directory
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One minimal pair; ``group`` is what accuracy is counted by."""
+
+    good: str
+    bad: str
+    group: str
+
+
+def read_pairs(
+    paths: Sequence[str | Path] | str | Path,
+    *,
+    good: str = GOOD,
+    bad: str = BAD,
+    group: str | None = None,
+    sample: int | None = None,
+) -> list[Pair]:
+    """The pairs of files, in their order.
+
+    Args:
+        paths: files (jsonl, or what else `read_rows` reads, ``.gz`` too) and directories, of which
+            every jsonl file is read, by name.
+        good, bad: the fields with the sentences.
+        group: the field to count by; None: ``UID`` where a row has it, else the file's name.
+        sample: at most so many pairs of each group (`sample_pairs`); None: all.
+
+    Raises:
+        UserError: a path that is not there, or a row without one of the fields or with no sentence
+            in it; it names file and row. Equal sentences pass: BLiMP itself has seven such pairs.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if sample is not None and sample < 1:
+        raise UserError(f"the sample is {sample} pairs a group; it must be 1 or more")
+    pairs = [
+        _pair(row, f"{file}, row {number}", good, bad, group, _stem(file))
+        for path in given
+        for file in _files(Path(path))
+        for number, row in enumerate(read_rows(file), start=1)
+    ]
+    if not pairs:
+        raise UserError(f"there are no minimal pairs in {', '.join(map(str, given)) or 'no files'}")
+    return pairs if sample is None else sample_pairs(pairs, sample)
+
+
+def sample_pairs(pairs: Sequence[Pair], per_group: int) -> list[Pair]:
+    """At most ``per_group`` pairs of each group, in their order: those whose contents hash lowest.
+
+    So the choice depends on nothing but the pairs: not on their order, and adding some moves few others.
+    """
+    ranked: dict[str, list[tuple[bytes, int]]] = defaultdict(list)
+    for number, pair in enumerate(pairs):
+        content = f"{pair.good}\0{pair.bad}".encode("utf-8", "surrogatepass")
+        ranked[pair.group].append((hashlib.sha256(content).digest(), number))
+    kept = {number for rows in ranked.values() for _, number in sorted(rows)[:per_group]}
+    return [pair for number, pair in enumerate(pairs) if number in kept]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"there is no file or directory {path}{nearest_file(path)}")
+        return [path]
+    files = sorted(entry for entry in path.iterdir() if entry.name.lower().endswith(SUFFIXES))
+    if not files:
+        raise UserError(f"{path} holds no jsonl files; name the files themselves")
+    return files
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+
+
+def _pair(row: dict[str, Any], where: str, good: str, bad: str, group: str | None, file: str) -> Pair:
+    for field in (good, bad) if group is None else (good, bad, group):
+        if field not in row:
+            have = ", ".join(map(str, row)) or "none"
+            raise UserError(f"{where} has no field {field!r}; its fields are {have}")
+    for field in (good, bad):
+        if not isinstance(row[field], str) or not row[field].strip():
+            raise UserError(f"{where}: {field} is {row[field]!r}; it must be a sentence")
+    named = row.get(GROUP, file) if group is None else row[group]
+    return Pair(row[good], row[bad], str(named))

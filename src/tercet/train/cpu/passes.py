@@ -1,0 +1,397 @@
+"""Forward and backward pass of the network in `model.transformer`, written out by hand.
+
+For the shape that Tercet builds and its relatives (Llama, Mistral, Qwen2 and Qwen3 without biases):
+RMS norms, rotary positions, grouped queries, SwiGLU. The gradients are those of the textbook, each
+beside the line it belongs to; `tests/train/test_train_cpu.py` compares them with PyTorch's own.
+
+What is gained over PyTorch's automatic gradients: everything between two matrix products is one pass
+over memory (`kernels.py`), scores of tokens that can't see each other are not computed, logits exist
+for a few hundred tokens at a time, and nothing needs more than one thread, so that a step can give each
+thread sequences of its own and never wait in the middle (`step.py`).
+
+Shapes: B sequences of T tokens, M = B T, H hidden size, N query heads, K key heads, G = N / K,
+D head dimension, I inner size, V vocabulary. Activations are bfloat16 or float32; the residual stream
+and its gradient [M, H] are float32, sums of gradients too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tercet.data.batches import IGNORED
+from tercet.model.config import ModelConfig
+from tercet.model.rope import rope_frequencies
+from tercet.train.cpu import kernels
+
+QUERIES = 128  # positions whose scores are computed together: of 64 to 512 the fastest at 512 tokens
+LOGITS = 1 << 21  # numbers of logits that exist at once: 4 MB in bfloat16, which the cache holds
+
+
+def raw(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as numpy sees it; bfloat16 as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+@dataclass
+class LayerWeights:
+    """One layer's matrices in the type of the products, those with one input joined; norms in float32.
+
+    qkv [(N + 2 K) D, H], o [H, N D], gate_up [2 I, H], down [H, I]; norms [H], [H], [D], [D].
+    """
+
+    qkv: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+    input_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+
+
+@dataclass
+class Weights:
+    """Everything a pass reads; with float32 tensors of the same shapes also what it adds gradients to.
+
+    embedding, head [V, H]: one tensor where they are tied.
+    """
+
+    embedding: Tensor
+    layers: list[LayerWeights]
+    norm: Tensor
+    head: Tensor
+
+
+@dataclass
+class Rows:
+    """Sequences of one length for a pass. tokens, targets, positions [B, T] int64, in numpy.
+
+    begins: [B, T], the place in its row of the first token that each token may see.
+    """
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    begins: NDArray[np.int64]
+
+    @staticmethod
+    def of(
+        tokens: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        positions: NDArray[np.int64] | None = None,
+        segments: NDArray[np.int64] | None = None,
+    ) -> Rows:
+        """As `Batch` gives them: positions default to 0..T-1, segments to one a row."""
+        places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        begins = np.zeros(tokens.shape, np.int64)
+        if segments is not None:
+            fresh = segments[:, 1:] != segments[:, :-1]
+            begins[:, 1:] = np.maximum.accumulate(np.where(fresh, places[:, 1:], 0), axis=1)
+        return Rows(
+            np.ascontiguousarray(tokens),
+            np.ascontiguousarray(targets),
+            np.ascontiguousarray(places if positions is None else positions),
+            begins,
+        )
+
+
+@dataclass
+class Kept:
+    """What a layer's backward pass needs of its forward pass."""
+
+    stream: Tensor  # [M, H] before the attention's norm
+    factors: NDArray[np.float32]
+    normed: Tensor
+    qkv: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    head_factors: NDArray[np.float32]
+    weights: list[Tensor]  # attention weights, a stretch of queries each
+    attended: Tensor  # [B K, T G, D]
+    merged: Tensor  # the same as [M, N D]
+    middle: Tensor  # [M, H] before the MLP's norm
+    middle_factors: NDArray[np.float32]
+    middle_normed: Tensor
+    gate_up: Tensor
+    gated: Tensor
+
+
+class Passes:
+    """Loss and gradients of a network of one configuration. Holds no weights."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.config, self.dtype = config, dtype
+        self.groups = config.num_heads // config.num_kv_heads
+        scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
+        self.scale, self.eps = np.float32(scale), np.float32(config.norm_eps)
+        frequencies, factor = rope_frequencies(config, config.max_positions)
+        angles = np.outer(np.arange(config.max_positions, dtype=np.float32), frequencies)
+        self.cosines = (np.cos(angles) * np.float32(factor)).astype(np.float32)
+        self.sines = (np.sin(angles) * np.float32(factor)).astype(np.float32)
+
+    def run(self, rows: Rows, weights: Weights, gradients: Weights, scale: float, z_weight: float) -> float:
+        """The summed loss (nats); adds ``scale`` times the gradient of loss and z-loss to ``gradients``.
+
+        Runs on the calling thread; ``gradients`` must be its own.
+        """
+        stream = torch.nn.functional.embedding(torch.from_numpy(rows.tokens.reshape(-1)), weights.embedding)
+        kept: list[Kept] = []
+        stream = stream.float()
+        update: Tensor | None = None
+        for layer in weights.layers:
+            one, update = self._layer(rows, layer, stream, update)
+            stream = one.middle
+            kept.append(one)
+        assert update is not None
+        final, normed, factors = self._add_and_norm(stream, update, weights.norm)
+        loss, d_normed = self._head(rows, weights, gradients, normed, scale, z_weight)
+        d_stream = torch.zeros_like(final)
+        narrow = torch.empty_like(normed)
+        self._norm_backward(final, factors, weights.norm, d_normed, d_stream, narrow, gradients.norm)
+        for one, layer, sums in zip(
+            reversed(kept), reversed(weights.layers), reversed(gradients.layers), strict=True
+        ):
+            self._mlp_backward(one, layer, sums, d_stream, narrow)
+            self._attention_backward(rows, one, layer, sums, d_stream, narrow)
+        kernels.add_rows(gradients.embedding.numpy(), rows.tokens.reshape(-1), d_stream.numpy())
+        return loss
+
+    # Forward
+
+    def _add_and_norm(
+        self, stream: Tensor, update: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
+        """stream + update, its norm, and the factors that the way back needs."""
+        added, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=self.dtype)
+        factors = np.empty(len(stream), np.float32)
+        kernels.add_and_norm(
+            stream.numpy(), raw(update), weight.numpy(), self.eps, added.numpy(), raw(normed), factors
+        )
+        return added, normed, factors
+
+    def _layer(
+        self, rows: Rows, layer: LayerWeights, stream: Tensor, update: Tensor | None
+    ) -> tuple[Kept, Tensor]:
+        """One block. ``update``: what the block before adds to ``stream``; this one's is returned."""
+        config = self.config
+        batch, time = rows.tokens.shape
+        if update is None:
+            normed = torch.empty_like(stream, dtype=self.dtype)
+            factors = np.empty(len(stream), np.float32)
+            kernels.norm(stream.numpy(), layer.input_norm.numpy(), self.eps, raw(normed), factors)
+        else:
+            stream, normed, factors = self._add_and_norm(stream, update, layer.input_norm)
+        qkv = normed @ layer.qkv.T
+        kv_heads, dim = config.num_kv_heads, config.head_dim
+        q = torch.empty(batch * kv_heads, time * self.groups, dim, dtype=self.dtype)
+        k, v = (torch.empty(batch * kv_heads, time, dim, dtype=self.dtype) for _ in range(2))
+        head_factors = np.empty((batch * time, config.num_heads + kv_heads), np.float32)
+        kernels.heads(
+            raw(qkv),
+            layer.q_norm.numpy(),
+            layer.k_norm.numpy(),
+            config.qk_norm == "head",
+            self.eps,
+            self.cosines,
+            self.sines,
+            rows.positions,
+            self.scale,
+            raw(q),
+            raw(k),
+            raw(v),
+            head_factors,
+        )
+        attended, weights = self._attend(rows, q, k, v)
+        merged = self._merged(attended, batch)
+        middle, middle_normed, middle_factors = self._add_and_norm(stream, merged @ layer.o.T, layer.mlp_norm)
+        gate_up = middle_normed @ layer.gate_up.T
+        gated = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=self.dtype)
+        kernels.gate(raw(gate_up), raw(gated))
+        kept = Kept(
+            stream,
+            factors,
+            normed,
+            qkv,
+            q,
+            k,
+            v,
+            head_factors,
+            weights,
+            attended,
+            merged,
+            middle,
+            middle_factors,
+            middle_normed,
+            gate_up,
+            gated,
+        )
+        return kept, gated @ layer.down.T
+
+    def _merged(self, attended: Tensor, batch: int) -> Tensor:
+        """[B K, T G, D] to [M, N D], heads in the checkpoint's order."""
+        split = attended.view(batch, self.config.num_kv_heads, -1, self.groups, self.config.head_dim)
+        return split.transpose(1, 2).reshape(-1, self.config.num_heads * self.config.head_dim)
+
+    def _stretches(self, rows: Rows) -> list[tuple[int, int, int]]:
+        """(first, end, start): queries first..end-1 see keys start..end-1 at most, in any of the rows."""
+        time = rows.tokens.shape[1]
+        return [
+            (first, min(first + QUERIES, time), int(rows.begins[:, first].min()))
+            for first in range(0, time, QUERIES)
+        ]
+
+    def _attend(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Causal attention, a stretch of queries at a time, so that few scores are computed in vain."""
+        groups, out = self.groups, torch.empty_like(q)
+        kept = []
+        for first, end, start in self._stretches(rows):
+            weights = q[:, first * groups : end * groups] @ k[:, start:end].transpose(1, 2)
+            kernels.softmax(raw(weights), rows.begins, groups, first, start)
+            out[:, first * groups : end * groups] = weights @ v[:, start:end]
+            kept.append(weights)
+        return out, kept
+
+    # The head, both ways at once: its gradient is at hand when the loss is, and the logits can go
+
+    def _head(
+        self,
+        rows: Rows,
+        weights: Weights,
+        gradients: Weights,
+        normed: Tensor,
+        scale: float,
+        z_weight: float,
+    ) -> tuple[float, Tensor]:
+        """The summed loss, and its gradient (times ``scale``) for the final norm's output."""
+        targets = rows.targets.reshape(-1)
+        chosen = np.flatnonzero(targets != IGNORED)
+        everything = len(chosen) == len(targets)
+        hidden = normed if everything else normed[torch.from_numpy(chosen)]
+        wanted = targets if everything else targets[chosen]
+        d_hidden = torch.empty_like(hidden)
+        losses = np.empty(len(hidden), np.float32)
+        size = max(1, LOGITS // len(weights.head))
+        for begin in range(0, len(hidden), size):
+            piece = hidden[begin : begin + size]
+            logits = piece @ weights.head.T
+            kernels.cross_entropy(
+                raw(logits),
+                wanted[begin : begin + size],
+                np.float32(scale),
+                np.float32(z_weight),
+                losses[begin : begin + size],
+            )
+            d_hidden[begin : begin + size] = logits @ weights.head
+            gradients.head += logits.T @ piece
+        if everything:
+            return float(losses.sum(dtype=np.float64)), d_hidden
+        d_normed = torch.zeros_like(normed)
+        d_normed[torch.from_numpy(chosen)] = d_hidden
+        return float(losses.sum(dtype=np.float64)), d_normed
+
+    # Backward. d_stream: gradient of the residual stream, float32; narrow: the same for the products
+
+    def _norm_backward(
+        self,
+        stream: Tensor,
+        factors: NDArray[np.float32],
+        weight: Tensor,
+        d_normed: Tensor,
+        d_stream: Tensor,
+        narrow: Tensor,
+        d_weight: Tensor,
+    ) -> None:
+        kernels.norm_backward(
+            stream.numpy(),
+            weight.numpy(),
+            factors,
+            raw(d_normed),
+            d_stream.numpy(),
+            d_weight.numpy(),
+            raw(narrow),
+        )
+
+    def _mlp_backward(
+        self, kept: Kept, layer: LayerWeights, sums: LayerWeights, d_stream: Tensor, narrow: Tensor
+    ) -> None:
+        sums.down += narrow.T @ kept.gated
+        d_gated = narrow @ layer.down
+        d_gate_up = torch.empty_like(kept.gate_up)
+        kernels.gate_backward(raw(kept.gate_up), raw(d_gated), raw(d_gate_up))
+        sums.gate_up += d_gate_up.T @ kept.middle_normed
+        self._norm_backward(
+            kept.middle,
+            kept.middle_factors,
+            layer.mlp_norm,
+            d_gate_up @ layer.gate_up,
+            d_stream,
+            narrow,
+            sums.mlp_norm,
+        )
+
+    def _attention_backward(
+        self,
+        rows: Rows,
+        kept: Kept,
+        layer: LayerWeights,
+        sums: LayerWeights,
+        d_stream: Tensor,
+        narrow: Tensor,
+    ) -> None:
+        config = self.config
+        batch, time = rows.tokens.shape
+        sums.o += narrow.T @ kept.merged
+        d_merged = (narrow @ layer.o).view(batch, time, config.num_kv_heads, self.groups, config.head_dim)
+        d_q, d_k, d_v = self._attend_backward(
+            rows, kept, d_merged.transpose(1, 2).reshape(kept.attended.shape)
+        )
+        d_qkv = torch.empty_like(kept.qkv)
+        kernels.heads_backward(
+            raw(kept.qkv),
+            layer.q_norm.numpy(),
+            layer.k_norm.numpy(),
+            config.qk_norm == "head",
+            self.cosines,
+            self.sines,
+            rows.positions,
+            self.scale,
+            kept.head_factors,
+            raw(d_q),
+            d_k.numpy(),
+            d_v.numpy(),
+            raw(d_qkv),
+            sums.q_norm.numpy(),
+            sums.k_norm.numpy(),
+        )
+        sums.qkv += d_qkv.T @ kept.normed
+        self._norm_backward(
+            kept.stream,
+            kept.factors,
+            layer.input_norm,
+            d_qkv @ layer.qkv,
+            d_stream,
+            narrow,
+            sums.input_norm,
+        )
+
+    def _attend_backward(self, rows: Rows, kept: Kept, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q (activations' type), k and v (float32: several stretches add to them)."""
+        groups, d_q = self.groups, torch.empty_like(kept.q)
+        d_k, d_v = (torch.zeros(kept.k.shape) for _ in range(2))
+        along = np.empty(d_out.shape[:2], np.float32)
+        kernels.row_products(raw(kept.attended), raw(d_out), along)
+        for (first, end, start), weights in zip(self._stretches(rows), kept.weights, strict=True):
+            mine = slice(first * groups, end * groups)
+            d_v[:, start:end] += weights.transpose(1, 2) @ d_out[:, mine]
+            d_scores = d_out[:, mine] @ kept.v[:, start:end].transpose(1, 2)
+            kernels.softmax_backward(raw(weights), raw(d_scores), along, first * groups)
+            d_q[:, mine] = d_scores @ kept.k[:, start:end]
+            d_k[:, start:end] += d_scores.transpose(1, 2) @ kept.q[:, mine]
+        return d_q, d_k, d_v

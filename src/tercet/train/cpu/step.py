@@ -1,0 +1,176 @@
+"""The gradients of an optimizer step: each thread takes sequences of its own through the whole network.
+
+PyTorch divides every operation among threads and waits for all of them after each, a thousand times a
+step. Here the threads meet once, at the end, where their gradients are added in a fixed order: a step
+repeats bit for bit with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tercet.model.transformer import Transformer
+from tercet.train.cpu.passes import LayerWeights, Passes, Rows, Weights
+from tercet.train.loss import Batch
+
+
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([parameter.detach() for parameter in parameters])
+
+
+class Stepper:
+    """Computes gradients of ``model``, whose parameters' ``grad`` it sets.
+
+    Weights are read anew each step, so an optimizer may change them in place between steps.
+    """
+
+    def __init__(self, model: Transformer, threads: int, z_weight: float = 0.0) -> None:
+        self.model, self.threads, self.z_weight = model, max(1, threads), z_weight
+        self.dtype = model.dtype
+        self.passes = Passes(model.config, self.dtype)
+        self._sums = [self._zeros() for _ in range(self.threads)]
+        self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Mean loss in nats over the supervised tokens of all ``batches``, and how many those are.
+
+        Sets every parameter's ``grad`` to the gradient of that mean.
+        """
+        tokens = sum(batch.supervised for batch in batches)
+        work: list[list[Rows]] = [[] for _ in range(self.threads)]
+        for batch in batches:
+            for number, part in enumerate(_parts(batch, self.threads)):
+                work[number].append(part)
+        weights = self._weights()
+        scale = 1.0 / max(1, tokens)
+
+        def run(number: int) -> float:
+            if torch.get_num_threads() != 1:
+                torch.set_num_threads(1)  # of this thread: what it starts runs on it alone
+            with torch.inference_mode():
+                for tensor in _tensors(self._sums[number]):
+                    tensor.zero_()
+                return sum(
+                    self.passes.run(rows, weights, self._sums[number], scale, self.z_weight)
+                    for rows in work[number]
+                )
+
+        if self._pool is None:
+            total = run(0)
+        else:
+            total = sum(self._pool.map(run, range(self.threads)))
+        with torch.no_grad():
+            for other in self._sums[1:]:
+                for mine, theirs in zip(_tensors(self._sums[0]), _tensors(other), strict=True):
+                    mine += theirs
+        self._hand_over(self._sums[0])
+        return total * scale, tokens
+
+    def _weights(self) -> Weights:
+        """The network's weights as the passes want them: matrices in the products' type."""
+        inner = self.model.model
+        blocks: list[Any] = list(inner.layers)
+        with torch.no_grad():
+            embedding = inner.embed_tokens.weight.detach()
+            head = self.model.lm_head.weight.detach().to(self.dtype)
+            layers = []
+            for block in blocks:
+                attention, mlp = block.self_attn, block.mlp
+                three = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+                normed = self.model.config.qk_norm == "head"
+                one = torch.ones(self.model.config.head_dim)
+                layers.append(
+                    LayerWeights(
+                        _joined(three).to(self.dtype),
+                        attention.o_proj.weight.detach().to(self.dtype),
+                        _joined([mlp.gate_proj.weight, mlp.up_proj.weight]).to(self.dtype),
+                        mlp.down_proj.weight.detach().to(self.dtype),
+                        block.input_layernorm.weight.detach(),
+                        block.post_attention_layernorm.weight.detach(),
+                        attention.q_norm.weight.detach() if normed else one,
+                        attention.k_norm.weight.detach() if normed else one,
+                    )
+                )
+            norm: Any = inner.norm
+            return Weights(embedding, layers, norm.weight.detach(), head)
+
+    def _zeros(self) -> Weights:
+        config = self.model.config
+        hidden, dim = config.hidden_size, config.head_dim
+        query, key = config.num_heads * dim, config.num_kv_heads * dim
+        embedding = torch.zeros(config.vocab_size, hidden)
+        return Weights(
+            embedding,
+            [
+                LayerWeights(
+                    torch.zeros(query + 2 * key, hidden),
+                    torch.zeros(hidden, query),
+                    torch.zeros(2 * config.intermediate_size, hidden),
+                    torch.zeros(hidden, config.intermediate_size),
+                    torch.zeros(hidden),
+                    torch.zeros(hidden),
+                    torch.zeros(dim),
+                    torch.zeros(dim),
+                )
+                for _ in range(config.num_layers)
+            ],
+            torch.zeros(hidden),
+            embedding if config.tie_embeddings else torch.zeros(config.vocab_size, hidden),
+        )
+
+    def _hand_over(self, sums: Weights) -> None:
+        """Make each parameter's gradient the part of the sums that is its own."""
+        config, inner = self.model.config, self.model.model
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        blocks: list[Any] = list(inner.layers)
+        for block, layer in zip(blocks, sums.layers, strict=True):
+            attention, mlp = block.self_attn, block.mlp
+            for projection, part in zip(
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                torch.split(layer.qkv, [query, key, key]),
+                strict=True,
+            ):
+                projection.weight.grad = part
+            attention.o_proj.weight.grad = layer.o
+            mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad = layer.gate_up.chunk(2)
+            mlp.down_proj.weight.grad = layer.down
+            block.input_layernorm.weight.grad = layer.input_norm
+            block.post_attention_layernorm.weight.grad = layer.mlp_norm
+            if config.qk_norm == "head":
+                attention.q_norm.weight.grad = layer.q_norm
+                attention.k_norm.weight.grad = layer.k_norm
+        norm: Any = inner.norm
+        norm.weight.grad = sums.norm
+        inner.embed_tokens.weight.grad = sums.embedding
+        if not config.tie_embeddings:
+            self.model.lm_head.weight.grad = sums.head
+
+
+def _tensors(weights: Weights) -> list[Tensor]:
+    """All tensors, each once."""
+    found = [weights.embedding, weights.norm]
+    for layer in weights.layers:
+        found += vars(layer).values()
+    return found if weights.head is weights.embedding else [*found, weights.head]
+
+
+def _parts(batch: Batch, parts: int) -> list[Rows]:
+    """The batch's rows in at most ``parts`` stretches of nearly equal size."""
+    count = len(batch.tokens)
+    ends = np.linspace(0, count, min(parts, count) + 1).round().astype(int).tolist()
+    found = []
+    for begin, end in itertools.pairwise(ends):
+        tokens, targets, positions, segments = (
+            None if tensor is None else tensor[begin:end].numpy()
+            for tensor in (batch.tokens, batch.targets, batch.positions, batch.segments)
+        )
+        assert tokens is not None and targets is not None
+        found.append(Rows.of(tokens, targets, positions, segments))
+    return found

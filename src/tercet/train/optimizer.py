@@ -1,0 +1,209 @@
+"""Muon for the matrices of the blocks, AdamW for everything else.
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that every
+direction of it moves by the same amount; AdamW gives each single weight a rate of its own, which suits
+embeddings and norms better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["muon", "adamw"]
+
+# Coefficients of the odd polynomials a x + b x^3 + c x^5, applied one after the other, that bring singular
+# values from [0.001, 1] to 1 fastest: "The Polar Express" (Amsel et al. 2025, arXiv:2505.16932, section 4).
+POLAR = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SAFETY = 1.01  # bfloat16 may round a singular value to above 1, where the polynomials diverge
+
+
+def orthogonalized(matrix: Tensor, steps: int = len(POLAR), dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The orthogonal matrix nearest to ``matrix`` [R, C], roughly: its singular values become about 1.
+
+    dtype: of the products; bfloat16 is exact enough, since no digit of the result beyond the first matters.
+    """
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).to(dtype)
+    x = x / (x.float().norm() * SAFETY + 1e-20).to(dtype)
+    for a, b, c in POLAR[:steps]:
+        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.T
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal. For parameters with two dimensions.
+
+    lr is the spectral norm of an update of a square matrix; a tall one [R, C] moves sqrt(R / C) times
+    as far, so that outputs change alike. Weight decay is decoupled.
+
+    threads: matrices are shared out among so many. dtype: of the products.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        steps: int = len(POLAR),
+        dtype: torch.dtype = torch.bfloat16,
+        threads: int = 1,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.steps, self.dtype = steps, dtype
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        for group in self.param_groups:
+
+            def update(parameter: nn.Parameter, group: dict[str, Any] = group) -> None:
+                if self._pool is not None and torch.get_num_threads() != 1:
+                    torch.set_num_threads(1)  # of this thread
+                with torch.no_grad():
+                    self._update(parameter, group)
+
+            changed = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if self._pool is None:
+                for parameter in changed:
+                    update(parameter)
+            else:
+                list(self._pool.map(update, changed))
+        return None
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+        direction = orthogonalized(ahead, self.steps, self.dtype).to(parameter.dtype)
+        rows, columns = parameter.shape
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak rates per optimizer step, and what goes with them."""
+
+    kind: Kind
+    matrices: float  # of the blocks: Muon's, or AdamW's
+    embedding: float | None = None  # AdamW's; None: as matrices
+    head: float | None = None  # where it is not the embedding; None: as the embedding
+    vectors: float | None = None  # norms and biases; None: as matrices
+    weight_decay: float = 0.1  # on matrices
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.95  # Muon's
+    polar_steps: int = len(POLAR)
+
+
+class Optimizer:
+    """One or two of PyTorch's optimizers, whose rates follow one schedule."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        rates: Rates,
+        *,
+        threads: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+        self.parts: list[torch.optim.Optimizer] = []
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            groups.setdefault(_group(name, parameter), []).append(parameter)
+        embedding = rates.matrices if rates.embedding is None else rates.embedding
+        peak = {
+            "matrices": rates.matrices,
+            "embedding": embedding,
+            "head": embedding if rates.head is None else rates.head,
+            "vectors": rates.matrices if rates.vectors is None else rates.vectors,
+        }
+        if rates.kind == "muon" and (matrices := groups.pop("matrices", [])):
+            self.parts.append(
+                Muon(
+                    matrices,
+                    rates.matrices,
+                    rates.momentum,
+                    rates.weight_decay,
+                    rates.polar_steps,
+                    dtype,
+                    threads,
+                )
+            )
+        settings = [
+            {
+                "params": members,
+                "lr": peak[name],
+                "weight_decay": rates.weight_decay if name in ("matrices", "head") else 0.0,
+            }
+            for name, members in groups.items()
+        ]
+        if settings:
+            # AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); norms, biases and embeddings are not decayed.
+            self.parts.append(torch.optim.AdamW(settings, betas=rates.betas, fused=True))
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    def step(self, rate: float) -> None:
+        """One update at ``rate`` times the peak rates."""
+        for part, peaks in zip(self.parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything it remembers, as ``MOMENT:PARAMETER``."""
+        return {
+            f"{moment}:{self.names[parameter]}": value
+            for part in self.parts
+            for parameter, values in part.state.items()
+            for moment, value in values.items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what `state` gave."""
+        owners = {
+            self.names[parameter]: (part, parameter)
+            for part in self.parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
+        for key, value in tensors.items():
+            moment, _, name = key.partition(":")
+            part, parameter = owners[name]
+            part.state[parameter][moment] = value
+
+
+def _group(name: str, parameter: nn.Parameter) -> str:
+    if "embed" in name:
+        return "embedding"
+    if name == "lm_head.weight":
+        return "head"
+    return "matrices" if parameter.dim() == 2 else "vectors"
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
+    """Scale all gradients together so that their norm is at most ``largest``; the norm they had."""
+    return float(nn.utils.clip_grad_norm_(parameters, largest))

@@ -1,0 +1,182 @@
+"""The written-out passes against PyTorch's own gradients, and what they are asked to refuse."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tercet.data.batches import IGNORED
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
+from tercet.train.cpu.passes import QUERIES, Rows
+from tercet.train.cpu.step import Stepper
+from tercet.train.cpu.support import supports
+from tercet.train.loss import Autograd, Batch, gradients_of
+
+CONFIG = ModelConfig(
+    family="qwen3", vocab_size=130, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16, max_positions=300, qk_norm="head", tie_embeddings=True,
+)  # fmt: skip
+
+
+def model_of(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(config, compute_dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that no gradient is near zero and no norm is one
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model
+
+
+def packed(time: int = 270) -> Batch:
+    """Three rows: one document, two, three of which one is a single token; some tokens not trained on."""
+    assert time > 2 * QUERIES, "more than one stretch of queries"
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 130, (3, time), generator=generator)
+    targets = torch.randint(0, 130, (3, time), generator=generator)
+    targets[0, :20] = IGNORED
+    segments = torch.zeros(3, time, dtype=torch.long)
+    segments[1, 150:], segments[2, 131:132], segments[2, 132:] = 1, 1, 2
+    positions = torch.arange(time).repeat(3, 1)
+    positions[1, 150:] -= 150
+    positions[2, 131:132] -= 131
+    positions[2, 132:] -= 132
+    return Batch(tokens, targets, positions, segments)
+
+
+def gradients(model: Transformer) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    return found
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+VARIANTS = {
+    "as built": CONFIG,
+    "untied": replace(CONFIG, tie_embeddings=False),
+    "without qk norm": replace(CONFIG, qk_norm="none"),
+    "no groups": replace(CONFIG, num_kv_heads=4),
+    "one key head, odd sizes": replace(CONFIG, num_kv_heads=1, intermediate_size=70, vocab_size=131),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_loss_and_gradients_are_those_of_autograd(name: str, threads: int) -> None:
+    model, batch = model_of(VARIANTS[name]), packed()
+    loss, tokens = Autograd(model).gradients([batch])
+    expected = gradients(model)
+    mine, mine_tokens = Stepper(model, threads).gradients([batch])
+    assert (tokens, mine_tokens) == (3 * 270 - 20, 3 * 270 - 20)
+    assert mine == pytest.approx(loss, rel=1e-6)
+    for parameter, value in gradients(model).items():
+        assert distance(value, expected[parameter]) < 2e-5, parameter
+
+
+def test_in_bfloat16_gradients_are_within_its_rounding() -> None:
+    exact = model_of()
+    batch = packed()
+    Autograd(exact).gradients([batch])
+    expected = gradients(exact)
+    rough = model_of(dtype=torch.bfloat16)
+    Autograd(rough).gradients([batch])
+    theirs = gradients(rough)
+    Stepper(rough, 2).gradients([batch])
+    for parameter, value in gradients(rough).items():
+        # No further from float32 than PyTorch's own gradients in bfloat16, but for chance.
+        assert (
+            distance(value, expected[parameter])
+            < 1.5 * distance(theirs[parameter], expected[parameter]) + 1e-3
+        )
+
+
+def test_several_batches_of_unequal_size_are_weighted_by_token() -> None:
+    model, long = model_of(), packed()
+    short = Batch(long.tokens[:1, :40], long.targets[:1, 20:60])
+    empty = Batch(long.tokens[:1, :9], torch.full((1, 9), IGNORED))
+    loss, tokens = Autograd(model).gradients([long, short])
+    expected = gradients(model)
+    mine = Stepper(model, 2).gradients([long, short, empty])
+    assert mine[1] == tokens and mine[0] == pytest.approx(loss, rel=1e-6)
+    for parameter, value in gradients(model).items():
+        assert distance(value, expected[parameter]) < 2e-5, parameter
+
+
+def test_a_step_repeats_bit_for_bit() -> None:
+    model, batch = model_of(dtype=torch.bfloat16), packed()
+    stepper = Stepper(model, 2)
+    first = stepper.gradients([batch])[0]
+    before = gradients(model)
+    for _ in range(3):
+        assert stepper.gradients([batch])[0] == first
+        assert all(torch.equal(value, before[name]) for name, value in gradients(model).items())
+
+
+def test_the_z_loss_has_the_gradient_of_the_squared_log_normaliser() -> None:
+    model, batch = model_of(), packed()
+    logits = model(batch.tokens, batch.positions, batch.segments)
+    chosen = batch.targets != IGNORED
+    rows = logits[chosen]
+    loss = torch.nn.functional.cross_entropy(rows, batch.targets[chosen])
+    (loss + 0.1 * rows.logsumexp(-1).square().mean()).backward()  # type: ignore[no-untyped-call]
+    expected = gradients(model)
+    mine, _ = Stepper(model, 1, z_weight=0.1).gradients([batch])
+    assert mine == pytest.approx(float(loss.detach()), rel=1e-6), "what is reported is the cross-entropy"
+    for parameter, value in gradients(model).items():
+        assert distance(value, expected[parameter]) < 2e-5, parameter
+
+
+def test_threads_of_the_caller_stay_as_they_were() -> None:
+    before = torch.get_num_threads()
+    Stepper(model_of(), 2).gradients([packed()])
+    assert torch.get_num_threads() == before
+
+
+def test_a_weight_that_is_not_a_number_is_seen_in_loss_or_gradients() -> None:
+    for name, _ in model_of().named_parameters():
+        model = model_of(dtype=torch.bfloat16)
+        with torch.no_grad():
+            dict(model.named_parameters())[name].view(-1)[5] = float("nan")
+        loss, _ = Stepper(model, 1).gradients([packed()])
+        finite = all(bool(value.isfinite().all()) for value in gradients(model).values())
+        assert not (np.isfinite(loss) and finite), name
+
+
+def test_rows_know_where_each_document_begins() -> None:
+    batch = packed()
+    assert batch.positions is not None and batch.segments is not None
+    rows = Rows.of(*(one.numpy() for one in (batch.tokens, batch.targets, batch.positions, batch.segments)))
+    assert rows.begins[0].max() == 0
+    assert rows.begins[1, 149] == 0 and (rows.begins[1, 150:] == 150).all()
+    assert rows.begins[2, 131] == 131 and (rows.begins[2, 132:] == 132).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"norm": "layer"},
+        {"activation": "gelu"},
+        {"positions": "learned"},
+        {"logit_softcap": 30.0},
+        {"windows": (64, None)},
+    ],
+    ids=str,
+)
+def test_other_networks_are_left_to_autograd(changes: dict[str, Any]) -> None:
+    model = Transformer(replace(CONFIG, **changes))
+    assert not supports(model)
+    assert isinstance(gradients_of(model, 1), Autograd)
+
+
+def test_frozen_or_double_weights_are_left_to_autograd() -> None:
+    assert supports(model_of())
+    assert not supports(model_of().double())
+    frozen = model_of()
+    frozen.model.norm.requires_grad_(False)
+    assert not supports(frozen)

@@ -1,0 +1,131 @@
+"""Muon against its definition by singular values, AdamW's groups, and what a resumed run remembers."""
+
+import pytest
+import torch
+from torch import nn
+
+from tercet.train.optimizer import Muon, Optimizer, Rates, orthogonalized
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32), (1, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_orthogonalised_matrix_is_near_the_polar_factor(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * 1e-3
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    polar = left @ right
+    found = orthogonalized(matrix, dtype=dtype).float()
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.7 and values.max() < 1.25
+    assert float((found - polar).norm() / polar.norm()) < 0.15
+
+
+def test_singular_values_that_differ_a_hundredfold_become_alike() -> None:
+    torch.manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(40, 40))[0] for _ in range(2))
+    matrix = left @ torch.diag(torch.logspace(0, -2, 40)) @ right
+    values = torch.linalg.svdvals(orthogonalized(matrix, dtype=torch.float32))
+    assert values.min() > 0.5 and values.max() < 1.25
+
+
+def test_a_zero_gradient_is_no_update() -> None:
+    assert torch.equal(orthogonalized(torch.zeros(8, 16)), torch.zeros(8, 16, dtype=torch.bfloat16))
+
+
+def test_two_steps_of_muon_by_hand() -> None:
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(12, 6))
+    start, gradients = parameter.detach().clone(), [torch.randn(12, 6) for _ in range(2)]
+    optimizer = Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5, dtype=torch.float32)
+    momentum, expected = torch.zeros(12, 6), start.clone()
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        ahead = 0.9 * momentum + 0.1 * gradient
+        left, _, right = torch.linalg.svd(ahead, full_matrices=False)
+        # A matrix of 12 by 6 moves the root of 12 / 6 times as far.
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 2**0.5 * left @ right
+    assert float((parameter.detach() - expected).norm() / (expected - start).norm()) < 0.1
+
+
+def named() -> dict[str, nn.Parameter]:
+    torch.manual_seed(0)
+    shapes = {
+        "model.embed_tokens.weight": (20, 8),
+        "model.layers.0.mlp.up_proj.weight": (16, 8),
+        "model.layers.0.mlp.down_proj.weight": (8, 16),
+        "model.norm.weight": (8,),
+        "lm_head.weight": (20, 8),
+    }
+    return {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+
+
+RATES = Rates("muon", 0.02, embedding=0.03, head=0.004, vectors=0.01, weight_decay=0.0)
+
+
+def step(parameters: dict[str, nn.Parameter], optimizer: Optimizer, seed: int, rate: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step(rate)
+
+
+def test_each_group_moves_at_its_own_rate() -> None:
+    parameters = named()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    step(parameters, Optimizer(parameters, RATES), 0, rate=0.5)
+    moved = {name: (p.detach() - before[name]).abs() for name, p in parameters.items()}
+    # The first step of Adam moves every weight by the rate.
+    for name, rate in (
+        ("model.embed_tokens.weight", 0.03),
+        ("lm_head.weight", 0.004),
+        ("model.norm.weight", 0.01),
+    ):
+        assert torch.allclose(moved[name], torch.full_like(moved[name], 0.5 * rate), rtol=1e-3), name
+    update = moved["model.layers.0.mlp.up_proj.weight"]
+    assert float(torch.linalg.matrix_norm(parameters["model.layers.0.mlp.up_proj.weight"].detach()
+                 - before["model.layers.0.mlp.up_proj.weight"], 2)) == pytest.approx(0.01 * 2**0.5, rel=0.2)  # fmt: skip
+    assert update.max() < 0.01
+
+
+def test_a_state_put_back_goes_on_exactly() -> None:
+    one, other = named(), named()
+    first, second = Optimizer(one, RATES), Optimizer(other, RATES)
+    for seed in range(3):
+        step(one, first, seed)
+    with torch.no_grad():
+        for name, parameter in other.items():
+            parameter.copy_(one[name])
+    second.load_state({name: value.clone() for name, value in first.state().items()})
+    for seed in range(3, 6):
+        step(one, first, seed)
+        step(other, second, seed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_more_threads_give_the_same_update() -> None:
+    one, other = named(), named()
+    step(one, Optimizer(one, RATES), 0)
+    step(other, Optimizer(other, RATES, threads=2), 0)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adamw_is_torchs_own() -> None:
+    mine, theirs = named(), named()
+    optimizer = Optimizer(mine, Rates("adamw", 0.01, weight_decay=0.1))
+    matrices = [p for n, p in theirs.items() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in theirs.items() if p.dim() == 1 or "embed" in n]
+    reference = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=0.01, betas=(0.9, 0.95),
+    )  # fmt: skip
+    for seed in range(3):
+        step(mine, optimizer, seed)
+        for name, parameter in theirs.items():
+            parameter.grad = None if mine[name].grad is None else mine[name].grad.clone()  # type: ignore[union-attr]
+        reference.step()
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], atol=1e-6), name
