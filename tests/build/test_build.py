@@ -39,7 +39,7 @@ WORDS = [
     "and",
     "then",
 ]
-SMALL = {"layers": 1, "width": 32, "vocab_size": 300, "context": 32}
+SMALL = {"layers": 1, "width": 32, "vocab_size": 300, "context": 32, "batch_tokens": 256}
 
 
 def begun_in(out: Path) -> bool:
@@ -101,7 +101,8 @@ def test_a_killed_build_ends_bit_for_bit_as_one_that_was_not(
         "old = loop.train\n"
         "import tercet.build.pretrain as p\n"
         "p.train = lambda model, recipe, *a, **k: old(model, dataclasses.replace(recipe, save_seconds=0), *a, **k)\n"
-        "build(sys.argv[1], sys.argv[2], tokens=40_000, layers=1, width=32, vocab_size=300, context=32)\n"
+        "build(sys.argv[1], sys.argv[2], tokens=40_000, layers=1, width=32, vocab_size=300, context=32,\n"
+        "      batch_tokens=256)\n"
     )
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "-c", script, str(corpus), str(out)], stderr=subprocess.PIPE)
@@ -204,10 +205,14 @@ def test_more_budget_gives_a_larger_network() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"minutes": 1, "tokens": 5}, "--minutes or --tokens, not both"),
+        ({"minutes": 1, "tokens": 5}, "one of --minutes, --tokens and --flops"),
         ({"minutes": -1}, "--minutes is -1; it must be a positive number"),
         ({"layers": 2}, "give layers and width together"),
         ({"tokens": 1000, "vocab_size": 100}, "--vocab-size is 100"),
+        ({"tokens": 1000, "flops": 1e9}, "one of --minutes, --tokens and --flops"),
+        ({"tokens": 1000, "batch_tokens": 100}, "--batch-tokens is 100"),
+        ({"tokens": 1000, "optimizer": "adamw", "embedding_rate": 0.1}, "--embedding-rate belongs to"),
+        ({"tokens": 1000, "z_loss": -1.0}, "--z-loss is -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(

@@ -125,10 +125,11 @@ def test_the_z_loss_has_the_gradient_of_the_squared_log_normaliser() -> None:
     loss = torch.nn.functional.cross_entropy(rows, batch.targets[chosen])
     (loss + 0.1 * rows.logsumexp(-1).square().mean()).backward()  # type: ignore[no-untyped-call]
     expected = gradients(model)
-    mine, _ = Stepper(model, 1, z_weight=0.1).gradients([batch])
-    assert mine == pytest.approx(float(loss.detach()), rel=1e-6), "what is reported is the cross-entropy"
-    for parameter, value in gradients(model).items():
-        assert distance(value, expected[parameter]) < 2e-5, parameter
+    for work in (Stepper(model, 1, z_weight=0.1), Autograd(model, z_weight=0.1)):
+        mine, _ = work.gradients([batch])
+        assert mine == pytest.approx(float(loss.detach()), rel=1e-6), "what is reported is the cross-entropy"
+        for parameter, value in gradients(model).items():
+            assert distance(value, expected[parameter]) < 2e-5, parameter
 
 
 def test_threads_of_the_caller_stay_as_they_were() -> None:

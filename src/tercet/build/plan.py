@@ -1,22 +1,23 @@
-"""From a budget to a shape: how large a network should be for the time there is."""
+"""From a budget to a run: how large a network, how large a step, which rates. Every rule with its source."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tercet.model.config import ModelConfig
+from tercet.train.optimizer import Kind, Rates
 
 # Layers and width of the networks Tercet builds, smallest first. Depth grows with width at about
 # 50 to 64 dimensions a layer, the ratio that scaling studies keep returning to.
 LADDER = ((3, 96), (4, 128), (4, 192), (5, 256), (6, 320), (8, 384), (8, 512), (12, 768), (16, 1024))
 
 # Tokens a matrix weight should see. Hoffmann et al. 2022 (arXiv:2203.15556) find about 20 for all
-# parameters; speed runs at small scale do better with 8 to 12 per matrix parameter.
-TOKENS_PER_PARAMETER = 10
+# parameters; with Muon at small scale a few are enough (docs/experiments.md).
+TOKENS_PER_PARAMETER = 3
 
 # What two cores reach in forward and backward at the smallest shapes, as a first guess of size only;
 # the real speed of the chosen shape is measured before the number of steps is set.
-FIRST_GUESS_FLOPS = 8e10
+FIRST_GUESS_FLOPS = 1.6e11
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ def vocabulary_for(parameters: float) -> int:
     return 2048 if parameters < 1.5e6 else 4096 if parameters < 2e7 else 16_384
 
 
-def shape_for(*, seconds: float | None = None, tokens: int | None = None, context: int = 512) -> Shape:
+def shape_for(
+    *,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    flops: float | None = None,
+    context: int = 512,
+) -> Shape:
     """The shape whose matrix parameters are best fed by the budget.
 
     With F operations a second, 6 operations a parameter and token, and k tokens a parameter, time t
@@ -70,23 +77,83 @@ def shape_for(*, seconds: float | None = None, tokens: int | None = None, contex
     if tokens is not None:
         target = tokens / TOKENS_PER_PARAMETER
     else:
-        assert seconds is not None
-        target = (FIRST_GUESS_FLOPS * seconds / (6 * TOKENS_PER_PARAMETER)) ** 0.5
+        if flops is None:
+            assert seconds is not None
+            flops = FIRST_GUESS_FLOPS * seconds
+        target = (flops / (6 * TOKENS_PER_PARAMETER)) ** 0.5
     vocab = vocabulary_for(target)
     candidates = [network(layers, width, vocab, context) for layers, width in LADDER]
     config = min(candidates, key=lambda config: abs(config.matmul_parameters / target - 1))
-    return Shape(config, rows=rows_for(config.matmul_parameters), context=context)
+    return Shape(config, rows=rows_for(config.matmul_parameters, context), context=context)
 
 
-def rows_for(parameters: int) -> int:
-    """Sequences a step. Small batches win while steps are few: more updates from the same tokens."""
-    return 4 if parameters < 1e7 else 16 if parameters < 1e8 else 64
+def rows_for(parameters: int, context: int) -> int:
+    """Sequences a step, of ``context`` tokens: 4,096 tokens up to 10M matrix weights.
 
-
-def learning_rate_for(parameters: int) -> float:
-    """Peak AdamW rate for training from scratch.
-
-    At 0.6M matrix weights, after 400,000 tokens of builtin:python-docs, rates 4e-3, 8e-3 and 1.6e-2
-    gave 3.07, 2.98 and 3.12 bits per byte; 6e-4 at 124M is GPT-3's. Between them a power law.
+    Small batches win while steps are few: more updates from the same tokens (at 2M weights 8 rows of 512
+    gave 1.92 bits per byte, 16 rows 1.98 in the same time). Larger networks train longer, and the batch
+    that costs nothing grows with the run (McCandlish et al. 2018, arXiv:1812.06162).
     """
-    return float(f"{min(8e-3, 6e-3 * (1e6 / parameters) ** 0.45):.2g}")
+    tokens = 4096 if parameters < 1e7 else 16_384 if parameters < 1e8 else 65_536
+    return max(1, tokens // context)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A number of the run, and why it is what it is."""
+
+    name: str
+    value: float | str
+    why: str
+
+
+def rates_for(width: int, *, kind: Kind = "muon", learning_rate: float | None = None) -> Rates:
+    """Peak rates for training from scratch at ``width``; ``learning_rate`` replaces that of the matrices.
+
+    Muon: 0.02 at every size, since its updates have the same spectral norm whatever the shape (Jordan et
+    al. 2024); 0.04 did as well. Embeddings and norms: AdamW, falling with the root of the width
+    (nanochat's rule); at width 192, 4e-3, 1e-2, 2e-2 and 4e-2 for the embedding gave 1.95, 1.92, 1.88 and
+    1.85 bits per byte in the same time. AdamW for everything: 8e-3 at width 192, falling with the width
+    (Yang et al. 2022, arXiv:2203.03466).
+    """
+    if kind == "adamw":
+        return Rates("adamw", learning_rate or float(f"{min(8e-3, 8e-3 * 192 / width):.2g}"))
+    small = (192 / width) ** 0.5
+    return Rates(
+        "muon",
+        learning_rate or 0.02,
+        embedding=float(f"{0.04 * small:.2g}"),
+        vectors=float(f"{0.01 * small:.2g}"),
+        weight_decay=0.0,
+    )
+
+
+def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[Rule]:
+    """The numbers of a run, each with the reason for it, to be printed and reported."""
+    weights = config.matmul_parameters
+    tokens = rows * config.max_positions * steps
+    found = [
+        Rule(
+            "shape",
+            f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads, "
+            f"vocabulary {config.vocab_size:,}: {weights / 1e6:.2f}M matrix weights",
+            f"{tokens / weights:.1f} tokens a weight; {TOKENS_PER_PARAMETER} are aimed at",
+        ),
+        Rule(
+            "step",
+            f"{rows} x {config.max_positions} tokens, {steps:,} steps",
+            "small batches while steps are few",
+        ),
+        Rule("matrices", f"{rates.kind}, rate {rates.matrices:g}", "equal spectral norm at every width")
+        if rates.kind == "muon"
+        else Rule("matrices", f"AdamW, rate {rates.matrices:g}", "falls with the width"),
+    ]
+    if rates.kind == "muon":
+        found.append(
+            Rule(
+                "embedding and norms",
+                f"AdamW, rates {rates.embedding:g} and {rates.vectors:g}",
+                "fall with the root of the width",
+            )
+        )
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,16 @@ from numpy.typing import NDArray
 
 from tercet.build.corpus import SPECIAL_TOKENS, Corpus, open_stream, prepare
 from tercet.build.initialize import initialize
-from tercet.build.plan import Shape, learning_rate_for, network, rows_for, shape_for, vocabulary_for
+from tercet.build.plan import (
+    Rule,
+    Shape,
+    network,
+    rates_for,
+    rows_for,
+    rules_of,
+    shape_for,
+    vocabulary_for,
+)
 from tercet.data.batches import items_at, window_count, windows
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
@@ -30,17 +40,19 @@ from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed, calibrate
 from tercet.train.loop import STATE, Recipe, Trained, train
 from tercet.train.loss import Batch
+from tercet.train.optimizer import Kind, Rates
 from tercet.train.report import write_training_report
 from tercet.train.schedule import Schedule
 
 # Bytes of English or source code per token of the small vocabularies built here, for planning only.
 PLANNED_BYTES_PER_TOKEN = 3.3
-# Share of a budget in minutes that goes to training; the rest is reading, the tokenizer, evaluation.
-TRAINING_SHARE = 0.85
+# Share of a budget in minutes that goes to training; the rest is reading, the tokenizer, samples.
+TRAINING_SHARE = 0.93
 # Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
 # Within it a run is repeatable; beyond it the clock ends the run early.
-MARGIN = 1.25
-EVALUATIONS = 8  # held-out measurements in a run
+MARGIN = 1.1
+EVALUATIONS = 5  # held-out measurements in a run
+RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
 HELDOUT_WINDOWS = 64  # windows measured; 64 x 512 tokens pin the loss to about 1%
 
 
@@ -73,13 +85,20 @@ class Plan:
     context: int
     rows: int
     steps: int
-    learning_rate: float
+    rates: dict[str, Any]
+    z_loss: float
     speed: dict[str, Any]
-    deadline: float | None
+    seconds: float | None  # of training, where the budget is in minutes
 
     @property
     def tokens(self) -> int:
         return self.steps * self.rows * self.context
+
+    @property
+    def rules(self) -> list[Rule]:
+        """Every number of the run with the rule it comes from."""
+        config = network(self.layers, self.width, self.vocab_size, self.context)
+        return rules_of(config, self.rows, self.steps, Rates(**self.rates))
 
 
 def build(
@@ -88,11 +107,17 @@ def build(
     *,
     minutes: float | None = None,
     tokens: int | None = None,
+    flops: float | None = None,
     layers: int | None = None,
     width: int | None = None,
     vocab_size: int | None = None,
     context: int = 512,
+    batch_tokens: int | None = None,
+    optimizer: Kind = "muon",
     learning_rate: float | None = None,
+    embedding_rate: float | None = None,
+    weight_decay: float | None = None,
+    z_loss: float = 0.0,
     seed: int = 0,
     exclude: Sequence[str] = (),
 ) -> Built:
@@ -100,8 +125,11 @@ def build(
 
     data: files, directories or ``builtin:python-docs``.
     minutes: time for everything; size, steps and schedule follow from it (default 5). Or
-    tokens: how many tokens to train on, which makes the run repeatable on any machine.
-    layers, width, vocab_size, context, learning_rate: override what the budget implies.
+    tokens: how many tokens to train on, which makes the run repeatable on any machine. Or
+    flops: floating point operations of training, 6 a matrix weight and token: the same on any machine.
+    layers, width, vocab_size, context, batch_tokens, optimizer, learning_rate (of the matrices),
+    embedding_rate, weight_decay: override what the budget implies.
+    z_loss: weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4).
     exclude: texts, and near-copies of them, that are removed from the corpus (a locked test split).
 
     Raises:
@@ -111,10 +139,17 @@ def build(
     sources = [str(data)] if isinstance(data, str | Path) else [str(source) for source in data]
     if not sources:
         raise UserError("no data given; name files, directories or builtin:python-docs")
-    if minutes is not None and tokens is not None:
-        raise UserError("give --minutes or --tokens, not both: each decides how long the run is")
-    if minutes is None and tokens is None:
+    if sum(budget is not None for budget in (minutes, tokens, flops)) > 1:
+        raise UserError("give one of --minutes, --tokens and --flops: each decides how long the run is")
+    if minutes is None and tokens is None and flops is None:
         minutes = 5.0
+    if optimizer not in ("muon", "adamw"):
+        raise UserError(f"--optimizer is {optimizer!r}; it must be muon or adamw")
+    if optimizer == "adamw" and embedding_rate is not None:
+        raise UserError("--embedding-rate belongs to --optimizer muon; AdamW has one rate for everything")
+    for name, value in (("weight-decay", weight_decay), ("z-loss", z_loss)):
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"--{name} is {value}; it must be from 0 to below 1")
     check_seed(seed)
     _check_positive(
         minutes=minutes,
@@ -123,8 +158,15 @@ def build(
         width=width,
         vocab_size=vocab_size,
         context=context,
+        flops=flops,
+        batch_tokens=batch_tokens,
         learning_rate=learning_rate,
+        embedding_rate=embedding_rate,
     )
+    if batch_tokens is not None and batch_tokens < context:
+        raise UserError(
+            f"--batch-tokens is {batch_tokens}; a step has at least one sequence of {context} tokens"
+        )
     if vocab_size is not None and vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
             f"--vocab-size is {vocab_size}; it must be at least {SMALLEST_VOCABULARY}: a token for each of the "
@@ -143,9 +185,16 @@ def build(
         "width": width,
         "vocab_size": vocab_size,
         "context": context,
+        "flops": flops,
+        "batch_tokens": batch_tokens,
+        "optimizer": optimizer,
         "learning_rate": learning_rate,
+        "embedding_rate": embedding_rate,
+        "weight_decay": weight_decay,
+        "z_loss": z_loss,
         "seed": seed,
     }
+    begun = time.monotonic()
     key = fingerprint([asked, source_fingerprint(sources), list(exclude)])
     with open_run(out, "build", key, asked):
         if (out / "result.json").is_file():
@@ -164,7 +213,12 @@ def build(
         )
         for reason, count in skipped.most_common():
             say(f"skipped {count:,}: {reason}")
-        return _pretrain(out, plan, corpus, seed, key)
+        deadline = None
+        if minutes is not None and plan.seconds is not None:
+            # What reading and the tokenizer really left, should they have taken longer than their share.
+            left = 60 * minutes - (time.monotonic() - begun) - RESERVE
+            deadline = max(0.5 * plan.seconds, min(left, plan.seconds * MARGIN))
+        return _pretrain(out, plan, corpus, seed, key, deadline)
 
 
 def _check_positive(**values: float | None) -> None:
@@ -187,16 +241,25 @@ def _plan(out: Path, asked: dict[str, Any]) -> Plan:
         config = network(asked["layers"], asked["width"], 1, context)
         vocab = asked["vocab_size"] or vocabulary_for(config.matmul_parameters)
         config = replace(config, vocab_size=vocab)
-        shape = Shape(config, rows_for(config.matmul_parameters), context)
+        shape = Shape(config, rows_for(config.matmul_parameters, context), context)
     else:
-        shape = shape_for(seconds=seconds, tokens=asked["tokens"], context=context)
+        shape = shape_for(seconds=seconds, tokens=asked["tokens"], flops=asked["flops"], context=context)
         if asked["vocab_size"]:
             shape = replace(shape, config=replace(shape.config, vocab_size=asked["vocab_size"]))
-    speed = calibrate(Transformer(shape.config), shape.rows, context)
+    if asked["batch_tokens"]:
+        shape = replace(shape, rows=asked["batch_tokens"] // context)
+    kind = asked["optimizer"]
+    rates = rates_for(shape.config.hidden_size, kind=kind, learning_rate=asked["learning_rate"])
+    if asked["embedding_rate"]:
+        rates = replace(rates, embedding=asked["embedding_rate"])
+    if asked["weight_decay"] is not None:
+        rates = replace(rates, weight_decay=asked["weight_decay"])
+    speed = calibrate(Transformer(shape.config), shape.rows, context, kind)
     if seconds is not None:
         steps = max(20, int(seconds * speed.tokens_per_second / MARGIN / shape.step_tokens))
     else:
-        steps = max(1, round(asked["tokens"] / shape.step_tokens))
+        tokens = asked["tokens"] or asked["flops"] / (6 * shape.config.matmul_parameters)
+        steps = max(1, round(tokens / shape.step_tokens))
     plan = Plan(
         layers=shape.config.num_layers,
         width=shape.config.hidden_size,
@@ -204,16 +267,17 @@ def _plan(out: Path, asked: dict[str, Any]) -> Plan:
         context=context,
         rows=shape.rows,
         steps=steps,
-        learning_rate=asked["learning_rate"] or learning_rate_for(shape.config.matmul_parameters),
+        rates=asdict(rates),
+        z_loss=asked["z_loss"],
         speed=asdict(speed),
-        deadline=seconds,
+        seconds=seconds,
     )
     write_json(path, asdict(plan))
+    for rule in plan.rules:
+        say(f"  {rule.name}: {rule.value}  ({rule.why})")
     say(
-        f"plan: {plan.layers} layers of width {plan.width} ({shape.config.matmul_parameters / 1e6:.1f}M matrix weights), "
-        f"{plan.steps} steps of {shape.step_tokens:,} tokens, rate {plan.learning_rate:g}; this machine trains it at "
-        f"{speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on {speed.threads} threads: "
-        f"about {duration(plan.tokens / speed.tokens_per_second)}"
+        f"this machine trains it at {speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on "
+        f"{speed.threads} threads: about {duration(plan.tokens / speed.tokens_per_second)}"
     )
     return plan
 
@@ -224,7 +288,7 @@ def _network_of(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
     return replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=stops, pad_token_id=tokenizer.pad_id)
 
 
-def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str) -> Built:
+def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadline: float | None) -> Built:
     tokenizer = Tokenizer.load(out / "corpus" / "tokenizer")
     config = _network_of(plan, tokenizer)
     model = Transformer(config, compute_dtype=Speed(**plan.speed).dtype)
@@ -245,10 +309,13 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str) -> Bui
 
     evaluate = heldout_loss(model, tokenizer, held, plan.context)
     recipe = Recipe(
-        Schedule.of(plan.steps),
-        plan.learning_rate,
-        evaluate_every=max(1, plan.steps // EVALUATIONS),
-        deadline=plan.deadline,
+        Schedule.of(plan.steps, warmup=0.02, cooldown=0.6),
+        plan.rates["matrices"],
+        rates=Rates(**{**plan.rates, "betas": tuple(plan.rates["betas"])}),
+        z_loss=plan.z_loss,
+        evaluate_every=max(1, math.ceil(plan.steps / EVALUATIONS)),
+        deadline=deadline,
+        threads=plan.speed["threads"],
     )
     trained = train(model, recipe, batches_at, out, fingerprint=key, title="pre-training", evaluate=evaluate)
     bits = trained.history[-1]["bits_per_byte"]
@@ -344,8 +411,11 @@ def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
         "bits per byte (held out)": f"{built.bits_per_byte:.3f}",
         "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
         f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
-        "steps": f"{trained.steps:,} of {plan.rows * plan.context:,} tokens, peak rate {plan.learning_rate:g}",
+        "steps": f"{trained.steps:,} of {plan.rows * plan.context:,} tokens",
     }
+    facts |= {rule.name: f"{rule.value} ({rule.why})" for rule in plan.rules}
+    if trained.skipped:
+        facts["steps left out"] = f"{trained.skipped:,}, whose gradient was not finite or a spike"
     if corpus.decontamination:
         facts["removed as test text"] = (
             f"{corpus.decontamination['passages_removed']:,} passages that hold one of "

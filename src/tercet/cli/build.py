@@ -27,11 +27,26 @@ def build(
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens to train on instead: the same run on any machine.")
     ] = None,
+    flops: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Floating point operations to train for instead, as 1e15."),
+    ] = None,
     layers: Annotated[int | None, typer.Option(metavar="N", help="Layers, with --width.")] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Hidden size, with --layers.")] = None,
     vocab_size: Annotated[int | None, typer.Option(metavar="N", help="Tokens in the vocabulary.")] = None,
     context: Annotated[int, typer.Option(metavar="N", help="Tokens the model reads at once.")] = 512,
-    learning_rate: Annotated[float | None, typer.Option(metavar="R", help="Peak learning rate.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens an optimizer step.")] = None,
+    optimizer: Annotated[
+        str, typer.Option(metavar="muon|adamw", help="For the matrices of the blocks.")
+    ] = "muon",
+    learning_rate: Annotated[
+        float | None, typer.Option(metavar="R", help="Peak rate of the matrices (AdamW: of everything).")
+    ] = None,
+    embedding_rate: Annotated[
+        float | None, typer.Option(metavar="R", help="Peak rate of the embedding.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(metavar="W", help="On matrices.")] = None,
+    z_loss: Annotated[float, typer.Option(metavar="W", help="Keeps the softmax's normaliser near 1.")] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights and data order.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -45,11 +60,17 @@ def build(
         out,
         minutes=minutes,
         tokens=tokens,
+        flops=flops,
         layers=layers,
         width=width,
         vocab_size=vocab_size,
         context=context,
+        batch_tokens=batch_tokens,
+        optimizer=optimizer,  # type: ignore[arg-type]  # checked there
         learning_rate=learning_rate,
+        embedding_rate=embedding_rate,
+        weight_decay=weight_decay,
+        z_loss=z_loss,
         seed=seed,
     )
     say(

@@ -46,6 +46,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     rates: Rates | None = None  # instead of the three above
     clip: float = 1.0  # largest gradient norm
+    z_loss: float = 0.0  # weight of log(Z)^2, Z the softmax's normaliser
     evaluate_every: int = 0  # steps between held-out measurements; 0: at the end only
     save_seconds: float = 20.0  # a checkpoint this often: what a kill can cost
     deadline: float | None = None  # seconds of training; a slow machine cools down early to meet it
@@ -102,7 +103,7 @@ def train(
     parameters = trainable(model)
     threads = recipe.threads or torch.get_num_threads()
     optimizer = Optimizer(parameters, recipe.peak_rates, threads=threads, dtype=model.dtype)
-    step_gradients = gradients_of(model, threads)
+    step_gradients = gradients_of(model, threads, recipe.z_loss)
     progressed = load_progress(state, fingerprint)
     best: dict[str, Tensor] | None = None
     schedule = recipe.schedule

@@ -46,22 +46,33 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     A sum, not a mean: dividing by the tokens of the whole optimizer step, not of each piece, makes
     the gradient independent of how a step was cut into pieces.
     """
+    return loss_sums(model, batch)[0]
+
+
+def loss_sums(model: Transformer, batch: Batch, z_weight: float = 0.0) -> Tensor:
+    """[2]: the cross-entropy as in `loss_sum`; and ``z_weight`` log(Z)^2 with Z the softmax's normaliser,
+
+    which keeps that near 1 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
+    """
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
     chosen = batch.targets != IGNORED
     # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked.
     hidden, targets = hidden[chosen], batch.targets[chosen]
     rows = max(1, LARGEST_LOGITS // model.config.vocab_size)
     if len(targets) <= rows:
-        return _piece(model, hidden, targets)
-    total = hidden.new_zeros((), dtype=torch.float32)
+        return _piece(model, hidden, targets, z_weight)
+    total = hidden.new_zeros(2, dtype=torch.float32)
     for start in range(0, len(targets), rows):
         piece = hidden[start : start + rows], targets[start : start + rows]
-        total = total + checkpoint(_piece, model, *piece, use_reentrant=False)
+        total = total + checkpoint(_piece, model, *piece, z_weight, use_reentrant=False)
     return total
 
 
-def _piece(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model.logits(hidden), targets, reduction="sum")
+def _piece(model: Transformer, hidden: Tensor, targets: Tensor, z_weight: float) -> Tensor:
+    logits = model.logits(hidden)
+    entropy = F.cross_entropy(logits, targets, reduction="sum")
+    z = z_weight * logits.logsumexp(-1).square().sum() if z_weight else torch.zeros_like(entropy)
+    return torch.stack((entropy, z))
 
 
 class Gradients(Protocol):
@@ -78,8 +89,8 @@ class Gradients(Protocol):
 class Autograd:
     """PyTorch's own gradients: any network, any device."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, z_weight: float = 0.0) -> None:
+        self.model, self.z_weight = model, z_weight
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
         tokens = sum(batch.supervised for batch in batches)
@@ -88,18 +99,18 @@ class Autograd:
         total = 0.0
         for batch in batches:
             if batch.supervised:
-                loss = loss_sum(self.model, batch) / tokens
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
+                both = loss_sums(self.model, batch, self.z_weight) / tokens
+                both.sum().backward()  # type: ignore[no-untyped-call]
+                total += float(both[0].detach())
         return total, tokens
 
 
-def gradients_of(model: Transformer, threads: int) -> Gradients:
+def gradients_of(model: Transformer, threads: int, z_weight: float = 0.0) -> Gradients:
     """The fastest way to this network's gradients: the written-out passes where they know it."""
     from tercet.train.cpu.support import supports
 
     if not supports(model):
-        return Autograd(model)
+        return Autograd(model, z_weight)
     from tercet.train.cpu.step import Stepper
 
-    return Stepper(model, threads)
+    return Stepper(model, threads, z_weight)

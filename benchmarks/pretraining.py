@@ -1,0 +1,383 @@
+"""Pre-training: Tercet against transformers' Trainer and LitGPT, on the same machine in the same run.
+
+    python benchmarks/pretraining.py speed [--peer-python PYTHON] [--rounds 3]
+    python benchmarks/pretraining.py quality --data BOOKS.txt.gz [--minutes 5] [--seeds 3] [--sweep]
+
+speed: tokens a second of whole training steps at one shape (6 layers, width 256, vocabulary 4096,
+context 512, 4 rows a step); each side in a process of its own, in turn. LitGPT is measured where
+PYTHON can import it.
+
+quality: bits per byte on held-out text after so many minutes, everything included for Tercet (its whole
+command), training only for the Trainer. The last hundredth of every document is held out and the rest is
+given to both; each trains its own tokenizer (the same kind, the peer's with 4096 tokens); both checkpoints
+are measured by the same code, through transformers, in windows of the context they were trained with.
+--sweep: the Trainer with five rates and three batch sizes instead of the best pair found so far.
+
+Nothing else should be running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPE = {"layers": 6, "width": 256, "vocab": 4096, "context": 512, "rows": 4, "heads": 4, "kv_heads": 2}
+SECONDS = 25.0  # of training steps for one measurement of speed, after a few that are not counted
+PEER_RATES, PEER_ROWS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (4, 8, 16)
+PEER_BEST = (2e-3, 4)  # found by --sweep
+PEER_CONTEXT, PEER_LAYERS, PEER_WIDTH = 256, 4, 192
+
+
+def llama(layers: int, width: int, vocab: int, context: int, heads: int, kv_heads: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+    )
+
+
+# Speed
+
+
+def steps_per_second(step: Any, tokens: int) -> float:
+    """Tokens a second of ``step()``, by the median of its times."""
+    for _ in range(3):
+        step()
+    times: list[float] = []
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < SECONDS:
+        before = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - before)
+    return tokens / statistics.median(times)
+
+
+def speed_tercet(kind: str) -> float:
+    from dataclasses import replace
+
+    import torch
+
+    from tercet.build.initialize import initialize
+    from tercet.build.plan import network
+    from tercet.model.transformer import Transformer
+    from tercet.train.loss import Batch, gradients_of
+    from tercet.train.optimizer import Optimizer, Rates, clip_gradients
+
+    s = SHAPE
+    config = network(s["layers"], s["width"], s["vocab"], s["context"])
+    config = replace(
+        config, num_heads=s["heads"], num_kv_heads=s["kv_heads"], head_dim=s["width"] // s["heads"]
+    )
+    model = Transformer(config, compute_dtype=torch.bfloat16)
+    initialize(model, 0)
+    parameters = dict(model.named_parameters())
+    threads = torch.get_num_threads()
+    optimizer = Optimizer(parameters, Rates(kind, 1e-3), threads=threads, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    work = gradients_of(model, threads)
+    tokens = torch.randint(0, s["vocab"], (s["rows"], s["context"] + 1))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def step() -> None:
+        work.gradients([batch])
+        clip_gradients(list(parameters.values()), 1.0)
+        optimizer.step(1.0)
+
+    return steps_per_second(step, s["rows"] * s["context"])
+
+
+class Synthetic:
+    """Random rows for the Trainer, as many as it asks for."""
+
+    def __init__(self, vocab: int, context: int) -> None:
+        self.vocab, self.context = vocab, context
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        row = torch.randint(0, self.vocab, (self.context,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": row, "labels": row}
+
+
+def trainer(config: Any, data: Any, rows: int, rate: float, seconds: float, steps: int, seed: int) -> Any:
+    """transformers' Trainer, bf16, AdamW, cosine with 5% warm-up; ends after ``seconds``."""
+    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.times.append(time.perf_counter())
+            if self.times[-1] - self.times[0] > seconds:
+                control.should_training_stop = True
+
+    set_seed(seed)
+    clock = Clock()
+    made = Trainer(
+        model=LlamaForCausalLM(config),
+        args=TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=rows,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 20),
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            max_steps=steps,
+            bf16=True,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=seed,
+        ),
+        train_dataset=data,
+        callbacks=[clock],
+    )
+    made.train()
+    return made.model, clock.times
+
+
+def speed_trainer() -> float:
+    s = SHAPE
+    config = llama(s["layers"], s["width"], s["vocab"], s["context"], s["heads"], s["kv_heads"])
+    data = Synthetic(s["vocab"], s["context"])
+    _, times = trainer(config, data, s["rows"], 1e-3, SECONDS, 1 << 19, 0)
+    pace = [after - before for before, after in itertools.pairwise(times[2:])]
+    return s["rows"] * s["context"] / statistics.median(pace)
+
+
+def speed_litgpt(compiled: bool) -> float:
+    """LitGPT's network, loss and precision as its own pretraining sets them up."""
+    import lightning
+    import litgpt
+    import torch
+    from litgpt.utils import chunked_cross_entropy
+
+    s = SHAPE
+    config = litgpt.Config(
+        block_size=s["context"],
+        n_layer=s["layers"],
+        n_embd=s["width"],
+        n_head=s["heads"],
+        n_query_groups=s["kv_heads"],
+        padded_vocab_size=s["vocab"],
+        vocab_size=s["vocab"],
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        intermediate_size=3 * s["width"],
+    )
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = litgpt.GPT(config)
+    model.lm_head.weight = model.transformer.wte.weight
+    if compiled:
+        model = torch.compile(model)
+    model = fabric.setup(model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
+    tokens = torch.randint(0, s["vocab"], (s["rows"], s["context"] + 1))
+
+    def step() -> None:
+        loss = chunked_cross_entropy(model(tokens[:, :-1].contiguous()), tokens[:, 1:].contiguous())
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return steps_per_second(step, s["rows"] * s["context"])
+
+
+SPEEDS = {
+    "tercet (Muon)": lambda: speed_tercet("muon"),
+    "tercet (AdamW)": lambda: speed_tercet("adamw"),
+    "trainer": speed_trainer,
+    "litgpt": lambda: speed_litgpt(False),
+    "litgpt compiled": lambda: speed_litgpt(True),
+}
+
+
+def speed(peer: str | None, rounds: int) -> None:
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for side in SPEEDS:
+            python = peer if side.startswith("litgpt") else sys.executable
+            if python is None:
+                continue
+            done = subprocess.run(
+                [python, __file__, "one", side], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                print(f"{side} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            found.setdefault(side, []).append(float(done.stdout.split()[-1]))
+            print(f"  {side}: {found[side][-1]:,.0f} tokens/s", file=sys.stderr)
+    print("| | tokens/s, median (best) | Tercet with Muon over it |\n|---|---|---|")
+    ours = statistics.median(found["tercet (Muon)"])
+    for side, values in found.items():
+        middle = statistics.median(values)
+        print(f"| {side} | {middle:,.0f} ({max(values):,.0f}) | {ours / middle:.2f} |")
+
+
+# Quality
+
+
+def documents(path: Path) -> list[str]:
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    return [text for text in text.split("<|endoftext|>\n") if text.strip()]
+
+
+def bits_per_byte(directory: Path, texts: list[str], context: int) -> float:
+    """Of the texts, each from an end-of-text token on, in windows of ``context`` that don't overlap."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    nats, size = 0.0, 0
+    with torch.inference_mode():
+        for text in texts:
+            ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+            size += len(text.encode())
+            for start in range(0, len(ids) - 1, context):
+                window = torch.tensor([ids[start : start + context + 1]])
+                logits = model(window[:, :-1]).logits[0].float()
+                nats += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+    return nats / math.log(2) / size
+
+
+class Windows:
+    """Rows of one long stream of tokens."""
+
+    def __init__(self, ids: Any, context: int) -> None:
+        self.ids, self.context = ids, context
+
+    def __len__(self) -> int:
+        return len(self.ids) // self.context
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.ids[index * self.context : (index + 1) * self.context]
+        return {"input_ids": row, "labels": row}
+
+
+def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows: int, seed: int) -> Path:
+    """The Trainer for ``minutes``; its number of steps comes from timing a few first, for the cosine."""
+    import torch
+
+    from tercet.build.corpus import train_tokenizer
+
+    tokenizer = train_tokenizer(texts, 4096)
+    end = tokenizer.eos_id
+    ids = [token for one in tokenizer.encode_batch(texts, special=False) for token in (*one, end)]
+    config = llama(PEER_LAYERS, PEER_WIDTH, tokenizer.vocab_size, PEER_CONTEXT, 6, 6)
+    config.bos_token_id = config.eos_token_id = end
+    data = Windows(torch.tensor(ids), PEER_CONTEXT)
+    _, times = trainer(config, data, rows, rate, 10.0, 1 << 19, seed)
+    steps = int(60 * minutes * (len(times) - 1) / (times[-1] - times[0]))
+    model, _ = trainer(config, data, rows, rate, 60 * minutes, steps, seed)
+    model.save_pretrained(out)
+    tokenizer.save(out)
+    return out
+
+
+def quality(data: Path, minutes: float, seeds: int, sweep: bool, context: int) -> None:
+    texts = documents(data)
+    train, held = [], []
+    for text in texts:
+        cut = text.find("\n", len(text) - len(text) // 100)
+        train.append(text[:cut])
+        held.append(text[cut:])
+    pairs = [(rate, rows) for rate in PEER_RATES for rows in PEER_ROWS] if sweep else [PEER_BEST]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        corpus = directory / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in train), encoding="utf-8")
+        (directory / "train.json").write_text(json.dumps(train), encoding="utf-8")
+        ours: list[float] = []
+        theirs: dict[tuple[float, int], list[float]] = {}
+        for seed in range(seeds):
+            out = directory / f"ours{seed}"
+            begun = time.perf_counter()
+            command = [sys.executable, "-m", "tercet", "build", "--data", str(corpus), "--out", str(out)]
+            subprocess.run([*command, "--minutes", str(minutes), "--seed", str(seed)], check=True)
+            took = time.perf_counter() - begun
+            ours.append(bits_per_byte(out / "model", held, context))
+            print(f"tercet, seed {seed}: {ours[-1]:.4f} bits per byte, {took:.0f} s in all", flush=True)
+            for rate, rows in pairs:
+                peer = directory / f"peer{seed}-{rate}-{rows}"
+                arguments = [str(directory / "train.json"), str(peer), minutes, rate, rows, seed]
+                subprocess.run(
+                    [sys.executable, __file__, "peer", *map(str, arguments)],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+                value = bits_per_byte(peer, held, PEER_CONTEXT)
+                theirs.setdefault((rate, rows), []).append(value)
+                print(f"trainer, rate {rate:g}, {rows} rows, seed {seed}: {value:.4f}", flush=True)
+    best = min(theirs, key=lambda pair: statistics.mean(theirs[pair]))
+    mean, peer_mean = statistics.mean(ours), statistics.mean(theirs[best])
+    print(
+        f"| bits per byte after {minutes:g} minutes | {mean:.3f} ({min(ours):.3f} to {max(ours):.3f}) | "
+        f"{peer_mean:.3f} ({min(theirs[best]):.3f} to {max(theirs[best]):.3f}; rate {best[0]:g}, {best[1]} rows) | "
+        f"{100 * (1 - mean / peer_mean):.1f}% lower |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    one = kinds.add_parser("speed")
+    one.add_argument("--peer-python")
+    one.add_argument("--rounds", type=int, default=3)
+    two = kinds.add_parser("quality")
+    two.add_argument("--data", type=Path, required=True)
+    two.add_argument("--minutes", type=float, default=5)
+    two.add_argument("--seeds", type=int, default=3)
+    two.add_argument("--context", type=int, default=512, help="of the model that tercet builds")
+    two.add_argument("--sweep", action="store_true")
+    kinds.add_parser("one").add_argument("side")
+    peer = kinds.add_parser("peer")
+    for field in ("texts", "out", "minutes", "rate", "rows", "seed"):
+        peer.add_argument(field)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if arguments.kind == "speed":
+        speed(arguments.peer_python, arguments.rounds)
+    elif arguments.kind == "one":
+        print(SPEEDS[arguments.side]())
+    elif arguments.kind == "peer":
+        texts = json.loads(Path(arguments.texts).read_text(encoding="utf-8"))
+        rate, rows, seed = float(arguments.rate), int(arguments.rows), int(arguments.seed)
+        peer_quality(texts, Path(arguments.out), float(arguments.minutes), rate, rows, seed)
+    else:
+        quality(arguments.data, arguments.minutes, arguments.seeds, arguments.sweep, arguments.context)
+
+
+if __name__ == "__main__":
+    main()
