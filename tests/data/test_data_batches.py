@@ -1,10 +1,9 @@
 """Batches are a pure function of seed and step, and lose nothing."""
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tercet.data.batches import IGNORED, Encoded, items_at, micro_batches, padded, window_count, windows
+from tercet.data.batches import IGNORED, Encoded, items_at, micro_batches, padded
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
@@ -36,12 +35,3 @@ def test_pieces_hold_every_example_within_the_budget(lengths: list[int], budget:
     assert all(len(tokens) == 1 or tokens.shape[0] * (tokens.shape[1] + 1) <= budget for tokens, _ in pieces)
     targets = sorted(int(t) for _, piece in pieces for t in piece.ravel() if t != IGNORED)
     assert targets == sorted(token for example in examples for token in example.ids[1:])
-
-
-@given(st.integers(2, 200), st.integers(1, 20))
-def test_windows_predict_each_token_but_the_first_once(length: int, width: int) -> None:
-    stream = np.arange(length, dtype=np.uint16)
-    count = window_count(length, width)
-    predicted = [int(t) for row in range(count) for t in windows(stream, [row], width)[1].ravel()]
-    assert predicted == list(range(1, count * width + 1))
-    assert length - 1 - count * width < width

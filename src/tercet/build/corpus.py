@@ -161,6 +161,7 @@ def prepare(
             raise UserError(f"{directory} holds another corpus; choose another --out or delete it")
         return Corpus(**stored)
     texts: list[str] = []
+    source_of: dict[str, str] = {}  # by text
     read = 0
     for document in gather(documents, limit):
         read += len(document.text.encode("utf-8"))
@@ -169,6 +170,7 @@ def prepare(
             cleaned, _ = decontaminator.clean(document)
         if cleaned is not None and cleaned.text.strip():
             texts.append(cleaned.text)
+            source_of[cleaned.text] = document.source
     if read >= limit:
         say(f"read {read / 1e6:.1f} MB, enough for the budget; what comes after it was not read")
     train, held = split_heldout(texts)
@@ -180,10 +182,18 @@ def prepare(
     tokenizer = train_tokenizer(train, vocab_size)
     with atomic_directory(directory) as temporary:
         counts = {}
+        # What was held out of a single text is no document that was read.
+        names = sorted(set(source_of.values()))
+        numbers = {name: number for number, name in enumerate(names)}
+        first = next(iter(source_of.values()))
         for name, texts in (("train", train), ("heldout", held)):
-            stream = encode_stream(tokenizer, texts)
+            stream, starts = encode_stream(tokenizer, texts)
             stream.tofile(temporary / f"{name}.bin")
+            np.save(temporary / f"{name}.starts.npy", starts)
+            sources = [numbers[source_of.get(text, first)] for text in texts]
+            np.save(temporary / f"{name}.sources.npy", np.array(sources, np.uint16))
             counts[name] = len(stream)
+        write_json(temporary / "sources.json", names)
         tokenizer.save(temporary / "tokenizer")
         corpus = Corpus(
             documents=len(train),
@@ -204,17 +214,23 @@ def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def encode_stream(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.unsignedinteger]:
-    """All texts as one stream, each closed by the end-of-text token."""
+def encode_stream(
+    tokenizer: Tokenizer, texts: list[str]
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
+    """All texts as one stream: an end-of-text token, then each text closed by one.
+
+    Also where each text begins in it, and the stream's length at the end: int64 [n + 1].
+    """
     end = tokenizer.eos_id
-    pieces: list[NDArray[np.unsignedinteger]] = []
+    assert end is not None, "a tokenizer that was trained here has an end of text"
     kind = token_type(tokenizer.vocab_size)
+    pieces = [np.array([end], dtype=kind)]
     with Progress("encoding the corpus", len(texts), "documents") as bar:
         for start in range(0, len(texts), 256):
             for ids in tokenizer.encode_batch(texts[start : start + 256], special=False):
-                pieces.append(np.array([*ids, end] if end is not None else ids, dtype=kind))
+                pieces.append(np.array([*ids, end], dtype=kind))
             bar.advance(min(256, len(texts) - start))
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=kind)
+    return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
 
 
 def open_stream(path: Path, vocab_size: int) -> NDArray[np.unsignedinteger]:

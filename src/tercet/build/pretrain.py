@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from tercet.build.plan import (
     shape_for,
     vocabulary_for,
 )
-from tercet.data.batches import items_at, window_count, windows
+from tercet.data.batches import items_at
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
+from tercet.data.packing import batch as packed_batch
+from tercet.data.packing import pack
 from tercet.errors import UserError, check_seed
 from tercet.files import atomic_directory, fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
@@ -38,6 +40,7 @@ from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed, calibrate
+from tercet.train.evaluate import heldout_bits
 from tercet.train.loop import STATE, Recipe, Trained, train
 from tercet.train.loss import Batch
 from tercet.train.optimizer import Kind, Rates
@@ -53,7 +56,6 @@ TRAINING_SHARE = 0.93
 MARGIN = 1.1
 EVALUATIONS = 5  # held-out measurements in a run
 RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
-HELDOUT_WINDOWS = 64  # windows measured; 64 x 512 tokens pin the loss to about 1%
 
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -295,19 +297,25 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
     initialize(model, seed)
     stream = open_stream(out / "corpus" / "train.bin", config.vocab_size)
     held = open_stream(out / "corpus" / "heldout.bin", config.vocab_size)
-    count = window_count(len(stream), plan.context)
-    if count < 1:
+    packing = pack(np.load(out / "corpus" / "train.starts.npy"), plan.context)
+    # A pass over less than one step would fill it with copies.
+    if packing.rows < plan.rows:
         raise UserError(
-            f"the corpus has {len(stream):,} tokens, fewer than one context of {plan.context}; "
-            f"give more text or a smaller --context"
+            f"the corpus has {len(stream):,} tokens, fewer than one step of {plan.rows} x {plan.context}; "
+            f"give more text or a smaller --batch-tokens"
         )
 
     def batches_at(step: int) -> list[Batch]:
-        rows = items_at(step, plan.rows, count, seed)
-        inputs, targets = windows(stream, rows, plan.context)
-        return [Batch(torch.from_numpy(inputs), torch.from_numpy(targets))]
+        parts = packed_batch(stream, packing, items_at(step, plan.rows, packing.rows, seed))
+        return [Batch(*(None if part is None else torch.from_numpy(part) for part in parts))]  # type: ignore[arg-type]
 
-    evaluate = heldout_loss(model, tokenizer, held, plan.context)
+    byte_counts = [tokenizer.byte_length(index) for index in range(config.vocab_size)]
+    starts, source_of = (np.load(out / "corpus" / f"heldout.{name}.npy") for name in ("starts", "sources"))
+    names = read_json(out / "corpus" / "sources.json")
+
+    def evaluate() -> dict[str, Any]:
+        return heldout_bits(model, held, starts, source_of, names, byte_counts, plan.context)
+
     recipe = Recipe(
         Schedule.of(plan.steps, warmup=0.02, cooldown=0.6),
         plan.rates["matrices"],
@@ -340,40 +348,6 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
     write_json(out / "result.json", asdict(built))
     (out / STATE).unlink(missing_ok=True)  # nothing is left to resume
     return built
-
-
-def heldout_loss(
-    model: Transformer, tokenizer: Tokenizer, stream: NDArray[np.unsignedinteger], context: int
-) -> Callable[[], dict[str, float]]:
-    """A function that measures loss (nats a token) and bits per byte on the first held-out windows.
-
-    Bits per byte divides by the UTF-8 bytes of the predicted tokens, so that it compares across
-    tokenizers; special tokens stand for no text and are left out of both sums.
-    """
-    width = min(context, max(1, len(stream) - 1))
-    rows = list(range(min(HELDOUT_WINDOWS, window_count(len(stream), width))))
-    if not rows:
-        raise UserError("no text is held out; the corpus is too small")
-    byte_counts = torch.tensor([tokenizer.byte_length(index) for index in range(model.config.vocab_size)])
-
-    def evaluate() -> dict[str, float]:
-        model.eval()
-        nats = text_nats = 0.0
-        tokens = size = 0
-        with torch.inference_mode():
-            for start in range(0, len(rows), 8):
-                inputs, targets = windows(stream, rows[start : start + 8], width)
-                target = torch.from_numpy(targets)
-                logits = model(torch.from_numpy(inputs))
-                losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-                lengths = byte_counts[target]
-                nats += float(losses.sum())
-                tokens += target.numel()
-                text_nats += float(losses[lengths > 0].sum())
-                size += int(lengths.sum())
-        return {"loss": nats / tokens, "bits_per_byte": text_nats / math.log(2) / max(1, size)}
-
-    return evaluate
 
 
 def _samples(

@@ -76,17 +76,3 @@ def micro_batches(examples: Sequence[Encoded], pad_id: int, budget: int) -> list
         else:
             pieces.append([example])
     return [padded(piece, pad_id) for piece in pieces]
-
-
-def window_count(tokens: int, width: int) -> int:
-    """How many windows of ``width`` predictions ``tokens`` tokens hold."""
-    return max(0, (tokens - 1) // width)
-
-
-def windows(stream: NDArray[np.unsignedinteger], rows: Sequence[int], width: int) -> tuple[Tokens, Tokens]:
-    """Inputs and targets [B, width] of the numbered windows of one long token stream.
-
-    Window i predicts tokens i*width+1 .. (i+1)*width: each token but the first is predicted once.
-    """
-    block = np.stack([stream[row * width : row * width + width + 1] for row in rows]).astype(np.int64)
-    return block[:, :-1], block[:, 1:]

@@ -100,5 +100,12 @@ def _pair(row: dict[str, Any], where: str, good: str, bad: str, group: str | Non
     for field in (good, bad):
         if not isinstance(row[field], str) or not row[field].strip():
             raise UserError(f"{where}: {field} is {row[field]!r}; it must be a sentence")
+        if not _is_unicode(row[field]):
+            raise UserError(f"{where}: {field} is not valid Unicode text: {row[field]!r}")
     named = row.get(GROUP, file) if group is None else row[group]
     return Pair(row[good], row[bad], str(named))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can express it: JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

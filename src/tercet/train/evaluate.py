@@ -59,7 +59,8 @@ def token_losses(
     model.eval()
     model.compute_dtype = kept if dtype is None else dtype
     try:
-        with torch.inference_mode():
+        # Not inference_mode: the model keeps tables it makes here, and training uses them next.
+        with torch.no_grad():
             for batch in _batches(lengths, batch_tokens):
                 losses = _batch_losses(model, [rows[r] for r in batch], first[batch])
                 ends = np.cumsum(lengths[batch] - first[batch])
@@ -176,28 +177,141 @@ def heldout_bits(
     if not 1 <= step <= context:
         raise ValueError(f"the stride is {stride}; it must be from 1 to the context, {context}")
     sources = np.asarray(source_of)
-    ends = np.append(np.asarray(starts, dtype=np.int64)[: len(sources)], len(stream))
+    ends = np.asarray(starts, dtype=np.int64)
+    if len(ends) == len(sources):
+        ends = np.append(ends, len(stream))
     lengths = np.diff(ends)  # predictions in each document
     bytes_of = np.asarray(byte_counts, dtype=np.int64)
-    drawn: list[tuple[int, NDArray[np.int64]]] = []
+    drawn: dict[int, NDArray[np.int64]] = {}
     for source in np.unique(sources[lengths > 0]).tolist():
-        documents = np.flatnonzero((sources == source) & (lengths > 0))
-        drawn.append((source, _draw(ends[documents], lengths[documents], context, step, tokens_per_source)))
+        mine = sources == source
+        drawn[source] = _draw(ends[:-1][mine], lengths[mine], context, step, tokens_per_source)
     if not drawn:
         raise UserError("no text is held out; the corpus is too small")
-    windows = np.concatenate([rows for _, rows in drawn])
+    windows = np.concatenate(list(drawn.values()))
     rows = [np.asarray(stream[begin:end], dtype=np.int64) for begin, _, end in windows]
     losses = token_losses(model, rows, windows[:, 1] - windows[:, 0], dtype=dtype)
-    measured: dict[str, dict[str, float]] = {}
-    weights: list[float] = []
+    sums = np.array([_sums(row, loss, bytes_of) for row, loss in zip(rows, losses, strict=True)])
+    report: dict[str, Any] = {}
+    weighted = np.zeros(4)
     at = 0
-    for source, own in drawn:
-        here = slice(at, at + len(own))
+    for source, own in drawn.items():
+        total = sums[at : at + len(own)].sum(0)
         at += len(own)
-        nats = np.concatenate(losses[here]).astype(np.float64)
-        targets = np.concatenate([row[len(row) - len(loss) :] for row, loss in zip(rows[here], losses[here])])
-        sums = _Sums.of(nats, bytes_of[targets])
-        measured[source_names[source]] = sums.report()
-        weights.append(int(lengths[sources == source].sum()) / sums.tokens)
-        totals = sums.times(weights[-1]) if len(weights) == 1 else totals + sums.times(weights[-1])
-    return {}
+        report[source_names[source]] = _report(total, total)
+        weighted += total * (lengths[sources == source].sum() / total[1])
+    return {**_report(weighted, sums.sum(0)), "sources": report}
+
+
+def _draw(
+    starts: NDArray[np.int64], lengths: NDArray[np.int64], context: int, step: int, most: int | None
+) -> NDArray[np.int64]:
+    """Windows [m, 3] of documents: first token seen, first token predicted, end; of ``most`` tokens in all."""
+    counts = -(-lengths // step)
+    document = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    predicted = starts[document] + number * step
+    end = np.minimum(predicted + step, (starts + lengths)[document])
+    seen = np.maximum(starts[document], predicted - (context - step)) - 1
+    windows = np.stack((seen, predicted, end), axis=1)
+    if most is None or lengths.sum() <= most:
+        return windows
+    order = np.random.default_rng(0).permutation(len(windows))
+    within = np.cumsum((end - predicted)[order]) <= most
+    within[0] = True  # a window longer than what is wanted of the source is better than nothing of it
+    return windows[np.sort(order[within])]
+
+
+def _sums(row: Ids, losses: Losses, byte_counts: NDArray[np.int64]) -> tuple[float, int, float, int]:
+    """Of one window: nats, tokens, nats of text tokens, bytes of these."""
+    sizes = byte_counts[row[len(row) - len(losses) :]]
+    nats = losses.astype(np.float64)
+    return float(nats.sum()), len(nats), float(nats[sizes > 0].sum()), int(sizes.sum())
+
+
+def _report(sums: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, float]:
+    nats, tokens, text_nats, size = sums.tolist()
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": text_nats / math.log(2) / max(size, 1.0),
+        "tokens": int(measured[1]),
+        "bytes": int(measured[3]),
+    }
+
+
+# Minimal pairs
+
+
+def pair_accuracy(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """How often the grammatical sentence of a minimal pair is the likelier one, in all and by group.
+
+    Warstadt et al. 2020 (arXiv:1912.00582): the sums of the log-probabilities of all tokens of each
+    sentence are compared, the first token being predicted from the token that begins a text (BOS, else
+    end of text). A tie counts as wrong. What both sentences begin with adds the same to both sums, so
+    it is read but not scored.
+
+    Args:
+        pairs: see `tercet.data.minimal_pairs.read_pairs`.
+        dtype: what the body of the network computes in; None: ``model.compute_dtype``.
+
+    Returns:
+        ``accuracy`` over all pairs, ``pairs`` (how many), and ``groups``: the same two by group.
+
+    Raises:
+        UserError: there are no pairs, a sentence is longer than the model's context, or the
+            tokenizer has no token to begin a text with.
+    """
+    if not pairs:
+        raise UserError("there are no minimal pairs to compare")
+    texts = list(dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad)))
+    ids = dict(zip(texts, _sentences(tokenizer, texts), strict=True))
+    for text, one in ids.items():
+        if len(one) - 1 > model.config.max_positions:
+            raise UserError(
+                f"the sentence {text[:60]!r} has {len(one) - 1} tokens; the model takes at most "
+                f"{model.config.max_positions}"
+            )
+    both = [(ids[pair.good], ids[pair.bad]) for pair in pairs]
+    shared = [_shared(good, bad) for good, bad in both]
+    # A sentence that the other one only goes on from has nothing left to score, and costs nothing.
+    asked = [(one, same) for pair, same in zip(both, shared, strict=True) for one in pair if len(one) > same]
+    losses = iter(token_losses(model, [one for one, _ in asked], [same for _, same in asked], dtype=dtype))
+    right: dict[str, list[bool]] = {}
+    for pair, sentences, same in zip(pairs, both, shared, strict=True):
+        good, bad = (float(next(losses).sum(dtype="f8")) if len(one) > same else 0.0 for one in sentences)
+        right.setdefault(pair.group, []).append(good < bad)
+    count = sum(map(len, right.values()))
+    return {
+        "accuracy": sum(map(sum, right.values())) / count,
+        "pairs": count,
+        "groups": {
+            group: {"accuracy": sum(rows) / len(rows), "pairs": len(rows)} for group, rows in right.items()
+        },
+    }
+
+
+def _sentences(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
+    """Each text after the tokens that begin one: what encoding puts in front, else BOS, else end of text."""
+    probe, offsets = tokenizer.encode_with_offsets("a")
+    front = probe[: next((place for place, span in enumerate(offsets) if span != (0, 0)), 0)]
+    if not front:
+        begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if begin is None:
+            raise UserError("the tokenizer has neither a BOS nor an EOS token to begin a sentence with")
+        front = [begin]
+    return [
+        np.array([*front, *tokens], dtype=np.int64) for tokens in tokenizer.encode_batch(texts, special=False)
+    ]
+
+
+def _shared(one: Ids, other: Ids) -> int:
+    """How many tokens both begin with, the token that begins a text at least."""
+    size = min(len(one), len(other))
+    different = np.flatnonzero(one[:size] != other[:size])
+    return int(different[0]) if len(different) else size

@@ -85,7 +85,7 @@ def train(
     *,
     fingerprint: str,
     title: str,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
     keep_best: bool = False,
 ) -> Trained:
     """Train ``model`` in place and leave it with the final (or best) weights.
@@ -217,7 +217,7 @@ def train(
     )
 
 
-def _heldout(measured: dict[str, float]) -> dict[str, float]:
+def _heldout(measured: dict[str, Any]) -> dict[str, Any]:
     return {f"heldout_{key}": value for key, value in measured.items()}
 
 
