@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tercet.build.corpus import SPECIAL_TOKENS, Corpus, open_stream, prepare
+from tercet.build.corpus import Corpus, open_stream, prepare
 from tercet.build.initialize import initialize
 from tercet.build.plan import (
     Rule,
     Shape,
+    context_for,
     network,
     rates_for,
     rows_for,
@@ -26,12 +29,14 @@ from tercet.build.plan import (
     shape_for,
     vocabulary_for,
 )
+from tercet.build.scaling import remembered
+from tercet.build.settings import Settings
 from tercet.data.batches import items_at
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
 from tercet.data.packing import batch as packed_batch
 from tercet.data.packing import pack
-from tercet.errors import UserError, check_seed
+from tercet.errors import UserError
 from tercet.files import atomic_directory, fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
 from tercet.model.loading import save_model
@@ -43,7 +48,7 @@ from tercet.train.calibrate import Speed, calibrate
 from tercet.train.evaluate import heldout_bits
 from tercet.train.loop import STATE, Recipe, Trained, train
 from tercet.train.loss import Batch
-from tercet.train.optimizer import Kind, Rates
+from tercet.train.optimizer import Rates
 from tercet.train.report import write_training_report
 from tercet.train.schedule import Schedule
 
@@ -55,10 +60,9 @@ TRAINING_SHARE = 0.93
 # Within it a run is repeatable; beyond it the clock ends the run early.
 MARGIN = 1.1
 EVALUATIONS = 5  # held-out measurements in a run
+# Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
+MEMORY_BESIDE = 60 << 20
 RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
-
-
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Built:
     seconds: float
     tokens_per_second: float
     bits_per_byte: float
+    peak_memory_bytes: int
+    predicted: dict[str, Any]  # what the plan expected: seconds, memory_bytes, bits_per_byte
     shortened: bool  # the clock ended training early, so a rerun may give other numbers
     corpus: Corpus
     samples: list[dict[str, str]]
@@ -91,6 +97,7 @@ class Plan:
     z_loss: float
     speed: dict[str, Any]
     seconds: float | None  # of training, where the budget is in minutes
+    predicted: dict[str, Any]  # seconds of training, peak memory in bytes, bits per byte where a law is known
 
     @property
     def tokens(self) -> int:
@@ -104,101 +111,24 @@ class Plan:
 
 
 def build(
-    data: Sequence[str | Path] | str | Path,
-    out: str | Path,
-    *,
-    minutes: float | None = None,
-    tokens: int | None = None,
-    flops: float | None = None,
-    layers: int | None = None,
-    width: int | None = None,
-    vocab_size: int | None = None,
-    context: int = 512,
-    batch_tokens: int | None = None,
-    optimizer: Kind = "muon",
-    learning_rate: float | None = None,
-    embedding_rate: float | None = None,
-    weight_decay: float | None = None,
-    z_loss: float = 0.0,
-    seed: int = 0,
-    exclude: Sequence[str] = (),
+    data: Sequence[str | Path] | str | Path, out: str | Path, *, exclude: Sequence[str] = (), **settings: Any
 ) -> Built:
     """Train a tokenizer and a Qwen3-shaped network on ``data`` and write them to ``out/model``.
 
     data: files, directories or ``builtin:python-docs``.
-    minutes: time for everything; size, steps and schedule follow from it (default 5). Or
-    tokens: how many tokens to train on, which makes the run repeatable on any machine. Or
-    flops: floating point operations of training, 6 a matrix weight and token: the same on any machine.
-    layers, width, vocab_size, context, batch_tokens, optimizer, learning_rate (of the matrices),
-    embedding_rate, weight_decay: override what the budget implies.
-    z_loss: weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4).
     exclude: texts, and near-copies of them, that are removed from the corpus (a locked test split).
+    settings: the fields of `Settings`; ``minutes=5`` is the default budget.
 
     Raises:
         UserError: bad data or settings; ``out`` belongs to another run.
         KeyboardInterrupt: stopped; the same call goes on from there.
     """
-    sources = [str(data)] if isinstance(data, str | Path) else [str(source) for source in data]
-    if not sources:
-        raise UserError("no data given; name files, directories or builtin:python-docs")
-    if sum(budget is not None for budget in (minutes, tokens, flops)) > 1:
-        raise UserError("give one of --minutes, --tokens and --flops: each decides how long the run is")
-    if minutes is None and tokens is None and flops is None:
-        minutes = 5.0
-    if optimizer not in ("muon", "adamw"):
-        raise UserError(f"--optimizer is {optimizer!r}; it must be muon or adamw")
-    if optimizer == "adamw" and embedding_rate is not None:
-        raise UserError("--embedding-rate belongs to --optimizer muon; AdamW has one rate for everything")
-    for name, value in (("weight-decay", weight_decay), ("z-loss", z_loss)):
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"--{name} is {value}; it must be from 0 to below 1")
-    check_seed(seed)
-    _check_positive(
-        minutes=minutes,
-        tokens=tokens,
-        layers=layers,
-        width=width,
-        vocab_size=vocab_size,
-        context=context,
-        flops=flops,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        embedding_rate=embedding_rate,
-    )
-    if batch_tokens is not None and batch_tokens < context:
-        raise UserError(
-            f"--batch-tokens is {batch_tokens}; a step has at least one sequence of {context} tokens"
-        )
-    if vocab_size is not None and vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"--vocab-size is {vocab_size}; it must be at least {SMALLEST_VOCABULARY}: a token for each of the "
-            f"256 bytes and {len(SPECIAL_TOKENS)} special ones"
-        )
-    if width is not None and (width < 32 or width % 32):
-        raise UserError(f"--width is {width}; it must be a multiple of 32, the size of an attention head")
-    if (layers is None) != (width is None):
-        raise UserError("give layers and width together: one without the other is no shape")
+    asked = Settings.of(data, **settings)
+    sources, minutes = list(asked.data), asked.minutes
     out = Path(out)
-    asked: dict[str, Any] = {
-        "data": sources,
-        "minutes": minutes,
-        "tokens": tokens,
-        "layers": layers,
-        "width": width,
-        "vocab_size": vocab_size,
-        "context": context,
-        "flops": flops,
-        "batch_tokens": batch_tokens,
-        "optimizer": optimizer,
-        "learning_rate": learning_rate,
-        "embedding_rate": embedding_rate,
-        "weight_decay": weight_decay,
-        "z_loss": z_loss,
-        "seed": seed,
-    }
     begun = time.monotonic()
-    key = fingerprint([asked, source_fingerprint(sources), list(exclude)])
-    with open_run(out, "build", key, asked):
+    key = fingerprint([asdict(asked), source_fingerprint(sources), list(exclude)])
+    with open_run(out, "build", key, asked.to_config()):
         if (out / "result.json").is_file():
             say(f"{out} is finished already; delete it or choose another --out to build again")
             return read_result(out)
@@ -220,49 +150,63 @@ def build(
             # What reading and the tokenizer really left, should they have taken longer than their share.
             left = 60 * minutes - (time.monotonic() - begun) - RESERVE
             deadline = max(0.5 * plan.seconds, min(left, plan.seconds * MARGIN))
-        return _pretrain(out, plan, corpus, seed, key, deadline)
+        return _pretrain(out, plan, corpus, asked.seed, key, deadline)
 
 
-def _check_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a positive number")
-
-
-def _plan(out: Path, asked: dict[str, Any]) -> Plan:
-    """Decide shape and steps once; measure this machine when the budget is in minutes."""
+def _plan(out: Path, asked: Settings) -> Plan:
+    """The plan of this run, made once and kept."""
     path = out / "plan.json"
     if path.is_file():
         plan = Plan(**read_json(path))
         # Sums in another order give other last bits.
         torch.set_num_threads(plan.speed["threads"])
         return plan
-    seconds = 60 * asked["minutes"] * TRAINING_SHARE if asked["minutes"] else None
-    context = asked["context"]
-    if asked["layers"]:
-        config = network(asked["layers"], asked["width"], 1, context)
-        vocab = asked["vocab_size"] or vocabulary_for(config.matmul_parameters)
+    plan = make_plan(asked)
+    write_json(path, asdict(plan))
+    for rule in plan.rules:
+        say(f"  {rule.name}: {rule.value}  ({rule.why})")
+    speed = Speed(**plan.speed)
+    say(
+        f"this machine trains it at {speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on "
+        f"{speed.threads} threads: about {duration(plan.predicted['seconds'])}"
+    )
+    return plan
+
+
+def make_plan(asked: Settings) -> Plan:
+    """Shape, steps and rates for what was asked of `build`; measures this machine."""
+    seconds = 60 * asked.minutes * TRAINING_SHARE if asked.minutes else None
+    context = asked.context or context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops)
+    if asked.layers and asked.width:
+        config = network(asked.layers, asked.width, 1, context)
+        vocab = asked.vocab_size or vocabulary_for(config.matmul_parameters)
         config = replace(config, vocab_size=vocab)
         shape = Shape(config, rows_for(config.matmul_parameters, context), context)
     else:
-        shape = shape_for(seconds=seconds, tokens=asked["tokens"], flops=asked["flops"], context=context)
-        if asked["vocab_size"]:
-            shape = replace(shape, config=replace(shape.config, vocab_size=asked["vocab_size"]))
-    if asked["batch_tokens"]:
-        shape = replace(shape, rows=asked["batch_tokens"] // context)
-    kind = asked["optimizer"]
-    rates = rates_for(shape.config.hidden_size, kind=kind, learning_rate=asked["learning_rate"])
-    if asked["embedding_rate"]:
-        rates = replace(rates, embedding=asked["embedding_rate"])
-    if asked["weight_decay"] is not None:
-        rates = replace(rates, weight_decay=asked["weight_decay"])
+        shape = shape_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, context=context)
+        if asked.vocab_size:
+            shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
+    if asked.batch_tokens:
+        if asked.batch_tokens < context:
+            raise UserError(
+                f"--batch-tokens is {asked.batch_tokens}; a step has at least one sequence of {context} tokens"
+            )
+        shape = replace(shape, rows=asked.batch_tokens // context)
+    kind = asked.optimizer
+    rates = rates_for(shape.config.hidden_size, kind=kind, learning_rate=asked.learning_rate)
+    if asked.embedding_rate:
+        rates = replace(rates, embedding=asked.embedding_rate)
+    if asked.weight_decay is not None:
+        rates = replace(rates, weight_decay=asked.weight_decay)
     speed = calibrate(Transformer(shape.config), shape.rows, context, kind)
     if seconds is not None:
         steps = max(20, int(seconds * speed.tokens_per_second / MARGIN / shape.step_tokens))
     else:
-        tokens = asked["tokens"] or asked["flops"] / (6 * shape.config.matmul_parameters)
+        tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
         steps = max(1, round(tokens / shape.step_tokens))
-    plan = Plan(
+    weights, trained_on = shape.config.matmul_parameters, steps * shape.step_tokens
+    law = remembered(law_key(asked))
+    return Plan(
         layers=shape.config.num_layers,
         width=shape.config.hidden_size,
         vocab_size=shape.config.vocab_size,
@@ -270,18 +214,26 @@ def _plan(out: Path, asked: dict[str, Any]) -> Plan:
         rows=shape.rows,
         steps=steps,
         rates=asdict(rates),
-        z_loss=asked["z_loss"],
+        z_loss=asked.z_loss,
         speed=asdict(speed),
         seconds=seconds,
+        predicted={
+            "seconds": trained_on / speed.tokens_per_second,
+            "memory_bytes": peak_memory() + MEMORY_BESIDE,
+            "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
+        },
     )
-    write_json(path, asdict(plan))
-    for rule in plan.rules:
-        say(f"  {rule.name}: {rule.value}  ({rule.why})")
-    say(
-        f"this machine trains it at {speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on "
-        f"{speed.threads} threads: about {duration(plan.tokens / speed.tokens_per_second)}"
-    )
-    return plan
+
+
+def law_key(asked: Settings) -> str:
+    """What a scaling law holds for: the corpus, and how it is trained on."""
+    return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer])
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident so far, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _network_of(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
@@ -327,6 +279,7 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
     )
     trained = train(model, recipe, batches_at, out, fingerprint=key, title="pre-training", evaluate=evaluate)
     bits = trained.history[-1]["bits_per_byte"]
+    memory = peak_memory()
     model.compute_dtype = None  # written and sampled in float32
     with atomic_directory(out / "model") as directory:
         save_model(model, directory)
@@ -340,6 +293,8 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
         seconds=round(trained.seconds, 2),
         tokens_per_second=round(trained.tokens_per_second, 1),
         bits_per_byte=bits,
+        peak_memory_bytes=memory,
+        predicted=plan.predicted,
         shortened=trained.shortened,
         corpus=corpus,
         samples=samples,
@@ -387,6 +342,16 @@ def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
         f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
         "steps": f"{trained.steps:,} of {plan.rows * plan.context:,} tokens",
     }
+    expected = plan.predicted
+    comparisons = [
+        f"training {duration(expected['seconds'])} (took {duration(built.seconds)})",
+        f"memory {expected['memory_bytes'] / 1e6:,.0f} MB (took {built.peak_memory_bytes / 1e6:,.0f})",
+    ]
+    if expected["bits_per_byte"] is not None:
+        comparisons.append(
+            f"{expected['bits_per_byte']:.3f} bits per byte (reached {built.bits_per_byte:.3f})"
+        )
+    facts["predicted"] = ", ".join(comparisons)
     facts |= {rule.name: f"{rule.value} ({rule.why})" for rule in plan.rules}
     if trained.skipped:
         facts["steps left out"] = f"{trained.skipped:,}, whose gradient was not finite or a spike"

@@ -34,7 +34,9 @@ def build(
     layers: Annotated[int | None, typer.Option(metavar="N", help="Layers, with --width.")] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Hidden size, with --layers.")] = None,
     vocab_size: Annotated[int | None, typer.Option(metavar="N", help="Tokens in the vocabulary.")] = None,
-    context: Annotated[int, typer.Option(metavar="N", help="Tokens the model reads at once.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
+    ] = None,
     batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens an optimizer step.")] = None,
     optimizer: Annotated[
         str, typer.Option(metavar="muon|adamw", help="For the matrices of the blocks.")
@@ -66,7 +68,7 @@ def build(
         vocab_size=vocab_size,
         context=context,
         batch_tokens=batch_tokens,
-        optimizer=optimizer,  # type: ignore[arg-type]  # checked there
+        optimizer=optimizer,
         learning_rate=learning_rate,
         embedding_rate=embedding_rate,
         weight_decay=weight_decay,

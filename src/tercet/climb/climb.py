@@ -42,6 +42,8 @@ WITHOUT_MODEL = {"base": 0.5, "lora": 0.12, "full": 0.12, "scratch": 0.12}
 WITH_MODEL = {"lora": 0.25, "full": 0.25, "base": 0.2, "scratch": 0.1}
 # What the other steps take on two cores, roughly; for the time left only.
 GUESSED_SECONDS = {"majority": 1, "tfidf": 4, "zero-shot": 15, "few-shot": 40}
+# Of the base: a task needs room for its examples.
+CONTEXT = 512
 EPOCHS = {"lora": 6.0, "full": 6.0, "scratch": 12.0}
 
 
@@ -149,6 +151,7 @@ def _ladder(
                 task.corpus,
                 out / "base",
                 minutes=minutes * shares["base"],
+                context=CONTEXT,
                 seed=seed,
                 exclude=task.test_texts,
             )

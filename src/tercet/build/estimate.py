@@ -1,0 +1,127 @@
+"""What a run would be and take, before it is made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tercet.build.hardware import HARDWARE
+from tercet.build.plan import network
+from tercet.build.pretrain import build, law_key, make_plan
+from tercet.build.scaling import Law, Point, fit, keep, remembered
+from tercet.build.settings import Settings
+from tercet.data.documents import read_documents
+from tercet.progress import say
+
+FRACTIONS = (1 / 48, 1 / 24, 1 / 12, 1 / 6)  # of the budget: a third of its time in all
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A planned run. seconds: of training on this machine; memory: the peak of the process."""
+
+    layers: int
+    width: int
+    vocab_size: int
+    context: int
+    parameters: int
+    matmul_parameters: int
+    tokens: int
+    steps: int
+    step_tokens: int
+    flops: float
+    tokens_per_second: float
+    seconds: float
+    memory_bytes: int
+    bits_per_byte: float | None  # None: no scaling law is known for this corpus
+    corpus_bytes: int
+    passes: float  # over the corpus, roughly
+    rules: list[dict[str, Any]]
+    hardware: list[dict[str, Any]]  # name, seconds there, cost where a price was given
+    law: dict[str, Any] | None
+
+
+def estimate(
+    data: Sequence[str | Path] | str | Path,
+    *,
+    fit_law: bool = False,
+    prices: dict[str, float] | None = None,
+    **settings: Any,
+) -> Estimate:
+    """What ``build(data, out, **settings)`` would be: shape, tokens, time, memory, cost, expected loss.
+
+    Measures this machine for a few seconds and reads the corpus once. settings: as `build` takes them.
+    fit_law: train four tiny models on budgets of 1/48 to 1/6 of the asked one and fit a scaling law,
+        which is kept for this corpus. prices: dollars an hour, by names of `HARDWARE`.
+
+    Raises:
+        UserError: bad data or settings, or runs that no law can be fitted to.
+    """
+    asked = Settings.of(data, **settings)
+    plan = make_plan(asked)
+    config = network(plan.layers, plan.width, plan.vocab_size, plan.context)
+    flops = 6.0 * config.matmul_parameters * plan.tokens
+    law = remembered(law_key(asked))
+    if fit_law:
+        law = _fitted(asked, flops)
+    size = sum(len(document.text.encode()) for document in read_documents(asked.data))
+    prices = prices or {}
+    return Estimate(
+        layers=plan.layers,
+        width=plan.width,
+        vocab_size=plan.vocab_size,
+        context=plan.context,
+        parameters=config.matmul_parameters + _vectors(plan.layers, plan.width, config.head_dim),
+        matmul_parameters=config.matmul_parameters,
+        tokens=plan.tokens,
+        steps=plan.steps,
+        step_tokens=plan.rows * plan.context,
+        flops=flops,
+        tokens_per_second=plan.speed["tokens_per_second"],
+        seconds=plan.predicted["seconds"],
+        memory_bytes=plan.predicted["memory_bytes"],
+        bits_per_byte=None if law is None else law.predict(flops),
+        corpus_bytes=size,
+        passes=plan.tokens * BYTES_PER_TOKEN / max(1, size),
+        rules=[vars(rule) for rule in plan.rules],
+        hardware=[
+            {
+                "name": one.name,
+                "seconds": one.seconds(flops),
+                "cost": None if key not in prices else one.seconds(flops) / 3600 * prices[key],
+            }
+            for key, one in HARDWARE.items()
+        ],
+        law=None
+        if law is None
+        else {"floor": law.floor, "scale": law.scale, "exponent": law.exponent, "error": law.error},
+    )
+
+
+BYTES_PER_TOKEN = 3.3  # of English or source code with the vocabularies built here, roughly
+
+
+def _vectors(layers: int, width: int, head_dim: int) -> int:
+    """Weights of the norms: two of the width and two of a head's size a layer, and the last."""
+    return layers * (2 * width + 2 * head_dim) + width
+
+
+def _fitted(asked: Settings, flops: float) -> Law:
+    points = []
+    names = ("context", "optimizer", "seed")
+    for number, fraction in enumerate(FRACTIONS, start=1):
+        say(f"tiny run {number} of {len(FRACTIONS)}: {fraction * flops:.2g} operations")
+        with tempfile.TemporaryDirectory() as directory:
+            made = build(
+                asked.data,
+                Path(directory) / "run",
+                flops=fraction * flops,
+                **{name: getattr(asked, name) for name in names},
+            )
+        points.append(Point(6.0 * made.matmul_parameters * made.tokens, made.bits_per_byte))
+    law = fit(points)
+    keep(law_key(asked), law)
+    return law

@@ -1,0 +1,71 @@
+"""``tercet plan build``: what it says agrees with what the build then does."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tercet.build.pretrain import build
+from tercet.cli.main import main
+
+SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    words = ["one", "two", "red", "green", "cat", "dog", "tree", "house", "and", "then"]
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    rows = [{"text": " ".join(rng.choice(words, 60)) + ".\n"} for _ in range(300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_plan_is_what_the_build_does(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "build", "--data", str(corpus), "--tokens", "20000", *SHAPE, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    made = build(corpus, tmp_path / "run", tokens=20_000, layers=1, width=32, vocab_size=300, context=32)
+    # But for tokens that so small a corpus has no pairs for.
+    missing = 32 * (300 - made.corpus.vocab_size)
+    assert plan["parameters"] == made.parameters + missing
+    assert plan["matmul_parameters"] == made.matmul_parameters + missing
+    assert 0.98 * plan["tokens"] <= made.tokens <= plan["tokens"]
+    assert plan["corpus_bytes"] == sum(
+        len(json.loads(line)["text"]) for line in corpus.read_text().splitlines()
+    )
+    assert plan["flops"] == 6 * plan["matmul_parameters"] * plan["tokens"]
+    assert plan["bits_per_byte"] is None and plan["seconds"] > 0
+    assert made.predicted["seconds"] == plan["seconds"]
+    assert "predicted" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_tiny_runs_predict_the_loss_of_a_larger_one(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tercet.build.plan.LADDER", ((1, 32), (2, 32)))
+    arguments = ["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32"]
+    assert main([*arguments, "--fit", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert 0 < plan["bits_per_byte"] < 8 and plan["law"]["exponent"] > 0
+    made = build(corpus, tmp_path / "run", flops=3e11, context=32)
+    assert made.predicted["bits_per_byte"] == pytest.approx(plan["bits_per_byte"])
+    assert made.bits_per_byte == pytest.approx(plan["bits_per_byte"], rel=0.25)
+
+
+def test_prices_give_a_cost_and_unknown_names_are_refused(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "build", "--data", str(corpus), "--flops", "1e18", "--context", "32", *SHAPE[:6]]
+    assert main([*arguments, "--price", "h100=2.50", "--json"]) == 0
+    hardware = {one["name"]: one for one in json.loads(capsys.readouterr().out)["hardware"]}
+    seconds = hardware["H100"]["seconds"]
+    assert seconds == pytest.approx(1e18 / (989e12 * 0.4), rel=0.01)
+    assert hardware["H100"]["cost"] == pytest.approx(seconds / 3600 * 2.5)
+    assert hardware["L4"]["cost"] is None
+    assert main([*arguments, "--price", "abacus=1"]) == 2
+    assert "known names are h100" in capsys.readouterr().err
+    assert main(["plan", "house", "--data", "x"]) == 2
