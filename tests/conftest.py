@@ -49,4 +49,4 @@ def real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def a_machine_of_known_speed() -> None:
     """Calibration answers at once, and always the same; its own tests call the real one."""
-    calibrate._measure = lambda *_: calibrate.Speed(8_000.0, "float32", 1)
+    calibrate._measure = lambda *_: calibrate.Speed(3_000.0, "float32", 1)

@@ -220,7 +220,7 @@ def test_an_open_task_is_answered_by_generating(tmp_path: Path, climbed: Path) -
 SCRIPT = """
 import sys
 from tercet.train import calibrate
-calibrate._measure = lambda *a: calibrate.Speed(8_000.0, "float32", 1)
+calibrate._measure = lambda *a: calibrate.Speed(3_000.0, "float32", 1)
 from tercet.climb.climb import climb
 climb(sys.argv[1], minutes=float(sys.argv[2]), out=sys.argv[3])
 """
@@ -288,7 +288,7 @@ def test_a_base_that_cannot_be_built_is_tried_once_and_told_by_the_rungs_that_ne
     report = climb(task, rungs=["majority", "zero-shot", "full"], minutes=MINUTES, out=tmp_path / "run")
     assert [rung.status for rung in report.rungs] == ["ok", "failed", "failed"]
     assert all("the corpus has" in (rung.reason or "") for rung in report.rungs[1:])
-    assert capsys.readouterr().err.count("plan:") == 1
+    assert capsys.readouterr().err.count("this machine trains it at") == 1
 
 
 def test_long_inputs_are_shortened_alike_in_tuning_and_in_asking(climbed: Path) -> None:

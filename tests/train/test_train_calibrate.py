@@ -57,7 +57,7 @@ def test_what_is_measured_is_real(real_measurement: None) -> None:
         torch.set_num_threads(threads)
     assert model.compute_dtype is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "weights stay"
-    assert 100 < speed.tokens_per_second != 8_000
+    assert 100 < speed.tokens_per_second != 3_000
     assert speed.compute_dtype in ("float32", "bfloat16")
     assert 1 <= speed.threads <= calibrate.available_cores()
     # Two significant digits: a plan should not depend on noise.

@@ -59,6 +59,7 @@ TRAINING_SHARE = 0.93
 # Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
 # Within it a run is repeatable; beyond it the clock ends the run early.
 MARGIN = 1.1
+FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
 EVALUATIONS = 5  # held-out measurements in a run
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
 MEMORY_BESIDE = 60 << 20
@@ -200,10 +201,12 @@ def make_plan(asked: Settings) -> Plan:
         rates = replace(rates, weight_decay=asked.weight_decay)
     speed = calibrate(Transformer(shape.config), shape.rows, context, kind)
     if seconds is not None:
-        steps = max(20, int(seconds * speed.tokens_per_second / MARGIN / shape.step_tokens))
+        tokens = seconds * speed.tokens_per_second / MARGIN
     else:
         tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
-        steps = max(1, round(tokens / shape.step_tokens))
+    if not asked.batch_tokens:
+        shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (FEWEST_STEPS * context)))))
+    steps = max(1, int(tokens / shape.step_tokens))
     weights, trained_on = shape.config.matmul_parameters, steps * shape.step_tokens
     law = remembered(law_key(asked))
     return Plan(

@@ -3,46 +3,149 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tercet.cli import options
+
+if TYPE_CHECKING:
+    from tercet.climb.minimal_pairs import PairResult
+    from tercet.climb.result import RungResult
 
 EXAMPLE = "tercet eval runs/mine builtin:docs-routing --split dev"
 
 
 def eval(
     ref: Annotated[str, typer.Argument(metavar="REF", help=options.REFERENCE_HELP)],
-    task: Annotated[str, typer.Argument(metavar="TASK", help="Task file (YAML) or builtin:docs-routing.")],
-    shots: Annotated[int, typer.Option(metavar="N", help="Solved examples of train in the prompt.")] = 0,
-    split: Annotated[str, typer.Option(metavar="S", help="test or dev.")] = "test",
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TASK", help="Task file (YAML; also of minimal pairs) or builtin:docs-routing."
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(metavar="N", help="Solved examples in the prompt; default 0.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(metavar="S", help="test (the default) or dev.")] = None,
     tuned: Annotated[
         bool | None,
         typer.Option(
             "--tuned/--as-is", help="Whether it was tuned on this task; default: seen from its run."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the shots.")] = 0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the shots; default 0.")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASK,..", help="Tasks of lm-evaluation-harness instead of TASK."),
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option("--include-path", metavar="DIR", help="Your own tasks for --lm-eval.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Documents of each --lm-eval task at most.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask --lm-eval tasks as a conversation.")
+    ] = False,
+    quantize: options.Quantize = None,
     price: options.PriceOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model on a task: its score with a 95% interval, latency, tokens and cost."""
-    from tercet.climb.evaluate import evaluate
-    from tercet.files import dump_json
-    from tercet.progress import duration
-    from tercet.prompt.llm import LLM
-    from tercet.prompt.prices import parse_price
+    from tercet.climb.evaluate import evaluate, load_task, run_lm_eval
+    from tercet.climb.minimal_pairs import PairTask, evaluate_pairs
+    from tercet.errors import UserError
 
-    llm = LLM(ref, price=parse_price(price) if price is not None else None)
-    result = evaluate(llm, task, shots=shots, split=split, tuned=tuned, seed=seed)
-    if json:
-        sys.stdout.write(dump_json(result.to_json()))
-        return
-    print(
-        f"{result.score:.3f} (95% {result.low:.3f} to {result.high:.3f}) on {result.details['examples']} examples"
+    of_task = {"--shots": shots, "--split": split, "--tuned": tuned, "--seed": seed, "--price": price}
+    of_harness = {"--include-path": include_path, "--limit": limit, "--chat-template": chat_template or None}
+    if lm_eval is not None:
+        if task is not None:
+            raise UserError(f"give TASK ({task}) or --lm-eval, not both")
+        _refuse(of_task, "--lm-eval", but=("--shots",))
+        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        harness = run_lm_eval(
+            ref,
+            names,
+            include_path=include_path,
+            limit=limit,
+            shots=shots,
+            chat=chat_template,
+            quantize=quantize,
+        )
+        return _print(harness, _harness_lines(harness), json)
+    if task is None:
+        raise UserError(
+            "name a task: a YAML file, builtin:docs-routing, or --lm-eval with names of its tasks"
+        )
+    _refuse(of_harness, "a task file")
+    loaded = load_task(task)
+    if isinstance(loaded, PairTask):
+        _refuse(of_task, "minimal pairs")
+        pairs = evaluate_pairs(options.load_llm(ref, quantize), loaded)
+        return _print(pairs.to_json(), _pair_lines(pairs), json)
+    result = evaluate(
+        options.load_llm(ref, quantize, price=price),
+        loaded,
+        shots=shots or 0,
+        split="test" if split is None else split,
+        tuned=tuned,
+        seed=seed or 0,
     )
-    print(f"latency p50 {duration(result.latency_p50 or 0)}, p95 {duration(result.latency_p95 or 0)}")
-    print(f"{result.prompt_tokens:,} prompt and {result.completion_tokens:,} answer tokens")
+    return _print(result.to_json(), _lines(result), json)
+
+
+def _refuse(given: dict[str, Any], what: str, but: tuple[str, ...] = ()) -> None:
+    """An option that would do nothing is a mistake."""
+    from tercet.errors import UserError
+
+    for name, value in given.items():
+        if value is not None and name not in but:
+            raise UserError(f"{name} does nothing for {what}; leave it out")
+
+
+def _print(value: dict[str, Any], lines: list[str], json: bool) -> None:
+    from tercet.files import dump_json
+
+    sys.stdout.write(dump_json(value) if json else "\n".join(lines) + "\n")
+
+
+def _lines(result: RungResult) -> list[str]:
+    from tercet.progress import duration
+
+    lines = [
+        f"{result.score:.3f} (95% {result.low:.3f} to {result.high:.3f}) on {result.details['examples']} examples",
+        f"latency p50 {duration(result.latency_p50 or 0)}, p95 {duration(result.latency_p95 or 0)}",
+        f"{result.prompt_tokens:,} prompt and {result.completion_tokens:,} answer tokens",
+    ]
     if result.cost_per_thousand is not None:
-        print(f"${result.cost_per_thousand:.4g} per thousand calls")
+        lines.append(f"${result.cost_per_thousand:.4g} per thousand calls")
+    return lines
+
+
+def _pair_lines(result: PairResult) -> list[str]:
+    lines = [
+        f"{result.score:.3f} (95% {result.low:.3f} to {result.high:.3f}) on {result.pairs:,} minimal pairs"
+    ]
+    if len(result.groups) > 1:
+        width = max(len(group.group) for group in result.groups)
+        lines += [
+            f"  {one.group:<{width}}  {one.score:.3f} ({one.low:.3f} to {one.high:.3f}) on {one.pairs:,}"
+            for one in sorted(result.groups, key=lambda one: -one.score)
+        ]
+    return lines
+
+
+def _harness_lines(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for task, values in result["results"].items():
+        for name, value in values.items():
+            metric, _, way = name.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, float | int) or not way:
+                continue
+            error = values.get(f"{metric}_stderr,{way}")
+            lines.append(
+                f"{task}  {metric}{'' if way == 'none' else f' ({way})'}  {value:.4f}"
+                + ("" if error is None else f" ± {error:.4f} (standard error)")
+            )
+    return lines

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tercet.climb.measure import measure_rung
+from tercet.climb.minimal_pairs import PairTask
 from tercet.climb.result import Level, RungResult
 from tercet.climb.rungs.base import Answer, directory_size
 from tercet.climb.rungs.prompting import Answerer, as_shots
-from tercet.climb.task import Example, Task
+from tercet.climb.task import Example, Task, open_task_file
+from tercet.climb.task_file import MINIMAL_PAIRS
 from tercet.errors import UserError, check_seed
 from tercet.prompt.fewshot import ShotSelector
 from tercet.prompt.llm import LLM
@@ -34,6 +36,28 @@ class _Given:
     def size_bytes(self) -> int | None:
         directory = self.answerer.llm.directory
         return directory_size(directory) if directory is not None else None
+
+
+def load_task(reference: str | Path) -> Task | PairTask:
+    """The task of a YAML file, of whatever kind, or of ``builtin:NAME``. Raises UserError as these do."""
+    if str(reference).startswith("builtin:"):
+        return Task.load(reference)
+    if open_task_file(Path(reference)).kind == MINIMAL_PAIRS:
+        return PairTask.load(reference)
+    return Task.load(reference)
+
+
+def run_lm_eval(reference: str, tasks: Sequence[str], quantize: str | None, **options: Any) -> dict[str, Any]:
+    """`tercet.climb.lm_eval.evaluate_lm_eval` for a reference. UserError where the harness isn't installed."""
+    try:
+        from tercet.climb.lm_eval import evaluate_lm_eval, load_local
+    except ImportError as problem:
+        if (problem.name or "").partition(".")[0] == "tercet":
+            raise
+        raise UserError(
+            f"--lm-eval needs lm-evaluation-harness ({problem.name} is not installed): pip install 'tercet[lm-eval]'"
+        ) from problem
+    return evaluate_lm_eval(load_local(reference, quantize=quantize), tasks, **options)
 
 
 def evaluate(

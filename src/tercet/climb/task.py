@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from tercet.climb.examples import Example, RowReader, input_text, merge, place, refuse_empty, refuse_unused
 from tercet.climb.metrics import Metric, load_metric
-from tercet.climb.task_file import Origin, TaskFile, check_label_list
+from tercet.climb.task_file import EXAMPLES, Origin, TaskFile, check_label_list
 from tercet.data.rows import nearest_file, read_rows
 from tercet.errors import UserError
 from tercet.files import fingerprint
@@ -79,12 +79,13 @@ class Task:
                 )
             return replace(make(), reference=name)
         path = Path(reference)
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; name the task's YAML file in it")
-        if not path.exists():
-            builtins = ", ".join(f"builtin:{known}" for known in BUILTIN)
-            raise UserError(f"there is no task file {path}{nearest_file(path) or f'; built in: {builtins}'}")
-        return replace(_from_file(cls, TaskFile(path)), reference=name)
+        file = open_task_file(path)
+        if file.kind != EXAMPLES:
+            raise UserError(
+                f"{file.at('kind')}: a task of {file.kind} is measured by 'tercet eval REF {path}'; "
+                "a climb needs examples with a prompt and a target"
+            )
+        return replace(_from_file(cls, file), reference=name)
 
     @classmethod
     def from_rows(
@@ -246,6 +247,16 @@ class Task:
             for key, text in words.items()
             if key in self.counts
         ]
+
+
+def open_task_file(path: Path) -> TaskFile:
+    """The fields of a task file of any kind. UserError names the nearest file where there is none."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; name the task's YAML file in it")
+    if not path.exists():
+        builtins = ", ".join(f"builtin:{known}" for known in BUILTIN)
+        raise UserError(f"there is no task file {path}{nearest_file(path) or f'; built in: {builtins}'}")
+    return TaskFile(path)
 
 
 def _from_file(cls: type[Task], file: TaskFile) -> Task:

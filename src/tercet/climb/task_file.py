@@ -13,9 +13,14 @@ from tercet.errors import UserError
 from tercet.files import read_text
 
 # Field: the types it may have, and how messages call them.
-_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+_Fields = dict[str, tuple[tuple[type, ...], str]]
+_COMMON: _Fields = {
     "name": ((str,), "text"),
     "description": ((str,), "text"),
+    "kind": ((str,), "text"),
+}
+_EXAMPLES: _Fields = {
+    **_COMMON,
     "data": ((str, list, dict), "a path, a list of paths, or a mapping with train, dev and test"),
     "prompt": ((str,), "text with {field} in it"),
     "target": ((str,), "a field name, or text with {field} in it"),
@@ -28,7 +33,20 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "test_size": ((int, float), "a share below 1, or a number of examples"),
     "dev_size": ((int, float), "a share below 1, or a number of examples"),
 }
-_REQUIRED = ("data", "prompt", "target")
+_MINIMAL_PAIRS: _Fields = {
+    **_COMMON,
+    "data": ((str, list), "a path or a list of paths"),
+    "good": ((str,), "the name of a field"),
+    "bad": ((str,), "the name of a field"),
+    "group": ((str,), "the name of a field"),
+    "sample": ((int,), "a whole number"),
+}
+EXAMPLES, MINIMAL_PAIRS = "examples", "minimal_pairs"
+# Kind of task: the fields it may have, and those it must have.
+_KINDS: dict[str, tuple[_Fields, tuple[str, ...]]] = {
+    EXAMPLES: (_EXAMPLES, ("data", "prompt", "target")),
+    MINIMAL_PAIRS: (_MINIMAL_PAIRS, ("data",)),
+}
 _DATA_FIELDS = ("path", "train", "dev", "test", "format", "columns", "encoding", "quoting")
 
 
@@ -60,6 +78,8 @@ class Origin:
 class TaskFile:
     """The fields of a task file, each with its line.
 
+    ``kind`` is "examples" where the file names none; it is not among ``values``.
+
     Raises:
         UserError: not YAML, not a mapping, a repeated, unknown or missing field, or a wrong type.
     """
@@ -67,19 +87,23 @@ class TaskFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values, self._lines = _parse(path)
-        unknown = [name for name in self.values if name not in _FIELDS]
+        self.kind: str = self.values.pop("kind", EXAMPLES)
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
+            raise UserError(f"{self.at('kind')}: kind is {self.kind!r}; it must be {' or '.join(_KINDS)}")
+        fields, required = _KINDS[self.kind]
+        unknown = [name for name in self.values if name not in fields]
         if unknown:
             raise UserError(
-                f"{self.at(unknown[0])}: unknown field {unknown[0]!r}; {nearest(unknown[0], list(_FIELDS))}"
+                f"{self.at(unknown[0])}: unknown field {unknown[0]!r}; {nearest(unknown[0], list(fields))}"
             )
         for name, value in self.values.items():
-            kinds, words = _FIELDS[name]
+            kinds, words = fields[name]
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise UserError(f"{self.at(name)}: {name} must be {words}, not {_kind(value)}")
-        missing = [name for name in _REQUIRED if name not in self.values]
+        missing = [name for name in required if name not in self.values]
         if missing:
             raise UserError(
-                f"{path}: the field {missing[0]!r} is missing; a task needs {', '.join(_REQUIRED)}"
+                f"{path}: the field {missing[0]!r} is missing; a task needs {', '.join(required)}"
             )
 
     def at(self, field: str) -> str:
@@ -120,6 +144,14 @@ class TaskFile:
         if not isinstance(columns, list) or not columns or not all(isinstance(name, str) for name in columns):
             raise UserError(f"{where}: data.columns must be a list of names, such as [label, text]")
         return data
+
+    def paths(self) -> list[str]:
+        """``data`` of a task of minimal pairs: files and directories."""
+        value = self.values["data"]
+        paths = [value] if isinstance(value, str) else value
+        if not paths or not all(isinstance(path, str) for path in paths):
+            raise UserError(f"{self.at('data')}: data must be a path or a list of paths")
+        return paths
 
     def labels(self) -> list[str] | str | None:
         """``labels``: a list of text, ``"auto"``, or None for an open task."""
@@ -163,7 +195,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         # Composed first, built second: the nodes know their lines, and a dict has already lost repeated keys.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
-            raise UserError(f"{path} is empty; a task needs {', '.join(_REQUIRED)}")
+            raise UserError(f"{path} is empty; a task needs {', '.join(_KINDS[EXAMPLES][1])}")
         if not isinstance(root, yaml.MappingNode):
             raise UserError(
                 f"{path}:{root.start_mark.line + 1}: a task file is a mapping (name: ..., data: ...)"
@@ -183,7 +215,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
     for key in value:
         if not isinstance(key, str):
-            raise UserError(f"{path}: unknown field {key!r}; {nearest(str(key), list(_FIELDS))}")
+            raise UserError(f"{path}: unknown field {key!r}; {nearest(str(key), list(_EXAMPLES))}")
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
     return value, lines
 

@@ -185,6 +185,8 @@ class PagedSequence:
         Full pages are used by both. One that is partly filled has a counterpart in the new sequence,
         whose contents the caller copies.
         """
+        if not self.pool.reuse:
+            return None  # pages that only one sequence may use can't be forked
         copy = self.pool.sequence()
         copy.pages = self.pages[: length // self.pool.page_size]
         for page in copy.pages:

@@ -37,6 +37,10 @@ class Stepper:
         self.passes = Passes(model.config, self.dtype)
         self._sums = [self._zeros() for _ in range(self.threads)]
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+        # Compiles what this machine has not compiled yet (ten seconds, once), before any clock runs.
+        place = np.zeros((1, 2), np.int64)
+        with torch.inference_mode():
+            self.passes.run(Rows.of(place, place), self._weights(), self._sums[0], 0.0, 0.0)
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Mean loss in nats over the supervised tokens of all ``batches``, and how many those are.
