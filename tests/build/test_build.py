@@ -199,7 +199,9 @@ def test_initial_weights_have_the_variance_they_should_and_depend_on_the_seed() 
     initialize(other, 1)
     assert abs(float(model.model.embed_tokens.weight.detach().std()) - 0.02) < 0.001
     last = model.model.layers[0].mlp.down_proj.weight.detach()
-    assert abs(float(last.std()) - 0.02 / math.sqrt(8)) < 0.0005
+    assert abs(float(last.std()) - 128**-0.5 / math.sqrt(8)) < 0.001
+    first = model.model.layers[0].mlp.up_proj.weight.detach()
+    assert abs(float(first.std()) - 128**-0.5) < 0.002
     assert not torch.equal(last, other.model.layers[0].mlp.down_proj.weight)
 
 
