@@ -9,7 +9,18 @@ from tercet.train.optimizer import Kind, Rates
 
 # Layers and width of the networks Tercet builds, smallest first. Depth grows with width at about
 # 50 to 64 dimensions a layer, the ratio that scaling studies keep returning to.
-LADDER = ((3, 96), (4, 128), (4, 160), (4, 192), (5, 256), (6, 320), (8, 384), (8, 512), (12, 768), (16, 1024))
+LADDER = (
+    (3, 96),
+    (4, 128),
+    (4, 160),
+    (4, 192),
+    (5, 256),
+    (6, 320),
+    (8, 384),
+    (8, 512),
+    (12, 768),
+    (16, 1024),
+)
 
 # Tokens a matrix weight should see. Hoffmann et al. 2022 (arXiv:2203.15556) find about 20 for all
 # parameters; with Muon at small scale a few are enough (docs/experiments.md).

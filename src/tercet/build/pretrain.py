@@ -54,13 +54,18 @@ from tercet.train.schedule import Schedule
 
 # Bytes of English or source code per token of the small vocabularies built here, for planning only.
 PLANNED_BYTES_PER_TOKEN = 3.3
-# Share of a budget in minutes that goes to training; the rest is reading, the tokenizer, samples.
-TRAINING_SHARE = 0.93
+# What a budget in minutes leaves for training: a share goes to reading and the tokenizer, and a few seconds
+# to measuring the machine, the checkpoint and samples.
+TRAINING_SHARE, AROUND_TRAINING = 0.95, 8.0
 # Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
 # Within it a run is repeatable; beyond it the clock ends the run early.
 MARGIN = 1.1
 FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
 EVALUATIONS = 5  # held-out measurements in a run
+EVALUATION_SHARE = (
+    0.03  # of the tokens trained on are measured in all of them; a token costs a third of training
+)
+HELDOUT_TOKENS = 65_536  # of the last measurement: they pin bits per byte to under 1%
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
 MEMORY_BESIDE = 60 << 20
 RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
@@ -77,6 +82,7 @@ class Built:
     seconds: float
     tokens_per_second: float
     bits_per_byte: float
+    bits_per_byte_by_source: dict[str, float]
     peak_memory_bytes: int
     predicted: dict[str, Any]  # what the plan expected: seconds, memory_bytes, bits_per_byte
     shortened: bool  # the clock ended training early, so a rerun may give other numbers
@@ -176,7 +182,10 @@ def _plan(out: Path, asked: Settings) -> Plan:
 
 def make_plan(asked: Settings) -> Plan:
     """Shape, steps and rates for what was asked of `build`; measures this machine."""
-    seconds = 60 * asked.minutes * TRAINING_SHARE if asked.minutes else None
+    seconds = None
+    if asked.minutes:
+        whole = 60 * asked.minutes
+        seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
     context = asked.context or context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops)
     if asked.layers and asked.width:
         config = network(asked.layers, asked.width, 1, context)
@@ -268,8 +277,25 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
     starts, source_of = (np.load(out / "corpus" / f"heldout.{name}.npy") for name in ("starts", "sources"))
     names = read_json(out / "corpus" / "sources.json")
 
+    def measured(tokens: int, dtype: torch.dtype | None) -> dict[str, Any]:
+        each = max(plan.context, tokens // max(1, len(np.unique(source_of))))
+        return heldout_bits(
+            model,
+            held,
+            starts,
+            source_of,
+            names,
+            byte_counts,
+            plan.context,
+            tokens_per_source=each,
+            dtype=dtype,
+        )
+
+    # In the run a share of its time; the last figure is measured on more, and in float32.
+    share = min(HELDOUT_TOKENS, int(EVALUATION_SHARE * plan.tokens / EVALUATIONS))
+
     def evaluate() -> dict[str, Any]:
-        return heldout_bits(model, held, starts, source_of, names, byte_counts, plan.context)
+        return measured(share, None)
 
     recipe = Recipe(
         Schedule.of(plan.steps, warmup=0.02, cooldown=0.6),
@@ -281,7 +307,8 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
         threads=plan.speed["threads"],
     )
     trained = train(model, recipe, batches_at, out, fingerprint=key, title="pre-training", evaluate=evaluate)
-    bits = trained.history[-1]["bits_per_byte"]
+    final = measured(HELDOUT_TOKENS, torch.float32)
+    bits = final["bits_per_byte"]
     memory = peak_memory()
     model.compute_dtype = None  # written and sampled in float32
     with atomic_directory(out / "model") as directory:
@@ -296,6 +323,7 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
         seconds=round(trained.seconds, 2),
         tokens_per_second=round(trained.tokens_per_second, 1),
         bits_per_byte=bits,
+        bits_per_byte_by_source={name: one["bits_per_byte"] for name, one in final["sources"].items()},
         peak_memory_bytes=memory,
         predicted=plan.predicted,
         shortened=trained.shortened,
@@ -340,7 +368,7 @@ def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
         f"{corpus.bytes_per_token:.2f} bytes a token"
         + ("" if corpus.complete else "; the rest was not read, there was enough for the budget"),
         "held out": f"{corpus.heldout_documents:,} documents, {corpus.heldout_bytes / 1e3:.0f} kB",
-        "bits per byte (held out)": f"{built.bits_per_byte:.3f}",
+        "bits per byte (held out)": f"{built.bits_per_byte:.3f}" + _by_source(built.bits_per_byte_by_source),
         "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
         f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
         "steps": f"{trained.steps:,} of {plan.rows * plan.context:,} tokens",
@@ -371,6 +399,14 @@ def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
         heldout="bits_per_byte",
         samples=built.samples,
     )
+
+
+def _by_source(bits: dict[str, float]) -> str:
+    if len(bits) < 2:
+        return ""
+    shown = sorted(bits.items(), key=lambda item: -item[1])
+    rest = f" and {len(shown) - 8} more sources" if len(shown) > 8 else ""
+    return " (" + ", ".join(f"{name} {value:.3f}" for name, value in shown[:8]) + rest + ")"
 
 
 def read_result(out: Path) -> Built:
