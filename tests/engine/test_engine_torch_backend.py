@@ -38,7 +38,8 @@ def feeds(draw: st.DrawFn) -> list[list[tuple[int, int, int]]]:
     for _ in range(draw(st.integers(1, 6))):
         call = []
         for sequence in draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True)):
-            start = draw(st.sampled_from([lengths[sequence], lengths[sequence] * 2 // 3]))
+            # The last of the hundred positions at most: a chunk has at least one token.
+            start = min(99, draw(st.sampled_from([lengths[sequence], lengths[sequence] * 2 // 3])))
             count = draw(st.sampled_from([1, 1, 2, 5, 17, 40]))
             call.append((sequence, start, min(count, 100 - start)))
             lengths[sequence] = start + call[-1][2]
