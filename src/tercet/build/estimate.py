@@ -10,7 +10,7 @@ from typing import Any
 
 from tercet.build.hardware import HARDWARE
 from tercet.build.plan import network
-from tercet.build.pretrain import build, law_key, make_plan
+from tercet.build.pretrain import build, law_key, make_plan, reading_limit
 from tercet.build.scaling import Law, Point, fit, keep, remembered
 from tercet.build.settings import Settings
 from tercet.data.documents import read_documents
@@ -38,7 +38,8 @@ class Estimate:
     memory_bytes: int
     bits_per_byte: float | None  # None: no scaling law is known for this corpus
     corpus_bytes: int
-    passes: float  # over the corpus, roughly
+    corpus_complete: bool  # False: reading stopped when there was enough for the run
+    passes: float  # over the corpus, roughly; under one where it was not read to its end
     rules: list[dict[str, Any]]
     hardware: list[dict[str, Any]]  # name, seconds there, cost where a price was given
     law: dict[str, Any] | None
@@ -53,7 +54,9 @@ def estimate(
 ) -> Estimate:
     """What ``build(data, out, **settings)`` would be: shape, tokens, time, memory, cost, expected loss.
 
-    Measures this machine for a few seconds and reads the corpus once. settings: as `build` takes them.
+    Measures this machine for a few seconds and reads as much of the corpus as the run would.
+
+    settings: as `build` takes them.
     fit_law: train four tiny models on budgets of 1/48 to 1/6 of the asked one and fit a scaling law,
         which is kept for this corpus. prices: dollars an hour, by names of `HARDWARE`.
 
@@ -67,7 +70,7 @@ def estimate(
     law = remembered(law_key(asked))
     if fit_law:
         law = _fitted(asked, flops)
-    size = sum(len(document.text.encode()) for document in read_documents(asked.data))
+    size, complete = _size(asked, plan.tokens)
     prices = prices or {}
     return Estimate(
         layers=plan.layers,
@@ -85,6 +88,7 @@ def estimate(
         memory_bytes=plan.predicted["memory_bytes"],
         bits_per_byte=None if law is None else law.predict(flops),
         corpus_bytes=size,
+        corpus_complete=complete,
         passes=plan.tokens * BYTES_PER_TOKEN / max(1, size),
         rules=[vars(rule) for rule in plan.rules],
         hardware=[
@@ -102,6 +106,17 @@ def estimate(
 
 
 BYTES_PER_TOKEN = 3.3  # of English or source code with the vocabularies built here, roughly
+
+
+def _size(asked: Settings, tokens: int) -> tuple[int, bool]:
+    """Bytes of text, counted until there are enough for the run; and whether that was all."""
+    enough = reading_limit(tokens)
+    size = 0
+    for document in read_documents(asked.data):
+        size += len(document.text.encode())
+        if size >= enough:
+            return size, False
+    return size, True
 
 
 def _vectors(layers: int, width: int, head_dim: int) -> int:

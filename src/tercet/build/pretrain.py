@@ -140,7 +140,7 @@ def build(
             say(f"{out} is finished already; delete it or choose another --out to build again")
             return read_result(out)
         plan = _plan(out, asked)
-        limit = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+        limit = reading_limit(plan.tokens)
         skipped: Counter[str] = Counter()
         corpus = prepare(
             read_documents(sources, skipped),
@@ -235,6 +235,11 @@ def make_plan(asked: Settings) -> Plan:
             "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
         },
     )
+
+
+def reading_limit(tokens: int) -> int:
+    """Bytes of text that are enough to train on so many tokens once."""
+    return int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
 
 
 def law_key(asked: Settings) -> str:

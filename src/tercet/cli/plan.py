@@ -86,7 +86,9 @@ def _show(found: Estimate) -> None:
     table = Table(box=None, show_header=False)
     for rule in found.rules:
         table.add_row(rule["name"], f"{rule['value']}\n[dim]{rule['why']}[/dim]")
-    table.add_row("corpus", f"{found.corpus_bytes / 1e6:,.1f} MB, about {found.passes:.2f} passes over it")
+    size = f"{found.corpus_bytes / 1e6:,.1f} MB"
+    whole = f"{size}, about {found.passes:.2f} passes over it"
+    table.add_row("corpus", whole if found.corpus_complete else f"more than the {size} that are enough")
     table.add_row("here", f"{duration(found.seconds)} of training at {found.tokens_per_second:,.0f} tokens/s")
     table.add_row("memory", f"{found.memory_bytes / 1e6:,.0f} MB at the peak")
     if found.bits_per_byte is None:
