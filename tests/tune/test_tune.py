@@ -21,7 +21,7 @@ from tercet.model.config import ModelConfig
 from tercet.model.loading import load_model, save_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
-from tercet.tune.examples import CHATML, prepare, show_mask
+from tercet.data.examples import CHATML, prepare, show_mask
 from tercet.tune.sft import Tuning, learning_rate_for, tune
 
 COLOURS = ["red", "green", "blue", "black"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,12 @@ def prepare(
     vocab_size: int,
     limit: int,
     decontaminator: Decontaminator | None = None,
+    vocabulary: Sequence[str] = (),
     key: str,
 ) -> Corpus:
     """Write ``directory`` with `train.bin`, `heldout.bin` (16- or 32-bit ids) and `tokenizer/`.
+
+    vocabulary: texts that the tokenizer is trained on too, and the network is not.
 
     Does nothing when the directory already holds the corpus of the same ``key``.
 
@@ -179,7 +182,7 @@ def prepare(
             f"the corpus has {sum(map(len, texts)):,} characters; building a model needs at least 20,000 "
             f"(a million gives the first readable sentences)"
         )
-    tokenizer = train_tokenizer(train, vocab_size)
+    tokenizer = train_tokenizer([*vocabulary, *train], vocab_size)
     with atomic_directory(directory) as temporary:
         counts = {}
         # What was held out of a single text is no document that was read.

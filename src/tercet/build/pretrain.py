@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tercet.build.chat import Chatted, conversation_texts, learn_to_chat, read_conversations
 from tercet.build.corpus import Corpus, open_stream, prepare
 from tercet.build.initialize import initialize
 from tercet.build.plan import (
@@ -29,6 +30,7 @@ from tercet.build.plan import (
     shape_for,
     vocabulary_for,
 )
+from tercet.build.report import write_build_report
 from tercet.build.scaling import remembered
 from tercet.build.settings import Settings
 from tercet.data.batches import items_at
@@ -46,10 +48,9 @@ from tercet.progress import duration, say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed, calibrate
 from tercet.train.evaluate import heldout_bits
-from tercet.train.loop import STATE, Recipe, Trained, train
+from tercet.train.loop import STATE, Recipe, train
 from tercet.train.loss import Batch
 from tercet.train.optimizer import Rates
-from tercet.train.report import write_training_report
 from tercet.train.schedule import Schedule
 
 # Bytes of English or source code per token of the small vocabularies built here, for planning only.
@@ -68,6 +69,10 @@ EVALUATION_SHARE = (
 HELDOUT_TOKENS = 65_536  # of the last measurement: they pin bits per byte to under 1%
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
 MEMORY_BESIDE = 60 << 20
+CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
+CHAT_EPOCHS = 3.0
+BASE_RESULT = "pretraining.json"  # of a build that goes on to chat
+CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
 RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
 
 
@@ -88,6 +93,10 @@ class Built:
     shortened: bool  # the clock ended training early, so a rerun may give other numbers
     corpus: Corpus
     samples: list[dict[str, str]]
+    steps: int
+    skipped: int  # steps whose gradient was not finite or a spike, and was not applied
+    history: list[dict[str, Any]]  # held-out measurements of the run
+    chat: Chatted | None = None  # what made a chat model of the base; the other figures are the base's
 
 
 @dataclass(frozen=True)
@@ -134,11 +143,12 @@ def build(
     sources, minutes = list(asked.data), asked.minutes
     out = Path(out)
     begun = time.monotonic()
-    key = fingerprint([asdict(asked), source_fingerprint(sources), list(exclude)])
+    conversations = read_conversations(asked.chat) if asked.chat else []
+    key = fingerprint([asdict(asked), source_fingerprint(sources), list(exclude), conversations])
     with open_run(out, "build", key, asked.to_config()):
         if (out / "result.json").is_file():
             say(f"{out} is finished already; delete it or choose another --out to build again")
-            return read_result(out)
+            return read_result(out / "result.json")
         plan = _plan(out, asked)
         limit = reading_limit(plan.tokens)
         skipped: Counter[str] = Counter()
@@ -148,6 +158,7 @@ def build(
             vocab_size=plan.vocab_size,
             limit=limit,
             decontaminator=Decontaminator(exclude) if exclude else None,
+            vocabulary=conversation_texts(conversations),
             key=key,
         )
         for reason, count in skipped.most_common():
@@ -155,9 +166,42 @@ def build(
         deadline = None
         if minutes is not None and plan.seconds is not None:
             # What reading and the tokenizer really left, should they have taken longer than their share.
-            left = 60 * minutes - (time.monotonic() - begun) - RESERVE
+            left = 60 * _pretraining_minutes(asked, minutes) - (time.monotonic() - begun) - RESERVE
             deadline = max(0.5 * plan.seconds, min(left, plan.seconds * MARGIN))
-        return _pretrain(out, plan, corpus, asked.seed, key, deadline)
+        if not asked.chat:
+            built = _pretrain(out, out / "model", plan, corpus, asked.seed, key, deadline)
+        else:
+            if not (out / BASE_RESULT).is_file():
+                base = _pretrain(out, out / "base", plan, corpus, asked.seed, key, deadline)
+                write_json(out / BASE_RESULT, asdict(base))
+                (out / STATE).unlink(missing_ok=True)
+            spent = (time.monotonic() - begun + RESERVE) / 60
+            chat = learn_to_chat(
+                out / "base",
+                conversations,
+                out / "chat",
+                out / "model",
+                epochs=asked.chat_epochs or CHAT_EPOCHS,
+                minutes=None if minutes is None else _chat_minutes(minutes, spent),
+                seed=asked.seed,
+                key=key,
+            )
+            built = replace(read_result(out / BASE_RESULT), model=str(out / "model"), chat=chat)
+        write_build_report(out, built, plan)
+        write_json(out / "result.json", asdict(built))
+        (out / STATE).unlink(missing_ok=True)  # nothing is left to resume
+        return built
+
+
+def _pretraining_minutes(asked: Settings, minutes: float) -> float:
+    """Of ``minutes``, those that are not the chat stage's."""
+    return minutes * (1 - CHAT_SHARE) if asked.chat else minutes
+
+
+def _chat_minutes(minutes: float, spent: float) -> float:
+    """What is left for the chat stage: about its share, whatever pre-training took."""
+    share = CHAT_SHARE * minutes
+    return max(share / 2, min(1.5 * share, minutes - spent))
 
 
 def _plan(out: Path, asked: Settings) -> Plan:
@@ -184,9 +228,12 @@ def make_plan(asked: Settings) -> Plan:
     """Shape, steps and rates for what was asked of `build`; measures this machine."""
     seconds = None
     if asked.minutes:
-        whole = 60 * asked.minutes
+        whole = 60 * _pretraining_minutes(asked, asked.minutes)
         seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
-    context = asked.context or context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops)
+    context = asked.context or max(
+        context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops),
+        CHAT_CONTEXT if asked.chat else 0,
+    )
     if asked.layers and asked.width:
         config = network(asked.layers, asked.width, 1, context)
         vocab = asked.vocab_size or vocabulary_for(config.matmul_parameters)
@@ -259,7 +306,10 @@ def _network_of(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
     return replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=stops, pad_token_id=tokenizer.pad_id)
 
 
-def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadline: float | None) -> Built:
+def _pretrain(
+    out: Path, directory: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadline: float | None
+) -> Built:
+    """Train the base and write it to ``directory``."""
     tokenizer = Tokenizer.load(out / "corpus" / "tokenizer")
     config = _network_of(plan, tokenizer)
     model = Transformer(config, compute_dtype=Speed(**plan.speed).dtype)
@@ -316,12 +366,12 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
     bits = final["bits_per_byte"]
     memory = peak_memory()
     model.compute_dtype = None  # written and sampled in float32
-    with atomic_directory(out / "model") as directory:
-        save_model(model, directory)
-        tokenizer.save(directory)
-    samples = _samples(out / "model", held, tokenizer)
-    built = Built(
-        model=str(out / "model"),
+    with atomic_directory(directory) as temporary:
+        save_model(model, temporary)
+        tokenizer.save(temporary)
+    samples = _samples(directory, held, tokenizer)
+    return Built(
+        model=str(directory),
         parameters=sum(p.numel() for p in model.parameters()),
         matmul_parameters=config.matmul_parameters,
         tokens=trained.tokens,
@@ -334,11 +384,10 @@ def _pretrain(out: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadli
         shortened=trained.shortened,
         corpus=corpus,
         samples=samples,
+        steps=trained.steps,
+        skipped=trained.skipped,
+        history=trained.history,
     )
-    _report(out, built, plan, trained)
-    write_json(out / "result.json", asdict(built))
-    (out / STATE).unlink(missing_ok=True)  # nothing is left to resume
-    return built
 
 
 def _samples(
@@ -362,59 +411,10 @@ def _samples(
     ]
 
 
-def _report(out: Path, built: Built, plan: Plan, trained: Trained) -> None:
-    corpus = built.corpus
-    facts = {
-        "model": f"{plan.layers} layers, width {plan.width}, vocabulary {corpus.vocab_size:,}, context {plan.context}",
-        "parameters": f"{built.parameters:,} ({built.matmul_parameters:,} in matrices)",
-        "trained on": f"{built.tokens:,} tokens of {corpus.tokens:,} "
-        f"({built.tokens / max(1, corpus.tokens):.2f} passes)",
-        "corpus": f"{corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB, "
-        f"{corpus.bytes_per_token:.2f} bytes a token"
-        + ("" if corpus.complete else "; the rest was not read, there was enough for the budget"),
-        "held out": f"{corpus.heldout_documents:,} documents, {corpus.heldout_bytes / 1e3:.0f} kB",
-        "bits per byte (held out)": f"{built.bits_per_byte:.3f}" + _by_source(built.bits_per_byte_by_source),
-        "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
-        f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
-        "steps": f"{trained.steps:,} of {plan.rows * plan.context:,} tokens",
-    }
-    expected = plan.predicted
-    comparisons = [
-        f"training {duration(expected['seconds'])} (took {duration(built.seconds)})",
-        f"memory {expected['memory_bytes'] / 1e6:,.0f} MB (took {built.peak_memory_bytes / 1e6:,.0f})",
-    ]
-    if expected["bits_per_byte"] is not None:
-        comparisons.append(
-            f"{expected['bits_per_byte']:.3f} bits per byte (reached {built.bits_per_byte:.3f})"
-        )
-    facts["predicted"] = ", ".join(comparisons)
-    facts |= {rule.name: f"{rule.value} ({rule.why})" for rule in plan.rules}
-    if trained.skipped:
-        facts["steps left out"] = f"{trained.skipped:,}, whose gradient was not finite or a spike"
-    if corpus.decontamination:
-        facts["removed as test text"] = (
-            f"{corpus.decontamination['passages_removed']:,} passages that hold one of "
-            f"{corpus.decontamination['test_examples_found']:,} test examples, or a near-copy"
-        )
-    write_training_report(
-        out,
-        title="Built from raw text",
-        facts=facts,
-        history=trained.history,
-        heldout="bits_per_byte",
-        samples=built.samples,
+def read_result(path: Path) -> Built:
+    """What a finished run made, from its `result.json`."""
+    stored = read_json(path)
+    chat = stored.get("chat")
+    return Built(
+        **{**stored, "corpus": Corpus(**stored["corpus"]), "chat": Chatted(**chat) if chat else None}
     )
-
-
-def _by_source(bits: dict[str, float]) -> str:
-    if len(bits) < 2:
-        return ""
-    shown = sorted(bits.items(), key=lambda item: -item[1])
-    rest = f" and {len(shown) - 8} more sources" if len(shown) > 8 else ""
-    return " (" + ", ".join(f"{name} {value:.3f}" for name, value in shown[:8]) + rest + ")"
-
-
-def read_result(out: Path) -> Built:
-    """What a finished run made."""
-    stored = read_json(out / "result.json")
-    return Built(**{**stored, "corpus": Corpus(**stored["corpus"])})

@@ -32,6 +32,8 @@ class Settings:
     learning_rate: float | None = None  # peak, of the matrices; AdamW: of everything
     embedding_rate: float | None = None
     weight_decay: float | None = None
+    chat: str | None = None  # a file of conversations: the last stage makes a chat model of the base
+    chat_epochs: float | None = None  # passes over them; None: 3
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)
     seed: int = 0  # of weights and data order
 
@@ -48,6 +50,8 @@ class Settings:
             raise UserError(
                 f"build has no setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
             )
+        if settings.get("chat") is not None:
+            settings["chat"] = str(settings["chat"])
         found = Settings(tuple(map(str, sources)), **settings)
         if found.minutes is None and found.tokens is None and found.flops is None:
             return Settings(**{**asdict(found), "minutes": 5.0})
@@ -60,7 +64,7 @@ class Settings:
             raise UserError("give one of --minutes, --tokens and --flops: each decides how long the run is")
         positive = (
             "minutes", "tokens", "flops", "layers", "width", "vocab_size", "context", "batch_tokens",
-            "learning_rate", "embedding_rate",
+            "learning_rate", "embedding_rate", "chat_epochs",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -74,6 +78,8 @@ class Settings:
             raise UserError(f"--optimizer is {self.optimizer!r}; it must be muon or adamw")
         if self.optimizer == "adamw" and self.embedding_rate is not None:
             raise UserError("--embedding-rate belongs to --optimizer muon; AdamW has one rate for everything")
+        if self.chat_epochs is not None and self.chat is None:
+            raise UserError("--chat-epochs belongs to --chat DATA, which is not given")
         if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(
                 f"--vocab-size is {self.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: a token for each "

@@ -38,6 +38,15 @@ def build(
         int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens an optimizer step.")] = None,
+    chat: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Conversations ({messages}) to tune the base on, so that it answers."
+        ),
+    ] = None,
+    chat_epochs: Annotated[
+        float | None, typer.Option(metavar="N", help="Passes over the conversations; default 3.")
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(metavar="muon|adamw", help="For the matrices of the blocks.")
     ] = "muon",
@@ -68,6 +77,8 @@ def build(
         vocab_size=vocab_size,
         context=context,
         batch_tokens=batch_tokens,
+        chat=chat,
+        chat_epochs=chat_epochs,
         optimizer=optimizer,
         learning_rate=learning_rate,
         embedding_rate=embedding_rate,

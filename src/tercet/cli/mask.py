@@ -12,8 +12,8 @@ def print_masks(
     ref: str, data: Path, max_tokens: int | None, over_length: str, chat_template: Path | None
 ) -> None:
     """Print the first examples: what the loss covers in green in a terminal, in ⟦ ⟧ elsewhere."""
+    from tercet.data.examples import prepare, show_mask
     from tercet.data.rows import read_rows
-    from tercet.tune.examples import prepare, show_mask
     from tercet.tune.sft import checked_limit, checked_policy, load_for_tuning, resolve
 
     directory = resolve(ref)

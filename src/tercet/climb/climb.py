@@ -282,7 +282,7 @@ def _base_facts(out: Path) -> dict[str, Any]:
 
     if not (out / "base" / "result.json").is_file():
         return {}
-    made = read_result(out / "base")
+    made = read_result(out / "base" / "result.json")
     return {
         "path": made.model, "parameters": made.parameters, "tokens": made.tokens, "seconds": made.seconds,
         "bits_per_byte": round(made.bits_per_byte, 4), "corpus_bytes": made.corpus.bytes,

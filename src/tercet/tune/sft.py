@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from tercet.data.batches import Encoded, items_at, micro_batches
+from tercet.data.examples import CHATML, OverLength, prepare
 from tercet.data.rows import read_rows
 from tercet.errors import UserError, check_seed
 from tercet.files import atomic_directory, fingerprint, read_json, read_text, write_json
@@ -23,18 +23,11 @@ from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
-from tercet.train.calibrate import calibrate
-from tercet.train.loop import STATE, Recipe, Trained, train
-from tercet.train.loss import Batch, loss_sum
+from tercet.train.loop import STATE, Trained
 from tercet.train.report import write_training_report
-from tercet.train.schedule import Schedule
-from tercet.tune.examples import CHATML, OverLength, Prepared, prepare
+from tercet.train.supervised import Supervision, ending_with, fine_tune, full_rate, hold_out
 
 Method = Literal["lora", "full"]
-
-MARGIN = 1.5  # time planned over time measured: padding, held-out measurements, a machine that has other work
-TOKEN_BUDGET = 4096  # tokens in one forward pass; larger steps are accumulated
-HELDOUT_SHARE, HELDOUT_MOST = 0.05, 200  # of the examples, where no dev data is given
 
 
 @dataclass(frozen=True)
@@ -89,14 +82,10 @@ class Tuned:
 
 
 def learning_rate_for(parameters: int, method: str) -> float:
-    """Peak AdamW rate by size: a power law through what works at both ends.
-
-    Full tuning: 4e-3 at 0.6M weights (on builtin:docs-routing dev accuracy was 0.45 at 1e-3 and 0.53
-    at 4e-3), 1e-5 at 3B. LoRA: 5e-3 (2e-2 diverged there), 2e-4 at 7B.
-    """
+    """Peak AdamW rate by size. LoRA: 5e-3 at 0.6M weights (2e-2 diverged there), 2e-4 at 7B; full: `full_rate`."""
     if method == "lora":
         return float(f"{min(5e-3, 5e-3 * (1e6 / parameters) ** 0.37):.2g}")
-    return float(f"{min(4e-3, 4e-3 * (1e6 / parameters) ** 0.75):.2g}")
+    return full_rate(parameters)
 
 
 def resolve(reference: str | Path) -> Path:
@@ -168,7 +157,7 @@ def tune(
 ) -> Tuned:
     """Fine-tune the checkpoint directory ``model`` on ``data`` and write the result to ``out/model``.
 
-    data, dev: a file or rows in the forms `tercet.tune.examples.render_row` lists. Without ``dev`` a
+    data, dev: a file or rows in the forms `tercet.data.examples.render_row` lists. Without ``dev`` a
         twentieth of the examples is held out. The weights with the lowest held-out loss are kept.
     settings: fields of `Tuning`.
 
@@ -206,17 +195,6 @@ def _rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return read_rows(data) if isinstance(data, str | Path) else list(data)
 
 
-def _split(prepared: Prepared, seed: int) -> tuple[list[Encoded], list[Encoded]]:
-    """Training and held-out examples, where no dev data was given."""
-    count = min(HELDOUT_MOST, round(HELDOUT_SHARE * len(prepared.examples)))
-    if count < 1:
-        say("too few examples to hold any out: the held-out loss is that of the training examples")
-        return prepared.examples, prepared.examples
-    held = set(items_at(0, count, len(prepared.examples), seed + 1))
-    train_part = [example for index, example in enumerate(prepared.examples) if index not in held]
-    return train_part, [prepared.examples[index] for index in sorted(held)]
-
-
 def _run(
     source: Path,
     base: str,
@@ -231,7 +209,7 @@ def _run(
     limit = checked_limit(source, tuning.max_tokens)
     prepared = prepare(rows, tokenizer, limit, tuning.over_length)
     if dev_rows is None:
-        examples, held = _split(prepared, tuning.seed)
+        examples, held = hold_out(prepared.examples, tuning.seed)
     else:
         examples, held = prepared.examples, prepare(dev_rows, tokenizer, limit, "truncate").examples
     for line in prepared.account():
@@ -251,44 +229,23 @@ def _run(
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rate = tuning.learning_rate or learning_rate_for(parameters, tuning.method)
 
-    batch_size = min(tuning.batch_size, len(examples))
-    plan = _plan(out, model, tuning, examples, batch_size)
-    torch.set_num_threads(plan["threads"])
-    model.compute_dtype = getattr(torch, plan["compute_dtype"])
-    say(
-        f"{tuning.method}: {count:,} of {parameters:,} weights, {plan['steps']} steps of {batch_size} examples, "
-        f"rate {rate:g}, {plan['compute_dtype']}"
-    )
-
-    pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
-
-    def batches_at(step: int) -> list[Batch]:
-        chosen = [examples[index] for index in items_at(step, batch_size, len(examples), tuning.seed)]
-        return [
-            Batch(torch.from_numpy(a), torch.from_numpy(b))
-            for a, b in micro_batches(chosen, pad, TOKEN_BUDGET)
-        ]
-
-    recipe = Recipe(
-        # Measured against 0.9 on builtin:docs-routing: a long plateau gave more than a long cool-down.
-        Schedule.of(plan["steps"], warmup=0.06, cooldown=0.3),
-        rate,
-        weight_decay=tuning.weight_decay,
-        betas=(0.9, 0.98),
-        evaluate_every=max(1, min(math.ceil(len(examples) / batch_size), plan["steps"] // 4)),
-        deadline=plan["deadline"],
-    )
-    trained = train(
+    trained = fine_tune(
         model,
-        recipe,
-        batches_at,
+        examples,
+        held,
         out,
-        fingerprint=key,
+        Supervision(
+            tuning.epochs,
+            tuning.batch_size,
+            rate,
+            tuning.weight_decay,
+            minutes=tuning.minutes,
+            seed=tuning.seed,
+        ),
+        pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
+        key=key,
         title=f"tuning ({tuning.method})",
-        evaluate=_heldout(model, held, pad),
-        keep_best=True,
     )
-    model.compute_dtype = None
     _write(model, source, tokenizer, prepared.stops, out, adapter, tuning)
     tuned = Tuned(
         model=str(out / "model"),
@@ -309,52 +266,6 @@ def _run(
     return tuned
 
 
-def _plan(
-    out: Path, model: Transformer, tuning: Tuning, examples: list[Encoded], batch_size: int
-) -> dict[str, Any]:
-    """Steps, arithmetic and threads; decided once and kept, so that a resumed run repeats them."""
-    path = out / "plan.json"
-    if path.is_file():
-        stored: dict[str, Any] = read_json(path)
-        return stored
-    mean = sum(len(example.ids) for example in examples) / len(examples)
-    # The real size of a step: small ones are slower a token than large ones.
-    rows, width = min(batch_size, max(1, round(TOKEN_BUDGET / mean))), max(4, 4 * round(mean / 4))
-    speed = calibrate(model, rows, min(width, model.config.max_positions))
-    steps = max(1, round(tuning.epochs * len(examples) / batch_size))
-    deadline = None
-    if tuning.minutes is not None:
-        deadline = 60 * tuning.minutes
-        affordable = int(deadline / (MARGIN * mean * batch_size / speed.tokens_per_second))
-        steps = max(1, min(steps, affordable))
-    plan = {
-        "steps": steps,
-        "deadline": deadline,
-        "threads": speed.threads,
-        "compute_dtype": speed.compute_dtype,
-        "tokens_per_second": speed.tokens_per_second,
-    }
-    write_json(path, plan)
-    estimate = 1.2 * steps * mean * batch_size / speed.tokens_per_second
-    say(f"about {duration(estimate)} at {speed.tokens_per_second:,.0f} tokens/s")
-    return plan
-
-
-def _heldout(model: Transformer, held: Sequence[Encoded], pad: int) -> Callable[[], dict[str, float]]:
-    """Loss per supervised token over all held-out examples, each token weighing the same."""
-    pieces = [
-        Batch(torch.from_numpy(a), torch.from_numpy(b)) for a, b in micro_batches(held, pad, TOKEN_BUDGET)
-    ]
-    total = sum(piece.supervised for piece in pieces)
-
-    def evaluate() -> dict[str, float]:
-        model.eval()
-        with torch.no_grad():
-            return {"loss": sum(float(loss_sum(model, piece)) for piece in pieces) / total}
-
-    return evaluate
-
-
 def _write(
     model: Transformer,
     source: Path,
@@ -364,14 +275,7 @@ def _write(
     adapter: AdapterConfig | None,
     tuning: Tuning,
 ) -> None:
-    generation = read_generation_config(source)
-    # The model now ends its answers with these; one that generation doesn't stop at would run on.
-    old = generation.get("eos_token_id")
-    stop_ids = [] if old is None else list(old) if isinstance(old, list) else [old]
-    stop_ids += [
-        i for token in sorted(stops) if (i := tokenizer.id_of(token)) is not None and i not in stop_ids
-    ]
-    generation["eos_token_id"] = stop_ids if len(stop_ids) != 1 else stop_ids[0]
+    generation = ending_with(stops, tokenizer, read_generation_config(source))
     with atomic_directory(out / "model") as directory:
         if adapter is not None and not tuning.merge:
             save_adapter(model, directory, adapter)
