@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,3 +136,17 @@ def test_rows_that_are_no_conversations_are_refused(text: Path, tmp_path: Path) 
         build(text, tmp_path / "run", tokens=20_000, chat=path, **SMALL)
     with pytest.raises(UserError, match="--chat-epochs belongs to --chat"):
         build(text, tmp_path / "run", tokens=20_000, chat_epochs=2, **SMALL)
+
+
+def test_a_build_can_clean_its_data_first(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = [f"{a}{b}" for a in ("ba", "ko", "li", "mu", "ne") for b in ("ra", "so", "ti", "vu")]
+    texts = [" ".join(rng.choice(words, 200)) for _ in range(50)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, *texts[:10]]))
+    made = build(path, tmp_path / "run", tokens=4_000, curate="none", **SMALL)
+    assert made.corpus.documents + made.corpus.heldout_documents == 50
+    report = json.loads((tmp_path / "run" / "curated" / "report.json").read_text())
+    assert (report["read"]["documents"], report["written"]["documents"]) == (60, 50)
+    with pytest.raises(UserError, match="--curate is 'fine'; choose none, light, web"):
+        build(path, tmp_path / "other", tokens=4_000, curate="fine", **SMALL)

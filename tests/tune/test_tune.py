@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tercet.build.initialize import initialize
+from tercet.data.examples import CHATML, prepare, show_mask
 from tercet.engine.backend import Chunk
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
@@ -21,7 +22,6 @@ from tercet.model.config import ModelConfig
 from tercet.model.loading import load_model, save_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
-from tercet.data.examples import CHATML, prepare, show_mask
 from tercet.tune.sft import Tuning, learning_rate_for, tune
 
 COLOURS = ["red", "green", "blue", "black"]

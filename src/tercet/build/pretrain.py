@@ -150,6 +150,10 @@ def build(
             say(f"{out} is finished already; delete it or choose another --out to build again")
             return read_result(out / "result.json")
         plan = _plan(out, asked)
+        if asked.curate is not None:
+            from tercet.build.curate.pipeline import curate
+
+            sources = [curate(sources, out / "curated", preset=asked.curate, seed=asked.seed).data]
         limit = reading_limit(plan.tokens)
         skipped: Counter[str] = Counter()
         corpus = prepare(

@@ -12,6 +12,7 @@ from tercet.build.corpus import SPECIAL_TOKENS
 from tercet.errors import UserError, check_seed
 from tercet.train.optimizer import Kind
 
+PRESETS = ("none", "light", "web")  # of rules; `tercet.build.curate.filters` says which
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
@@ -32,6 +33,7 @@ class Settings:
     learning_rate: float | None = None  # peak, of the matrices; AdamW: of everything
     embedding_rate: float | None = None
     weight_decay: float | None = None
+    curate: str | None = None  # the rules of a first stage that cleans the data; None: as it is
     chat: str | None = None  # a file of conversations: the last stage makes a chat model of the base
     chat_epochs: float | None = None  # passes over them; None: 3
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)
@@ -78,6 +80,8 @@ class Settings:
             raise UserError(f"--optimizer is {self.optimizer!r}; it must be muon or adamw")
         if self.optimizer == "adamw" and self.embedding_rate is not None:
             raise UserError("--embedding-rate belongs to --optimizer muon; AdamW has one rate for everything")
+        if self.curate not in (None, *PRESETS):
+            raise UserError(f"--curate is {self.curate!r}; choose {', '.join(PRESETS)}")
         if self.chat_epochs is not None and self.chat is None:
             raise UserError("--chat-epochs belongs to --chat DATA, which is not given")
         if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:

@@ -38,6 +38,10 @@ def build(
         int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens an optimizer step.")] = None,
+    curate: Annotated[
+        str | None,
+        typer.Option(metavar="RULES", help="Clean the data first: none (copies only), light or web rules."),
+    ] = None,
     chat: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +81,7 @@ def build(
         vocab_size=vocab_size,
         context=context,
         batch_tokens=batch_tokens,
+        curate=curate,
         chat=chat,
         chat_epochs=chat_epochs,
         optimizer=optimizer,

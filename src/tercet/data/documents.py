@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from tercet.data.rows import nearest_file
 from tercet.errors import UserError
@@ -25,6 +25,7 @@ from tercet.files import fingerprint
 
 BUILTIN = "builtin:python-docs"
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's separator, as TinyStories and others write it between texts
+_LICENCE_FIELDS = ("license", "licence", "metadata", "meta")
 _TEXT_FIELDS = ("text", "content", "messages", "conversations")
 
 
@@ -36,11 +37,24 @@ class Document:
         text: the text, with ``\\n`` line ends.
         source: the group it is counted under: the source as the user named it, or ``stdlib/json``.
         id: where exactly it stands: ``path:line`` (row for tables), or the module.
+        offset: the byte of the (unpacked) file at which it, or its row, begins; None for tables.
+        licence: as the row names it, in ``license``, ``licence`` or in a ``meta`` or ``metadata`` object.
     """
 
     text: str
     source: str
     id: str
+    offset: int | None = None
+    licence: str | None = None
+
+
+class Row(NamedTuple):
+    """A text in a file: the line or row it begins in (from 1), and what its document says of it."""
+
+    number: int
+    text: str
+    offset: int | None = None
+    licence: str | None = None
 
 
 def read_documents(sources: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[Document]:
@@ -137,20 +151,20 @@ def _documents(expanded: list[tuple[str, list[Path]]], skipped: Counter[str]) ->
         for path in files:
             read = _READERS[_kind(path) or ""]
             empty = True
-            for number, text in read(path):
+            for row in read(path):
                 empty = False
-                if not text.strip():
+                if not row.text.strip():
                     skipped["empty"] += 1
                     continue
                 any_text = True
-                yield Document(text, source, f"{path.as_posix()}:{number}")
+                yield Document(row.text, source, f"{path.as_posix()}:{row.number}", row.offset, row.licence)
             if empty:
                 skipped["empty"] += 1
         if not any_text:
             raise UserError(f"{source} holds no text")
 
 
-# Readers of one file: they give (line or row number from 1, text).
+# Readers of one file.
 
 
 @contextlib.contextmanager
@@ -167,6 +181,11 @@ def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
 
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, each with its ``\\n``."""
+    return (line for _, line in _placed_lines(path))
+
+
+def _placed_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """`_lines`, each with the byte it begins at."""
     offset = 0
     with _opened(path) as stream:
         for data in stream:
@@ -179,36 +198,38 @@ def _lines(path: Path) -> Iterator[str]:
                 mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
                 where = offset + mark + problem.start
                 raise UserError(f"{path} is not UTF-8 text (byte {where}); convert it first") from problem
+            yield offset, line[:-2] + "\n" if line.endswith("\r\n") else line
             offset += len(data)
-            yield line[:-2] + "\n" if line.endswith("\r\n") else line
 
 
-def _read_text(path: Path) -> Iterator[tuple[int, str]]:
+def _read_text(path: Path) -> Iterator[Row]:
     held: list[str] = []
-    first = 1
-    for number, line in enumerate(_lines(path), start=1):
+    first, begin = 1, 0
+    for number, (offset, line) in enumerate(_placed_lines(path), start=1):
         if line.strip() != END_OF_TEXT:
+            if not held:
+                first, begin = number, offset
             held.append(line)
             continue
         if held:
-            yield first, "".join(held)
-        held, first = [], number + 1
+            yield Row(first, "".join(held), begin)
+        held = []
     if held:
-        yield first, "".join(held)
+        yield Row(first, "".join(held), begin)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_lines(path), start=1):
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, (offset, line) in enumerate(_placed_lines(path), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as problem:
             raise UserError(f"{path}:{number} is not valid JSON: {problem}") from problem
-        yield number, _text_of(row, f"{path}:{number}")
+        yield Row(number, _text_of(row, f"{path}:{number}"), offset, _licence_of(row))
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, str]]:
+def _read_json(path: Path) -> Iterator[Row]:
     content = "".join(_lines(path))
     if not content.strip():
         return
@@ -217,10 +238,10 @@ def _read_json(path: Path) -> Iterator[tuple[int, str]]:
     except (json.JSONDecodeError, RecursionError) as problem:
         raise UserError(f"{path} is not valid JSON: {problem}") from problem
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
-        yield number, _text_of(row, f"{path}, row {number}")
+        yield Row(number, _text_of(row, f"{path}, row {number}"), None, _licence_of(row))
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, str]]:
+def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long documents
     reader = csv.reader(_lines(path), strict=True)
     try:
@@ -229,12 +250,12 @@ def _read_csv(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}:{reader.line_num} is not valid csv: {problem}") from problem
 
 
-def _read_tsv(path: Path) -> Iterator[tuple[int, str]]:
+def _read_tsv(path: Path) -> Iterator[Row]:
     # As in tables of examples: a quote is text like any other and a line is a row.
     return _table(path, (line.rstrip("\n").split("\t") if line.strip() else [] for line in _lines(path)))
 
 
-def _table(path: Path, rows: Iterable[list[str]]) -> Iterator[tuple[int, str]]:
+def _table(path: Path, rows: Iterable[list[str]]) -> Iterator[Row]:
     header: list[str] | None = None
     number = 0
     for values in rows:
@@ -247,10 +268,11 @@ def _table(path: Path, rows: Iterable[list[str]]) -> Iterator[tuple[int, str]]:
         where = f"{path}, row {number}"
         if len(values) != len(header):
             raise UserError(f"{where} has {len(values)} values for {len(header)} columns")
-        yield number, _text_of(dict(zip(header, values, strict=True)), where)
+        row = dict(zip(header, values, strict=True))
+        yield Row(number, _text_of(row, where), None, _licence_of(row))
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, str]]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -262,15 +284,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, str]]:
             field = next((name for name in _TEXT_FIELDS if name in names), None)
             if field is None:
                 raise UserError(_no_text_field(str(path), names))
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            columns = [field, *(name for name in _LICENCE_FIELDS if name in names)]
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    yield number, _text_of({field: value}, f"{path}, row {number}")
+                    yield Row(number, _text_of(row, f"{path}, row {number}"), None, _licence_of(row))
         except pa.ArrowException as problem:
             raise UserError(f"{path} is not a readable parquet file: {problem}".splitlines()[0]) from problem
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, str]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".jsonl": _read_jsonl,
@@ -279,6 +302,14 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, str]]]] = {
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,
 }
+
+
+def _licence_of(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return None
+    inner = (row[name] for name in ("metadata", "meta") if isinstance(row.get(name), dict))
+    named = (place.get(name) for place in (row, *inner) for name in ("license", "licence"))
+    return next((value for value in named if isinstance(value, str) and value), None)
 
 
 def _text_of(row: Any, where: str) -> str:

@@ -1,0 +1,1 @@
+"""Raw text into a corpus: rules, copies, test texts, mixtures, shards."""
