@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zipfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_empty_files_and_rows_are_counted(write: Any, tmp_path: Path) -> None:
         ("bom.txt", b"\xef\xbb\xbfab\xff", "bom.txt is not UTF-8 text (byte 5)"),
         ("binary.txt", b"GIF89a\0\1", "binary.txt is a binary file (byte 6 is NUL)"),
         ("wide.txt", "text".encode("utf-16"), "wide.txt is a binary file"),
-        ("a.pdf", "x", "known: .txt .md .jsonl"),
+        ("a.pdf", "x", "known: .txt .md .html"),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2 is not valid JSON"),
         ("a.json", '[{"text": "x"}', "a.json is not valid JSON"),
         ("deep.jsonl", "[" * 100_000, "deep.jsonl:1"),
@@ -211,3 +212,130 @@ def test_the_fingerprint_changes_with_the_files_and_with_nothing_else(write: Any
     (tmp_path / "d" / "b.txt").write_text("TWO")
     os.utime(tmp_path / "d" / "b.txt", (1, 1))
     assert source_fingerprint([root, builtin]) != more
+
+
+def zstandard(content: bytes) -> bytes:
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+def test_zstandard_also_of_several_frames(write: Any) -> None:
+    content = zstandard(b'{"text": "one"}\n') + zstandard(b'{"text": "two"}\n')
+    assert texts(write("a.jsonl.zst", content)) == ["one", "two"]
+    assert "is not a whole zstandard file" in fault(write("cut.txt.zst", zstandard(b"words " * 99)[:-3]))
+    assert "is not a whole zstandard file" in fault(write("no.txt.zst", b"plain text"))
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["three"]}), table)
+    assert texts(write("a.parquet.zst", zstandard(table.getvalue().to_pybytes()))) == ["three"]
+
+
+def test_the_members_of_an_archive_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("b/two.jsonl.gz", gzip.compress(b'{"text": "two"}\n'))
+        archive.writestr("a/one.txt", "one")
+        archive.writestr("c.pdf", "no text")
+        archive.writestr("d.txt", b"\xff")
+        table = pa.BufferOutputStream()
+        pq.write_table(pa.table({"text": ["three"]}), table)
+        archive.writestr("e.parquet", table.getvalue().to_pybytes())
+    skipped: Counter[str] = Counter()
+    found = list(read_documents([str(tmp_path / "a.zip")], skipped))
+    assert [document.text for document in found] == ["one", "two", "three"]
+    assert found[0].id == f"{(tmp_path / 'a.zip').as_posix()}/a/one.txt:1"
+    assert skipped == {"not UTF-8 text": 1}
+
+
+def test_a_page_gives_its_paragraphs(write: Any) -> None:
+    page = """<!doctype html><html><head><title>T</title><script>x()</script></head><body><nav>Home</nav>
+    <main><h1>Harbour</h1><p>The boats <i>came</i> back
+    from the islands.<br>Yes &amp; no</p><pre>a  b
+   c</pre><table><tr><td>1</td><td>2</td></tr></table><ul><li>x<li>y</ul></main><footer>(c)</footer>"""
+    expected = "Harbour\n\nThe boats came back from the islands.\nYes & no\n\na  b\n   c\n\n1  2\n\nx\ny"
+    assert texts(write("a.html", page), write("b.htm.gz", gzip.compress(page.encode()))) == [expected] * 2
+    assert texts(write("deep.html", "<div>" * 20_000 + "deep")) == ["deep"]
+
+
+def test_in_a_directory_what_is_broken_is_told_counted_and_left_out(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = gzip.compress("".join(f'{{"text": "row {n}"}}\n' for n in range(5000)).encode())
+    (tmp_path / "d").mkdir()
+    for name, content in {
+        "a.jsonl.gz": whole[: len(whole) // 2],
+        "b.txt": b"good\0bad",
+        "c.txt": b"caf\xe9",
+        "d.txt": b"",
+        "e.jsonl": b'{"text": "kept"}\n{"text": \n{"words": "x"}\n{"text": 3}\n{"text": "kept too"}\n',
+        "f.csv": b"text,n\nfine,1\nshort\n",
+        "g.parquet": b"PAR1",
+        "h.zip": b"PK no",
+        "i.txt.zst": b"no",
+        "j.json": b"[",
+        "k.txt": b"the last",
+    }.items():
+        (tmp_path / "d" / name).write_bytes(content)
+    skipped: Counter[str] = Counter()
+    found = [document.text for document in read_documents([str(tmp_path / "d")], skipped)]
+    # Whole rows before the break of the gzip file stay.
+    assert found[0] == "row 0" and found[-4:] == ["kept", "kept too", "fine", "the last"]
+    assert skipped == {
+        "not a whole gzip file": 1,
+        "binary": 1,
+        "not UTF-8 text": 1,
+        "empty": 1,
+        "not valid JSON": 2,
+        "no text field": 1,
+        "text is no string": 1,
+        "wrong number of columns": 1,
+        "not a readable parquet file": 1,
+        "not a whole zip archive": 1,
+        "not a whole zstandard file": 1,
+    }
+    said = capsys.readouterr().err
+    assert "c.txt is not UTF-8 text (byte 3)" in said and "e.jsonl:2 is not valid JSON" in said
+
+
+def test_many_faults_of_a_kind_are_told_three_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "kept"}\n' + "no\n" * 50)
+    skipped: Counter[str] = Counter()
+    assert len(list(read_documents([str(tmp_path)], skipped))) == 1
+    assert skipped == {"not valid JSON": 50}
+    assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("secret")
+    (tmp_path / "a.txt").chmod(0)
+    (tmp_path / "b.txt").write_text("open")
+    skipped: Counter[str] = Counter()
+    assert [document.text for document in read_documents([str(tmp_path)], skipped)] == ["open"]
+    assert skipped == {"cannot be read": 1}
+
+
+def test_offsets_and_licences(write: Any) -> None:
+    rows = [
+        '{"text": "\u00e9", "license": "CC0"}',
+        '{"text": "b", "meta": {"licence": "MIT"}}',
+        '{"text": "c"}',
+    ]
+    path = write("a.jsonl", "\n".join(rows))
+    found = list(read_documents([str(path)]))
+    assert [document.licence for document in found] == ["CC0", "MIT", None]
+    data = path.read_bytes()
+    assert [json.loads(data[document.offset :].splitlines()[0])["text"] for document in found] == [
+        "\u00e9",
+        "b",
+        "c",
+    ]
+    [first, second] = read_documents([str(write("a.txt", "\u00e9 1\n<|endoftext|>\n<|endoftext|>\ntwo"))])
+    assert (first.offset, second.offset, second.id[-2:]) == (0, len("\u00e9 1\n".encode()) + 28, ":4")
+
+
+def test_a_huge_text_file_is_divided_at_a_blank_line(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tercet.data.document_files.DIVIDE_AFTER", 10)
+    assert texts(write("a.txt", "one\n\ntwo words\n\nthree\n")) == ["one\n\ntwo words\n", "three\n"]

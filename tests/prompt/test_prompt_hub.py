@@ -35,7 +35,16 @@ FETCH = (
 
 class Hub:
     def __init__(self) -> None:
-        self.files = {"org/small": FILES, "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"x"}}
+        self.files = {
+            "org/small": FILES,
+            "org/pickled": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+            "org/texts": {
+                "README.md": b"about",
+                "data/train-0.jsonl": b'{"text": "one", "license": "CC0"}\n',
+                "data/test-0.jsonl": b'{"text": "two"}\n',
+                "weights.bin": b"x",
+            },
+        }
         self.downloaded: list[str] = []
         outer = self
 
@@ -51,6 +60,7 @@ class Hub:
             def do_GET(self) -> None:
                 parts = urlsplit(self.path).path.strip("/").split("/")
                 api = parts[0] == "api"
+                parts = parts[1:] if parts[0] == "datasets" else parts
                 name = "/".join(parts[2:4] if api else parts[:2])
                 files = outer.files.get(name)
                 revision = parts[5] if api else parts[3]
@@ -143,3 +153,32 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     assert "cannot be reached" in told
     assert "\n" not in told
     assert "HF_HUB_OFFLINE forbids" in fetch("http://127.0.0.1:9", tmp_path, "org/small", HF_HUB_OFFLINE="1")
+
+
+def test_a_data_set_is_read_through_the_cache(hub: Hub, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from tercet.data.documents import read_documents\n"
+        "from tercet.errors import UserError\n"
+        "try: print([(d.text, d.licence) for d in read_documents(sys.argv[1:])])\n"
+        "except UserError as problem: print('error:', problem)\n"
+    )
+
+    def read(source: str, **more: str) -> str:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **more}
+        done = subprocess.run(
+            [sys.executable, "-c", code, source], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    assert read("hub:org/texts#data/train-*") == "[('one', 'CC0')]"
+    assert hub.downloaded == ["data/train-0.jsonl"]
+    assert read("hub:org/texts@v1") == "[('about', None), ('two', None), ('one', 'CC0')]"
+    assert "weights.bin" not in hub.downloaded
+    # What is in the cache needs no connection.
+    assert (
+        read("hub:org/texts#data/train-*", HF_HUB_OFFLINE="1")
+        == "[('about', None), ('two', None), ('one', 'CC0')]"
+    )
+    assert "no dataset org/none on" in read("hub:org/none")
+    assert "the data set org/texts holds no file data/dev-*" in read("hub:org/texts#data/dev-*")

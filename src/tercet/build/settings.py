@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tercet.build.corpus import SPECIAL_TOKENS
+from tercet.build.curate import PRESETS
 from tercet.errors import UserError, check_seed
 from tercet.train.optimizer import Kind
 
-PRESETS = ("none", "light", "web")  # of rules; `tercet.build.curate.filters` says which
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tercet.errors import UserError
@@ -21,25 +23,59 @@ def fetch(name: str, revision: str | None = None) -> Path:
     Raises:
         UserError: no such model or revision, no permission, no connection, no safetensors.
     """
+    directory = _snapshot(name, revision, "model", WANTED, UNWANTED)
+    if not any(directory.glob("*.safetensors")):
+        called = name if revision is None else f"{name}@{revision}"
+        raise UserError(f"{called} holds no .safetensors; Tercet reads no other weights (never pickles)")
+    return directory
+
+
+def fetch_dataset(name: str, revision: str | None, patterns: Sequence[str]) -> list[Path]:
+    """The files of the data set ``name`` at ``revision`` that match one of ``patterns``, sorted.
+
+    Raises:
+        UserError: no such data set or revision, no permission, no connection, no such file.
+    """
+    directory = _snapshot(name, revision, "dataset", patterns, ())
+    # A snapshot in the cache may hold files that were fetched for other patterns.
+    found = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+        and any(fnmatch(path.relative_to(directory).as_posix(), pattern) for pattern in patterns)
+    ]
+    if not found:
+        raise UserError(f"the data set {name} holds no file {' '.join(patterns)}")
+    return found
+
+
+def _snapshot(
+    name: str, revision: str | None, kind: str, wanted: Sequence[str], unwanted: Sequence[str]
+) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     called = name if revision is None else f"{name}@{revision}"
     hub = constants.ENDPOINT
+    page = name if kind == "model" else f"datasets/{name}"
     try:
-        directory = Path(
+        return Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+                name,
+                revision=revision,
+                repo_type=kind,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
             )
         )
     except errors.GatedRepoError as problem:
         raise UserError(
-            f"{called} is gated: accept its terms at {hub}/{name}, then set HF_TOKEN to your token"
+            f"{called} is gated: accept its terms at {hub}/{page}, then set HF_TOKEN to your token"
         ) from problem
     except errors.RevisionNotFoundError as problem:
         raise UserError(f"{name} has no revision {revision!r} on {hub}") from problem
     except errors.RepositoryNotFoundError as problem:
         raise UserError(
-            f"no model {name} on {hub} (a private one needs HF_TOKEN), and no such directory here"
+            f"no {kind} {name} on {hub} (a private one needs HF_TOKEN), and no such directory here"
         ) from problem
     except errors.HFValidationError as problem:
         raise UserError(f"{called} is not a name the Hub can have: {_line(problem)}") from problem
@@ -56,9 +92,6 @@ def fetch(name: str, revision: str | None = None) -> Path:
         ) from problem
     except (errors.HfHubHTTPError, OSError) as problem:
         raise UserError(f"cannot fetch {called} from {hub}: {_line(problem)}") from problem
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{called} holds no .safetensors; Tercet reads no other weights (never pickles)")
-    return directory
 
 
 def _line(problem: BaseException) -> str:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tercet.build.curate import PRESETS
 from tercet.build.curate.language import Languages
 from tercet.build.curate.personal_data import mask_personal_data
 from tercet.build.curate.text_statistics import STOP_WORDS, Counts, Words, count, duplicate_grams, top_gram
-from tercet.build.settings import PRESETS
 from tercet.errors import UserError
 
 __all__ = ["PRESETS", "Dropped", "Rules", "mask_personal_data"]
