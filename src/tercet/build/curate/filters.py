@@ -46,10 +46,6 @@ class _Rule:
     source: str
     measure: Callable[[Counts], float | None]  # None: the rule says nothing of such a text
 
-    @property
-    def smallest(self) -> bool:
-        return self.name.startswith("min_")
-
 
 def _share(part: str, whole: str) -> Callable[[Counts], float | None]:
     def measure(counts: Counts) -> float | None:
@@ -146,7 +142,11 @@ class Rules:
             for name, limit in numbers.items()
             if not (limit == 0 if name.startswith("min_") else math.isinf(limit))
         }
-        self._structure = [rule for rule in (*_STRUCTURE, _ENGLISH) if rule.name in self._limits]
+        self._structure = [
+            (rule, rule.measure, rule.name.startswith("min_"), self._limits[rule.name])
+            for rule in (*_STRUCTURE, _ENGLISH)
+            if rule.name in self._limits
+        ]
         self._top = [(n, self._limits[_top_name(n)]) for n in _TOP if _top_name(n) in self._limits]
         self._repeated = [
             (n, self._limits[_repeated_name(n)]) for n in _REPEATED if _repeated_name(n) in self._limits
@@ -169,10 +169,10 @@ class Rules:
         return self._languages(text) if self._languages is not None else None
 
     def _judge(self, counts: Counts) -> Dropped | None:
-        for rule in self._structure:
-            value, limit = rule.measure(counts), self._limits[rule.name]
-            if value is not None and (value < limit if rule.smallest else value > limit):
-                side = "fewer than" if rule.smallest else "more than"
+        for rule, measure, least, limit in self._structure:
+            value = measure(counts)
+            if value is not None and (value < limit if least else value > limit):
+                side = "fewer than" if least else "more than"
                 return Dropped(rule.name, f"{value:,.4g} {rule.meaning}, {side} {limit:,g}")
         return None
 

@@ -70,7 +70,7 @@ def count(text: str) -> tuple[Counts, Words]:
     """The counts of ``text`` and its words. Memory: about 30 bytes a character."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     numbers, hashes, lengths = _scan(points, _kinds(), _stop_hashes())
-    return Counts(*(int(number) for number in numbers)), Words(hashes, lengths)
+    return Counts(*numbers.tolist()), Words(hashes, lengths)
 
 
 def top_gram(words: Words, n: int) -> int:
@@ -89,11 +89,9 @@ def duplicate_grams(words: Words, n: int) -> int:
 @cache
 def _kinds() -> NDArray[np.uint8]:
     table = np.zeros(_TABLE + 1, dtype=np.uint8)
-    for point in range(_TABLE):
-        character = chr(point)
-        table[point] = (
-            _SPACE * character.isspace() + _LETTER * character.isalpha() + _ALNUM * character.isalnum()
-        )
+    every = list(map(chr, range(_TABLE)))
+    for kind, test in ((_SPACE, str.isspace), (_LETTER, str.isalpha), (_ALNUM, str.isalnum)):
+        table[:_TABLE] |= kind * np.fromiter(map(test, every), dtype=np.uint8, count=_TABLE)
     for first, last in _UNSPACED_RANGES:
         table[first : last + 1] |= _UNSPACED
     for characters, kind in ((_ENDERS, _ENDER), (_CLOSERS, _CLOSER), (_BULLETS, _BULLET)):
