@@ -18,9 +18,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tercet.build.corpus import train_tokenizer
 from tercet.build.initialize import initialize
 from tercet.build.plan import network
+from tercet.build.vocabulary import train_tokenizer
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.model.loading import load_model, save_model

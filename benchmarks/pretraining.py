@@ -288,7 +288,7 @@ def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows:
     """The Trainer for ``minutes``; its number of steps comes from timing a few first, for the cosine."""
     import torch
 
-    from tercet.build.corpus import train_tokenizer
+    from tercet.build.vocabulary import train_tokenizer
 
     tokenizer = train_tokenizer(texts, 4096)
     end = tokenizer.eos_id

@@ -1,5 +1,6 @@
 """Building: corpus, tokenizer, network, resume, and what other libraries make of the result."""
 
+import io
 import itertools
 import json
 import math
@@ -9,16 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tercet.build.corpus import encode_stream, open_stream, split_heldout, train_tokenizer
+from tercet.build.corpus import open_stream, split, write_stream
 from tercet.build.initialize import initialize
 from tercet.build.plan import LADDER, network, shape_for
 from tercet.build.pretrain import build
+from tercet.build.spool import Spool
+from tercet.build.vocabulary import bytes_per_token, train_tokenizer
 from tercet.errors import UserError
 from tercet.model.transformer import Transformer
 from tercet.train.loop import STATE
@@ -146,29 +150,99 @@ def test_the_tokenizer_is_lossless_and_splits_digits() -> None:
     assert [tokenizer.decode([token]) for token in tokenizer.encode("1234")] == list("1234")
 
 
-def test_held_out_documents_are_chosen_by_content() -> None:
+@pytest.mark.parametrize("digits", ["one", "three", "all"])
+@pytest.mark.parametrize("whitespace", ["word", "apart"])
+def test_words_are_split_as_asked(digits: Any, whitespace: Any) -> None:
+    texts = ["call 1234567 now,  please\n\n call it 5.\n"] * 200
+    tokenizer = train_tokenizer(texts, 400, digits=digits, whitespace=whitespace)
+    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(texts[0])]
+    assert "".join(pieces) == texts[0]
+    numbers = {"one": list("1234567"), "three": ["123", "456", "7"], "all": ["1234567"]}[digits]
+    assert [piece for piece in pieces if piece.isdigit()] == [*numbers, "5"]
+    assert (" now" in pieces) == (whitespace == "word")
+    assert ("now" in pieces) == (whitespace == "apart")
+    odd = "  x\t\ty1 \r\n\u00a0'S 北京12 !! "
+    assert tokenizer.decode(tokenizer.encode(odd)) == odd
+
+
+def test_rare_merges_are_not_made() -> None:
+    texts = ["common words " * 50, "rare"]
+    tokens = train_tokenizer(texts, 1000, rarest=16).backend.get_vocab()
+    assert "Ġwords" in tokens and "rare" not in tokens
+    assert "rare" in train_tokenizer(texts, 1000).backend.get_vocab()
+
+
+def test_compression_is_bytes_over_tokens(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["ab " * 500], 262)
+    texts = ["ab ab", "é"]
+    # ab | Ġab, or what was merged of them; two bytes of é.
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    assert bytes_per_token(tokenizer, texts) == 7 / tokens
+
+
+def spool_of(path: Path, texts: list[str]) -> Spool:
+    spool = Spool(path)
+    for text in texts:
+        spool.append(text, "source")
+    return spool
+
+
+def test_a_spool_gives_its_texts_back_and_leaves_nothing(tmp_path: Path) -> None:
+    texts = ["one", "", "zwei é 北京 🙂", "\n"]
+    with spool_of(tmp_path / "texts", texts) as spool:
+        assert list(spool) == texts and spool[2] == texts[2]
+        assert list(spool.lengths) == list(map(len, texts))
+        assert spool.total_bytes == len("".join(texts).encode())
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_documents_are_chosen_by_content(tmp_path: Path) -> None:
     texts = [text_of(seed) for seed in range(400)]
-    train, held = split_heldout(texts)
+
+    def held_of(texts: list[str]) -> tuple[list[str], list[str]]:
+        with spool_of(tmp_path / "texts", texts) as spool:
+            division = split(spool)
+            return [text for _, text in division.train(spool)], [text for _, text in division.heldout(spool)]
+
+    train, held = held_of(texts)
     assert sorted(train + held) == sorted(texts)
     assert 0.09 < sum(map(len, held)) / sum(map(len, texts)) < 0.12, "a tenth of a small corpus"
-    assert set(split_heldout(texts[::-1])[1]) == set(held), "whatever their order"
-    more = split_heldout([*texts, "another document"])[1]
+    assert set(held_of(texts[::-1])[1]) == set(held), "whatever their order"
+    more = held_of([*texts, "another document"])[1]
     assert len(set(held) ^ set(more)) <= 2, "one document more moves no other, but at the edge"
 
 
-def test_of_one_long_text_the_end_is_held_out() -> None:
+def test_of_one_long_text_the_end_is_held_out(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(10_000))
-    [train], [held] = split_heldout([text])
+    with spool_of(tmp_path / "texts", [text]) as spool:
+        division = split(spool)
+        [(_, train)], [(_, held)] = list(division.train(spool)), list(division.heldout(spool))
     assert train + held == text and held.startswith("line ")
     assert 0.05 < len(held) / len(text) < 0.2
 
 
 def test_documents_stand_between_end_of_text_tokens() -> None:
     tokenizer = train_tokenizer([text_of(seed) for seed in range(50)], 300)
-    stream, starts = encode_stream(tokenizer, ["the cat", "a dog"])
+    file = io.BytesIO()
+    starts = write_stream(tokenizer, ["the cat", "a dog"], file)
     first, second = tokenizer.encode("the cat"), tokenizer.encode("a dog")
-    assert stream.tolist() == [0, *first, 0, *second, 0]
-    assert starts.tolist() == [1, 2 + len(first), len(stream)]
+    assert np.frombuffer(file.getvalue(), np.uint16).tolist() == [0, *first, 0, *second, 0]
+    assert starts.tolist() == [1, 2 + len(first), len(file.getvalue()) // 2]
+
+
+def test_the_report_compares_tokenizers(built: Path, corpus: Path, tmp_path: Path) -> None:
+    other = built / "model"
+    made = build(
+        corpus, tmp_path / "run", tokens=512, digits="three", compare_tokenizers=[str(other)], **SMALL
+    )
+    assert set(made.compression) == {"this model", str(other)}
+    assert made.compression["this model"]["bytes_per_token"] > 1
+    assert (
+        f"{other}: {made.compression[str(other)]['bytes_per_token']:.2f} bytes a token"
+        in (tmp_path / "run" / "report.html").read_text()
+    )
+    with pytest.raises(UserError, match="--digits is 'two'; choose one, three, all"):
+        build(corpus, tmp_path / "other", tokens=512, digits="two", **SMALL)
 
 
 def test_bits_per_byte_are_those_of_transformers_on_the_held_out_text(built: Path) -> None:

@@ -1,16 +1,23 @@
-"""Documents into one long stream of tokens on disk: the tokenizer, the training part, the held-out part."""
+"""Documents into one long stream of tokens on disk: the tokenizer, the training part, the held-out part.
+
+Texts wait in a file while the parts are chosen and the tokenizer is trained, so memory does not grow with
+them.
+"""
 
 from __future__ import annotations
 
-import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tercet.build.spool import Spool
+from tercet.build.vocabulary import RAREST_MERGE, Digits, Whitespace, train_tokenizer
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import Document
 from tercet.errors import UserError
@@ -18,10 +25,8 @@ from tercet.files import atomic_directory, read_json, write_json
 from tercet.model.tokenizer import Tokenizer
 from tercet.progress import Progress, say
 
-END_OF_TEXT = "<|endoftext|>"
-# ChatML's markers are reserved from the start, so that a chat model can be tuned from any base.
-SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 TOKENIZER_SAMPLE = 20_000_000  # bytes a tokenizer is trained on; merges change little beyond
+LEAST_TEXT = 20_000  # characters
 
 
 @dataclass(frozen=True)
@@ -43,44 +48,60 @@ class Corpus:
         return self.bytes / max(1, self.tokens)
 
 
-def split_heldout(texts: list[str], share: float = 0.01) -> tuple[list[str], list[str]]:
-    """Training and held-out texts, in their order.
+@dataclass(frozen=True)
+class Split:
+    """Which texts are held out: whole ones, or the rest of one from a character on."""
 
-    Held out are the documents whose content hashes lowest, until they make up ``share`` of the text
-    and a few thousand characters at least; so adding documents moves few others. With less than 20
-    documents it is the end of the longest one instead.
+    held: frozenset[int]
+    cut: tuple[int, int] | None = None
+
+    def train(self, spool: Spool) -> Iterator[tuple[int, str]]:
+        """The training texts with their numbers."""
+        for index in range(len(spool)):
+            if self.cut is not None and index == self.cut[0]:
+                yield index, spool[index][: self.cut[1]]
+            elif index not in self.held:
+                yield index, spool[index]
+
+    def heldout(self, spool: Spool) -> Iterator[tuple[int, str]]:
+        """The held-out texts with their numbers."""
+        if self.cut is not None:
+            yield self.cut[0], spool[self.cut[0]][self.cut[1] :]
+        for index in sorted(self.held):
+            yield index, spool[index]
+
+
+def split(spool: Spool, share: float = 0.01) -> Split:
+    """Which texts of ``spool`` are held out.
+
+    Those whose content hashes lowest, until they make up ``share`` of the text and a few thousand
+    characters at least; so adding documents moves few others. With less than 20 documents it is the
+    end of the longest one instead.
     """
-    total = sum(map(len, texts))
+    total = sum(spool.lengths)
     wanted = max(share * total, min(20_000, 0.1 * total))
-    if len(texts) < 20:
-        return _without_tail(texts, int(wanted))
-    order = sorted(range(len(texts)), key=lambda index: _position(texts[index]))
+    if len(spool) < 20:
+        return Split(frozenset(), _tail(spool, int(wanted)))
     chosen: set[int] = set()
     size = 0
-    for index in order:
+    for index in sorted(range(len(spool)), key=spool.digest):
         if size >= wanted:
             break
         # One huge document must not swallow the corpus.
-        if size + len(texts[index]) <= max(2 * wanted, 0.1 * total):
+        if size + spool.lengths[index] <= max(2 * wanted, 0.1 * total):
             chosen.add(index)
-            size += len(texts[index])
-    held = [texts[index] for index in sorted(chosen)]
-    return [text for index, text in enumerate(texts) if index not in chosen], held
+            size += spool.lengths[index]
+    return Split(frozenset(chosen))
 
 
-def _position(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-
-
-def _without_tail(texts: list[str], size: int) -> tuple[list[str], list[str]]:
-    """The last ``size`` characters of the longest text, from a line's start where there is one."""
-    longest = max(range(len(texts)), key=lambda index: len(texts[index]), default=0)
-    if not texts:
-        return [], []
-    text = texts[longest]
+def _tail(spool: Spool, size: int) -> tuple[int, int] | None:
+    """Where the last ``size`` characters of the longest text begin, from a line's start where there is one."""
+    if not len(spool):
+        return None
+    longest = max(range(len(spool)), key=spool.lengths.__getitem__)
+    text = spool[longest]
     line = text.find("\n", len(text) - size)
-    cut = line + 1 if 0 < line < len(text) - size // 2 else len(text) - size
-    return [*texts[:longest], text[:cut], *texts[longest + 1 :]], [text[cut:]]
+    return longest, line + 1 if 0 < line < len(text) - size // 2 else len(text) - size
 
 
 def gather(documents: Iterable[Document], limit: int) -> Iterator[Document]:
@@ -96,60 +117,35 @@ def gather(documents: Iterable[Document], limit: int) -> Iterator[Document]:
                 return
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes: GPT-2).
-
-    Digits are split one by one (Llama), words keep their leading space, every byte has a token, so
-    no text is out of vocabulary and encoding is lossless.
-    """
-    from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-
-    backend = Backend(models.BPE())
-    # GPT-4's word pattern with single digits: contractions, words, digits, punctuation, spaces.
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = ByteLevelDecoder()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(_until(texts, TOKENIZER_SAMPLE), trainer)
-    return Tokenizer.from_backend(backend, bos=END_OF_TEXT, eos=END_OF_TEXT, pad=END_OF_TEXT)
-
-
-def _until(texts: Iterable[str], limit: int) -> Iterator[str]:
-    total = 0
-    for text in texts:
-        if total >= limit:
-            return
-        total += len(text)
-        yield text
+def _sample(spool: Spool, division: Split) -> Iterator[str]:
+    """Training texts of about `TOKENIZER_SAMPLE` bytes, from everywhere in the corpus."""
+    share = TOKENIZER_SAMPLE / max(1, spool.total_bytes)
+    # Texts whose hash falls into the share: chosen by content, so no source is favoured. The hash's other
+    # end: those that hash low are held out.
+    limit = int(max(0.0, 1 - share) * 2**64)
+    for index, text in division.train(spool):
+        if int.from_bytes(spool.digest(index)[:8], "big") >= limit:
+            yield text
 
 
 def prepare(
     documents: Iterable[Document],
     directory: Path,
     *,
-    vocab_size: int,
+    planned_vocabulary: int,
     limit: int,
+    vocab_size: int | None = None,
+    digits: Digits = "one",
+    whitespace: Whitespace = "word",
     decontaminator: Decontaminator | None = None,
     vocabulary: Sequence[str] = (),
     key: str,
 ) -> Corpus:
     """Write ``directory`` with `train.bin`, `heldout.bin` (16- or 32-bit ids) and `tokenizer/`.
 
+    planned_vocabulary: tokens, where the corpus holds so many that occur often enough (`RAREST_MERGE`);
+        vocab_size: exactly so many, as far as there are merges at all. digits, whitespace: as
+        `tercet.build.vocabulary.word_pattern` takes them.
     vocabulary: texts that the tokenizer is trained on too, and the network is not.
 
     Does nothing when the directory already holds the corpus of the same ``key``.
@@ -163,77 +159,108 @@ def prepare(
         if stored.pop("key", None) != key:
             raise UserError(f"{directory} holds another corpus; choose another --out or delete it")
         return Corpus(**stored)
-    texts: list[str] = []
-    source_of: dict[str, str] = {}  # by text
-    read = 0
-    for document in gather(documents, limit):
-        read += len(document.text.encode("utf-8"))
-        cleaned: Document | None = document
-        if decontaminator is not None:
-            cleaned, _ = decontaminator.clean(document)
-        if cleaned is not None and cleaned.text.strip():
-            texts.append(cleaned.text)
-            source_of[cleaned.text] = document.source
-    if read >= limit:
-        say(f"read {read / 1e6:.1f} MB, enough for the budget; what comes after it was not read")
-    train, held = split_heldout(texts)
-    if sum(map(len, texts)) < 20_000:
-        raise UserError(
-            f"the corpus has {sum(map(len, texts)):,} characters; building a model needs at least 20,000 "
-            f"(a million gives the first readable sentences)"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with Spool(directory.parent / "texts.tmp") as spool:
+        read = 0
+        for document in gather(documents, limit):
+            read += len(document.text.encode())
+            cleaned: Document | None = document
+            if decontaminator is not None:
+                cleaned, _ = decontaminator.clean(document)
+            if cleaned is not None and cleaned.text.strip():
+                spool.append(cleaned.text, document.source)
+        if read >= limit:
+            say(f"read {read / 1e6:.1f} MB, enough for the budget; what comes after it was not read")
+        if sum(spool.lengths) < LEAST_TEXT:
+            raise UserError(
+                f"the corpus has {sum(spool.lengths):,} characters; building a model needs at least {LEAST_TEXT:,} "
+                f"(a million gives the first readable sentences)"
+            )
+        division = split(spool)
+        tokenizer = train_tokenizer(
+            chain(vocabulary, _sample(spool, division)),
+            vocab_size or planned_vocabulary,
+            digits=digits,
+            whitespace=whitespace,
+            rarest=0 if vocab_size else RAREST_MERGE,
         )
-    tokenizer = train_tokenizer([*vocabulary, *train], vocab_size)
-    with atomic_directory(directory) as temporary:
-        counts = {}
-        # What was held out of a single text is no document that was read.
-        names = sorted(set(source_of.values()))
-        numbers = {name: number for number, name in enumerate(names)}
-        first = next(iter(source_of.values()))
-        for name, texts in (("train", train), ("heldout", held)):
-            stream, starts = encode_stream(tokenizer, texts)
-            stream.tofile(temporary / f"{name}.bin")
-            np.save(temporary / f"{name}.starts.npy", starts)
-            sources = [numbers[source_of.get(text, first)] for text in texts]
-            np.save(temporary / f"{name}.sources.npy", np.array(sources, np.uint16))
-            counts[name] = len(stream)
-        write_json(temporary / "sources.json", names)
-        tokenizer.save(temporary / "tokenizer")
-        corpus = Corpus(
-            documents=len(train),
-            bytes=sum(len(text.encode()) for text in train),
-            tokens=counts["train"],
-            heldout_documents=len(held),
-            heldout_bytes=sum(len(text.encode()) for text in held),
-            heldout_tokens=counts["heldout"],
-            vocab_size=tokenizer.vocab_size,
-            complete=read < limit,
-            decontamination=decontaminator.summary() if decontaminator is not None else None,
-        )
-        write_json(temporary / "corpus.json", {**asdict(corpus), "key": key})
+        with atomic_directory(directory) as temporary:
+            parts = {
+                name: _write_part(temporary, name, tokenizer, texts, spool)
+                for name, texts in (("train", division.train(spool)), ("heldout", division.heldout(spool)))
+            }
+            write_json(temporary / "sources.json", spool.names)
+            tokenizer.save(temporary / "tokenizer")
+            train, held = parts["train"], parts["heldout"]
+            corpus = Corpus(
+                documents=train.documents,
+                bytes=train.bytes,
+                tokens=train.tokens,
+                heldout_documents=held.documents,
+                heldout_bytes=held.bytes,
+                heldout_tokens=held.tokens,
+                vocab_size=tokenizer.vocab_size,
+                complete=read < limit,
+                decontamination=decontaminator.summary() if decontaminator is not None else None,
+            )
+            write_json(temporary / "corpus.json", {**asdict(corpus), "key": key})
     return corpus
+
+
+@dataclass(frozen=True)
+class _Part:
+    documents: int
+    bytes: int
+    tokens: int
+
+
+def _write_part(
+    directory: Path, name: str, tokenizer: Tokenizer, texts: Iterable[tuple[int, str]], spool: Spool
+) -> _Part:
+    """Write NAME.bin, NAME.starts.npy and NAME.sources.npy."""
+    sources, size = array("H"), 0
+
+    def counted() -> Iterator[str]:
+        nonlocal size
+        for index, text in texts:
+            sources.append(spool.sources[index])
+            size += len(text.encode())
+            yield text
+
+    with (directory / f"{name}.bin").open("wb") as stream:
+        starts = write_stream(tokenizer, counted(), stream, spool.total_bytes if name == "train" else 0)
+    np.save(directory / f"{name}.starts.npy", starts)
+    np.save(directory / f"{name}.sources.npy", np.array(sources, np.uint16))
+    return _Part(len(sources), size, int(starts[-1]))
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def encode_stream(
-    tokenizer: Tokenizer, texts: list[str]
-) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]:
-    """All texts as one stream: an end-of-text token, then each text closed by one.
+def write_stream(
+    tokenizer: Tokenizer, texts: Iterable[str], stream: BinaryIO, expected: int = 0
+) -> NDArray[np.int64]:
+    """Write all texts as one stream of tokens: an end-of-text token, then each text closed by one.
 
-    Also where each text begins in it, and the stream's length at the end: int64 [n + 1].
+    expected: bytes of text, for the bar.
+
+    Returns:
+        Where each text begins in it, and the stream's length at the end: int64 [n + 1].
     """
     end = tokenizer.eos_id
     assert end is not None, "a tokenizer that was trained here has an end of text"
     kind = token_type(tokenizer.vocab_size)
-    pieces = [np.array([end], dtype=kind)]
-    with Progress("encoding the corpus", len(texts), "documents") as bar:
-        for start in range(0, len(texts), 256):
-            for ids in tokenizer.encode_batch(texts[start : start + 256], special=False):
-                pieces.append(np.array([*ids, end], dtype=kind))
-            bar.advance(min(256, len(texts) - start))
-    return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    starts = array("q", [1])
+    stream.write(np.array([end], dtype=kind).tobytes())
+    texts = iter(texts)
+    with Progress("encoding the corpus", expected, "bytes") as bar:
+        while batch := list(islice(texts, 256)):
+            for ids in tokenizer.encode_batch(batch, special=False):
+                stream.write(np.array([*ids, end], dtype=kind).tobytes())
+                starts.append(starts[-1] + len(ids) + 1)
+            bar.advance(sum(map(len, batch)))
+    return np.array(starts, np.int64)
 
 
 def open_stream(path: Path, vocab_size: int) -> NDArray[np.unsignedinteger]:

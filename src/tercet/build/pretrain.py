@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import sys
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from tercet.build.plan import (
 from tercet.build.report import write_build_report
 from tercet.build.scaling import remembered
 from tercet.build.settings import Settings
+from tercet.build.vocabulary import Digits, Whitespace, bytes_per_token, load_tokenizer
 from tercet.data.batches import items_at
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
@@ -66,6 +68,7 @@ EVALUATIONS = 5  # held-out measurements in a run
 EVALUATION_SHARE = (
     0.03  # of the tokens trained on are measured in all of them; a token costs a third of training
 )
+COMPRESSION_SAMPLE = 2_000_000  # characters of held-out text
 HELDOUT_TOKENS = 65_536  # of the last measurement: they pin bits per byte to under 1%
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
 MEMORY_BESIDE = 60 << 20
@@ -92,6 +95,7 @@ class Built:
     predicted: dict[str, Any]  # what the plan expected: seconds, memory_bytes, bits_per_byte
     shortened: bool  # the clock ended training early, so a rerun may give other numbers
     corpus: Corpus
+    compression: dict[str, dict[str, float]]  # of held-out text by tokenizer: vocab_size, bytes_per_token
     samples: list[dict[str, str]]
     steps: int
     skipped: int  # steps whose gradient was not finite or a spike, and was not applied
@@ -143,6 +147,7 @@ def build(
     sources, minutes = list(asked.data), asked.minutes
     out = Path(out)
     begun = time.monotonic()
+    others = {name: load_tokenizer(name) for name in asked.compare_tokenizers}
     conversations = read_conversations(asked.chat) if asked.chat else []
     key = fingerprint([asdict(asked), source_fingerprint(sources), list(exclude), conversations])
     with open_run(out, "build", key, asked.to_config()):
@@ -159,7 +164,10 @@ def build(
         corpus = prepare(
             read_documents(sources, skipped),
             out / "corpus",
-            vocab_size=plan.vocab_size,
+            planned_vocabulary=plan.vocab_size,
+            vocab_size=asked.vocab_size,
+            digits=cast(Digits, asked.digits),
+            whitespace=cast(Whitespace, asked.whitespace),
             limit=limit,
             decontaminator=Decontaminator(exclude) if exclude else None,
             vocabulary=conversation_texts(conversations),
@@ -191,6 +199,7 @@ def build(
                 key=key,
             )
             built = replace(read_result(out / BASE_RESULT), model=str(out / "model"), chat=chat)
+        built = replace(built, compression=_compression(out, others))
         write_build_report(out, built, plan)
         write_json(out / "result.json", asdict(built))
         (out / STATE).unlink(missing_ok=True)  # nothing is left to resume
@@ -387,11 +396,30 @@ def _pretrain(
         predicted=plan.predicted,
         shortened=trained.shortened,
         corpus=corpus,
+        compression={},
         samples=samples,
         steps=trained.steps,
         skipped=trained.skipped,
         history=trained.history,
     )
+
+
+def _compression(out: Path, others: dict[str, Tokenizer]) -> dict[str, dict[str, float]]:
+    """How many bytes a token holds on held-out text: the model's own, and of other tokenizers."""
+    own = Tokenizer.load(out / "corpus" / "tokenizer")
+    held = open_stream(out / "corpus" / "heldout.bin", own.vocab_size)
+    starts = np.load(out / "corpus" / "heldout.starts.npy")
+    texts: list[str] = []
+    size = 0
+    for begin, end in itertools.pairwise(starts.tolist()):
+        texts.append(own.decode([int(token) for token in held[begin : end - 1]]))
+        size += len(texts[-1])
+        if size > COMPRESSION_SAMPLE:
+            break
+    return {
+        name: {"vocab_size": tokenizer.vocab_size, "bytes_per_token": bytes_per_token(tokenizer, texts)}
+        for name, tokenizer in {"this model": own, **others}.items()
+    }
 
 
 def _samples(

@@ -29,6 +29,10 @@ def write_build_report(out: Path, built: Built, plan: Plan) -> None:
         f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
         "steps": f"{built.steps:,} of {plan.rows * plan.context:,} tokens",
     }
+    facts["compression (held out)"] = ", ".join(
+        f"{name}: {one['bytes_per_token']:.2f} bytes a token of {one['vocab_size']:,}"
+        for name, one in built.compression.items()
+    )
     expected = plan.predicted
     comparisons = [
         f"training {duration(expected['seconds'])} (took {duration(built.seconds)})",

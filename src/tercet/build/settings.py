@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tercet.build.corpus import SPECIAL_TOKENS
 from tercet.build.curate import PRESETS
+from tercet.build.vocabulary import DIGITS, SPECIAL_TOKENS, WHITESPACE
 from tercet.errors import UserError, check_seed
 from tercet.train.optimizer import Kind
 
@@ -27,6 +27,9 @@ class Settings:
     layers: int | None = None
     width: int | None = None
     vocab_size: int | None = None
+    digits: str = "one"  # of a number that may be one token: one, three, all
+    whitespace: str = "word"  # joined to the word behind it, or apart
+    compare_tokenizers: tuple[str, ...] = ()  # whose compression is measured on the held-out text
     context: int | None = None  # tokens the model reads at once
     batch_tokens: int | None = None  # an optimizer step
     optimizer: Kind = "muon"  # for the matrices of the blocks
@@ -54,6 +57,7 @@ class Settings:
             )
         if settings.get("chat") is not None:
             settings["chat"] = str(settings["chat"])
+        settings["compare_tokenizers"] = tuple(settings.get("compare_tokenizers") or ())
         found = Settings(tuple(map(str, sources)), **settings)
         if found.minutes is None and found.tokens is None and found.flops is None:
             return Settings(**{**asdict(found), "minutes": 5.0})
@@ -80,6 +84,9 @@ class Settings:
             raise UserError(f"--optimizer is {self.optimizer!r}; it must be muon or adamw")
         if self.optimizer == "adamw" and self.embedding_rate is not None:
             raise UserError("--embedding-rate belongs to --optimizer muon; AdamW has one rate for everything")
+        for name, allowed in (("digits", DIGITS), ("whitespace", WHITESPACE)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{_option(name)} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
         if self.curate not in (None, *PRESETS):
             raise UserError(f"--curate is {self.curate!r}; choose {', '.join(PRESETS)}")
         if self.chat_epochs is not None and self.chat is None:
@@ -99,7 +106,7 @@ class Settings:
 
     def to_config(self) -> dict[str, Any]:
         """For config.yaml."""
-        return {**asdict(self), "data": list(self.data)}
+        return {**asdict(self), "data": list(self.data), "compare_tokenizers": list(self.compare_tokenizers)}
 
 
 def _option(name: str) -> str:

@@ -34,6 +34,16 @@ def build(
     layers: Annotated[int | None, typer.Option(metavar="N", help="Layers, with --width.")] = None,
     width: Annotated[int | None, typer.Option(metavar="N", help="Hidden size, with --layers.")] = None,
     vocab_size: Annotated[int | None, typer.Option(metavar="N", help="Tokens in the vocabulary.")] = None,
+    digits: Annotated[
+        str, typer.Option(metavar="one|three|all", help="Digits of a number that may be one token.")
+    ] = "one",
+    whitespace: Annotated[
+        str, typer.Option(metavar="word|apart", help="A space goes with the word behind it, or apart.")
+    ] = "word",
+    compare_tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF", help="Compare compression with this model's tokenizer; may be repeated."),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
     ] = None,
@@ -79,6 +89,9 @@ def build(
         layers=layers,
         width=width,
         vocab_size=vocab_size,
+        digits=digits,
+        whitespace=whitespace,
+        compare_tokenizers=compare_tokenizer or (),
         context=context,
         batch_tokens=batch_tokens,
         curate=curate,

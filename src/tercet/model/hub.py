@@ -30,6 +30,15 @@ def fetch(name: str, revision: str | None = None) -> Path:
     return directory
 
 
+def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
+    """The directory of the model ``name`` with its tokenizer's files.
+
+    Raises:
+        UserError: as `fetch`; no tokenizer is told by who reads it.
+    """
+    return _snapshot(name, revision, "model", ("tokenizer*", "special_tokens_map.json", "*.jinja"), UNWANTED)
+
+
 def fetch_dataset(name: str, revision: str | None, patterns: Sequence[str]) -> list[Path]:
     """The files of the data set ``name`` at ``revision`` that match one of ``patterns``, sorted.
 
