@@ -319,3 +319,23 @@ def test_too_little_text_and_a_foreign_directory_are_refused(
         build(corpus, tmp_path / "other", tokens=1000)
     with pytest.raises(UserError, match="other data or settings"):
         build(corpus, built, tokens=1000)
+
+
+def test_minimal_pairs_are_measured_in_the_run_and_at_its_end(corpus: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "sentence_good": f"the small {noun} runs.",
+            "sentence_bad": f"small {noun} the runs zxq.",
+            "UID": "order",
+        }
+        for noun in ("cat", "dog", "tree", "house")
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = build(corpus, tmp_path / "run", tokens=20_000, pairs=[pairs], **SMALL)
+    # Letters that never stand together in the corpus are unlikely after any training at all.
+    assert made.pair_accuracy == {"accuracy": 1.0, "pairs": 4}
+    assert all(0 <= one["pair_accuracy"] <= 1 for one in made.history)
+    assert "100.0% of 4 right" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(UserError, match="there is no file or directory"):
+        build(corpus, tmp_path / "other", tokens=20_000, pairs=["nowhere.jsonl"], **SMALL)

@@ -38,6 +38,7 @@ from tercet.build.vocabulary import Digits, Whitespace, bytes_per_token, load_to
 from tercet.data.batches import items_at
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
+from tercet.data.minimal_pairs import read_pairs, sample_pairs
 from tercet.data.packing import batch as packed_batch
 from tercet.data.packing import pack
 from tercet.errors import UserError
@@ -49,7 +50,7 @@ from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed, calibrate
-from tercet.train.evaluate import heldout_bits
+from tercet.train.evaluate import heldout_bits, pair_accuracy
 from tercet.train.loop import STATE, Recipe, train
 from tercet.train.loss import Batch
 from tercet.train.optimizer import Rates
@@ -68,6 +69,7 @@ EVALUATIONS = 5  # held-out measurements in a run
 EVALUATION_SHARE = (
     0.03  # of the tokens trained on are measured in all of them; a token costs a third of training
 )
+PAIRS_IN_RUN, PAIRS_AT_END = 5, 50  # minimal pairs of each group that are compared
 COMPRESSION_SAMPLE = 2_000_000  # characters of held-out text
 HELDOUT_TOKENS = 65_536  # of the last measurement: they pin bits per byte to under 1%
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
@@ -91,6 +93,7 @@ class Built:
     tokens_per_second: float
     bits_per_byte: float
     bits_per_byte_by_source: dict[str, float]
+    pair_accuracy: dict[str, float] | None  # accuracy on minimal pairs, and how many; None: none were given
     peak_memory_bytes: int
     predicted: dict[str, Any]  # what the plan expected: seconds, memory_bytes, bits_per_byte
     shortened: bool  # the clock ended training early, so a rerun may give other numbers
@@ -147,6 +150,8 @@ def build(
     sources, minutes = list(asked.data), asked.minutes
     out = Path(out)
     begun = time.monotonic()
+    if asked.pairs:
+        read_pairs(asked.pairs)  # what is wrong with them is told before anything is done
     others = {name: load_tokenizer(name) for name in asked.compare_tokenizers}
     conversations = read_conversations(asked.chat) if asked.chat else []
     key = fingerprint([asdict(asked), source_fingerprint(sources), list(exclude), conversations])
@@ -181,10 +186,10 @@ def build(
             left = 60 * _pretraining_minutes(asked, minutes) - (time.monotonic() - begun) - RESERVE
             deadline = max(0.5 * plan.seconds, min(left, plan.seconds * MARGIN))
         if not asked.chat:
-            built = _pretrain(out, out / "model", plan, corpus, asked.seed, key, deadline)
+            built = _pretrain(out, out / "model", plan, corpus, asked, key, deadline)
         else:
             if not (out / BASE_RESULT).is_file():
-                base = _pretrain(out, out / "base", plan, corpus, asked.seed, key, deadline)
+                base = _pretrain(out, out / "base", plan, corpus, asked, key, deadline)
                 write_json(out / BASE_RESULT, asdict(base))
                 (out / STATE).unlink(missing_ok=True)
             spent = (time.monotonic() - begun + RESERVE) / 60
@@ -320,13 +325,13 @@ def _network_of(plan: Plan, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def _pretrain(
-    out: Path, directory: Path, plan: Plan, corpus: Corpus, seed: int, key: str, deadline: float | None
+    out: Path, directory: Path, plan: Plan, corpus: Corpus, asked: Settings, key: str, deadline: float | None
 ) -> Built:
     """Train the base and write it to ``directory``."""
     tokenizer = Tokenizer.load(out / "corpus" / "tokenizer")
     config = _network_of(plan, tokenizer)
     model = Transformer(config, compute_dtype=Speed(**plan.speed).dtype)
-    initialize(model, seed)
+    initialize(model, asked.seed)
     stream = open_stream(out / "corpus" / "train.bin", config.vocab_size)
     held = open_stream(out / "corpus" / "heldout.bin", config.vocab_size)
     packing = pack(np.load(out / "corpus" / "train.starts.npy"), plan.context)
@@ -338,7 +343,7 @@ def _pretrain(
         )
 
     def batches_at(step: int) -> list[Batch]:
-        parts = packed_batch(stream, packing, items_at(step, plan.rows, packing.rows, seed))
+        parts = packed_batch(stream, packing, items_at(step, plan.rows, packing.rows, asked.seed))
         return [Batch(*(None if part is None else torch.from_numpy(part) for part in parts))]  # type: ignore[arg-type]
 
     byte_counts = [tokenizer.byte_length(index) for index in range(config.vocab_size)]
@@ -362,8 +367,14 @@ def _pretrain(
     # In the run a share of its time; the last figure is measured on more, and in float32.
     share = min(HELDOUT_TOKENS, int(EVALUATION_SHARE * plan.tokens / EVALUATIONS))
 
+    grammar = read_pairs(asked.pairs) if asked.pairs else []
+
     def evaluate() -> dict[str, Any]:
-        return measured(share, None)
+        found = measured(share, None)
+        if grammar:
+            some = sample_pairs(grammar, PAIRS_IN_RUN)
+            found["pair_accuracy"] = pair_accuracy(model, tokenizer, some)["accuracy"]
+        return found
 
     recipe = Recipe(
         Schedule.of(plan.steps, warmup=0.02, cooldown=0.6),
@@ -377,6 +388,11 @@ def _pretrain(
     trained = train(model, recipe, batches_at, out, fingerprint=key, title="pre-training", evaluate=evaluate)
     final = measured(HELDOUT_TOKENS, torch.float32)
     bits = final["bits_per_byte"]
+    pairs = (
+        pair_accuracy(model, tokenizer, sample_pairs(grammar, PAIRS_AT_END), dtype=torch.float32)
+        if grammar
+        else None
+    )
     memory = peak_memory()
     model.compute_dtype = None  # written and sampled in float32
     with atomic_directory(directory) as temporary:
@@ -391,6 +407,7 @@ def _pretrain(
         seconds=round(trained.seconds, 2),
         tokens_per_second=round(trained.tokens_per_second, 1),
         bits_per_byte=bits,
+        pair_accuracy=None if pairs is None else {"accuracy": pairs["accuracy"], "pairs": pairs["pairs"]},
         bits_per_byte_by_source={name: one["bits_per_byte"] for name, one in final["sources"].items()},
         peak_memory_bytes=memory,
         predicted=plan.predicted,

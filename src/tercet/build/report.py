@@ -33,6 +33,10 @@ def write_build_report(out: Path, built: Built, plan: Plan) -> None:
         f"{name}: {one['bytes_per_token']:.2f} bytes a token of {one['vocab_size']:,}"
         for name, one in built.compression.items()
     )
+    if built.pair_accuracy is not None:
+        facts["minimal pairs"] = (
+            f"{built.pair_accuracy['accuracy']:.1%} of {built.pair_accuracy['pairs']:,.0f} right, 50% is chance"
+        )
     expected = plan.predicted
     comparisons = [
         f"training {duration(expected['seconds'])} (took {duration(built.seconds)})",

@@ -37,6 +37,7 @@ class Settings:
     embedding_rate: float | None = None
     weight_decay: float | None = None
     curate: str | None = None  # the rules of a first stage that cleans the data; None: as it is
+    pairs: tuple[str, ...] = ()  # files of minimal pairs (BLiMP's form) that the network is measured on
     chat: str | None = None  # a file of conversations: the last stage makes a chat model of the base
     chat_epochs: float | None = None  # passes over them; None: 3
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)
@@ -57,7 +58,8 @@ class Settings:
             )
         if settings.get("chat") is not None:
             settings["chat"] = str(settings["chat"])
-        settings["compare_tokenizers"] = tuple(settings.get("compare_tokenizers") or ())
+        for several in ("compare_tokenizers", "pairs"):
+            settings[several] = tuple(map(str, settings.get(several) or ()))
         found = Settings(tuple(map(str, sources)), **settings)
         if found.minutes is None and found.tokens is None and found.flops is None:
             return Settings(**{**asdict(found), "minutes": 5.0})
@@ -106,7 +108,8 @@ class Settings:
 
     def to_config(self) -> dict[str, Any]:
         """For config.yaml."""
-        return {**asdict(self), "data": list(self.data), "compare_tokenizers": list(self.compare_tokenizers)}
+        lists = {name: list(getattr(self, name)) for name in ("compare_tokenizers", "pairs")}
+        return {**asdict(self), "data": list(self.data), **lists}
 
 
 def _option(name: str) -> str:

@@ -52,6 +52,13 @@ def build(
         str | None,
         typer.Option(metavar="RULES", help="Clean the data first: none (copies only), light or web rules."),
     ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Minimal pairs (sentence_good, sentence_bad) to measure grammar on; may be repeated.",
+        ),
+    ] = None,
     chat: Annotated[
         Path | None,
         typer.Option(
@@ -95,6 +102,7 @@ def build(
         context=context,
         batch_tokens=batch_tokens,
         curate=curate,
+        pairs=pairs or (),
         chat=chat,
         chat_epochs=chat_epochs,
         optimizer=optimizer,
