@@ -95,17 +95,17 @@ def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
     out = tmp_path / "run"
     code = (
         "import dataclasses, sys, time; import tercet.train.calibrate as calibrate\n"
-        "import tercet.train.loop as loop, tercet.train.supervised as supervised\n"
+        "import tercet.train.loop as loop, tercet.train.state as state, tercet.train.supervised as supervised\n"
         "from tercet.build.pretrain import build\n"
         "calibrate._measure = lambda *a: calibrate.Speed(3_000.0, 'float32', 1)\n"
-        "train, save = loop.train, loop.save_state\n"
+        "train, save = loop.train, state.save_state\n"
         "supervised.train = lambda model, recipe, *a, **k: train(\n"
         "    model, dataclasses.replace(recipe, save_seconds=0), *a, **k)\n"
         "def slow(path, progressed, *rest):\n"
         "    save(path, progressed, *rest)\n"
         "    if path.parent.name == 'chat' and progressed.step > 30:\n"
         "        print('saved', flush=True); time.sleep(60)\n"
-        "loop.save_state = slow\n"
+        "state.save_state = slow\n"
         f"build(sys.argv[1], sys.argv[2], tokens=20_000, chat=sys.argv[3], chat_epochs=20, **{SMALL!r})"
     )
     child = subprocess.Popen(

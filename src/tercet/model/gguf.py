@@ -1,0 +1,269 @@
+"""One GGUF file of a checkpoint, for llama.cpp and what is built on it.
+
+The file is written by the ``gguf`` package: metadata first, then one tensor after another, so that
+no more than one of them is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.errors import UserError
+from tercet.files import replaced_when_complete
+from tercet.model.config import ModelConfig
+from tercet.model.gguf_architecture import (
+    Architecture,
+    Rope,
+    Target,
+    architecture_of,
+    context_length,
+    rope_of,
+    targets,
+)
+from tercet.model.gguf_tokenizer import GGUFTokenizer, gguf_tokenizer
+from tercet.model.tokenizer import Tokenizer
+from tercet.model.weights import Floats, Weights
+from tercet.progress import Progress
+
+TYPES = ("f16", "q8_0", "f32", "bf16")
+_CHUNK = 1 << 22  # values converted at once: what lies between float32 and the result stays small
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written. ``kept_f16``: tensors that Q8_0's blocks of 32 don't divide."""
+
+    architecture: str
+    tensors: int
+    context_length: int
+    pre_tokenizer: str
+    kept_f16: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def write_gguf(
+    weights: Weights, tokenizer: Tokenizer, stop_ids: tuple[int, ...], path: Path, type_name: str, name: str
+) -> Written:
+    """Write ``path``, whole or not at all.
+
+    type_name: of matrices, one of `TYPES`; norms, biases and routers are float32 in any case.
+    name: ``general.name``, what programs show.
+
+    Raises:
+        UserError: llama.cpp can't compute this model or encode as its tokenizer does, a value does
+            not fit the type, the ``gguf`` package is missing, or the disk refuses.
+    """
+    if find_spec("gguf") is None:
+        raise UserError("exporting to GGUF needs the gguf package: pip install 'tercet[gguf]'")
+    import gguf
+
+    config = weights.config
+    graph = architecture_of(config)
+    vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, stop_ids, "tokenizer.json")
+    context, notes = context_length(config, graph)
+    rope = rope_of(config, graph)
+    plan = [(target, _type_of(target, type_name)) for target in targets(config, graph)]
+    kept = tuple(target.name for target, kind in plan if type_name == "q8_0" and kind == "F16")
+    with replaced_when_complete(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, graph.name)
+        try:
+            _add_model(writer, config, graph, rope, context, type_name, name)
+            _add_tokenizer(writer, vocabulary)
+            _write_tensors(writer, weights, plan, rope)
+        finally:
+            writer.close()
+    return Written(
+        architecture=graph.name,
+        tensors=len(plan) + len(rope.tensors),
+        context_length=context,
+        pre_tokenizer=vocabulary.pre,
+        kept_f16=kept,
+        notes=(*notes, *_activation_notes(config, graph), *vocabulary.notes),
+    )
+
+
+def _activation_notes(config: ModelConfig, graph: Architecture) -> list[str]:
+    if config.activation != "gelu":
+        return []
+    return [f"llama.cpp's {graph.name} computes gelu by its tanh form, which differs in the fourth digit"]
+
+
+# Metadata
+
+
+def _add_model(
+    writer: Any,
+    config: ModelConfig,
+    graph: Architecture,
+    rope: Rope,
+    context: int,
+    type_name: str,
+    name: str,
+) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    file_types = {
+        "f32": LlamaFileType.ALL_F32,
+        "f16": LlamaFileType.MOSTLY_F16,
+        "bf16": LlamaFileType.MOSTLY_BF16,
+        "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    }
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(file_types[type_name])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    # Learned positions are a table of this many rows.
+    writer.add_context_length(config.max_positions if config.positions == "learned" else context)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    if config.norm == "rms":
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.norm_eps)
+    if graph.name == "gptneox":
+        writer.add_parallel_residual(config.parallel_residual)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.experts_per_token)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.logit_softcap is not None:
+        writer.add_final_logit_softcapping(config.logit_softcap)
+    _add_windows(writer, config, graph)
+    if config.positions == "rope":
+        _add_rope(writer, config, rope)
+
+
+def _add_windows(writer: Any, config: ModelConfig, graph: Architecture) -> None:
+    size = next((window for window in config.windows if window is not None), None)
+    if size is None or not graph.windows:
+        return
+    writer.add_sliding_window(size)
+    every = {"gemma2": 2, "gemma3": 6}[graph.name]
+    pattern = [config.window(layer) is not None for layer in range(config.num_layers)]
+    # What llama.cpp assumes without the list; older versions don't read it.
+    if pattern != [(layer + 1) % every != 0 for layer in range(config.num_layers)]:
+        writer.add_sliding_window_pattern(pattern)
+
+
+def _add_rope(writer: Any, config: ModelConfig, rope: Rope) -> None:
+    from gguf import RopeScalingType
+
+    writer.add_rope_dimension_count(config.rotary)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.local_rope_theta is not None:
+        writer.add_rope_freq_base_swa(config.local_rope_theta)
+    if rope.kind is not None:
+        writer.add_rope_scaling_type(RopeScalingType(rope.kind))
+    if rope.factor is not None:
+        writer.add_rope_scaling_factor(rope.factor)
+    if rope.original_context is not None:
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context)
+    if rope.attention_factor != 1:
+        writer.add_rope_scaling_attn_factors(rope.attention_factor)
+    if rope.beta_fast is not None and rope.beta_slow is not None:
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+
+
+def _add_tokenizer(writer: Any, vocabulary: GGUFTokenizer) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_merges(vocabulary.merges)
+    writer.add_bos_token_id(vocabulary.bos_id)
+    for add, index in zip(
+        (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id),
+        vocabulary.ends,
+        strict=False,
+    ):
+        add(index)
+    if vocabulary.pad_id is not None:
+        writer.add_pad_token_id(vocabulary.pad_id)
+    if vocabulary.unk_id is not None:
+        writer.add_unk_token_id(vocabulary.unk_id)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.templates:
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in vocabulary.templates.items()]
+        )
+
+
+# Tensors
+
+
+def _type_of(target: Target, type_name: str) -> str:
+    """GGML's name of the type that a tensor is stored in."""
+    if target.exact:
+        return "F32"
+    if type_name == "q8_0" and target.shape[-1] % 32:
+        return "F16"
+    return type_name.upper()
+
+
+def _write_tensors(writer: Any, weights: Weights, plan: list[tuple[Target, str]], rope: Rope) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quant_shape_to_byte_shape
+
+    total = 0
+    for name, factors in rope.tensors.items():
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+    for target, kind in plan:
+        stored = GGMLQuantizationType[kind]
+        shape = quant_shape_to_byte_shape(target.shape, stored)
+        size = math.prod(shape)
+        total += size
+        writer.add_tensor_info(target.name, shape, np.dtype(np.uint8), size, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for factors in rope.tensors.values():
+        writer.write_tensor_data(factors)
+    with Progress("exporting", total, "bytes") as bar:
+        for target, kind in plan:
+            data = np.empty(quant_shape_to_byte_shape(target.shape, GGMLQuantizationType[kind]), np.uint8)
+            flat, done = data.reshape(-1), 0
+            for values in target.read(weights):
+                size = values.size * flat.size // math.prod(target.shape)  # a part's share of the bytes
+                _encode(values, kind, flat[done : done + size], target.name)
+                done += size
+            writer.write_tensor_data(data)
+            bar.advance(data.nbytes)
+
+
+def _encode(values: Floats, kind: str, into: NDArray[np.uint8], name: str) -> None:
+    """Float32 values [..., columns] as bytes of a GGML type, a few rows at a time."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    rows = values.reshape(-1, values.shape[-1])
+    encoded_rows = into.reshape(len(rows), -1)
+    step = max(1, _CHUNK // rows.shape[-1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        if not np.isfinite(part).all():
+            raise UserError(f"tensor {name} holds NaN or infinity; a model that diverged can't be exported")
+        with np.errstate(over="ignore"):
+            encoded = quantize(part, GGMLQuantizationType[kind])
+        if kind == "F16" and not np.isfinite(encoded).all():
+            raise UserError(f"tensor {name} holds values beyond float16's range; use --type bf16 or f32")
+        encoded_rows[start : start + step] = np.ascontiguousarray(encoded).view(np.uint8)

@@ -1,0 +1,341 @@
+"""A tokenizer as llama.cpp keeps it: tokens, their kinds, merges or scores, and how words are split.
+
+llama.cpp does not read regular expressions from the file. It knows some sets of them by name
+(``tokenizer.ggml.pre``), so a byte-level tokenizer can be written only if one of those splits text
+as its own pre-tokenizer does. SentencePiece-like BPE has no words to split; it is merged by scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tercet.errors import UserError
+from tercet.model.tokenizer import Tokenizer
+
+# Kinds of tokens (the GGUF specification, tokenizer.ggml.token_type).
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+
+# Words as GPT-4 splits them, with one digit or up to three at a time.
+_GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SINGLE, TRIPLES = _GPT4 % r"\p{N}", _GPT4 % r"\p{N}{1,3}"
+# Steps of a pre-tokenizer before its bytes are spelled, and ignore_merges, to llama.cpp's name.
+PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
+    (("words of GPT-2",), False): "gpt-2",
+    (("single digits", "words of GPT-2"), False): "smollm",
+    ((SINGLE,), False): "qwen2",
+    ((TRIPLES,), False): "dbrx",
+    ((TRIPLES,), True): "llama-bpe",
+}
+# Patterns that split text as a step with a name of its own does.
+_SAME = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "words of GPT-2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "words of GPT-2",
+    r"\p{N}": "single digits",
+}
+# Texts by which llama.cpp takes a token for the end of a generation, whatever the file says.
+KNOWN_ENDS = frozenset(
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
+     "<|end_of_text|>", "<end_of_utterance>"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """What ``tokenizer.ggml.*`` holds.
+
+    model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-like). pre: how words are split.
+    tokens, types: one for each row of the embedding.
+    merges: of "gpt2", by rank. scores: of "llama", the highest merges first.
+    ends: every token that ends a generation: the first is EOS, then EOT and EOM.
+    notes: where llama.cpp will differ, a line each.
+    """
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    scores: list[float]
+    bos_id: int
+    ends: tuple[int, ...]
+    pad_id: int | None
+    unk_id: int | None
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    templates: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], where: str) -> GGUFTokenizer:
+    """The tokenizer for an embedding of ``rows`` rows; ``where`` names it in errors.
+
+    stop_ids: tokens that end a generation.
+
+    Raises:
+        UserError: llama.cpp has no tokenizer that gives the same tokens, or there is no end token.
+    """
+    content: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    model, notes = content["model"], list[str]()
+    try:
+        _check_model(model)
+        tokens, types = _tokens(tokenizer, rows)
+        merges = [
+            tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]
+        ]
+        scores: list[float] = []
+        prefix, pre = False, "default"
+        byte_level = "ByteLevel" in json.dumps(content["pre_tokenizer"])
+        if byte_level:
+            pre = pre_tokenizer_name(content["pre_tokenizer"], bool(model.get("ignore_merges")))
+            notes += _normalizer_notes(content["normalizer"])
+        else:
+            prefix, more = _space_prefix(content["normalizer"], content["pre_tokenizer"], tokens, types)
+            scores = _scores(tokens, types, merges)
+            _mark_bytes(tokens, types)
+            notes += more
+        add_bos, add_eos, bos = _around(tokenizer)
+        ends = _ends(tokenizer, stop_ids, len(tokens))
+    except UserError as problem:
+        raise UserError(f"{where}: {problem}") from problem
+    unknown = model.get("unk_token")
+    unk_id = None if unknown is None or byte_level else tokenizer.id_of(unknown)
+    if unk_id is not None and types[unk_id] in (NORMAL, CONTROL):
+        types[unk_id] = UNKNOWN
+    notes += _added_notes(content["added_tokens"])
+    if unnamed := [tokens[index] for index in ends[3:] if tokens[index] not in KNOWN_ENDS]:
+        notes.append(f"llama.cpp will not end at {', '.join(unnamed)}: a file names three end tokens")
+    return GGUFTokenizer(
+        model="gpt2" if byte_level else "llama",
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        merges=[" ".join(merge) for merge in merges] if byte_level else [],
+        scores=scores,
+        # Left out, llama.cpp would take token 11 (or 1) for it.
+        bos_id=next(index for index in (bos, tokenizer.bos_id, ends[0]) if index is not None),
+        ends=ends,
+        pad_id=tokenizer.pad_id,
+        unk_id=unk_id,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=prefix,
+        templates=dict(tokenizer.templates),
+        notes=notes,
+    )
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    if model.get("type") != "BPE":
+        raise UserError(f"a {model.get('type')} tokenizer can't be exported to GGUF; only BPE can")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise UserError(f"the tokenizer's {name} {model[name]!r} has no counterpart in llama.cpp")
+
+
+def _tokens(tokenizer: Tokenizer, rows: int) -> tuple[list[str], list[int]]:
+    """Texts and kinds by id; rows that no token has get a name that no text is encoded to."""
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows")
+    added = tokenizer.backend.get_added_tokens_decoder()
+    texts = {index: text for text, index in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    taken = set(texts.values())
+    tokens, types = list[str](), list[int]()
+    for index in range(rows):
+        text = texts.get(index)
+        if text is None:
+            text = f"[PAD{index}]"
+            while text in taken:
+                text = f"[{text}]"
+            types.append(UNUSED)
+        elif index in added:
+            types.append(CONTROL if added[index].special else USER_DEFINED)
+        else:
+            types.append(NORMAL)
+        if "\x00" in text:
+            raise UserError(f"token {index} holds a zero character, which llama.cpp ends texts at")
+        tokens.append(text)
+        taken.add(text)
+    return tokens, types
+
+
+def _around(tokenizer: Tokenizer) -> tuple[bool, bool, int | None]:
+    """Whether BOS and EOS are put around a text, and which token is put before it."""
+    plain, full = tokenizer.encode("a", special=False), tokenizer.encode("a")
+    size = len(plain)
+    for before, after in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        if full[before : before + size] == plain and len(full) == before + size + after:
+            if after and full[-1] != tokenizer.eos_id:
+                break
+            return bool(before), bool(after), full[0] if before else None
+    raise UserError(
+        f"the tokenizer makes {full} of a text whose tokens are {plain}; llama.cpp puts only BOS before and EOS after"
+    )
+
+
+def _ends(tokenizer: Tokenizer, stop_ids: Sequence[int], rows: int) -> tuple[int, ...]:
+    """End tokens, the tokenizer's own first. llama.cpp takes token 11 (or 2) where a file names none."""
+    named = [index for index in (tokenizer.eos_id, *stop_ids) if index is not None]
+    if not named:
+        raise UserError("no token ends a text; name one as eos_token in tokenizer_config.json")
+    if unknown := [index for index in named if index >= rows]:
+        raise UserError(f"end token {unknown[0]} is beyond the embedding's {rows} rows")
+    return tuple(dict.fromkeys(named))
+
+
+# Byte-level
+
+
+def pre_tokenizer_name(content: Any, ignore_merges: bool) -> str:
+    """llama.cpp's name for a byte-level pre-tokenizer as tokenizer.json describes it.
+
+    Raises:
+        UserError: llama.cpp splits words in no such way.
+    """
+    steps = tuple(_steps(content))
+    found = PRE_TOKENIZERS.get((steps, ignore_merges))
+    if found is not None:
+        return found
+    if (steps, not ignore_merges) in PRE_TOKENIZERS:
+        raise UserError(
+            f"llama.cpp knows this pre-tokenizer only with ignore_merges {str(not ignore_merges).lower()}"
+        )
+    digits = {_GPT4 % r"\p{N}{1,2}": "in pairs", _GPT4 % r"\p{N}+": "not at all"}
+    if len(steps) == 1 and steps[0] in digits:
+        raise UserError(
+            f"the tokenizer splits numbers {digits[steps[0]]}, and llama.cpp has no pre-tokenizer that does: numbers "
+            "would get other tokens; single digits and groups of three can be exported"
+        )
+    raise UserError(
+        f"llama.cpp has no pre-tokenizer that splits words like this one: {' then '.join(steps) or 'none'}"
+    )
+
+
+def _steps(content: Any) -> list[str]:
+    """What happens before bytes are spelled, a word or a pattern each."""
+    members = content["pretokenizers"] if content["type"] == "Sequence" else [content]
+    steps: list[str] = []
+    for member in members:
+        kind = member["type"]
+        if kind == "ByteLevel":
+            if member.get("add_prefix_space"):
+                steps.append("a space before the text")
+            if member.get("use_regex", True):
+                steps.append("words of GPT-2")
+        elif kind == "Digits" and member["individual_digits"]:
+            steps.append("single digits")
+        elif kind == "Split" and member["behavior"] == "Isolated" and not member["invert"]:
+            pattern = member["pattern"]
+            regex = pattern.get("Regex")
+            steps.append(f"the text {pattern['String']!r}" if regex is None else _SAME.get(regex, regex))
+        else:
+            steps.append(json.dumps(member))
+    return steps
+
+
+def _normalizer_notes(content: Any) -> list[str]:
+    if content is None:
+        return []
+    if content["type"] in ("NFC", "NFKC"):
+        return [f"llama.cpp doesn't normalise text ({content['type']}): text that isn't may get other tokens"]
+    raise UserError(f"llama.cpp has no counterpart to the tokenizer's normalizer {content['type']}")
+
+
+def _added_notes(added: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Added tokens that swallow spaces beside them: llama.cpp has no field for that."""
+    found = [
+        token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]
+    ]
+    if not found:
+        return []
+    return [f"llama.cpp keeps the spaces beside {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"]
+
+
+# SentencePiece-like
+
+
+def _space_prefix(normalizer: Any, pre: Any, tokens: list[str], types: list[int]) -> tuple[bool, list[str]]:
+    """Whether a space is put before a text, and notes; spaces must become `SPACE` and nothing else happen."""
+    members = _members(normalizer, "normalizers") + _members(pre, "pretokenizers")
+    prefix, replaced, notes = False, False, list[str]()
+    for member in members:
+        kind = member["type"]
+        if kind == "Prepend" and member["prepend"] == SPACE:
+            prefix = True
+        elif kind == "Replace" and member["pattern"] == {"String": " "} and member["content"] == SPACE:
+            replaced = True
+        elif kind == "Metaspace" and member["replacement"] == SPACE:
+            replaced, scheme = True, member.get("prepend_scheme", "always")
+            prefix = prefix or scheme != "never"
+            if scheme == "first":
+                notes.append(
+                    "llama.cpp puts a space before text after a special token too, not only at the start"
+                )
+            if member.get("split", True):
+                _check_no_inner_space(tokens, types)
+        elif kind == "Split" and member["pattern"] == {"String": " "} and replaced:
+            pass  # Gemma's: the spaces are gone by then
+        else:
+            raise UserError(f"llama.cpp has no counterpart to the tokenizer's step {json.dumps(member)}")
+    if not replaced:
+        raise UserError("the tokenizer is neither byte-level nor does it write spaces as SentencePiece does")
+    return prefix, notes
+
+
+def _members(content: Any, name: str) -> list[Any]:
+    if content is None:
+        return []
+    return list(content[name]) if content["type"] == "Sequence" else [content]
+
+
+def _check_no_inner_space(tokens: list[str], types: list[int]) -> None:
+    """llama.cpp merges across words, which a tokenizer that splits them must not be able to do."""
+    for text, kind in zip(tokens, types, strict=True):
+        if kind == NORMAL and SPACE in text[1:]:
+            raise UserError(
+                f"token {text!r} reaches over a word's end, where llama.cpp would merge and it doesn't"
+            )
+
+
+def _scores(tokens: list[str], types: list[int], merges: Sequence[tuple[str, ...]]) -> list[float]:
+    """A score for each token by which llama.cpp merges as the ranks do: minus the rank that makes it.
+
+    SentencePiece joins the neighbours whose joint token has the highest score; tokenizer.json the pair of
+    the lowest rank. They agree if ranks are in order of the tokens made, and any two tokens that
+    together are a third may be joined: so it is wherever tokenizer.json was converted from SentencePiece.
+    """
+    made: dict[str, int] = {}
+    last = ""
+    for rank, (left, right) in enumerate(merges):
+        token = left + right
+        if token != last and token in made:
+            raise UserError(
+                f"its merges make {token!r} at two places; llama.cpp's scores have one for each token"
+            )
+        made.setdefault(token, rank)
+        last = token
+    known, vocab = set(merges), set(tokens)
+    for token, kind in zip(tokens, types, strict=True):
+        for cut in range(1, len(token)) if kind == NORMAL else ():
+            pair = (token[:cut], token[cut:])
+            if pair[0] in vocab and pair[1] in vocab and pair not in known:
+                raise UserError(f"{pair[0]!r} and {pair[1]!r} have no merge, but llama.cpp would join them")
+    return [-float(made[token] + 1) if token in made else 0.0 for token in tokens]
+
+
+def _mark_bytes(tokens: list[str], types: list[int]) -> None:
+    missing = {f"<0x{byte:02X}>" for byte in range(256)}
+    for index, text in enumerate(tokens):
+        if text in missing and types[index] in (NORMAL, CONTROL):
+            types[index] = BYTE
+            missing.discard(text)
+    if missing:
+        raise UserError(f"the tokenizer has no token {min(missing)}, so llama.cpp could not spell every byte")
