@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,14 @@ from tercet.errors import UserError
 from tercet.files import write_jsonl
 from tercet.model.transformer import Transformer
 from tercet.progress import Progress, say
-from tercet.train.loss import Batch, gradients_of
+from tercet.train.loss import Batch, Gradients, gradients_of
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
+from tercet.train.ranks import AddedGradients, Ranks
 from tercet.train.schedule import Schedule
-from tercet.train.state import Progressed, load_progress, load_tensors, save_state, trainable
+from tercet.train.state import FileState, Progressed, trainable
+
+if TYPE_CHECKING:
+    from tercet.train.sharded import ShardedState
 
 STATE = "state.safetensors"
 SKIPPED_MOST = 5  # steps in a row without a usable gradient end the run: the weights themselves are broken
@@ -87,51 +92,72 @@ def train(
     title: str,
     evaluate: Callable[[], dict[str, Any]] | None = None,
     keep_best: bool = False,
+    ranks: Ranks | None = None,
+    sharded: bool = False,
 ) -> Trained:
     """Train ``model`` in place and leave it with the final (or best) weights.
 
     batches_at: the pieces of optimizer step n, from 0; gradients are weighted by token.
     directory: `state.safetensors` and `metrics.jsonl` are kept here; an unfinished run found here goes on.
     fingerprint: of everything that decides the result; a state with another one is refused.
+    ranks: the processes that train together; each gives the pieces of its own rows in ``batches_at``.
+    sharded: ``model`` is one of `tercet.train.sharded.shard`; all processes evaluate together.
     evaluate: held-out measurements; its ``loss`` decides which weights are best.
 
     Raises:
         UserError: another run's state is in ``directory``, the disk is full, or the loss is not finite.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the state has been saved.
     """
-    state = directory / STATE
+    ranks = ranks or Ranks()
     parameters = trainable(model)
     threads = recipe.threads or torch.get_num_threads()
-    optimizer = Optimizer(parameters, recipe.peak_rates, threads=threads, dtype=model.dtype)
-    step_gradients = gradients_of(model, threads, recipe.z_loss)
-    progressed = load_progress(state, fingerprint)
+    # Processes that share a matrix must exchange it in the same order.
+    optimizer = Optimizer(parameters, recipe.peak_rates, threads=1 if sharded else threads, dtype=model.dtype)
+    state: FileState | ShardedState
+    step_gradients: Gradients
+    if sharded:
+        from tercet.train.sharded import ShardedGradients, ShardedState
+
+        state = ShardedState(directory, ranks)
+        step_gradients = ShardedGradients(model, ranks, recipe.z_loss)
+    else:
+        state = FileState(directory / STATE, ranks)
+        step_gradients = gradients_of(model, threads, recipe.z_loss)
+        if ranks.size > 1:
+            step_gradients = AddedGradients(step_gradients, list(parameters.values()), ranks)
+    progressed = state.progress(fingerprint)
     best: dict[str, Tensor] | None = None
     schedule = recipe.schedule
     if progressed is None:
         progressed = Progressed(fingerprint, steps=schedule.steps, cooldown=schedule.cooldown)
-        write_jsonl(directory / "metrics.jsonl", [])
+        rows = []
     else:
-        best = load_tensors(state, parameters, optimizer)
+        best = state.load(parameters, optimizer)
         schedule = replace(schedule, steps=progressed.steps, cooldown=progressed.cooldown)
         # Lines written after the checkpoint describe steps that will be taken again.
-        write_jsonl(directory / "metrics.jsonl", _rows_until(directory / "metrics.jsonl", progressed))
+        rows = _rows_until(directory / "metrics.jsonl", progressed)
         if not progressed.done:
             say(f"{title}: going on from step {progressed.step} of {progressed.steps}")
 
+    ranks.wait()  # until all have read it
+    if ranks.first:
+        write_jsonl(directory / "metrics.jsonl", rows)
     model.train()
     begun = saved = time.monotonic()
     before = progressed.seconds
     in_a_row = 0  # skipped
     with (
         _stop_signals() as stop,
-        (directory / "metrics.jsonl").open("a", encoding="utf-8") as metrics,
+        (directory / "metrics.jsonl" if ranks.first else Path(os.devnull)).open(
+            "a", encoding="utf-8"
+        ) as metrics,
         Progress(title, schedule.steps, "steps", done=progressed.step) as bar,
     ):
 
         def save() -> float:
             metrics.flush()
             progressed.seconds = before + time.monotonic() - begun
-            save_state(state, progressed, parameters, optimizer, best)
+            state.save(progressed, parameters, optimizer, best)
             return time.monotonic()
 
         while not progressed.done:
@@ -141,7 +167,8 @@ def train(
             due = step > progressed.evaluated and (ended or (every and step % every == 0))
             if evaluate is not None and due:
                 # Saved first: measuring may fail or be killed, and must not cost the training before it.
-                if ended or time.monotonic() - saved > recipe.save_seconds / 2:
+                soon = time.monotonic() - saved > recipe.save_seconds / 2
+                if ended or ranks.in_step(False, 0.0, soon)[2]:
                     saved = save()
                 measured = evaluate()
                 model.train()
@@ -168,14 +195,18 @@ def train(
                 in_a_row, progressed.skipped = in_a_row + 1, progressed.skipped + 1
                 say(f"{title}: step {step + 1} left out: {reason}")
             if in_a_row == SKIPPED_MOST:
-                kept = state if state.is_file() else "none yet"
+                kept = state.path if state.path.is_file() else "none yet"
                 raise UserError(
                     f"{in_a_row} steps in a row could not be used, the last (step {step + 1}) because {reason}; the last "
                     f"good checkpoint: {kept}; start again with a lower learning rate"
                 )
             optimizer.zero_grad()
             progressed.step, progressed.tokens = step + 1, progressed.tokens + tokens
-            progressed.seconds = before + time.monotonic() - begun
+            asked, progressed.seconds, due = ranks.in_step(
+                stop.is_set(),
+                before + time.monotonic() - begun,
+                time.monotonic() - saved > recipe.save_seconds,
+            )
             row: dict[str, Any] = {
                 "step": step + 1,
                 "loss": loss if math.isfinite(loss) else None,
@@ -193,9 +224,9 @@ def train(
                 progressed.steps, progressed.cooldown = schedule.steps, schedule.cooldown
                 bar.total = schedule.steps
             # While steps can't be used the weights are in doubt, and the checkpoint stays the one before.
-            if not in_a_row and (stop.is_set() or time.monotonic() - saved > recipe.save_seconds):
+            if not in_a_row and (asked or due):
                 saved = save()
-            if stop.is_set():
+            if asked:
                 say(
                     f"stopped at step {progressed.step}; saved in {directory}. The same command goes on from there"
                 )

@@ -92,11 +92,25 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-        direction = orthogonalized(ahead, self.steps, self.dtype).to(parameter.dtype)
+        direction = self._direction(ahead).to(parameter.dtype)
         rows, columns = parameter.shape
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _direction(self, ahead: Tensor) -> Tensor:
+        if not hasattr(ahead, "full_tensor"):
+            return orthogonalized(ahead, self.steps, self.dtype)
+        # A sharded matrix: every process orthogonalises the whole of it and keeps its own rows. That costs
+        # each the time one process would take, and no second exchange.
+        from torch.distributed.tensor import DTensor, Replicate
+
+        assert isinstance(ahead, DTensor)
+        direction = orthogonalized(ahead.full_tensor(), self.steps, self.dtype).to(ahead.dtype)
+        copies = [Replicate()] * ahead.device_mesh.ndim
+        return DTensor.from_local(direction, ahead.device_mesh, copies).redistribute(
+            placements=ahead.placements
+        )
 
 
 @dataclass(frozen=True)
@@ -206,4 +220,5 @@ def _group(name: str, parameter: nn.Parameter) -> str:
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     """Scale all gradients together so that their norm is at most ``largest``; the norm they had."""
-    return float(nn.utils.clip_grad_norm_(parameters, largest))
+    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tercet.errors import UserError
 from tercet.files import replaced_when_complete
 from tercet.train.optimizer import Optimizer
+from tercet.train.ranks import Ranks
 
 
 @dataclass
@@ -82,11 +83,47 @@ def load_progress(path: Path, fingerprint: str) -> Progressed | None:
             progressed = Progressed(**json.loads(stored.metadata()["progress"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as problem:
         raise UserError(f"{path} can't be read ({problem}); delete it to start this run again") from problem
+    return checked_progress(progressed, fingerprint, path)
+
+
+def checked_progress(progressed: Progressed, fingerprint: str, path: Path) -> Progressed:
+    """``progressed``, read from ``path``. UserError where it is of a run with another fingerprint."""
     if progressed.fingerprint != fingerprint:
         raise UserError(
             f"{path.parent} holds a run with other data or settings; choose another --out or delete it"
         )
     return progressed
+
+
+class FileState:
+    """The state of a run whose processes all hold all of it: one file, which the first writes."""
+
+    def __init__(self, path: Path, ranks: Ranks | None = None) -> None:
+        self.path, self.ranks = path, ranks or Ranks()
+
+    def progress(self, fingerprint: str) -> Progressed | None:
+        """As `load_progress`."""
+        return load_progress(self.path, fingerprint)
+
+    def save(
+        self,
+        progressed: Progressed,
+        parameters: dict[str, nn.Parameter],
+        optimizer: Optimizer,
+        best: dict[str, Tensor] | None,
+    ) -> None:
+        """As `save_state`."""
+        if self.ranks.first:
+            save_state(self.path, progressed, parameters, optimizer, best)
+
+    def load(self, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor] | None:
+        """As `load_tensors`."""
+        return load_tensors(self.path, parameters, optimizer)
+
+    def remove(self) -> None:
+        """Nothing is left to resume."""
+        if self.ranks.first:
+            self.path.unlink(missing_ok=True)
 
 
 def load_tensors(

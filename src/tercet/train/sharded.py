@@ -1,0 +1,155 @@
+"""Training where each process holds a part of every weight (FSDP2), for models that one can't hold.
+
+Weights, gradients and moments are PyTorch's DTensors, sharded along their first dimension. Checkpoints
+are written by all processes together, and can be gone on from by any number of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from tercet.errors import UserError
+from tercet.files import write_json
+from tercet.model.transformer import Transformer
+from tercet.train.loss import Batch, loss_sums
+from tercet.train.optimizer import Optimizer
+from tercet.train.ranks import Ranks
+from tercet.train.state import Progressed, checked_progress
+
+POINTER = "state.json"  # names the directory of the last whole checkpoint, and holds how far it is
+
+
+def shard(model: Transformer, ranks: Ranks) -> Transformer:
+    """``model``, whose weights are alike in all processes, with each holding a part of them, block by block."""
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    # Gradients are added, not averaged: they are divided by the tokens of all processes already.
+    for block in [*model.model.layers, model]:
+        fully_shard(block, mesh=mesh)
+        block.set_gradient_divide_factor(1.0)
+        block.set_force_sum_reduction_for_comms(True)
+    for name in ("hidden", "logits"):  # what is called instead of forward
+        register_fsdp_forward_method(model, name)
+    return model
+
+
+def whole(model: Transformer, ranks: Ranks) -> Transformer:
+    """A copy of a sharded model with all weights, in every process; each must call it."""
+    copy = Transformer(model.config)
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            parameter.copy_(_full(theirs[name]))
+    return copy
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedGradients:
+    """Gradients of a step whose pieces are shared out among processes that share the weights too."""
+
+    def __init__(self, model: Transformer, ranks: Ranks, z_weight: float = 0.0) -> None:
+        self.model, self.ranks, self.z_weight = model, ranks, z_weight
+
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """As `tercet.train.loss.Gradients`. All processes must have as many pieces."""
+        tokens = self.ranks.added([float(sum(batch.supervised for batch in batches))])[0]
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        total = 0.0
+        for batch in batches:
+            both = loss_sums(self.model, batch, self.z_weight) / max(1.0, tokens)
+            both.sum().backward()  # type: ignore[no-untyped-call]
+            total += float(both[0].detach())
+        return self.ranks.added([total])[0], int(tokens)
+
+
+class ShardedState:
+    """Checkpoints in directories of ``torch.distributed.checkpoint``; the last whole one stays.
+
+    A directory is complete before `POINTER`, which is replaced in one step, names it.
+    """
+
+    def __init__(self, directory: Path, ranks: Ranks) -> None:
+        self.directory, self.ranks = directory, ranks
+
+    @property
+    def path(self) -> Path:
+        return self.directory / POINTER
+
+    def progress(self, fingerprint: str) -> Progressed | None:
+        """How far the run is, or None where there is none. UserError as `state.load_progress`."""
+        if not self.path.is_file():
+            return None
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            progressed = Progressed(**stored["progress"])
+        except (KeyError, TypeError, ValueError) as problem:
+            raise UserError(
+                f"{self.path} can't be read ({problem}); delete it to start this run again"
+            ) from problem
+        return checked_progress(progressed, fingerprint, self.path)
+
+    def save(
+        self,
+        progressed: Progressed,
+        parameters: dict[str, nn.Parameter],
+        optimizer: Optimizer,
+        best: dict[str, Tensor] | None,
+    ) -> None:
+        """Write a checkpoint; every process must call it."""
+        assert best is None, "a sharded run keeps its last weights"
+        name = f"state-{progressed.step}"
+        target = self.directory / name
+        if self.ranks.first:
+            shutil.rmtree(target, ignore_errors=True)
+        self.ranks.wait()
+        tensors = {f"weight:{name}": value.detach() for name, value in parameters.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state_dict_saver.save({**tensors, **optimizer.state()}, checkpoint_id=target)
+        self.ranks.wait()
+        if self.ranks.first:
+            write_json(self.path, {"directory": name, "progress": asdict(progressed)})
+            for old in self.directory.glob("state-*"):
+                if old.name != name:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
+        """Put weights and moments back in place, however many processes wrote them."""
+        source = self.directory / json.loads(self.path.read_text(encoding="utf-8"))["directory"]
+        tensors: dict[str, Tensor] = {}
+        for key, stored in filesystem.FileSystemReader(source).read_metadata().state_dict_metadata.items():
+            kind, _, name = key.partition(":")
+            parameter = parameters[name].detach()
+            if kind == "weight":
+                tensors[key] = parameter
+            elif tuple(stored.size) == tuple(parameter.shape):  # type: ignore[union-attr]
+                tensors[key] = torch.zeros_like(parameter)
+            else:  # AdamW's count of steps
+                tensors[key] = torch.zeros(stored.size)  # type: ignore[union-attr]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state_dict_loader.load(tensors, checkpoint_id=source)
+        optimizer.load_state({key: value for key, value in tensors.items() if not key.startswith("weight:")})
+
+    def remove(self) -> None:
+        """Nothing is left to resume."""
+        self.ranks.wait()
+        if self.ranks.first:
+            self.path.unlink(missing_ok=True)
+            for old in self.directory.glob("state-*"):
+                shutil.rmtree(old, ignore_errors=True)
