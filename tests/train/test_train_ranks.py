@@ -62,7 +62,7 @@ SCRIPT = textwrap.dedent(
                         evaluate_every=5)
         train(model, recipe, batches_at, directory, fingerprint="test", title="test", evaluate=evaluate,
               ranks=ranks, sharded=parallel == "fsdp")
-        result = whole(model, ranks) if parallel == "fsdp" else model
+        result = whole(model) if parallel == "fsdp" else model
         if ranks.first:
             save_file({name: value.detach().clone() for name, value in result.named_parameters()},
                       directory / "weights.safetensors")

@@ -10,7 +10,8 @@ from typing import Any
 
 from tercet.build.hardware import HARDWARE
 from tercet.build.plan import network
-from tercet.build.pretrain import build, law_key, make_plan, reading_limit
+from tercet.build.planning import law_key, make_plan, reading_limit
+from tercet.build.pretrain import build
 from tercet.build.scaling import Law, Point, fit, keep, remembered
 from tercet.build.settings import Settings
 from tercet.data.documents import read_documents

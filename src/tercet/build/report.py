@@ -9,7 +9,8 @@ from tercet.progress import duration
 from tercet.train.report import write_training_report
 
 if TYPE_CHECKING:
-    from tercet.build.pretrain import Built, Plan
+    from tercet.build.planning import Plan
+    from tercet.build.pretrain import Built
 
 
 def write_build_report(out: Path, built: Built, plan: Plan) -> None:

@@ -36,6 +36,7 @@ class Settings:
     learning_rate: float | None = None  # peak, of the matrices; AdamW: of everything
     embedding_rate: float | None = None
     weight_decay: float | None = None
+    parallel: str | None = None  # under torchrun: ddp (None), or fsdp, where processes share the weights
     curate: str | None = None  # the rules of a first stage that cleans the data; None: as it is
     pairs: tuple[str, ...] = ()  # files of minimal pairs (BLiMP's form) that the network is measured on
     chat: str | None = None  # a file of conversations: the last stage makes a chat model of the base
@@ -89,6 +90,8 @@ class Settings:
         for name, allowed in (("digits", DIGITS), ("whitespace", WHITESPACE)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{_option(name)} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
+        if self.parallel not in (None, "ddp", "fsdp"):
+            raise UserError(f"--parallel is {self.parallel!r}; it must be ddp or fsdp")
         if self.curate not in (None, *PRESETS):
             raise UserError(f"--curate is {self.curate!r}; choose {', '.join(PRESETS)}")
         if self.chat_epochs is not None and self.chat is None:

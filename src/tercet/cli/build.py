@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +49,10 @@ def build(
         int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens an optimizer step.")] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(metavar="ddp|fsdp", help="Under torchrun: whole weights in each process, or shared."),
+    ] = None,
     curate: Annotated[
         str | None,
         typer.Option(metavar="RULES", help="Clean the data first: none (copies only), light or web rules."),
@@ -101,6 +106,7 @@ def build(
         compare_tokenizers=compare_tokenizer or (),
         context=context,
         batch_tokens=batch_tokens,
+        parallel=parallel,
         curate=curate,
         pairs=pairs or (),
         chat=chat,
@@ -112,6 +118,8 @@ def build(
         z_loss=z_loss,
         seed=seed,
     )
+    if int(os.environ.get("RANK", "0")):
+        return  # one of several processes; the first tells what came of it
     say(
         f"{built.parameters:,} parameters, {built.tokens:,} tokens in {duration(built.seconds)}, "
         f"{built.bits_per_byte:.3f} bits per byte on held-out text"

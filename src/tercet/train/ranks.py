@@ -32,11 +32,17 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    machines: int = 1
+    launched: bool = False  # by torchrun, be it alone
 
     @property
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    def threads(self, cores: int) -> int:
+        """Threads for each of the processes that share a machine of so many."""
+        return max(1, cores * self.machines // self.size)
 
     def added(self, values: Sequence[float]) -> list[float]:
         """The sums of ``values`` over all processes, in float64."""
@@ -87,8 +93,8 @@ def open_ranks() -> Iterator[Ranks]:
     All but the first are silent. Data and run directory must be the same files for all of them.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
+    if size == 1:
+        yield Ranks(launched="WORLD_SIZE" in os.environ)
         return
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
@@ -98,7 +104,8 @@ def open_ranks() -> Iterator[Ranks]:
                 silent = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123 - os.devnull is a name
                 stack.enter_context(contextlib.redirect_stderr(silent))
                 stack.enter_context(contextlib.redirect_stdout(silent))
-            yield Ranks(rank, size)
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            yield Ranks(rank, size, max(1, size // here), launched=True)
     finally:
         dist.destroy_process_group()
 

@@ -44,7 +44,7 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
     return model
 
 
-def whole(model: Transformer, ranks: Ranks) -> Transformer:
+def whole(model: Transformer) -> Transformer:
     """A copy of a sharded model with all weights, in every process; each must call it."""
     copy = Transformer(model.config)
     theirs = dict(model.named_parameters())

@@ -1,0 +1,180 @@
+"""The plan of a run: made once from what was asked and what the machine does, then kept and repeated."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tercet.build.plan import (
+    Rule,
+    Shape,
+    context_for,
+    network,
+    rates_for,
+    rows_for,
+    rules_of,
+    shape_for,
+    vocabulary_for,
+)
+from tercet.build.scaling import remembered
+from tercet.build.settings import Settings
+from tercet.data.documents import source_fingerprint
+from tercet.errors import UserError
+from tercet.files import fingerprint, read_json, write_json
+from tercet.model.transformer import Transformer
+from tercet.progress import duration, say
+from tercet.train.calibrate import Speed, calibrate
+from tercet.train.optimizer import Rates
+from tercet.train.ranks import Ranks
+
+# Bytes of English or source code per token of the small vocabularies built here, for planning only.
+PLANNED_BYTES_PER_TOKEN = 3.3
+# What a budget in minutes leaves for training: a share goes to reading and the tokenizer, and a few seconds
+# to measuring the machine, the checkpoint and samples.
+TRAINING_SHARE, AROUND_TRAINING = 0.95, 8.0
+# Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
+# Within it a run is repeatable; beyond it the clock ends the run early.
+MARGIN = 1.1
+FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
+# Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
+MEMORY_BESIDE = 60 << 20
+CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
+CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that was decided from measurements; kept, so that a resumed run repeats it."""
+
+    layers: int
+    width: int
+    vocab_size: int
+    context: int
+    rows: int
+    steps: int
+    rates: dict[str, Any]
+    z_loss: float
+    speed: dict[str, Any]
+    seconds: float | None  # of training, where the budget is in minutes
+    predicted: dict[str, Any]  # seconds of training, peak memory in bytes, bits per byte where a law is known
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.rows * self.context
+
+    @property
+    def rules(self) -> list[Rule]:
+        """Every number of the run with the rule it comes from."""
+        config = network(self.layers, self.width, self.vocab_size, self.context)
+        return rules_of(config, self.rows, self.steps, Rates(**self.rates))
+
+
+def pretraining_minutes(asked: Settings, minutes: float) -> float:
+    """Of ``minutes``, those that are not the chat stage's."""
+    return minutes * (1 - CHAT_SHARE) if asked.chat else minutes
+
+
+def kept_plan(out: Path, asked: Settings, ranks: Ranks) -> Plan:
+    """The plan of this run, made once and kept."""
+    path = out / "plan.json"
+    if path.is_file():
+        plan = Plan(**read_json(path))
+        # Sums in another order give other last bits.
+        torch.set_num_threads(ranks.threads(plan.speed["threads"]))
+        return plan
+    plan = make_plan(asked, ranks)
+    write_json(path, asdict(plan))
+    for rule in plan.rules:
+        say(f"  {rule.name}: {rule.value}  ({rule.why})")
+    speed = Speed(**plan.speed)
+    say(
+        f"this machine trains it at {speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on "
+        f"{speed.threads} threads: about {duration(plan.predicted['seconds'])}"
+    )
+    return plan
+
+
+def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
+    """Shape, steps and rates for what was asked of `build`; measures this machine.
+
+    ranks: the processes that will train; each machine among them is taken to be as fast as this one.
+    """
+    ranks = ranks or Ranks()
+    seconds = None
+    if asked.minutes:
+        whole = 60 * pretraining_minutes(asked, asked.minutes)
+        seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
+    context = asked.context or max(
+        context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops),
+        CHAT_CONTEXT if asked.chat else 0,
+    )
+    if asked.layers and asked.width:
+        config = network(asked.layers, asked.width, 1, context)
+        vocab = asked.vocab_size or vocabulary_for(config.matmul_parameters)
+        config = replace(config, vocab_size=vocab)
+        shape = Shape(config, rows_for(config.matmul_parameters, context), context)
+    else:
+        shape = shape_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, context=context)
+        if asked.vocab_size:
+            shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
+    if asked.batch_tokens:
+        if asked.batch_tokens < context:
+            raise UserError(
+                f"--batch-tokens is {asked.batch_tokens}; a step has at least one sequence of {context} tokens"
+            )
+        shape = replace(shape, rows=asked.batch_tokens // context)
+    kind = asked.optimizer
+    rates = rates_for(shape.config.hidden_size, kind=kind, learning_rate=asked.learning_rate)
+    if asked.embedding_rate:
+        rates = replace(rates, embedding=asked.embedding_rate)
+    if asked.weight_decay is not None:
+        rates = replace(rates, weight_decay=asked.weight_decay)
+    speed = calibrate(Transformer(shape.config), shape.rows, context, kind)
+    if seconds is not None:
+        tokens = seconds * speed.tokens_per_second * ranks.machines / MARGIN
+    else:
+        tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
+    if not asked.batch_tokens:
+        shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (FEWEST_STEPS * context)))))
+    shape = replace(shape, rows=max(shape.rows, ranks.size))  # a row for each at least
+    steps = max(1, int(tokens / shape.step_tokens))
+    weights, trained_on = shape.config.matmul_parameters, steps * shape.step_tokens
+    law = remembered(law_key(asked))
+    return Plan(
+        layers=shape.config.num_layers,
+        width=shape.config.hidden_size,
+        vocab_size=shape.config.vocab_size,
+        context=context,
+        rows=shape.rows,
+        steps=steps,
+        rates=asdict(rates),
+        z_loss=asked.z_loss,
+        speed=asdict(speed),
+        seconds=seconds,
+        predicted={
+            "seconds": trained_on / (speed.tokens_per_second * ranks.machines),
+            "memory_bytes": peak_memory() + MEMORY_BESIDE,
+            "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
+        },
+    )
+
+
+def reading_limit(tokens: int) -> int:
+    """Bytes of text that are enough to train on so many tokens once."""
+    return int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+
+
+def law_key(asked: Settings) -> str:
+    """What a scaling law holds for: the corpus, and how it is trained on."""
+    return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer])
+
+
+def peak_memory() -> int:
+    """The most memory this process has had resident so far, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
