@@ -1,5 +1,6 @@
 """Building: corpus, tokenizer, network, resume, and what other libraries make of the result."""
 
+import functools
 import io
 import itertools
 import json
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tercet.build.corpus import open_stream, split, write_stream
+from tercet.build.corpus import open_stream, pieces, split, write_stream
 from tercet.build.initialize import initialize
 from tercet.build.plan import LADDER, network, shape_for
 from tercet.build.pretrain import build
@@ -228,6 +231,31 @@ def test_documents_stand_between_end_of_text_tokens() -> None:
     first, second = tokenizer.encode("the cat"), tokenizer.encode("a dog")
     assert np.frombuffer(file.getvalue(), np.uint16).tolist() == [0, *first, 0, *second, 0]
     assert starts.tolist() == [1, 2 + len(first), len(file.getvalue()) // 2]
+
+
+WHITE = ["\n", "\n\n", " ", "\t", "\r\n", "\u00a0", "\u2028"]
+
+
+@given(
+    st.lists(st.sampled_from([*WHITE, "a", "it's", ".", "'", "12", "\u00e9\u0301"]), max_size=60),
+    st.integers(1, 12),
+    st.sampled_from(["word", "apart"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(words: list[str], size: int, whitespace: Any) -> None:
+    tokenizer = splitting(whitespace)
+    text = "".join(words)
+    parts = pieces(text, size)
+    assert "".join(parts) == text
+    whole = tokenizer.encode(text, special=False)
+    assert [token for part in parts for token in tokenizer.encode(part, special=False)] == whole
+
+
+@functools.cache
+def splitting(whitespace: Any) -> Any:
+    """Trained on what it will read, so that merges reach as far as words let them."""
+    texts = ["a.\n\nit's 12\n a\t\n\n\na  .\r\n\u00a0a\n" * 100]
+    return train_tokenizer(texts, 400, whitespace=whitespace)
 
 
 def test_the_report_compares_tokenizers(built: Path, corpus: Path, tmp_path: Path) -> None:

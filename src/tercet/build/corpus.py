@@ -6,10 +6,11 @@ them.
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,9 @@ from tercet.progress import Progress, say
 
 TOKENIZER_SAMPLE = 20_000_000  # bytes a tokenizer is trained on; merges change little beyond
 LEAST_TEXT = 20_000  # characters
+# The tokenizers library keeps a hundred bytes for each token of what it encodes at once: long texts go in pieces.
+ENCODED_AT_ONCE, PIECE = 1_000_000, 100_000  # characters
+_LINE_BEGINS = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -253,14 +257,50 @@ def write_stream(
     kind = token_type(tokenizer.vocab_size)
     starts = array("q", [1])
     stream.write(np.array([end], dtype=kind).tobytes())
-    texts = iter(texts)
+    length = 0  # of the text so far
     with Progress("encoding the corpus", expected, "bytes") as bar:
-        while batch := list(islice(texts, 256)):
-            for ids in tokenizer.encode_batch(batch, special=False):
-                stream.write(np.array([*ids, end], dtype=kind).tobytes())
-                starts.append(starts[-1] + len(ids) + 1)
-            bar.advance(sum(map(len, batch)))
+        for batch in _batches(texts):
+            encoded = tokenizer.encode_batch([piece for piece, _ in batch], special=False)
+            for ids, (_, last) in zip(encoded, batch, strict=True):
+                stream.write(np.array([*ids, end] if last else ids, dtype=kind).tobytes())
+                length += len(ids)
+                if last:
+                    starts.append(starts[-1] + length + 1)
+                    length = 0
+            bar.advance(sum(len(piece) for piece, _ in batch))
     return np.array(starts, np.int64)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of texts, and whether each is the last of its text, about `ENCODED_AT_ONCE` characters at a time."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for text in texts:
+        found = pieces(text)
+        for number, piece in enumerate(found, start=1):
+            batch.append((piece, number == len(found)))
+            size += len(piece)
+            if size >= ENCODED_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def pieces(text: str, size: int = PIECE) -> list[str]:
+    """``text`` cut at line ends into pieces of about ``size`` characters whose tokens are the text's.
+
+    No word of `word_pattern` goes on over a line's end whose next character is no white space.
+    """
+    found: list[str] = []
+    start = 0
+    while len(text) - start > size:
+        cut = _LINE_BEGINS.search(text, start + size)
+        if cut is None:
+            break
+        found.append(text[start : cut.start() + 1])
+        start = cut.start() + 1
+    return [*found, text[start:]]
 
 
 def open_stream(path: Path, vocab_size: int) -> NDArray[np.unsignedinteger]:
