@@ -165,7 +165,9 @@ def test_a_data_set_is_read_through_the_cache(hub: Hub, tmp_path: Path) -> None:
     )
 
     def read(source: str, **more: str) -> str:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **more}
+        # Other tests set HF_HUB_OFFLINE for this process.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = {**ours, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **more}
         done = subprocess.run(
             [sys.executable, "-c", code, source], env=environment, capture_output=True, text=True, check=True
         )

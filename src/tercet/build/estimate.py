@@ -10,7 +10,7 @@ from typing import Any
 
 from tercet.build.hardware import HARDWARE
 from tercet.build.plan import network
-from tercet.build.planning import law_key, make_plan, reading_limit
+from tercet.build.planning import Plan, law_key, make_plan, reading_limit
 from tercet.build.pretrain import build
 from tercet.build.scaling import Law, Point, fit, keep, remembered
 from tercet.build.settings import Settings
@@ -71,7 +71,7 @@ def estimate(
     law = remembered(law_key(asked))
     if fit_law:
         law = _fitted(asked, flops)
-    size, complete = _size(asked, plan.tokens)
+    size, complete = _size(asked, plan)
     prices = prices or {}
     return Estimate(
         layers=plan.layers,
@@ -109,9 +109,9 @@ def estimate(
 BYTES_PER_TOKEN = 3.3  # of English or source code with the vocabularies built here, roughly
 
 
-def _size(asked: Settings, tokens: int) -> tuple[int, bool]:
+def _size(asked: Settings, plan: Plan) -> tuple[int, bool]:
     """Bytes of text, counted until there are enough for the run; and whether that was all."""
-    enough = reading_limit(tokens)
+    enough = reading_limit(plan)
     size = 0
     for document in read_documents(asked.data):
         size += len(document.text.encode())

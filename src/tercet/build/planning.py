@@ -34,6 +34,9 @@ from tercet.train.ranks import Ranks
 
 # Bytes of English or source code per token of the small vocabularies built here, for planning only.
 PLANNED_BYTES_PER_TOKEN = 3.3
+# Reading, tokenizer and encoding take a second for some three megabytes; a second of training is about so many
+# operations on two cores.
+READ_A_SECOND, NOMINAL_FLOPS = 100_000, 1.2e11
 # What a budget in minutes leaves for training: a share goes to reading and the tokenizer, and a few seconds
 # to measuring the machine, the checkpoint and samples.
 TRAINING_SHARE, AROUND_TRAINING = 0.95, 8.0
@@ -164,9 +167,16 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     )
 
 
-def reading_limit(tokens: int) -> int:
-    """Bytes of text that are enough to train on so many tokens once."""
-    return int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+def reading_limit(plan: Plan) -> int:
+    """Bytes of text that are read: enough to train on once, or as many as cost a few hundredths of the run.
+
+    Text beyond what is trained on is not wasted: steps are drawn from all of it, so that a run does not
+    see the beginning of a corpus alone. The run's length is reckoned from its operations and not from
+    this machine's speed: the same text is read anywhere.
+    """
+    once = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+    weights = network(plan.layers, plan.width, plan.vocab_size, plan.context).matmul_parameters
+    return max(once, int(READ_A_SECOND * 6 * weights * plan.tokens / NOMINAL_FLOPS))
 
 
 def law_key(asked: Settings) -> str:
