@@ -14,6 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
+
+from tercet.build.plan import network
+from tercet.errors import UserError
+from tercet.model.transformer import Transformer
+from tercet.train.optimizer import Optimizer, Rates
+from tercet.train.ranks import Ranks
+from tercet.train.sharded import ShardedState
+from tercet.train.state import Progressed, trainable
 
 STEPS = 12
 
@@ -156,3 +165,43 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     assert losses(run) == pytest.approx(losses(alone[kind]), rel=2e-5)
     for name, value in weights(alone[kind]).items():
         assert torch.allclose(value, weights(run)[name], atol=2e-3), name
+
+
+def test_a_sharded_checkpoint_stays_until_the_next_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(network(1, 32, 96, 32))
+    parameters = trainable(model)
+    optimizer = Optimizer(parameters, Rates("adamw", 1e-2))
+    state, progressed = ShardedState(tmp_path, Ranks()), Progressed("x", step=3)
+    state.save(progressed, parameters, optimizer, None)
+    kept = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystemWriter, "write_data", full)
+        for step in (3, 4):  # the same step again, as at the end of a run; a later one
+            with pytest.raises(UserError, match=r"cannot write .* No space left on device"):
+                state.save(Progressed("x", step=step), parameters, optimizer, None)
+    found = ShardedState(tmp_path, Ranks())
+    assert found.progress("x") == progressed
+    found.load(parameters, optimizer)
+    assert all(torch.equal(value, kept[name]) for name, value in parameters.items())
+
+    for _ in range(3):
+        found.save(progressed, parameters, optimizer, None)
+        found = ShardedState(tmp_path, Ranks())
+        assert found.progress("x") == progressed
+        found.load(parameters, optimizer)
+    (directory,) = tmp_path.glob("state-*")
+    next(directory.glob("*.distcp")).unlink()
+    with pytest.raises(UserError, match=r"can't be read .* delete .*state\.json"):
+        found.load(parameters, optimizer)
+    (directory / ".metadata").write_bytes(b"")
+    with pytest.raises(UserError, match="can't be read"):
+        found.load(parameters, optimizer)

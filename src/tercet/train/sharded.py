@@ -7,6 +7,7 @@ are written by all processes together, and can be gone on from by any number of 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import filesystem, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -85,6 +87,7 @@ class ShardedState:
 
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self.directory, self.ranks = directory, ranks
+        self._last = ""  # the directory that `POINTER` names, as far as this process wrote or read it
 
     @property
     def path(self) -> Path:
@@ -110,9 +113,15 @@ class ShardedState:
         optimizer: Optimizer,
         best: dict[str, Tensor] | None,
     ) -> None:
-        """Write a checkpoint; every process must call it."""
+        """Write a checkpoint; every process must call it.
+
+        Raises:
+            UserError: the disk is full or refuses, in any of them; the last checkpoint stays.
+        """
         assert best is None, "a sharded run keeps its last weights"
+        # A step may be saved twice (before and after it is measured): never over what `POINTER` names.
         name = f"state-{progressed.step}"
+        name = f"{name}-again" if name == self._last else name
         target = self.directory / name
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
@@ -120,8 +129,12 @@ class ShardedState:
         tensors = {f"weight:{name}": value.detach() for name, value in parameters.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state_dict_saver.save({**tensors, **optimizer.state()}, checkpoint_id=target)
+            try:
+                state_dict_saver.save({**tensors, **optimizer.state()}, checkpoint_id=target)
+            except CheckpointException as problem:  # in all processes, whichever it happened to
+                raise UserError(f"cannot write {target}: {_reason(problem)}") from problem
         self.ranks.wait()
+        self._last = name
         if self.ranks.first:
             write_json(self.path, {"directory": name, "progress": asdict(progressed)})
             for old in self.directory.glob("state-*"):
@@ -129,10 +142,20 @@ class ShardedState:
                     shutil.rmtree(old, ignore_errors=True)
 
     def load(self, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Put weights and moments back in place, however many processes wrote them."""
-        source = self.directory / json.loads(self.path.read_text(encoding="utf-8"))["directory"]
+        """Put weights and moments back in place, however many processes wrote them.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
+        self._last = json.loads(self.path.read_text(encoding="utf-8"))["directory"]
+        source = self.directory / self._last
+        damaged = f"{source} can't be read (%s); delete {self.path} to start this run again"
+        try:
+            metadata = filesystem.FileSystemReader(source).read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError) as problem:
+            raise UserError(damaged % problem) from problem
         tensors: dict[str, Tensor] = {}
-        for key, stored in filesystem.FileSystemReader(source).read_metadata().state_dict_metadata.items():
+        for key, stored in metadata.state_dict_metadata.items():
             kind, _, name = key.partition(":")
             parameter = parameters[name].detach()
             if kind == "weight":
@@ -143,7 +166,10 @@ class ShardedState:
                 tensors[key] = torch.zeros(stored.size)  # type: ignore[union-attr]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            state_dict_loader.load(tensors, checkpoint_id=source)
+            try:
+                state_dict_loader.load(tensors, checkpoint_id=source)
+            except CheckpointException as problem:
+                raise UserError(damaged % _reason(problem)) from problem
         optimizer.load_state({key: value for key, value in tensors.items() if not key.startswith("weight:")})
 
     def remove(self) -> None:
@@ -153,3 +179,8 @@ class ShardedState:
             self.path.unlink(missing_ok=True)
             for old in self.directory.glob("state-*"):
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(problem: CheckpointException) -> str:
+    """What went wrong in the first of the processes in which something did."""
+    return " ".join(str(next(iter(problem.failures.values()))[0]).split())

@@ -112,9 +112,13 @@ class FileState:
         optimizer: Optimizer,
         best: dict[str, Tensor] | None,
     ) -> None:
-        """As `save_state`."""
-        if self.ranks.first:
-            save_state(self.path, progressed, parameters, optimizer, best)
+        """As `save_state`; the others raise UserError too where the first one can't write."""
+
+        def write() -> None:
+            if self.ranks.first:
+                save_state(self.path, progressed, parameters, optimizer, best)
+
+        self.ranks.first_then_all(write)
 
     def load(self, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor] | None:
         """As `load_tensors`."""
