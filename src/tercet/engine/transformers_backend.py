@@ -37,7 +37,7 @@ MIN_PAGE = 64  # positions; pages are bookkeeping only, so larger ones cost noth
 MOST_PAGES = 1 << 16  # the engine keeps a list of them
 CHUNKS = 256  # in one call; they are fed one by one in any case
 POSITION_FIELDS = ("max_position_embeddings", "max_seq_len", "n_positions", "n_ctx", "seq_length")
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")  # "cache" since transformers 5.24
 TRIED, SPLIT = 12, 7  # tokens a model is tried on, and fed first: longer than any convolution's kernel
 
 # How a sequence goes on: several tokens after a cache; one at a time after a cache, since the model
