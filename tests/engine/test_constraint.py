@@ -214,6 +214,17 @@ def test_a_schema_that_names_properties_gets_no_others(byte_level: Tokenizer) ->
     assert not begins('{"a":1', silent)  # one layout
 
 
+def test_a_schema_inside_of_a_lark_rule_is_as_strict_as_alone(walker: Walker) -> None:
+    schema = Grammar.json_schema(Person.model_json_schema())
+    grammar = Grammar.lark(f'start: "person: " {schema.in_lark()} "."')
+    for _ in range(5):
+        text = walker(grammar)
+        assert text.startswith("person: ") and text.endswith(".")
+        Person.model_validate_json(text.removeprefix("person: ").removesuffix("."))
+    with pytest.raises(ValueError, match="a regex can't be a part"):
+        Grammar.regex("a").in_lark()
+
+
 # Forced tokens, ends, speculation
 
 

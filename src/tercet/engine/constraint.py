@@ -106,9 +106,7 @@ class Grammar:
         from llguidance import LLMatcher, regex_to_lark
 
         if self.kind == "json_schema":
-            schema = json.loads(self.text)
-            closed = _closed(schema)
-            return _json_source(schema if closed != schema and _schema_refusal(closed) else closed)
+            return _json_source(self._schema())
         if self.kind == "regex":
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(self.text, 'd')}/")
         if self.kind == "choices":
@@ -116,6 +114,18 @@ class Grammar:
             either = " | ".join(json.dumps(choice) for choice in json.loads(self.text))
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {either}")
         return LLMatcher.grammar_from_lark(self.text)
+
+    def in_lark(self) -> str:
+        """A JSON Schema as a part of a rule in a Lark grammar: ``f'start: "answer: " {form.in_lark()}'``."""
+        if self.kind != "json_schema":
+            raise ValueError(f"a {self.kind} can't be a part of a Lark rule; a JSON Schema can")
+        return f"%json {json.dumps(self._schema() | {'x-guidance': JSON_LAYOUT})}"
+
+    def _schema(self) -> dict[str, Any]:
+        """The schema that is compiled."""
+        schema: dict[str, Any] = json.loads(self.text)
+        closed: dict[str, Any] = _closed(schema)
+        return schema if closed != schema and _schema_refusal(closed) else closed
 
     def _described(self, reason: str) -> str:
         name = {"json_schema": "schema", "lark": "grammar"}.get(self.kind, self.kind)
