@@ -88,19 +88,22 @@ class Backend(Protocol):
         ...
 
 
-def split_calls(backend: Backend, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+def split_calls(backend: Backend, chunks: Sequence[Chunk], most: int | None = None) -> Iterator[list[Chunk]]:
     """``chunks`` in calls that keep the backend's bounds; long ones are cut and go on in the next call.
 
     All wanted places come in the order they had.
+
+    most: tokens in a call at most, where that is fewer than the backend's own bound.
     """
     call: list[Chunk] = []
-    room = backend.max_tokens
+    most = min(backend.max_tokens, most or backend.max_tokens)
+    room = most
     for chunk in chunks:
         at = 0
         while at < len(chunk.tokens):
             if at or not room or len(call) == backend.max_chunks:
                 yield call
-                call, room = [], backend.max_tokens
+                call, room = [], most
             end = min(at + room, len(chunk.tokens))
             wanted = [place - at for place in chunk.wanted if at <= place < end]
             call.append(Chunk(chunk.sequence, chunk.tokens[at:end], chunk.start + at, chunk.pages, wanted))

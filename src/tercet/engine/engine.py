@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tercet.engine.backend import Backend, Chunk
 from tercet.engine.cache import PagePool
-from tercet.engine.request import Completion, Delta, Request, Score
+from tercet.engine.reading import token_logprobs
+from tercet.engine.request import Completion, Delta, Request, Score, TokenLogprob
 from tercet.engine.running import Running
 from tercet.engine.scoring import Continuation, encode, evaluate
 from tercet.engine.speculative import Ask, Drafter, DraftModel, PromptLookup, check_same_vocabulary
@@ -181,6 +182,38 @@ class Engine:
         evaluate(self.backend, self.pool, [one for group in pieces for one in group], self._make_room)
         return [[sum(one.logprobs) for one in group] for group in pieces]
 
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int]], top: int = 0
+    ) -> list[list[TokenLogprob | None]]:
+        """How likely each token of each prompt is after those before it; None for the first, which has none.
+
+        The same numbers, texts and bytes as if the tokens had been generated with ``logprobs``.
+
+        top: the likeliest tokens that are given with each.
+
+        Raises:
+            UserError: a prompt is empty, too long, does not fit the cache or has tokens that the model
+                doesn't know, or the model's logits are not finite.
+        """
+        if top < 0:
+            raise UserError(f"top is {top}; it must be 0 or more")
+        for number, prompt in enumerate(prompts):
+            what = "the prompt" if len(prompts) == 1 else f"prompt {number + 1}"
+            self._check_tokens(prompt, what, self.max_positions + 1)  # the last token is not fed
+        return token_logprobs(self.backend, self.pool, prompts, top, self._bytes_of, self._make_room)
+
+    def token_pieces(self, tokens: Sequence[int]) -> list[tuple[str, bytes]]:
+        """The text to show for each of ``tokens``, and the bytes it adds to the text of them all.
+
+        As in `TokenLogprob`: for tokens that have no log-probability, such as the first of a prompt.
+        """
+        pieces, first = [], True
+        for token in tokens:
+            data = self._bytes_of(token, first=first)
+            pieces.append((self._bytes_of.text(token, first=first), data))
+            first = first and not self._bytes_of(token)
+        return pieces
+
     def _encode(
         self, group: int, prompt: str, continuation: str, special: bool, end: bool = False
     ) -> Continuation:
@@ -241,11 +274,12 @@ class Engine:
         if request.constraint is not None:
             self.constraints.matcher(request.constraint)
 
-    def _check_tokens(self, tokens: Sequence[int], what: str) -> None:
+    def _check_tokens(self, tokens: Sequence[int], what: str, most: int | None = None) -> None:
         if not tokens:
             raise UserError(f"{what} is empty (0 tokens); a model needs at least one to go on from")
-        if len(tokens) > self.max_positions:
-            raise UserError(f"{what} has {len(tokens)} tokens; the model takes at most {self.max_positions}")
+        most = most or self.max_positions
+        if len(tokens) > most:
+            raise UserError(f"{what} has {len(tokens)} tokens; the model takes at most {most}")
         if min(tokens) < 0 or max(tokens) >= self.backend.vocab_size:
             wrong = min(tokens) if min(tokens) < 0 else max(tokens)
             raise UserError(

@@ -150,7 +150,8 @@ def _admit(
         group = waiting[0]
         pages = group.pages
         pages.reuse(group.shared, group.unscored)
-        if pages.should_wait(group.shared, group.unscored):
+        # Only for what this batch computes: pages that a request has begun are not finished meanwhile.
+        if count and pages.should_wait(group.shared, group.unscored):
             pages.close()
             passed.append(waiting.popleft())
             continue
