@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tercet.build.corpus import open_stream, pieces, split, write_stream
+from tercet.build.corpus import PIECE, open_stream, pieces, split, write_stream
 from tercet.build.initialize import initialize
 from tercet.build.plan import LADDER, network, shape_for
 from tercet.build.pretrain import build
@@ -249,6 +249,22 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(words: list[str], size: in
     assert "".join(parts) == text
     whole = tokenizer.encode(text, special=False)
     assert [token for part in parts for token in tokenizer.encode(part, special=False)] == whole
+
+
+def test_a_text_without_any_place_to_cut_is_cut_all_the_same() -> None:
+    text = "A" * (4 * PIECE + 10)
+    assert [len(piece) for piece in pieces(text)] == [2 * PIECE, 2 * PIECE, 10]
+
+
+def test_one_endless_line_is_read_as_far_as_the_budget_goes(tmp_path: Path) -> None:
+    """Memory and time once grew with the line: 200 MB took all memory of a machine."""
+    line = " ".join(text_of(seed, 1000).replace("\n", " ") for seed in range(20)) * 40
+    assert len(line) > 3_000_000
+    (tmp_path / "line.txt").write_text(line)
+    made = build(tmp_path / "line.txt", tmp_path / "run", tokens=512, **SMALL)
+    read = made.corpus.bytes + made.corpus.heldout_bytes
+    assert not made.corpus.complete
+    assert 400_000 < read < 700_000
 
 
 @functools.cache

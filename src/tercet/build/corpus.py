@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +30,9 @@ TOKENIZER_SAMPLE = 20_000_000  # bytes a tokenizer is trained on; merges change 
 LEAST_TEXT = 20_000  # characters
 # The tokenizers library keeps a hundred bytes for each token of what it encodes at once: long texts go in pieces.
 ENCODED_AT_ONCE, PIECE = 1_000_000, 100_000  # characters
-_LINE_BEGINS = re.compile(r"\n(?=\S)")
+# Where no word of `word_pattern` goes on: before a line that begins with no white space, and before a space
+# between two letters or digits.
+_WORD_BEGINS = re.compile(r"(?<=\n)(?=\S)|(?<=[^\W_])(?= [^\W_])")
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,22 @@ def _tail(spool: Spool, size: int) -> tuple[int, int] | None:
 
 
 def gather(documents: Iterable[Document], limit: int) -> Iterator[Document]:
-    """Documents until their text reaches ``limit`` bytes."""
+    """Documents until their text reaches ``limit`` bytes; of one that is far longer than what is left, its beginning."""
     total = 0
     with Progress("reading the corpus", limit, "bytes") as bar:
         for document in documents:
+            left = limit - total
+            if len(document.text) > left + PIECE:
+                document = replace(document, text=document.text[: _cut(document.text, left)])
             yield document
             size = len(document.text.encode("utf-8"))
             total += size
             bar.advance(size)
             if total >= limit:
                 return
+
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: its multiples spread evenly (Knuth, 6.4)
 
 
 def _sample(spool: Spool, division: Split) -> Iterator[str]:
@@ -128,8 +136,11 @@ def _sample(spool: Spool, division: Split) -> Iterator[str]:
     # end: those that hash low are held out.
     limit = int(max(0.0, 1 - share) * 2**64)
     for index, text in division.train(spool):
-        if int.from_bytes(spool.digest(index)[:8], "big") >= limit:
-            yield text
+        place = int.from_bytes(spool.digest(index)[:8], "big")
+        for piece in pieces(text):
+            if place >= limit:
+                yield piece
+            place = (place + _GOLDEN) % 2**64  # the next piece of a long text is chosen for itself
 
 
 def prepare(
@@ -288,19 +299,23 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def pieces(text: str, size: int = PIECE) -> list[str]:
-    """``text`` cut at line ends into pieces of about ``size`` characters whose tokens are the text's.
-
-    No word of `word_pattern` goes on over a line's end whose next character is no white space.
-    """
+    """``text`` cut into pieces of about ``size`` characters whose tokens are the text's."""
     found: list[str] = []
     start = 0
-    while len(text) - start > size:
-        cut = _LINE_BEGINS.search(text, start + size)
-        if cut is None:
-            break
-        found.append(text[start : cut.start() + 1])
-        start = cut.start() + 1
+    while len(text) - start > size and (end := _cut(text, start + size)) < len(text):
+        found.append(text[start:end])
+        start = end
     return [*found, text[start:]]
+
+
+def _cut(text: str, after: int) -> int:
+    """The first place from ``after`` on where no word of `word_pattern` goes on.
+
+    Where there is none for `PIECE` characters (a picture in base64, say), the place after them: a word of
+    that length would take memory and time without end, and of its tokens two at most become others.
+    """
+    found = _WORD_BEGINS.search(text, after, after + PIECE)
+    return min(after + PIECE, len(text)) if found is None else found.start()
 
 
 def open_stream(path: Path, vocab_size: int) -> NDArray[np.unsignedinteger]:
