@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +26,24 @@ POLAR = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
+TOGETHER = 1 << 24  # weights that are orthogonalised in one call at most: their copies take some 100 MB
 SAFETY = 1.01  # bfloat16 may round a singular value to above 1, where the polynomials diverge
 
 
-def orthogonalized(matrix: Tensor, steps: int = len(POLAR), dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The orthogonal matrix nearest to ``matrix`` [R, C], roughly: its singular values become about 1.
+def orthogonalized(matrices: Tensor, steps: int = len(POLAR), dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The orthogonal matrix nearest to each of ``matrices`` [..., R, C], roughly: singular values become about 1.
 
     dtype: of the products; bfloat16 is exact enough, since no digit of the result beyond the first matters.
     """
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(dtype)
-    x = x / (x.float().norm() * SAFETY + 1e-20).to(dtype)
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = (matrices if wide else matrices.mT).to(dtype)
+    x = x.reshape(-1, *x.shape[-2:])
+    x = x / (x.float().norm(dim=(1, 2), keepdim=True) * SAFETY + 1e-20).to(dtype)
     for a, b, c in POLAR[:steps]:
         a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.T
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,43 +66,50 @@ class Muon(torch.optim.Optimizer):
         threads: int = 1,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.steps, self.dtype = steps, dtype
+        self.steps, self.dtype, self._threads = steps, dtype, threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         for group in self.param_groups:
 
-            def update(parameter: nn.Parameter, group: dict[str, Any] = group) -> None:
+            def update(alike: list[nn.Parameter], group: dict[str, Any] = group) -> None:
                 if self._pool is not None and torch.get_num_threads() != 1:
                     torch.set_num_threads(1)  # of this thread
                 with torch.no_grad():
-                    self._update(parameter, group)
+                    self._update(alike, group)
 
             changed = [parameter for parameter in group["params"] if parameter.grad is not None]
+            work = _alike(changed, self._threads)
             if self._pool is None:
-                for parameter in changed:
-                    update(parameter)
+                for alike in work:
+                    update(alike)
             else:
-                list(self._pool.map(update, changed))
+                list(self._pool.map(update, work))
         return None
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        ahead = gradient.lerp(momentum, group["momentum"])  # Nesterov's
-        direction = self._direction(ahead).to(parameter.dtype)
-        rows, columns = parameter.shape
-        if group["weight_decay"]:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Move parameters of one shape: small matrices cost as much in calls as in arithmetic, one by one."""
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        ahead = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            momentum = self.state[parameter]["momentum"].lerp_(gradient, 1 - group["momentum"])
+            ahead.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov's
+        rows, columns = parameters[0].shape
+        size = -group["lr"] * max(1.0, rows / columns) ** 0.5
+        for parameter, direction in zip(parameters, self._directions(ahead), strict=True):
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(direction.to(parameter.dtype), alpha=size)
 
-    def _direction(self, ahead: Tensor) -> Tensor:
-        if not hasattr(ahead, "full_tensor"):
-            return orthogonalized(ahead, self.steps, self.dtype)
+    def _directions(self, ahead: list[Tensor]) -> Sequence[Tensor]:
+        if hasattr(ahead[0], "full_tensor"):
+            return [self._sharded_direction(one) for one in ahead]
+        return orthogonalized(torch.stack(ahead), self.steps, self.dtype).unbind()
+
+    def _sharded_direction(self, ahead: Tensor) -> Tensor:
         # A sharded matrix: every process orthogonalises the whole of it and keeps its own rows. That costs
         # each the time one process would take, and no second exchange.
         from torch.distributed.tensor import DTensor, Replicate
@@ -111,6 +120,19 @@ class Muon(torch.optim.Optimizer):
         return DTensor.from_local(direction, ahead.device_mesh, copies).redistribute(
             placements=ahead.placements
         )
+
+
+def _alike(parameters: Sequence[nn.Parameter], threads: int) -> list[list[nn.Parameter]]:
+    """Parameters of one shape together, a share for each thread, in an order that is always the same."""
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+    found = []
+    for (rows, columns), members in by_shape.items():
+        most = max(1, TOGETHER // (rows * columns))
+        size = min(most, -(-len(members) // threads))
+        found += [members[begin : begin + size] for begin in range(0, len(members), size)]
+    return found
 
 
 @dataclass(frozen=True)
