@@ -1,0 +1,232 @@
+"""How models write tool calls, told from their chat templates.
+
+=========  ====================================================================  =====================
+hermes     ``<tool_call>\\n{"name": "f", "arguments": {…}}\\n</tool_call>``        Hermes, Qwen 2.5 and 3
+mistral    ``[TOOL_CALLS][{"name": "f", "arguments": {…}}, …]``                  Mistral 0.3, Nemo
+named      ``[TOOL_CALLS]f[ARGS]{…}``                                            Mistral since 2025
+bare       ``{"name": "f", "parameters": {…}}``, ``<|python_tag|>`` before it    Llama 3.1 to 3.3
+=========  ====================================================================  =====================
+
+A template is a program, so it is asked: it renders a conversation with a call in it, and what it writes
+tells the format, whether it wants arguments as an object or as a string, and whether several calls may
+stand side by side. Templates that lose the call, refuse it, or write it in another way have no format.
+
+A format also gives the grammar of its calls, for outputs that must be calls or have to be right ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tercet.engine.constraint import Grammar
+from tercet.errors import UserError
+from tercet.model.chat_template import render_template
+from tercet.model.tokenizer import Tokenizer
+
+Style = Literal["hermes", "mistral", "named", "bare"]
+
+# Markers of all formats. Where a tokenizer has one as a special token, a text of its tokens is without it.
+MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
+TRIGGERS: dict[Style, str] = {
+    "hermes": "<tool_call>",
+    "mistral": "[TOOL_CALLS]",
+    "named": "[TOOL_CALLS]",
+    "bare": "",
+}
+_ANY_TEXT = r"/(.|\n)*/"
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """One way to write calls.
+
+    arguments: the key of a call's arguments in its JSON.
+    objects: whether the template wants the arguments of earlier calls as objects (or as strings of JSON).
+    several: whether an answer may hold more than one call.
+    """
+
+    style: Style
+    arguments: str = "arguments"
+    objects: bool = True
+    several: bool = True
+
+    @property
+    def trigger(self) -> str:
+        """The text that begins a call; "" where a call is the whole answer."""
+        return TRIGGERS[self.style]
+
+    # What is written around calls, as the templates write it
+
+    @property
+    def _around(self) -> tuple[str, str, str]:
+        """Before the first call (behind the trigger), between two, after the last."""
+        if self.style == "hermes":
+            return "\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"
+        if self.style == "mistral":
+            return "[", ", ", "]"
+        if self.style == "named":
+            return "", "[TOOL_CALLS]", ""
+        return "", "; ", ""
+
+    def _call(self, name: str) -> tuple[str, str]:
+        """Before and after the arguments of a call."""
+        if self.style == "named":
+            return f"{name}[ARGS]", ""
+        return f'{{"name": "{name}", "{self.arguments}": ', "}"
+
+    def grammar(
+        self,
+        functions: Mapping[str, Grammar],
+        tokenizer: Tokenizer,
+        *,
+        required: bool,
+        several: bool,
+        otherwise: Grammar | None = None,
+    ) -> Grammar:
+        """Of outputs that call ``functions`` (the form of each one's arguments), in this format.
+
+        required: whether anything but calls is allowed: text, or what is of the form ``otherwise``.
+        several: whether more than one call is; the format itself may not have it.
+        """
+        before, between, after = self._around
+        special = special_markers(tokenizer)
+
+        def literal(text: str) -> str:
+            return _literal(text, special)
+
+        rules = []
+        for number, (name, form) in enumerate(functions.items()):
+            head, tail = self._call(name)
+            rules.append(f"call_{number}: {literal(head)} {form.in_lark()} {literal(tail)}")
+        more = f" ({literal(between)} call)*" if several and self.several else ""
+        calls = f"{literal(before)} call{more} {literal(after)}"
+        if required:
+            rules.insert(0, f"start: {literal(self.trigger)} {calls}")
+        elif otherwise is not None:
+            rules.insert(0, f"start: otherwise | {literal(self.trigger)} {calls}")
+            rules.append(f"otherwise: {otherwise.in_lark()}")
+        elif self.style == "bare":
+            # What begins as a call has to be one.
+            rules.insert(0, f"start: TEXT | {calls}")
+            rules.append(r"TEXT: /([^{\s](.|\n)*)?/")
+        elif self.trigger in special.values():
+            rules.insert(0, f"start: TEXT ({literal(self.trigger)} {calls})?")
+            rules.append(f"TEXT: {_ANY_TEXT}")
+        else:
+            rules.insert(0, f"start: TEXT | opening {calls}")
+            rules.append(f"opening[lazy]: TEXT {literal(self.trigger)}\nTEXT: {_ANY_TEXT}")
+        rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
+        return Grammar.lark("\n".join(rules))
+
+
+def special_markers(tokenizer: Tokenizer) -> dict[int, str]:
+    """The markers that are special tokens of this tokenizer, by id."""
+    special = set(tokenizer.special_tokens)
+    ids = {tokenizer.id_of(marker): marker for marker in MARKERS if marker in special}
+    return {token: marker for token, marker in ids.items() if token is not None}
+
+
+def _literal(text: str, special: Mapping[int, str]) -> str:
+    """Lark for exactly ``text``, which may hold markers that are special tokens."""
+    ids = {marker: token for token, marker in special.items()}
+    parts = re.split("(" + "|".join(map(re.escape, MARKERS)) + ")", text)
+    terms: list[str] = []
+    for part in parts:
+        if part in ids:
+            terms.append(f"<[{ids[part]}]>")
+        elif part:
+            terms.append(json.dumps(part))
+    return " ".join(terms)
+
+
+# Detection
+
+_NAME, _KEY, _VALUE = "probe_function", "probe_argument", "probe value"
+_QUESTION = "probe question"
+_OBJECT = re.escape(json.dumps({_KEY: _VALUE}))
+_JSON_CALL = rf'\{{"name": "{_NAME}", "(?P<key>arguments|parameters)": {_OBJECT}'
+_WRITTEN: dict[Style, str] = {
+    "hermes": rf"<tool_call>\s*{_JSON_CALL}\}}\s*</tool_call>",
+    "mistral": rf"\[TOOL_CALLS\]\s*\[{_JSON_CALL}",
+    "named": rf"\[TOOL_CALLS\]\s*{_NAME}(\[CALL_ID\]\w+)?\[ARGS\]\s*{_OBJECT}",
+    # At the very beginning of the answer: anywhere else JSON is just JSON.
+    "bare": rf"\A\s*(<\|python_tag\|>)?\s*{_JSON_CALL}\}}",
+}
+
+
+def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
+    """The format of this tokenizer's chat template; None where it has none that is known here."""
+    template = tokenizer.templates.get("tool_use", tokenizer.chat_template)
+    if template is None:
+        return None
+    return _detected(template, tuple(sorted(tokenizer.named_tokens.items())))
+
+
+@functools.lru_cache(maxsize=32)
+def _detected(template: str, named_tokens: tuple[tuple[str, str], ...]) -> ToolFormat | None:
+    special = dict(named_tokens)
+    # The template must also show the tools to the model.
+    asked = _rendered(template, [_user()], special, add_generation_prompt=True)
+    if asked is None or _NAME not in asked:
+        return None
+    opening = _after_user(asked)
+    for objects in (True, False):
+        whole = _rendered(template, [_user(), _calls(1, objects)], special)
+        if whole is None:
+            continue
+        answer = _after_user(whole).removeprefix(opening)
+        for style, pattern in _WRITTEN.items():
+            if match := re.search(pattern, answer):
+                two = _rendered(template, [_user(), _calls(2, objects)], special)
+                several = two is not None and two.count(_NAME) > whole.count(_NAME)
+                key = match.groupdict().get("key") or "arguments"
+                return ToolFormat(style, key, objects, several)
+    return None
+
+
+def _after_user(text: str) -> str:
+    return text.rpartition(_QUESTION)[2]
+
+
+def _user() -> dict[str, Any]:
+    return {"role": "user", "content": _QUESTION}
+
+
+def _calls(count: int, objects: bool) -> dict[str, Any]:
+    arguments: Any = {_KEY: _VALUE} if objects else json.dumps({_KEY: _VALUE})
+    calls = [
+        # Mistral's templates take identifiers of nine letters and digits only.
+        {
+            "id": f"probe000{number}",
+            "type": "function",
+            "function": {"name": _NAME, "arguments": arguments},
+        }
+        for number in range(count)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _rendered(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special: dict[str, str],
+    add_generation_prompt: bool = False,
+) -> str | None:
+    parameters = {
+        "type": "object",
+        "properties": {_KEY: {"type": "string", "description": "an argument"}},
+        "required": [_KEY],
+    }
+    tool = {
+        "type": "function",
+        "function": {"name": _NAME, "description": "a function", "parameters": parameters},
+    }
+    try:
+        return render_template(template, messages, [tool], add_generation_prompt, special)
+    except UserError:
+        return None
