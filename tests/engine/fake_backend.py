@@ -100,6 +100,10 @@ class FakeBackend:
             likeliest += [int(logits.argmax()) == token for token in wanted]
         return np.array(values, dtype=np.float32), np.array(likeliest, dtype=np.bool_)
 
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        rows = [self.logits(history)[:8] for history in self._places(chunks)]
+        return np.array(rows, dtype=np.float32).reshape(-1, 8)
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         assert not {source for source, _ in pairs} & {target for _, target in pairs}
         for source, target in pairs:

@@ -79,6 +79,14 @@ class Backend(Protocol):
         """
         ...
 
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Compute the chunks; what the head reads at each wanted place: the final norm's output [places, H].
+
+        Raises:
+            UserError: the network does not show it.
+        """
+        ...
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy the contents of pages: (source, target) each."""
         ...

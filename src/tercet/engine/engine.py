@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tercet.engine.backend import Backend, Chunk
 from tercet.engine.cache import PagePool
-from tercet.engine.reading import token_logprobs
+from tercet.engine.reading import mean_states, token_logprobs
 from tercet.engine.request import Completion, Delta, Request, Score, TokenLogprob
 from tercet.engine.running import Running
 from tercet.engine.scoring import Continuation, encode, evaluate
@@ -30,6 +30,9 @@ from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tercet.engine.constraint import Constraints
 
 MAX_BATCH = 64  # requests that run at the same time, unless asked otherwise
@@ -110,7 +113,7 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
         """The same, piece by piece as text comes. Closing the iterator cancels what still runs."""
         for index, request in enumerate(requests):
-            self._check(request, "the prompt" if len(requests) == 1 else f"prompt {index + 1}")
+            self._check(request, _name(index, len(requests)))
         return self._stream(requests)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
@@ -198,9 +201,19 @@ class Engine:
         if top < 0:
             raise UserError(f"top is {top}; it must be 0 or more")
         for number, prompt in enumerate(prompts):
-            what = "the prompt" if len(prompts) == 1 else f"prompt {number + 1}"
+            what = _name(number, len(prompts))
             self._check_tokens(prompt, what, self.max_positions + 1)  # the last token is not fed
         return token_logprobs(self.backend, self.pool, prompts, top, self._bytes_of, self._make_room)
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """A vector of length 1 for each prompt, [N, H]: the mean over its tokens of what the head reads.
+
+        Raises:
+            UserError: as `prompt_logprobs`, or the network does not show what its head reads.
+        """
+        for number, prompt in enumerate(prompts):
+            self._check_tokens(prompt, _name(number, len(prompts)))
+        return mean_states(self.backend, self.pool, prompts, self._make_room)
 
     def token_pieces(self, tokens: Sequence[int]) -> list[tuple[str, bytes]]:
         """The text to show for each of ``tokens``, and the bytes it adds to the text of them all.
@@ -480,6 +493,11 @@ class Engine:
     def _release(self, one: Running, forget: bool = False) -> None:
         self.backend.release(one.pages.number)
         one.pages.close(forget)
+
+
+def _name(number: int, count: int) -> str:
+    """What a message calls prompt ``number`` of ``count``."""
+    return "the prompt" if count == 1 else f"prompt {number + 1}"
 
 
 def _drafter(speculation: Literal["ngram"] | Engine | Drafter | None, tokenizer: Tokenizer) -> Drafter | None:

@@ -70,6 +70,29 @@ def _logprob(
     return TokenLogprob(token, bytes_of.text(token, first=first), float(logprobs[token]), data, best)
 
 
+def mean_states(
+    backend: Backend, pool: PagePool, prompts: Sequence[Sequence[int]], make_room: MakeRoom
+) -> NDArray[np.float32]:
+    """For each prompt the mean of what the head reads at its tokens, of length 1: [N, H]."""
+    if not prompts:
+        return np.zeros((0, 0), np.float32)
+    sums: dict[int, NDArray[np.float64]] = {}
+    for call in _calls(backend, pool, prompts, backend.max_tokens, make_room):
+        rows = iter(backend.hidden([chunk for _, chunk in call]))
+        for number, chunk in call:
+            # One by one: in this order whatever the calls, so that neighbours don't change a bit.
+            for row in islice(rows, len(chunk.tokens)):
+                sums[number] = row.astype(np.float64) if number not in sums else sums[number] + row
+    found = np.array([sums[number] for number in range(len(prompts))])
+    if not np.isfinite(found).all():
+        raise UserError(
+            "the model's activations are not finite; its weights are broken or overflow in this dtype"
+        )
+    lengths = np.linalg.norm(found, axis=-1, keepdims=True)
+    vectors: NDArray[np.float32] = (found / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)
+    return vectors
+
+
 def _calls(
     backend: Backend, pool: PagePool, texts: Sequence[Sequence[int]], most: int, make_room: MakeRoom
 ) -> Iterator[list[tuple[int, Chunk]]]:

@@ -81,6 +81,10 @@ class TorchBackend:
         return np.concatenate(values), np.concatenate(likeliest)
 
     @torch.inference_mode()
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        return _numpy(self._hidden(chunks))
+
+    @torch.inference_mode()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         self._pages.make_room(max((page for pair in pairs for page in pair), default=0))
         sources, targets = (self._index([pair[side] for pair in pairs]) for side in (0, 1))

@@ -125,6 +125,37 @@ class TransformersBackend:
             return np.zeros(0, np.float32), np.zeros(0, np.bool_)
         return _numpy(torch.cat(values)), torch.cat(likeliest).cpu().numpy()
 
+    @torch.inference_mode()
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """What the head reads at the wanted places [places, H]; whole sequences are read again for it.
+
+        Raises:
+            UserError: the model's class does not set its decoder apart from the head.
+        """
+        rows: list[Tensor] = []
+        for chunk in chunks:
+            sequence = self._rewound(chunk.sequence, chunk.start)
+            sequence.tokens.extend(chunk.tokens)
+            sequence.cache = None
+            places = [chunk.start + index for index in chunk.wanted]
+            rows.append(self._states(sequence.tokens)[places])
+        return _numpy(torch.cat(rows))
+
+    def _states(self, tokens: list[int]) -> Tensor:
+        """The decoder's output [T, H] for a whole sequence."""
+        decoder = self.model.base_model
+        ids = torch.tensor([tokens], dtype=torch.long, device=self.model.device)
+        found = None
+        if decoder is not self.model:
+            found = decoder(input_ids=ids, use_cache=False, return_dict=True).get("last_hidden_state")
+        if found is None:
+            raise UserError(
+                f"{type(self.model).__name__} of transformers does not show what its head reads, "
+                "so it gives no embeddings; use another model for them"
+            )
+        states: Tensor = found[0]
+        return states
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Never asked of a backend whose ``shares_pages`` is False."""
         raise NotImplementedError("a cache of transformers can't be shared between sequences")

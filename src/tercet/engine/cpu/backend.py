@@ -196,7 +196,8 @@ class CPUBackend:
             return self._hold(allocate(4 * count + 64))
 
         heads = config.num_heads + 2 * config.num_kv_heads
-        t[at.X], t[at.NORMED] = floats(rows * shape.hidden), floats(rows * shape.hidden)
+        self._normed = allocate(4 * rows * shape.hidden).view(np.float32).reshape(rows, shape.hidden)
+        t[at.X], t[at.NORMED] = floats(rows * shape.hidden), self._normed.ctypes.data
         t[at.OUTPUT] = floats(rows * shape.hidden)
         t[at.QUANTIZED] = floats(rows * experts * widest // 4)
         t[at.SCALES], t[at.ZEROS] = (
@@ -257,6 +258,17 @@ class CPUBackend:
             likeliest.append(best[rows] == wanted)
         return np.concatenate(values), np.concatenate(likeliest)
 
+    def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        table, size = self._table, self.config.hidden_size
+        parts: list[NDArray[np.float32]] = []
+        for together in self._together(chunks):
+            wanted = self._describe(together)
+            table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.WANTED] = 0, 1, len(wanted)
+            self._wanted[: len(wanted)] = wanted
+            self._run()
+            parts.append(self._normed[: len(wanted), :size].copy())
+        return np.concatenate(parts)
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         size = self._page_bytes
         for source, target in pairs:
@@ -270,15 +282,18 @@ class CPUBackend:
     def _logit_parts(self, chunks: Sequence[Chunk]) -> Iterator[NDArray[np.float32]]:
         """Run the step; the wanted rows' logits in parts [up to LOGIT_ROWS, V], each valid until the next."""
         table = self._table
-        # Where positions are stretched by a sequence's length, each has rotary tables of its own.
-        for together in [[one] for one in chunks] if self._by_length else [chunks]:
+        for together in self._together(chunks):
             wanted = self._describe(together)
             for begin in range(0, max(1, len(wanted)), LOGIT_ROWS):
                 part = wanted[begin : begin + LOGIT_ROWS]
-                table[at.HEAD_ONLY], table[at.WANTED] = begin > 0, len(part)
+                table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.WANTED] = begin > 0, 0, len(part)
                 self._wanted[: len(part)] = part
                 self._run()
                 yield self._logits[: len(part), : self.vocab_size]
+
+    def _together(self, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
+        """Chunks of one step. Where positions are stretched by a sequence's length, each has rotary tables of its own."""
+        return [[one] for one in chunks] if self._by_length else [chunks]
 
     def _describe(self, chunks: Sequence[Chunk]) -> list[int]:
         """Put the chunks into the table's arrays; the rows whose logits are wanted."""

@@ -590,8 +590,19 @@ def forward(t: Any, thread: int) -> None:
     if wanted == 0:
         return
     chosen = integers(t[at.WANTED_ROWS], wanted)
-    small = wanted <= at.SMALL
     low, high = share(wanted, thread, threads)
+    if t[at.STATES_ONLY]:
+        for i in range(low, high):
+            norm(
+                t,
+                t[at.X] + chosen[i] * row_bytes,
+                t[at.FINAL_NORM],
+                t[at.FINAL_NORM_BIAS],
+                t[at.NORMED] + i * row_bytes,
+            )
+        meetings = meet(t, meetings, thread)
+        return
+    small = wanted <= at.SMALL
     first, last = (0, wanted) if small else (low, high)
     mine = at.SMALL * thread if small else 0
     normed = t[at.NORMED] + mine * row_bytes

@@ -27,6 +27,7 @@ QUERIES = (1, 4)  # of an attention tile
     CHUNKS,  # address [chunks, 3]: first row, first position, address of the chunk's pages
     TILES,  # number of attention tiles (before heads)
     TILE_TABLE,  # address [tiles, 3]: chunk, first row within it, rows
+    STATES_ONLY,  # what the head would read is wanted, row after row in NORMED; no logits
     WANTED,  # rows whose logits are wanted
     WANTED_ROWS,  # address
     LOGITS,  # address [wanted, vocabulary in blocks]
@@ -83,7 +84,7 @@ QUERIES = (1, 4)  # of an attention tile
     PRIVATE,  # scratch of the threads
     PRIVATE_BYTES,  # of each
     SIZE,
-) = range(66)
+) = range(67)
 
 # A layer.
 (
