@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from tercet.build.plan import network
+from tercet.errors import UserError
+from tercet.model.device import find_device
 from tercet.model.transformer import Transformer
 from tercet.train import calibrate
 from tercet.train.calibrate import Speed
+from tercet.train.loss import Autograd, Batch, compile_blocks
 
 CONFIG = network(1, 32, 300, 32)
 
@@ -62,3 +65,57 @@ def test_what_is_measured_is_real(real_measurement: None) -> None:
     assert 1 <= speed.threads <= calibrate.available_cores()
     # Two significant digits: a plan should not depend on noise.
     assert float(f"{speed.tokens_per_second:.2g}") == speed.tokens_per_second
+
+
+# What a GPU is trained with, as far as it can be tried without one.
+
+
+def gradients(model: Transformer, batch: Batch) -> dict[str, torch.Tensor]:
+    Autograd(model).gradients([batch])
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_blocks_are_one_program_each_and_give_the_same_gradients(packed: bool) -> None:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    batch = calibrate._random_batch(model, 2, 16, packed)
+    plain = gradients(model, batch)
+    compile_blocks(model, backend="eager")
+    compiled = gradients(model, batch)
+    assert all(torch.allclose(compiled[name], value, atol=1e-6) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(("compiler", "compiled"), [("works", {True, False}), ("is not there", {False})])
+def test_an_accelerator_is_measured_compiled_where_that_works(
+    monkeypatch: pytest.MonkeyPatch, compiler: str, compiled: set[bool]
+) -> None:
+    tried = []
+
+    def compile_them(model: Transformer) -> None:
+        tried.append(model)
+        if compiler == "is not there":
+            raise RuntimeError("no C compiler")
+        compile_blocks(model, backend="eager")
+
+    monkeypatch.setattr(calibrate, "compile_blocks", compile_them)
+    model = Transformer(CONFIG)
+    batch = calibrate._random_batch(model, 2, 32, packed=True)
+    found = calibrate.measure_accelerator(model, batch, "muon", True)
+    assert len(tried) == 1
+    assert tried[0] is not model
+    assert (found.compute_dtype, found.compiled in compiled) == ("bfloat16", True)
+    assert not calibrate.measure_accelerator(model, batch, "muon", False).compiled
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:9", "device 'cuda:9' is not there; this machine has cpu"),
+        ("gpu", "is unknown; use cuda, mps or cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_device(name)

@@ -75,6 +75,7 @@ def learn_to_chat(
     minutes: float | None,
     seed: int,
     key: str,
+    device: torch.device,
 ) -> Chatted:
     """Train all weights of ``base`` on the assistant's turns of ``rows`` and write ``model_directory``.
 
@@ -91,7 +92,7 @@ def learn_to_chat(
     prepared, held = (prepare(part, tokenizer, limit) for part in (rows, held_rows))
     for line in prepared.account():
         say(f"chat: {line}")
-    model = load_model(base, dtype=torch.float32, trainable=True)
+    model = load_model(base, dtype=torch.float32, device=device, trainable=True)
     rate = full_rate(sum(parameter.numel() for parameter in model.parameters()))
     trained = fine_tune(
         model,

@@ -78,14 +78,22 @@ def vocabulary_for(parameters: float) -> int:
     return 2048 if parameters < 3e5 else 4096 if parameters < 2e7 else 16_384
 
 
-def context_for(*, seconds: float | None, tokens: int | None, flops: float | None) -> int:
+def context_for(
+    *,
+    seconds: float | None,
+    tokens: int | None,
+    flops: float | None,
+    pace: float = FIRST_GUESS_FLOPS,
+) -> int:
     """Tokens the model reads at once: 256 for short runs, 512 for an hour of two cores, 1024 beyond a day's.
 
     A short run never learns to use what is far away, and attention to it costs a quarter of the speed: at
     2M weights, in 75 s, contexts of 512, 256 and 128 gave 1.85, 1.77 and 1.78 bits per byte.
+
+    pace: operations a second that the machine is expected to do.
     """
     if flops is None:
-        flops = FIRST_GUESS_FLOPS * seconds if seconds is not None else 2 * (tokens or 0) ** 2
+        flops = pace * seconds if seconds is not None else 2 * (tokens or 0) ** 2
     return 256 if flops < 3e14 else 512 if flops < 1e16 else 1024
 
 
@@ -95,6 +103,7 @@ def shape_for(
     tokens: int | None = None,
     flops: float | None = None,
     context: int = 512,
+    pace: float = FIRST_GUESS_FLOPS,
 ) -> Shape:
     """The shape whose matrix parameters are best fed by the budget.
 
@@ -106,7 +115,7 @@ def shape_for(
     else:
         if flops is None:
             assert seconds is not None
-            flops = FIRST_GUESS_FLOPS * seconds
+            flops = pace * seconds
         target = (flops / (6 * TOKENS_PER_PARAMETER)) ** 0.5
     vocab = vocabulary_for(target)
     candidates = [network(layers, width, vocab, context) for layers, width in LADDER]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tercet.build.hardware import UTILISATION
 from tercet.build.plan import (
+    FIRST_GUESS_FLOPS,
     Rule,
     Shape,
     context_for,
@@ -46,6 +49,7 @@ MARGIN = 1.1
 FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
 MEMORY_BESIDE = 60 << 20
+GPU_TOKENS = 16_384  # in one forward pass on a GPU
 CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
 CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
 
@@ -108,12 +112,15 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     ranks: the processes that will train; each machine among them is taken to be as fast as this one.
     """
     ranks = ranks or Ranks()
+    device = ranks.device(asked.device)
+    on_gpu = device.type != "cpu"
+    pace = gpu_flops(device) if on_gpu else FIRST_GUESS_FLOPS
     seconds = None
     if asked.minutes:
         whole = 60 * pretraining_minutes(asked, asked.minutes)
         seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
     context = asked.context or max(
-        context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops),
+        context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace),
         CHAT_CONTEXT if asked.chat else 0,
     )
     if asked.layers and asked.width:
@@ -122,7 +129,7 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         config = replace(config, vocab_size=vocab)
         shape = Shape(config, rows_for(config.matmul_parameters, context), context)
     else:
-        shape = shape_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, context=context)
+        shape = shape_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, context=context, pace=pace)
         if asked.vocab_size:
             shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
     if asked.batch_tokens:
@@ -137,9 +144,11 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         rates = replace(rates, embedding=asked.embedding_rate)
     if asked.weight_decay is not None:
         rates = replace(rates, weight_decay=asked.weight_decay)
-    speed = calibrate(Transformer(shape.config), shape.rows, context, kind)
+    # A step may be larger than what a GPU takes at once; on a CPU each thread goes row by row.
+    at_once = min(shape.rows, rows_at_once(context)) if on_gpu else shape.rows
+    speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
     if seconds is not None:
-        tokens = seconds * speed.tokens_per_second * ranks.machines / MARGIN
+        tokens = seconds * speed.tokens_per_second * ranks.workers(on_gpu) / MARGIN
     else:
         tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
     if not asked.batch_tokens:
@@ -160,8 +169,8 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         speed=asdict(speed),
         seconds=seconds,
         predicted={
-            "seconds": trained_on / (speed.tokens_per_second * ranks.machines),
-            "memory_bytes": peak_memory() + MEMORY_BESIDE,
+            "seconds": trained_on / (speed.tokens_per_second * ranks.workers(on_gpu)),
+            "memory_bytes": peak_memory(device) + (0 if on_gpu else MEMORY_BESIDE),
             "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
         },
     )
@@ -184,7 +193,29 @@ def law_key(asked: Settings) -> str:
     return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer])
 
 
-def peak_memory() -> int:
-    """The most memory this process has had resident so far, in bytes."""
+def rows_at_once(context: int) -> int:
+    """Sequences in one forward pass on a GPU: enough tokens to keep it busy."""
+    return max(1, GPU_TOKENS // context)
+
+
+def gpu_flops(device: torch.device) -> float:
+    """Operations a second to expect of training there: what one large product reaches, times `UTILISATION`."""
+    size = 4096
+    dtype = torch.float32 if device.type == "mps" else torch.bfloat16
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    for _ in range(3):
+        matrix @ matrix
+    torch.accelerator.synchronize(device)
+    begun = time.monotonic()
+    for _ in range(10):
+        matrix @ matrix
+    torch.accelerator.synchronize(device)
+    return UTILISATION * 10 * 2 * size**3 / (time.monotonic() - begun)
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """The most memory this process has had so far, in bytes: resident, or on its GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

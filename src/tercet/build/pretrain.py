@@ -28,6 +28,7 @@ from tercet.build.planning import (
     peak_memory,
     pretraining_minutes,
     reading_limit,
+    rows_at_once,
 )
 from tercet.build.report import write_build_report
 from tercet.build.settings import Settings
@@ -41,6 +42,7 @@ from tercet.data.packing import pack
 from tercet.errors import UserError
 from tercet.files import atomic_directory, fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
+from tercet.model.device import find_device
 from tercet.model.loading import save_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
@@ -49,7 +51,7 @@ from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed
 from tercet.train.evaluate import heldout_bits, pair_accuracy
 from tercet.train.loop import STATE, Recipe, train
-from tercet.train.loss import Batch
+from tercet.train.loss import Batch, compile_blocks
 from tercet.train.optimizer import Rates
 from tercet.train.ranks import Ranks, open_ranks
 from tercet.train.schedule import Schedule
@@ -205,6 +207,7 @@ def _finish(
             minutes=None if asked.minutes is None else _chat_minutes(asked.minutes, spent),
             seed=asked.seed,
             key=key,
+            device=find_device(asked.device),
         )
         built = replace(built, model=str(out / "model"), chat=chat)
     built = replace(built, compression=_compression(out, others))
@@ -250,6 +253,10 @@ def _pretrain(
     config = _network_of(plan, tokenizer)
     model = Transformer(config, compute_dtype=Speed(**plan.speed).dtype)
     initialize(model, asked.seed)
+    device = ranks.device(asked.device)
+    model.to(device)
+    if plan.speed.get("compiled"):
+        compile_blocks(model)
     sharded = asked.parallel == "fsdp"
     if sharded:
         from tercet.train.sharded import shard
@@ -267,8 +274,12 @@ def _pretrain(
 
     def batches_at(step: int) -> list[Batch]:
         rows = items_at(step, plan.rows, packing.rows, asked.seed)[ranks.rank :: ranks.size]
-        parts = packed_batch(stream, packing, rows)
-        return [Batch(*(None if part is None else torch.from_numpy(part) for part in parts))]  # type: ignore[arg-type]
+        found = []
+        at_once = len(rows) if device.type == "cpu" else rows_at_once(plan.context)
+        for begin in range(0, len(rows), at_once):
+            parts = packed_batch(stream, packing, rows[begin : begin + at_once])
+            found.append(Batch(*(None if part is None else torch.from_numpy(part) for part in parts)))  # type: ignore[arg-type]
+        return found
 
     byte_counts = [tokenizer.byte_length(index) for index in range(config.vocab_size)]
     starts, source_of = (np.load(out / "corpus" / f"heldout.{name}.npy") for name in ("starts", "sources"))
@@ -333,7 +344,7 @@ def _pretrain(
         if grammar
         else None
     )
-    memory = peak_memory()
+    memory = peak_memory(device)
     model.compute_dtype = None  # written and sampled in float32
     with atomic_directory(directory) as temporary:
         save_model(model, temporary)

@@ -49,6 +49,10 @@ def build(
         int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
     ] = None,
     batch_tokens: Annotated[int | None, typer.Option(metavar="N", help="Tokens an optimizer step.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="D", help="cuda, cuda:1, mps or cpu; default: a GPU if there is one."),
+    ] = None,
     parallel: Annotated[
         str | None,
         typer.Option(metavar="ddp|fsdp", help="Under torchrun: whole weights in each process, or shared."),
@@ -106,6 +110,7 @@ def build(
         compare_tokenizers=compare_tokenizer or (),
         context=context,
         batch_tokens=batch_tokens,
+        device=device,
         parallel=parallel,
         curate=curate,
         pairs=pairs or (),

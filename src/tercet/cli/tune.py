@@ -55,6 +55,10 @@ def tune(
     chat_template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Jinja template for messages.")
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="D", help="cuda, cuda:1, mps or cpu; default: a GPU if there is one."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the adapter and the data order.")] = 0,
     show_mask: Annotated[
         bool, typer.Option("--show-mask", help="Show what the loss covers in the first examples, and leave.")
@@ -91,6 +95,7 @@ def tune(
         merge=merge,
         max_tokens=max_tokens,
         over_length=over_length,
+        device=device,
         seed=seed,
     )
     say(f"held-out loss {tuned.loss:.4f} after step {tuned.best_step}, {duration(tuned.seconds)}")

@@ -8,10 +8,12 @@ on the same machine plans the same run.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import torch
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
 from tercet.model.transformer import Transformer
-from tercet.train.loss import Batch, gradients_of
+from tercet.progress import say
+from tercet.train.loss import Batch, compile_blocks, gradients_of
 from tercet.train.optimizer import Kind, Optimizer, Rates, clip_gradients
 from tercet.train.state import trainable
 
@@ -37,6 +40,7 @@ class Speed:
     tokens_per_second: float
     compute_dtype: str  # "float32" or "bfloat16"
     threads: int
+    compiled: bool = False  # by PyTorch's compiler, on a GPU
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,8 +73,12 @@ def use_all_cores() -> None:
     torch.set_num_threads(available_cores())
 
 
-def calibrate(model: Transformer, rows: int, time_steps: int, kind: Kind = "adamw") -> Speed:
-    """The fastest way to train ``model`` with batches of ``rows`` x ``time_steps`` tokens here.
+def calibrate(
+    model: Transformer, rows: int, time_steps: int, kind: Kind = "adamw", packed: bool = False
+) -> Speed:
+    """The fastest way to train ``model`` with batches of ``rows`` x ``time_steps`` tokens where it is.
+
+    packed: batches are as in pre-training: all of one shape, and say which document each token is of.
 
     The model itself is timed, with an optimizer of ``kind`` whose rate is zero: its weights stay as they are.
 
@@ -87,12 +95,17 @@ def calibrate(model: Transformer, rows: int, time_steps: int, kind: Kind = "adam
             processor(),
             available_cores(),
             torch.__version__,
+            *([] if model.device.type == "cpu" else [device_name(model.device)]),
         ]
     )
     path = cache_directory() / "speed.json"
     known = _remembered(path)
     before = known.get(key)
-    speed = _measure(model, rows, time_steps, kind)
+    on_cpu = model.device.type == "cpu"
+    if on_cpu:
+        speed = _measure(model, rows, time_steps, kind)
+    else:
+        speed = measure_accelerator(model, _random_batch(model, rows, time_steps, packed), kind, packed)
     if before is not None and AGREE < speed.tokens_per_second / before.tokens_per_second < 1 / AGREE:
         speed = before  # the machine is as it was, so the plan is too
     else:
@@ -111,16 +124,13 @@ def _remembered(path: Path) -> dict[str, Speed]:
 
 def _measure(model: Transformer, rows: int, time_steps: int, kind: Kind) -> Speed:
     before = model.compute_dtype
-    # Random tokens, as real ones do, touch all of the embedding and of its gradient.
-    tokens = torch.randint(
-        0, model.config.vocab_size, (rows, time_steps), generator=torch.Generator().manual_seed(0)
-    )
+    batch = _random_batch(model, rows, time_steps)
     results: list[tuple[float, str, int]] = []  # seconds a step, type, threads
 
     def pace(dtype: str, threads: int, patience: float) -> None:
         torch.set_num_threads(threads)
         model.compute_dtype = getattr(torch, dtype)
-        results.append((_pace(model, tokens, kind, threads, patience), dtype, threads))
+        results.append((_pace(model, batch, kind, threads, patience), dtype, threads))
 
     cores = available_cores()
     pace("float32", cores, 3.0)
@@ -135,18 +145,63 @@ def _measure(model: Transformer, rows: int, time_steps: int, kind: Kind) -> Spee
     return Speed(float(f"{rows * time_steps / seconds:.2g}"), dtype, threads)
 
 
-def _pace(model: Transformer, tokens: torch.Tensor, kind: Kind, threads: int, patience: float) -> float:
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver tells it, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _random_batch(model: Transformer, rows: int, time_steps: int, packed: bool = False) -> Batch:
+    """Random tokens: as real ones do, they touch all of the embedding and of its gradient."""
+    size = (rows, time_steps)
+    tokens = torch.randint(0, model.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    if not packed:
+        return Batch(tokens, tokens)
+    return Batch(tokens, tokens, torch.arange(time_steps).expand(size), torch.zeros(size, dtype=torch.long))
+
+
+def measure_accelerator(model: Transformer, batch: Batch, kind: Kind, compilable: bool) -> Speed:
+    """bfloat16 where the device has it; in single operations or compiled, whichever is faster.
+
+    compilable: all batches will have this one's shape. A copy of the model is compiled, which takes half a
+        minute, before any clock runs.
+    """
+    before, threads = model.compute_dtype, torch.get_num_threads()
+    bfloat16 = model.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if bfloat16 else "float32"
+    model.compute_dtype = getattr(torch, dtype)
+    seconds, compiled = _pace(model, batch, kind, 1, math.inf), False
+    if compilable:
+        copy = deepcopy(model)
+        try:
+            compile_blocks(copy)
+            faster = _pace(copy, batch, kind, 1, math.inf)
+        except Exception as problem:  # the compiler needs a C compiler and Triton, and fails in its own ways
+            say(f"torch.compile does not work here ({type(problem).__name__}); training goes on without it")
+        else:
+            compiled = faster < seconds
+            seconds = min(seconds, faster)
+    model.compute_dtype = before
+    model.zero_grad(set_to_none=True)
+    return Speed(float(f"{batch.tokens.numel() / seconds:.2g}"), dtype, threads, compiled)
+
+
+def _pace(model: Transformer, batch: Batch, kind: Kind, threads: int, patience: float) -> float:
     """Median seconds of an optimizer step; gives up early past ``patience`` seconds a step."""
     parameters = trainable(model)
     optimizer = Optimizer(parameters, Rates(kind, 0.0), threads=threads, dtype=model.dtype)
     work = gradients_of(model, threads)
-    work.gradients([Batch(tokens[:1, :8], tokens[:1, :8])])  # compiles what has to be compiled
+    on_cpu = model.device.type == "cpu"
+    small = batch.tokens[:1, :8]
+    # What has to be compiled is: on a GPU for batches of this shape, here for any.
+    work.gradients([Batch(small, small) if on_cpu else batch])
     times = []
     for _ in range(PASSES):
         begun = time.monotonic()
-        work.gradients([Batch(tokens, tokens)])
+        work.gradients([batch])
         clip_gradients(list(parameters.values()), 1.0)
         optimizer.step(1.0)
+        if not on_cpu:
+            torch.accelerator.synchronize(model.device)  # so far it was only asked to
         times.append(time.monotonic() - begun)
         if times[-1] > patience or sum(times) > LONGEST:
             break

@@ -39,6 +39,13 @@ class Batch:
         """How many tokens the loss is over."""
         return int((self.targets != IGNORED).sum())
 
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on ``device``."""
+        if self.tokens.device == device:
+            return self
+        parts = (self.tokens, self.targets, self.positions, self.segments)
+        return Batch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
 
 def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     """Cross-entropy in nats, summed over the supervised tokens of ``batch``.
@@ -54,6 +61,7 @@ def loss_sums(model: Transformer, batch: Batch, z_weight: float = 0.0) -> Tensor
 
     which keeps that near 1 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
     """
+    batch = batch.to(model.device)
     hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
     chosen = batch.targets != IGNORED
     # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked.
@@ -84,6 +92,17 @@ class Gradients(Protocol):
         Sets every parameter's ``grad`` to the gradient of that mean.
         """
         ...
+
+
+def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
+    """Let PyTorch's compiler make one program of each block, in place. For batches of one shape.
+
+    Block by block: all are alike, so that one is compiled, in seconds, and what surrounds them (rotary
+    tables, masks, the loss in pieces) stays as it is. A block that is no single program (a mixture of
+    experts asks how many tokens each gets) fails when it first runs.
+    """
+    for block in model.model.layers:
+        block.compile(backend=backend, dynamic=False, fullgraph=True)
 
 
 class Autograd:

@@ -229,7 +229,7 @@ class Optimizer:
         for key, value in tensors.items():
             moment, _, name = key.partition(":")
             part, parameter = owners[name]
-            part.state[parameter][moment] = value
+            part.state[parameter][moment] = value.to(parameter.device)
 
 
 def _group(name: str, parameter: nn.Parameter) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tercet.errors import UserError
+from tercet.model.device import find_device
 from tercet.train.loss import Batch, Gradients
 
 T = TypeVar("T")
@@ -39,6 +40,22 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    def workers(self, on_gpu: bool) -> int:
+        """How many train at the same time at the speed that one was measured at: GPUs, or whole machines."""
+        return self.size if on_gpu else self.machines
+
+    def device(self, name: str | None) -> torch.device:
+        """The device called ``name``, or the best there is; of several GPUs each process has its own.
+
+        Raises:
+            UserError: there is no such device here.
+        """
+        device = find_device(name)
+        if device.type == "cuda" and name in (None, "cuda"):
+            device = find_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.launched else "cuda:0")
+            torch.cuda.set_device(device)
+        return device
 
     def threads(self, cores: int) -> int:
         """Threads for each of the processes that share a machine of so many."""
@@ -96,7 +113,10 @@ def open_ranks() -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(launched="WORLD_SIZE" in os.environ)
         return
-    dist.init_process_group("gloo", timeout=LONGEST_WAIT)
+    # What processes agree on are numbers on the CPU; gradients on GPUs go by NCCL.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT
+    )
     try:
         rank = dist.get_rank()
         with contextlib.ExitStack() as stack:
@@ -126,7 +146,8 @@ class AddedGradients:
         loss, tokens = self.inner.gradients(batches)
         total_loss, total = self.ranks.added([loss * tokens if tokens else 0.0, float(tokens)])
         if self._buffer is None:
-            self._buffer = torch.empty(sum(parameter.numel() for parameter in self.parameters))
+            size, device = sum(parameter.numel() for parameter in self.parameters), self.parameters[0].device
+            self._buffer = torch.empty(size, device=device)
         pieces = torch.split(self._buffer, [parameter.numel() for parameter in self.parameters])
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             if parameter.grad is None or not tokens:

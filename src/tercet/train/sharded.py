@@ -35,7 +35,7 @@ POINTER = "state.json"  # names the directory of the last whole checkpoint, and 
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
     """``model``, whose weights are alike in all processes, with each holding a part of them, block by block."""
-    mesh = init_device_mesh("cpu", (ranks.size,))
+    mesh = init_device_mesh(model.device.type, (ranks.size,))
     # Gradients are added, not averaged: they are divided by the tokens of all processes already.
     for block in [*model.model.layers, model]:
         fully_shard(block, mesh=mesh)

@@ -16,6 +16,7 @@ from tercet.errors import UserError, check_seed
 from tercet.files import atomic_directory, fingerprint, read_json, read_text, write_json
 from tercet.model.adapter import AdapterConfig, add_lora, merge_lora, save_adapter
 from tercet.model.checkpoint import read_config, read_generation_config, weights_identity
+from tercet.model.device import find_device
 from tercet.model.hub import fetch
 from tercet.model.loading import load_model, save_model
 from tercet.model.reference import parse_reference
@@ -46,6 +47,7 @@ class Tuning:
     over_length: OverLength = "drop"
     minutes: float | None = None  # fewer steps than the epochs ask for where they would take longer
     merge: bool = False  # write a merged checkpoint instead of an adapter
+    device: str | None = None  # cuda, cuda:1, mps, cpu; None: the first of those that is there
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -225,6 +227,7 @@ def _run(
             base_model=base,
         )
         add_lora(model, adapter, tuning.seed)
+    model.to(find_device(tuning.device))
     parameters = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rate = tuning.learning_rate or learning_rate_for(parameters, tuning.method)
