@@ -174,13 +174,18 @@ class ToolParser:
             return self._no_call()
         pieces = [] if self._whole and call.state == "open" else self._call_pieces()
         if call.state != "open":
-            self._buffer, self._state, self._raw = call.text[call.end :], "between", ""
+            self._buffer, self._raw = call.text[call.end :], ""
+            self._state = "between" if call.state == "done" else self._outside
         return pieces
+
+    @property
+    def _outside(self) -> Literal["text", "plain"]:
+        """The state of content."""
+        return "text" if self._form.trigger else "plain"
 
     def _no_call(self) -> list[Piece]:
         """What was written so far is content; what comes after the trigger may hold another one."""
-        raw, self._raw = self._raw, ""
-        self._state = "text" if self._form.trigger else "plain"
+        raw, self._raw, self._state = self._raw, "", self._outside
         return _content(raw)
 
     def _call_pieces(self) -> list[Piece]:
@@ -213,7 +218,7 @@ class ToolParser:
             self._buffer = found[1:]
             self._open(";")
         else:
-            self._buffer, self._state = found, "text" if self._form.trigger else "plain"
+            self._buffer, self._state = found, self._outside
         return []
 
 
@@ -243,10 +248,7 @@ _NAME = re.compile(_OPENING + r'"name"\s*:\s*"(?P<name>[^"\\]*)"')
 _FIRST_KEY = re.compile(r'\s*\{\s*"(?P<key>[^"\\]*)"')
 _KEYS = ("name", "arguments", "parameters", "type", "id")
 _NAMED_HEAD = re.compile(r"\s*(?P<name>[\w-]+)\s*(?:\[CALL_ID\]\s*\w*\s*)?\[ARGS\]\s*(?=\{)")
-# What may still become one.
-_NAMED_BEGUN = re.compile(
-    r"\s*(?P<name>[\w-]*)\s*(?:\[[CALL_ID]*|\[CALL_ID\]\s*\w*\s*(?:\[[ARGS]*)?)?(?:\[ARGS\]\s*)?"
-)
+_NAMED_BEGUN = re.compile(r"\s*[\w-]*\s*(?:\[CALL_ID\]\s*\w*\s*)?")
 
 
 class _Call:
@@ -286,7 +288,7 @@ class _Call:
         self._inner = _Brackets(head.end())
 
     def _known(self, name: object) -> None:
-        if name not in self.names:
+        if not isinstance(name, str) or name not in self.names:
             raise _Malformed
 
 
@@ -339,7 +341,9 @@ class _NamedCall(_Call):
         if self.name is None:
             head = _NAMED_HEAD.match(self.text)
             if head is None:
-                if not _NAMED_BEGUN.fullmatch(self.text):
+                begun = _NAMED_BEGUN.match(self.text)
+                rest = self.text[begun.end() if begun else 0 :].rstrip()
+                if not any(marker.startswith(rest) for marker in ("[CALL_ID]", "[ARGS]")):
                     raise _Malformed
                 return
             self._begin(head)
