@@ -185,7 +185,7 @@ def spent(completion: Completion) -> str:
 def _asked(text: str | None, template: Path | None, variables: list[str]) -> str:
     """The prompt: TEXT, standard input, or the template with its fields filled."""
     if text == "-":
-        text = _standard_input()
+        text = standard_input()
     if template is None:
         if variables:
             raise UserError("--var fills the fields of a --template FILE; there is none")
@@ -207,7 +207,7 @@ def _asked(text: str | None, template: Path | None, variables: list[str]) -> str
     return Template.load(template).render(values, all_used=True)
 
 
-def _standard_input() -> str:
+def standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as problem:

@@ -24,6 +24,7 @@ from tercet.prompt.prices import Price, as_price, known_price
 
 if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
+    from tercet.prompt.explain import Explanation
     from tercet.prompt.local import LocalModel
     from tercet.prompt.openai_client import OpenAIModel
     from tercet.prompt.output import Schema
@@ -367,6 +368,29 @@ class LLM:
             [self._server.score(self._plain(prompt), choice).logprob for choice in row]
             for prompt, row in zip(checked, each, strict=True)
         ]
+
+    def explain(
+        self, prompt: Prompt, *, top: int = 5, sampling: Sampling | None = None, **fields: Any
+    ) -> Explanation:
+        """How the model reads ``prompt`` and goes on from it, token by token.
+
+        top: how many of the likeliest tokens are shown at each place. The other keywords are those of
+            ``generate``; without any the likeliest token is taken five times.
+
+        A server tells of the tokens that it wrote only.
+        """
+        from tercet.prompt.explain import Explanation, step_of
+
+        checked = _checked(prompt)
+        read = self._local.read(checked, top) if self._local else []
+        given = (
+            {"logprobs": top}
+            if sampling is not None
+            else {"max_tokens": 5, "temperature": 0.0, "logprobs": top}
+        )
+        completion = self._one(checked, sampling, given | fields, None)
+        written = [step_of(entry) for entry in completion.logprobs or []]
+        return Explanation(self.name, read, written, completion.finish_reason)
 
     def _plain(self, prompt: str | list[Message]) -> str:
         if not isinstance(prompt, str):

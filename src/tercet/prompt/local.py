@@ -11,6 +11,7 @@ from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import Reference
+from tercet.prompt.explain import Step, steps_read
 from tercet.prompt.messages import ContextOverflow, Message
 
 Prompt = str | list[Message]
@@ -94,6 +95,12 @@ class LocalModel:
             found |= dict(zip(rows, scores, strict=True))
         return [found[number] for number in range(len(texts))]
 
+    def read(self, prompt: Prompt, top: int) -> list[Step]:
+        """How likely each token of a prompt was, with the ``top`` likeliest in its place."""
+        tokens = self._fitting_tokens(prompt)
+        texts = [text for text, _ in self.engine.token_pieces(tokens)]
+        return steps_read(tokens, texts, self.engine.prompt_logprobs([tokens], top)[0])
+
     def count_tokens(self, prompt: Prompt) -> int:
         """How many tokens the model reads for a prompt, special tokens included."""
         return len(self._tokens(prompt))
@@ -114,6 +121,10 @@ class LocalModel:
         return self.tokenizer.render(prompt, add_generation_prompt=True), False
 
     def _request(self, prompt: Prompt, sampling: Sampling, constraint: Grammar | None) -> Request:
+        return Request(tuple(self._fitting_tokens(prompt)), sampling, constraint)
+
+    def _fitting_tokens(self, prompt: Prompt) -> list[int]:
+        """The prompt's tokens; UserError where there are none, or more than the model takes."""
         tokens = self._tokens(prompt)
         if not tokens:
             raise UserError(
@@ -125,7 +136,7 @@ class LocalModel:
                 f"the {what} is {len(tokens)} tokens, and {self.reference.text} takes "
                 f"{self.max_tokens_context} with the answer"
             )
-        return Request(tuple(tokens), sampling, constraint)
+        return tokens
 
 
 def directory_of(reference: Reference) -> Path:
