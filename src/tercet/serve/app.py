@@ -1,0 +1,105 @@
+"""The server's application: every route, behind the guard, with every error in one shape."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tercet.serve.errors import add_error_handlers, api_error
+from tercet.serve.metrics import Metrics
+from tercet.serve.models import Models
+from tercet.serve.security import Guard
+from tercet.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from tercet.serve.store import Store
+
+CORS_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version", "anthropic-beta")
+
+
+def make_app(models: Models, settings: Settings, store: Store | None = None) -> FastAPI:
+    """The application. Closing it (its lifespan's end) ends the engines.
+
+    store: where the chat page keeps conversations; None: no page.
+    """
+    from tercet import __version__
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        for worker in models.workers:
+            await worker.drain(1.0)  # the server has waited for its requests already
+        models.close()
+
+    app = FastAPI(
+        title="Tercet",
+        version=__version__,
+        description="Large language models over OpenAI's protocol.",
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    metrics = Metrics(models)
+    app.state.models, app.state.settings, app.state.store = models, settings, store
+    app.state.metrics = metrics
+    add_error_handlers(app)
+    _add_routes(app)
+    # The last that is added is the outermost.
+    app.add_middleware(Guard, settings=settings)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=list(CORS_HEADERS),
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(Observed, metrics=metrics)
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
+    from tercet.serve import metrics, model_list, security
+
+    for module in (model_list, metrics, security):
+        app.include_router(module.router)
+
+
+class Observed:
+    """Gives every answer its id, tells the metrics of it, and answers what nothing inside has caught."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+        name = f"req_{secrets.token_hex(12)}".encode()
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, tagged)
+        except Exception as problem:
+            answer = api_error(problem).response()
+            if status:
+                raise  # too late for another answer: the connection is cut
+            await answer(scope, receive, tagged)
+        finally:
+            route = scope.get("route")
+            path = getattr(route, "path", "other")
+            self.metrics.answered(path, status, time.perf_counter() - began)
