@@ -12,6 +12,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -112,6 +113,36 @@ def test_presence_and_frequency_follow_the_formula_over_the_output_only() -> Non
     wanted[7] -= 0.5 + 1 * 0.25
     wanted[9] -= 0.5 + 2 * 0.25
     np.testing.assert_allclose(scores, wanted)
+
+
+def test_a_bias_is_that_of_transformers_and_comes_before_the_penalties() -> None:
+    raw, bias = logits(5), {3: 2.5, 7: -100.0, 49: 1.0}
+    scores = raw.astype(np.float64)
+    penalize(scores, Sampling(logit_bias=bias), History([]))
+    add = SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})
+    expected = add(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(raw.astype(np.float64))[None])[0]
+    np.testing.assert_allclose(scores, expected.numpy())
+    both = raw.astype(np.float64)
+    penalize(both, Sampling(logit_bias=bias, repetition_penalty=2.0), History([3]))
+    assert both[3] == pytest.approx(scores[3] / 2 if scores[3] > 0 else scores[3] * 2)
+
+
+def test_a_bias_of_100_is_always_taken_and_one_of_minus_100_never() -> None:
+    raw, rng = logits(6), np.random.default_rng(0)
+    best = int(raw.argmax())
+    for temperature in (0.0, 1.0):
+        always = Sampling(temperature=temperature, logit_bias={11: 100})
+        never = Sampling(temperature=temperature, logit_bias={best: -100})
+        assert {next_token(raw, always, History([]), rng).token for _ in range(50)} == {11}
+        assert best not in {next_token(raw, never, History([]), rng).token for _ in range(50)}
+
+
+def test_a_bias_on_a_token_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="the model knows 0 to 49"):
+        next_token(logits(1), Sampling(logit_bias={VOCAB: 1.0}), History([]), np.random.default_rng(0))
+    for wrong in ({-1: 1.0}, {"3": 1.0}, {3: 101}, {3: float("nan")}, {3: True}):
+        with pytest.raises(UserError, match="logit_bias"):
+            Sampling(logit_bias=wrong)  # type: ignore[arg-type]
 
 
 def test_greedy_takes_the_best_after_penalties_and_reports_the_unmodified_probability() -> None:

@@ -6,7 +6,7 @@ Nothing here knows how tokens are computed. A backend may change; these types do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,8 @@ FinishReason = Literal["stop", "length"]
 class Sampling:
     """How the next token is chosen, and when to end.
 
-    The order is that of transformers: penalties, temperature, top-k, top-p, min-p, draw.
+    The order is that of transformers: penalties, temperature, top-k, top-p, min-p, draw; before them
+    ``logit_bias`` is added.
     Without a ``seed`` every call draws anew; with one the same request gives the same tokens,
     whatever else is in the batch.
 
@@ -42,6 +43,8 @@ class Sampling:
     stop: tuple[str, ...] = ()  # end before any of these; they are never in the text
     logprobs: int | None = None  # None: off; n: each token's log-probability and the n most likely
     ignore_eos: bool = False  # go on past the model's stop tokens, up to max_tokens
+    # Added to the logits of these tokens; -100 is as good as never, 100 as good as always.
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         given: object = self.stop
@@ -60,11 +63,21 @@ class Sampling:
             checked: object = text
             if not isinstance(checked, str) or not checked:
                 raise UserError(f"stop holds {text!r}; every stop must be a string that is not empty")
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        for token, bias in (self.logit_bias or {}).items():
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise UserError(f"logit_bias has the key {token!r}; keys are token ids, 0 or more")
+            right = isinstance(bias, (int, float)) and not isinstance(bias, bool) and -100 <= bias <= 100
+            if not right:
+                raise UserError(f"logit_bias of token {token} is {bias!r}; it must be between -100 and 100")
 
     @property
     def penalizes(self) -> bool:
-        """Whether any penalty changes the logits."""
-        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+        """Whether a penalty or a bias changes the logits."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.logit_bias)
 
 
 _WHOLE = ("max_tokens", "top_k", "seed", "logprobs")
@@ -88,11 +101,13 @@ class Request:
     """One prompt, already tokens, and how to go on from it.
 
     constraint: the form that the output must have; None: any.
+    adapter: a name that `Engine.add_adapter` was given; None: the weights as they are.
     """
 
     tokens: tuple[int, ...]
     sampling: Sampling = Sampling()
     constraint: Grammar | None = None
+    adapter: str | None = None
 
 
 @dataclass

@@ -113,12 +113,16 @@ def report(logits: NDArray[np.float32], token: int, sampling: Sampling) -> Choic
 
 
 def penalize(scores: Floats, sampling: Sampling, history: History) -> None:
-    """Apply the three penalties to ``scores`` [V] in place.
+    """Add the bias to ``scores`` [V] and apply the three penalties, in place.
 
     Repetition: tokens of prompt and output; positive logits are divided, negative ones multiplied
     (Keskar et al. 2019, arXiv:1909.05858). Presence and frequency: tokens of the output only, by
     OpenAI's formula ``logit - count * frequency - (count > 0) * presence``.
     """
+    for token, bias in (sampling.logit_bias or {}).items():
+        if token >= len(scores):
+            raise UserError(f"logit_bias has token {token}; the model knows 0 to {len(scores) - 1}")
+        scores[token] += bias
     if sampling.repetition_penalty != 1:
         seen = np.fromiter(history.prompt | history.output.keys(), dtype=np.int64)
         old = scores[seen]

@@ -30,7 +30,7 @@ _REFUSED = {
     "http": (),
     "openai": _EXTRA,
     # Its documentation lists these as ignored: https://docs.anthropic.com/en/api/openai-sdk
-    "anthropic": (*_EXTRA, "seed", "presence_penalty", "frequency_penalty", "logprobs"),
+    "anthropic": (*_EXTRA, "seed", "presence_penalty", "frequency_penalty", "logprobs", "logit_bias"),
 }
 _KEYS = {
     "openai": ("OPENAI_API_KEY",),
