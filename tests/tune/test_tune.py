@@ -248,7 +248,7 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
         "learning_rate": {"learning_rate": 1e-3}, "weight_decay": {"weight_decay": 5.0}, "rank": {"rank": 4},
         "alpha": {"alpha": 3}, "rank_stabilised": {"rank_stabilised": True}, "max_tokens": {"max_tokens": 6},
         "over_length": {"over_length": "truncate", "max_tokens": 5}, "minutes": {"minutes": 1e-9},
-        "merge": {"merge": True}, "seed": {"seed": 1},
+        "merge": {"merge": True}, "device": {"device": "cuda:9"}, "seed": {"seed": 1},
     }  # fmt: skip
     assert set(changed) == set(Tuning.__dataclass_fields__), "a new setting needs a line here"
 

@@ -172,6 +172,7 @@ def tune(
         if name not in known:
             raise UserError(f"tune has no setting {name!r}; it has {', '.join(known)}")
     tuning = Tuning(**settings)
+    device = find_device(tuning.device)
     out = Path(out)
     source = resolve(model)
     rows = _rows(data)
@@ -190,7 +191,7 @@ def tune(
             say(f"{out} is finished already; delete it or choose another --out to tune again")
             return Tuned(**read_json(out / "result.json"))
         base = str(model) if parse_reference(str(model)).kind == "hub" else str(source.resolve())
-        return _run(source, base, tokenizer, rows, dev_rows, out, tuning, key)
+        return _run(source, base, tokenizer, rows, dev_rows, out, tuning, device, key)
 
 
 def _rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,6 +206,7 @@ def _run(
     dev_rows: list[dict[str, Any]] | None,
     out: Path,
     tuning: Tuning,
+    device: torch.device,
     key: str,
 ) -> Tuned:
     model = load_model(source, dtype=torch.float32, trainable=True)
@@ -227,7 +229,7 @@ def _run(
             base_model=base,
         )
         add_lora(model, adapter, tuning.seed)
-    model.to(find_device(tuning.device))
+    model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rate = tuning.learning_rate or learning_rate_for(parameters, tuning.method)
