@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tercet.engine.request import Completion, FinishReason, Score, TokenLogprob, Usage
 from tercet.errors import UserError
@@ -22,11 +22,14 @@ from tercet.model.reference import Reference
 from tercet.prompt.messages import ContextOverflow, Message
 from tercet.prompt.output import Output
 
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
 CONCURRENCY = 8  # requests of one batch in flight; most servers' own default is of this order
 
 # Settings under another name in the protocol, and those that only some servers know.
 _EXTRA = ("top_k", "min_p", "repetition_penalty", "ignore_eos")
-_REFUSED = {
+REFUSED = {
     "http": (),
     "openai": _EXTRA,
     # Its documentation lists these as ignored: https://docs.anthropic.com/en/api/openai-sdk
@@ -103,6 +106,19 @@ class OpenAIModel:
             self._client.organization = self._client.project = None
         self.model = reference.name or self._only_model()
         self._usage_in_streams = True
+
+    def async_client(self) -> AsyncOpenAI:
+        """The same server and key, for coroutines of one event loop."""
+        from openai import AsyncOpenAI
+
+        client = AsyncOpenAI(
+            api_key=self._client.api_key,
+            base_url=self.reference.base_url,
+            timeout=self.timeout,
+            max_retries=self.retries,
+        )
+        client.organization, client.project = self._client.organization, self._client.project
+        return client
 
     # What is asked
 
@@ -217,7 +233,7 @@ class OpenAIModel:
         self, messages: Sequence[Message], settings: dict[str, Any], output: Output | None
     ) -> dict[str, Any]:
         kind = self.reference.kind
-        refused = [name for name in settings if name in _REFUSED[kind]]
+        refused = [name for name in settings if name in REFUSED[kind]]
         if refused:
             raise UserError(
                 f"{self._called} has no {', '.join(refused)}; leave it out, or use a model that has it"
@@ -243,7 +259,7 @@ class OpenAIModel:
         return body | ({"extra_body": extra} if extra else {})
 
     def _response_format(self, output: Output) -> dict[str, Any]:
-        if self.reference.kind == "anthropic":  # documented as ignored, as those of _REFUSED
+        if self.reference.kind == "anthropic":  # documented as ignored, as those of REFUSED
             raise UserError(
                 f"{self._called} can't be held to a form: its OpenAI protocol ignores schemas; "
                 f"leave out {output.option}, or use another model"

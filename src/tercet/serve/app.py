@@ -34,9 +34,13 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        if store is not None:
+            await app.state.page.close()
         for worker in models.workers:
             await worker.drain(1.0)  # the server has waited for its requests already
         models.close()
+        for client in app.state.hosted_clients.values():
+            await client.close()
 
     app = FastAPI(
         title="Tercet",
@@ -48,9 +52,13 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
     )
     metrics = Metrics(models)
     app.state.models, app.state.settings, app.state.store = models, settings, store
-    app.state.metrics = metrics
+    app.state.metrics, app.state.hosted_clients = metrics, {}
     add_error_handlers(app)
     _add_routes(app)
+    if store is not None:
+        from tercet.serve.page_api import add_page
+
+        add_page(app, store, models)
     # The last that is added is the outermost.
     app.add_middleware(Guard, settings=settings)
     if settings.allowed_origins:
@@ -66,9 +74,17 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
 
 
 def _add_routes(app: FastAPI) -> None:
-    from tercet.serve import metrics, model_list, security
+    from tercet.serve import (
+        chat_completions,
+        completions,
+        embeddings,
+        metrics,
+        model_list,
+        security,
+        tokens,
+    )
 
-    for module in (model_list, metrics, security):
+    for module in (model_list, chat_completions, completions, embeddings, tokens, metrics, security):
         app.include_router(module.router)
 
 

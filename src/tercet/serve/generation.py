@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,11 @@ def chat_tokens(served: Served, messages: Sequence[Mapping[str, Any]], plan: Too
     return served.prompt_tokens(template_messages(messages, served.tokenizer), plan.tools)
 
 
+def content(pieces: Sequence[Piece]) -> str:
+    """What of an answer's pieces is no call."""
+    return "".join(piece for piece in pieces if isinstance(piece, str))
+
+
 async def steps(
     served: Served,
     tokens: Sequence[int],
@@ -38,7 +43,7 @@ async def steps(
     plan: ToolPlan,
     *,
     whole: bool,
-) -> AsyncIterator[Step]:
+) -> AsyncGenerator[Step, None]:
     """One answer for each of ``samplings``, as they come; closing the iterator ends them in the engine.
 
     whole: nobody looks before the end, so that a malformed call can be content to its last character.
@@ -50,7 +55,7 @@ async def steps(
         Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings
     ]
     parsers = [plan.parser(whole=whole) for _ in requests]
-    async with aclosing(served.worker.stream(requests)) as deltas:  # type: ignore[type-var]
+    async with aclosing(served.worker.stream(requests)) as deltas:
         async for delta in deltas:
             parser = parsers[delta.index]
             pieces = parser.push(delta)

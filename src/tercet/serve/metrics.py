@@ -84,6 +84,10 @@ class ModelMeter:
         self._metrics.prompt_tokens.labels(self._name(adapter)).inc(usage.prompt_tokens)
         self._metrics.completion_tokens.labels(self._name(adapter)).inc(usage.completion_tokens)
 
+    def read(self, adapter: str | None, tokens: int) -> None:
+        """Texts were read without an answer."""
+        self._metrics.prompt_tokens.labels(self._name(adapter)).inc(tokens)
+
 
 class _Load(Collector):
     """How many requests run and wait, looked up when somebody asks."""

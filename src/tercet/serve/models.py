@@ -54,7 +54,10 @@ class Served:
     @property
     def max_context(self) -> int | None:
         """Tokens of prompt and answer together; None where another server knows."""
-        return None if self.local is None else self.local.engine.max_positions
+        if self.local is None:
+            return None
+        engine = self.local.engine
+        return min(engine.max_positions, engine.pool.num_pages * engine.pool.page_size)
 
     @property
     def has_chat_template(self) -> bool:
@@ -107,8 +110,8 @@ class Served:
 
     def check_length(self, tokens: Sequence[int], param: str) -> None:
         """APIError 400 ``context_length_exceeded`` for a prompt that leaves no room for an answer."""
-        most = self.worker.engine.max_positions
-        if len(tokens) > most:
+        most = self.max_context
+        if most is not None and len(tokens) > most:
             raise APIError(
                 400,
                 f"This model's maximum context length is {most} tokens. However, your {param} resulted in "
@@ -116,6 +119,10 @@ class Served:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    def answer_room(self, tokens: Sequence[int]) -> int:
+        """Tokens that an answer to this prompt may have: the last of them is never read, so needs no room."""
+        return (self.max_context or 0) - len(tokens) + 1
 
 
 class Models:

@@ -35,10 +35,11 @@ class Load:
 
 
 class Meter(Protocol):
-    """Told what a worker does. ``adapter`` is that of the request."""
+    """Told what a worker does. ``adapter`` is that of the request; `read` is for `Worker.run`'s callers."""
 
     def first_token(self, adapter: str | None, seconds: float) -> None: ...
     def finished(self, adapter: str | None, usage: Usage) -> None: ...
+    def read(self, adapter: str | None, tokens: int) -> None: ...
 
 
 class EngineStopped(RuntimeError):
@@ -191,7 +192,7 @@ class Worker:
     def _measure(self, request: Request, delta: Delta, began: float | None) -> None:
         if self.meter is None:
             return
-        adapter = getattr(request, "adapter", None)
+        adapter = request.adapter
         if began is not None:
             self.meter.first_token(adapter, time.perf_counter() - began)
         if delta.completion is not None:

@@ -1,0 +1,163 @@
+"""Fields that several endpoints share, and what the engine makes of them.
+
+Bodies are read strictly: no number out of a string, nothing that is not known here. ``null`` is the
+default everywhere. What can't be honoured and would change the output is refused, by `refuse`.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tercet.engine.request import Sampling, Usage
+from tercet.errors import UserError
+from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.models import Served
+
+CHOICES = 128  # answers to one prompt at most, as at OpenAI
+SMALLEST_TOP_P = 1e-9  # what 0 means: the best token alone, which always stays
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """A request, or a part of one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
+
+
+class StreamOptions(Body):
+    """``include_usage``: a last chunk with the usage."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SamplingBody(Body):
+    """How tokens are chosen: OpenAI's fields, and four of ours that OpenAI lacks."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Bias] | None = None
+    seed: Int64 | None = None
+    stop: StopText | Annotated[list[StopText], Field(min_length=1, max_length=4)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Not OpenAI's: as vLLM calls them.
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    ignore_eos: bool | None = None
+
+    def check_stream(self) -> None:
+        """APIError for options of a stream without one."""
+        if self.stream_options is None:
+            return
+        if not self.stream:
+            raise APIError(
+                400, "stream_options need stream: true", param="stream_options", code="invalid_value"
+            )
+        if self.stream_options.include_obfuscation:
+            raise unsupported("stream_options.include_obfuscation", "streams are not padded here")
+
+    @property
+    def usage_chunk(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, served: Served, max_tokens: int, logprobs: int | None, number: int = 0) -> Sampling:
+        """The engine's settings for choice ``number``. APIError for what the model can't do."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        try:
+            return Sampling(
+                max_tokens=max_tokens,
+                temperature=1.0 if self.temperature is None else float(self.temperature),
+                top_k=max(0, self.top_k or 0),
+                top_p=1.0 if self.top_p is None else max(float(self.top_p), SMALLEST_TOP_P),
+                min_p=float(self.min_p or 0.0),
+                repetition_penalty=float(self.repetition_penalty or 1.0),
+                presence_penalty=float(self.presence_penalty or 0.0),
+                frequency_penalty=float(self.frequency_penalty or 0.0),
+                seed=choice_seed(self.seed, number),
+                stop=stop,
+                logprobs=logprobs,
+                ignore_eos=bool(self.ignore_eos),
+                logit_bias=self._bias(served),
+            )
+        except UserError as problem:
+            raise from_user_error(problem) from problem
+
+    def _bias(self, served: Served) -> dict[int, float] | None:
+        size = served.worker.engine.backend.vocab_size
+        found = {}
+        for token, bias in (self.logit_bias or {}).items():
+            if not token.isascii() or not token.isdecimal() or len(token) > 10 or int(token) >= size:
+                raise APIError(
+                    400,
+                    f"logit_bias has the key {token!r:.40}; keys are token ids from 0 to {size - 1}",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
+            found[int(token)] = float(bias)
+        return found or None
+
+
+def choice_seed(seed: int | None, number: int) -> int | None:
+    """A seed for choice ``number`` of a request: another one for each, and the same every time."""
+    if seed is None:
+        return None
+    # Steps of the golden ratio in 64 bits, so that choices of neighbouring seeds are no copies.
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**64
+
+
+def answer_limit(served: Served, tokens: list[int], asked: int | None) -> int:
+    """How many tokens an answer may have: at most ``asked``, and what the context leaves."""
+    room = served.answer_room(tokens)
+    return room if asked is None else min(asked, room)
+
+
+def unsupported(param: str, why: str) -> APIError:
+    """A field that would change the output, and that is not honoured here."""
+    return APIError(400, f"{param} is not supported: {why}", param=param, code="unsupported_parameter")
+
+
+def refuse(body: BaseModel, reasons: dict[str, str]) -> None:
+    """APIError for the first field of ``reasons`` that is set: to anything but null."""
+    for name, why in reasons.items():
+        if getattr(body, name) is not None:
+            raise unsupported(name, why)
+
+
+def new_id(prefix: str) -> str:
+    """``chatcmpl-…``."""
+    return f"{prefix}-{secrets.token_hex(14)}"
+
+
+def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
+    """Usage as OpenAI tells it."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+    }
+
+
+def total_usage(prompt_tokens: int, usages: list[Usage]) -> dict[str, Any]:
+    """Of several answers to prompts of ``prompt_tokens`` together: each prompt counts once."""
+    return usage_object(prompt_tokens, sum(usage.completion_tokens for usage in usages))
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold: -9999 is OpenAI's for what never comes."""
+    return logprob if math.isfinite(logprob) else -9999.0

@@ -1,0 +1,126 @@
+"""Answers that end when their reader goes, and answers by server-sent events.
+
+An answer is worked on in a task of its own beside one that waits for the client to disconnect; whichever
+ends first ends the other. So it is for the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from tercet.serve.errors import APIError, Disconnected, api_error
+from tercet.serve.settings import Settings
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+_DEADLINE = "tercet.deadline"
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """One event; text stays as it is, in UTF-8."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_event(problem: APIError) -> bytes:
+    """An error in the middle of a stream, as OpenAI's client understands it, and the end."""
+    return b"data: " + json.dumps(problem.body()).encode() + b"\n\n" + DONE
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What ``work`` returns; it is cancelled when nobody waits for it any more.
+
+    Raises:
+        Disconnected: the client went.
+        APIError: 503; it took longer than ``Settings.request_timeout`` since the first such call.
+    """
+    settings: Settings = request.app.state.settings
+    loop = asyncio.get_running_loop()
+    deadline = request.scope.setdefault(_DEADLINE, loop.time() + settings.request_timeout)
+    task, gone = loop.create_task(work), loop.create_task(_disconnect(request))
+    try:
+        await asyncio.wait(
+            {task, gone}, timeout=max(0.0, deadline - loop.time()), return_when=asyncio.FIRST_COMPLETED
+        )
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise Disconnected
+        raise APIError(
+            503,
+            f"the answer took longer than the {settings.request_timeout:g} s that this server gives it "
+            "(--request-timeout)",
+            "server_error",
+            code="request_timeout",
+            headers={"x-should-retry": "false"},  # it would take as long again
+        )
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def event_stream(
+    request: Request,
+    chunks: AsyncGenerator[bytes, None],
+    error: Callable[[APIError], bytes] = error_event,
+) -> Response:
+    """``chunks`` as the answer. Waits for the first of them, so that what fails before it is an HTTP error.
+
+    error: what to send where something fails later.
+    """
+    first = await while_connected(request, _next(chunks))
+    return _EventStream(request, first, chunks, error)
+
+
+async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(chunks, b"")
+
+
+class _EventStream(Response):
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        request: Request,
+        first: bytes,
+        chunks: AsyncGenerator[bytes, None],
+        error: Callable[[APIError], bytes],
+    ) -> None:
+        super().__init__()
+        self._request, self._first, self._chunks, self._error = request, first, chunks, error
+        # No content-length, and no proxy (nginx) that would gather the pieces.
+        self.raw_headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        last = b""
+        try:
+            await while_connected(self._request, self._write(send))
+        except Disconnected:
+            return
+        except Exception as problem:
+            last = self._error(api_error(problem))
+        finally:
+            await self._chunks.aclose()
+        await send({"type": "http.response.body", "body": last})
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        async for chunk in self._chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
