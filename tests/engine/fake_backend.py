@@ -1,6 +1,6 @@
 """A backend without a network: logits are a hash of the whole history, read from the pages.
 
-A slot holds its token and its position. Wrong pages, a slot that was never written or was overwritten
+A slot holds its token, its position and its adapter. Wrong pages, a slot that was never written or was overwritten
 by another sequence all give other logits, and so other tokens. Every rule of `Backend` is asserted.
 """
 
@@ -33,11 +33,12 @@ class FakeBackend:
         self.page_size, self.num_pages = page_size, num_pages
         self.max_tokens, self.max_chunks = max_tokens, max_chunks
         self.salt, self.blend, self.repeats = salt, blend, repeats
-        self.slots = np.full((num_pages, page_size, 2), -1, dtype=np.int64)
+        self.slots = np.full((num_pages, page_size, 3), -1, dtype=np.int64)
+        self.adapters = 0
         self.fed: list[list[int]] = []  # tokens of each chunk of each call
         self.broken: set[tuple[int, ...]] = set()  # histories after which the logits are not finite
 
-    def logits(self, history: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, history: Sequence[int], adapter: int = 0) -> NDArray[np.float32]:
         """After ``history``: what the tests take for the truth."""
         if tuple(history) in self.broken:
             return np.full(self.vocab_size, np.nan, np.float32)
@@ -45,9 +46,19 @@ class FakeBackend:
         value = 7
         for token in history:
             value = (value * 1_000_003 + token + 1) % (1 << 61)
-        own = np.random.default_rng([value, self.salt]).normal(0, 2, self.vocab_size)
+        seed = [value, self.salt, adapter] if adapter else [value, self.salt]
+        own = np.random.default_rng(seed).normal(0, 2, self.vocab_size)
         common = np.random.default_rng([value]).normal(0, 2, self.vocab_size)
         return (self.blend * common + (1 - self.blend) * own).astype(np.float32)
+
+    def _rows(self, chunks: Sequence[Chunk]) -> list[NDArray[np.float32]]:
+        """The logits at each wanted place."""
+        adapters = [chunk.adapter for chunk in chunks for _ in chunk.wanted]
+        # Tests put a function of the history alone in the place of `logits`.
+        return [
+            self.logits(history, adapter) if adapter else self.logits(history)
+            for history, adapter in zip(self._places(chunks), adapters, strict=True)
+        ]
 
     def _places(self, chunks: Sequence[Chunk]) -> list[list[int]]:
         """The history at each wanted place; checks the rules and writes the slots."""
@@ -59,6 +70,7 @@ class FakeBackend:
         read: set[int] = set()
         for chunk in chunks:
             end = chunk.start + len(chunk.tokens)
+            assert 0 <= chunk.adapter <= self.adapters
             assert chunk.tokens and chunk.start >= 0 and end <= self.max_positions
             assert all(0 <= token < self.vocab_size for token in chunk.tokens)
             assert end <= len(chunk.pages) * self.page_size
@@ -76,38 +88,44 @@ class FakeBackend:
                 self.slots[chunk.pages[position // self.page_size], position % self.page_size] = (
                     token,
                     position,
+                    chunk.adapter,
                 )
         found = []
         for chunk in chunks:
-            stored = self.slots[list(chunk.pages)].reshape(-1, 2)
+            stored = self.slots[list(chunk.pages)].reshape(-1, 3)
             for place in chunk.wanted:
                 here = stored[: chunk.start + place + 1]
                 assert (here[:, 1] == np.arange(len(here))).all(), "a slot holds another position"
+                assert (here[:, 2] == chunk.adapter).all(), "a slot was computed with another adapter"
                 found.append(here[:, 0].tolist())
         return found
 
     def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        rows = [self.logits(history) for history in self._places(chunks)]
+        rows = self._rows(chunks)
         return np.array(rows, dtype=np.float32).reshape(-1, self.vocab_size)
 
     def logprobs(
         self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         values, likeliest = [], []
-        for history, wanted in zip(self._places(chunks), targets, strict=True):
-            logits = self.logits(history).astype(np.float64)
+        for row, wanted in zip(self._rows(chunks), targets, strict=True):
+            logits = row.astype(np.float64)
             values += (logits[list(wanted)] - np.log(np.exp(logits).sum())).tolist()
             likeliest += [int(logits.argmax()) == token for token in wanted]
         return np.array(values, dtype=np.float32), np.array(likeliest, dtype=np.bool_)
 
     def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
-        rows = [self.logits(history)[:8] for history in self._places(chunks)]
+        rows = [row[:8] for row in self._rows(chunks)]
         return np.array(rows, dtype=np.float32).reshape(-1, 8)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         assert not {source for source, _ in pairs} & {target for _, target in pairs}
         for source, target in pairs:
             self.slots[target] = self.slots[source]
+
+    def add_adapter(self, directory: object) -> int:
+        self.adapters += 1
+        return self.adapters
 
     def release(self, sequence: int) -> None:
         pass

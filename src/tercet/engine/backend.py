@@ -12,7 +12,8 @@ sequence is rewound by feeding it from an earlier position again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ class Chunk:
     tokens: at least one.
     pages: the sequence's pages in order; they cover ``start + len(tokens)`` positions at least.
     wanted: ascending indices into ``tokens``: the logits after these are wanted. May be empty.
+    adapter: what `Backend.add_adapter` gave; 0: the weights alone. The same for all of a sequence.
     """
 
     sequence: int
@@ -34,6 +36,7 @@ class Chunk:
     start: int
     pages: Sequence[int]
     wanted: Sequence[int]
+    adapter: int = 0
 
 
 class Backend(Protocol):
@@ -91,6 +94,14 @@ class Backend(Protocol):
         """Copy the contents of pages: (source, target) each."""
         ...
 
+    def add_adapter(self, directory: str | Path) -> int:
+        """Keep a LoRA adapter beside the weights, which stay as they are; its number, from 1 on.
+
+        Raises:
+            UserError: the directory holds no adapter for this network, or the backend takes none.
+        """
+        ...
+
     def release(self, sequence: int) -> None:
         """The sequence is over. Nothing to do for a backend that keeps all it knows in pages."""
         ...
@@ -114,7 +125,8 @@ def split_calls(backend: Backend, chunks: Sequence[Chunk], most: int | None = No
                 call, room = [], most
             end = min(at + room, len(chunk.tokens))
             wanted = [place - at for place in chunk.wanted if at <= place < end]
-            call.append(Chunk(chunk.sequence, chunk.tokens[at:end], chunk.start + at, chunk.pages, wanted))
+            part = replace(chunk, tokens=chunk.tokens[at:end], start=chunk.start + at, wanted=wanted)
+            call.append(part)
             room -= end - at
             at = end
     if call:

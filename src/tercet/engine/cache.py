@@ -1,7 +1,7 @@
 """Whose keys and values lie in which page, and which pages can serve a sequence that comes later.
 
 A page that is full is found again by what was computed into it: its key is a hash of its tokens and
-of the key of the page before, so that equal keys mean equal tokens from the sequence's beginning on.
+of the key of the page before, so that equal keys mean equal tokens from the sequence's beginning on (and the same adapter).
 A system prompt, a few-shot header or the earlier turns of a conversation are then computed once,
 whoever comes with them next. Pages that nobody uses stay findable until room is needed; the one
 unused for longest goes first.
@@ -48,9 +48,9 @@ class PagePool:
         """How many pages hold ``tokens`` positions."""
         return -(-tokens // self.page_size)
 
-    def sequence(self) -> PagedSequence:
-        """A new sequence without pages."""
-        return PagedSequence(self, next(self.numbers))
+    def sequence(self, adapter: int = 0) -> PagedSequence:
+        """A new sequence without pages; its keys and values are those of the network with this adapter."""
+        return PagedSequence(self, next(self.numbers), adapter)
 
     def take(self) -> int:
         """A page with one user and nothing in it. Raises IndexError when none is available."""
@@ -126,10 +126,12 @@ class PagedSequence:
     computed: keys and values of positions before this one are in the pages.
     """
 
-    def __init__(self, pool: PagePool, number: int) -> None:
-        self.pool, self.number = pool, number
+    def __init__(self, pool: PagePool, number: int, adapter: int = 0) -> None:
+        self.pool, self.number, self.adapter = pool, number, adapter
         self.pages: list[int] = []
         self.computed = 0
+        # What the first page stands behind: other adapters make other keys and values of the same tokens.
+        self._root = adapter.to_bytes(8, "little") if adapter else b""
         self._keys: list[bytes] = []  # of the first pages, as far as their tokens were seen
         self._shared = 0  # pages that can be found, by this sequence or by the one that computed them
         self._announced: list[bytes] = []
@@ -187,7 +189,7 @@ class PagedSequence:
         """
         if not self.pool.reuse:
             return None  # pages that only one sequence may use can't be forked
-        copy = self.pool.sequence()
+        copy = self.pool.sequence(self.adapter)
         copy.pages = self.pages[: length // self.pool.page_size]
         for page in copy.pages:
             self.pool.users[page] += 1
@@ -214,6 +216,6 @@ class PagedSequence:
         size = self.pool.page_size
         while len(self._keys) < pages:
             begin = len(self._keys) * size
-            before = self._keys[-1] if self._keys else b""
+            before = self._keys[-1] if self._keys else self._root
             self._keys.append(page_key(before, tokens[begin : begin + size]))
         return self._keys[:pages]

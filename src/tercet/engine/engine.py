@@ -19,20 +19,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from tercet.engine.backend import Backend, Chunk
-from tercet.engine.cache import PagePool
-from tercet.engine.reading import mean_states, token_logprobs
-from tercet.engine.request import Completion, Delta, Request, Score, TokenLogprob
+from tercet.engine.reader import Reader, prompt_name
+from tercet.engine.request import Completion, Delta, Request
 from tercet.engine.running import Running
-from tercet.engine.scoring import Continuation, encode, evaluate
 from tercet.engine.speculative import Ask, Drafter, DraftModel, PromptLookup, check_same_vocabulary
-from tercet.engine.text import TokenBytes
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from tercet.engine.constraint import Constraints
 
 MAX_BATCH = 64  # requests that run at the same time, unless asked otherwise
@@ -46,7 +40,7 @@ class QueueFull(UserError):
     """As many requests wait as may; the one that was submitted is not among them."""
 
 
-class Engine:
+class Engine(Reader):
     """Generates from and scores with one model. Not for several threads at once.
 
     stop_ids: tokens that end an output (end of text, end of turn).
@@ -71,30 +65,39 @@ class Engine:
         reuse_prefixes: bool = True,
         speculation: Literal["ngram"] | Engine | Drafter | None = None,
     ) -> None:
-        self.backend, self.tokenizer = backend, tokenizer
+        super().__init__(backend, tokenizer, stop_ids, reuse_prefixes)
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.stop_ids = frozenset(stop_ids)
-        self.pool = PagePool(backend.num_pages, backend.page_size, reuse_prefixes)
         self._drafter = _drafter(speculation, tokenizer)
-        self._bytes_of = TokenBytes(tokenizer)
         self._handles, self._turns = itertools.count(), itertools.count(1)
         self._waiting: deque[Running] = deque()
         self._running: list[Running] = []
         self._open: dict[int, Running] = {}  # both of them by handle
         self._inboxes: dict[int, deque[Delta]] = {}  # where the deltas of a stream's requests go
+        self._constraints: dict[frozenset[int], Constraints] = {}  # of adapters, by their stop tokens
         self._ready: list[Delta] = []  # those of requests that were submitted
-
-    @property
-    def max_positions(self) -> int:
-        """Tokens of prompt and output together that the model takes."""
-        return self.backend.max_positions
 
     @cached_property
     def constraints(self) -> Constraints:
         """Compiles the grammars of requests; made when the first comes."""
+        return self._make_constraints(self.stop_ids)
+
+    def constraints_for(self, adapter: str | None) -> Constraints:
+        """The same for requests with this adapter, whose stop tokens may be its own.
+
+        Raises:
+            UserError: the engine has no adapter of that name.
+        """
+        stops = self.stop_ids_of(adapter)
+        if stops == self.stop_ids:
+            return self.constraints
+        if stops not in self._constraints:
+            self._constraints[stops] = self._make_constraints(stops)
+        return self._constraints[stops]
+
+    def _make_constraints(self, stops: frozenset[int]) -> Constraints:
         from tercet.engine.constraint import Constraints
 
-        return Constraints(self.tokenizer, self.backend.vocab_size, sorted(self.stop_ids))
+        return Constraints(self.tokenizer, self.backend.vocab_size, sorted(stops))
 
     # Whole calls
 
@@ -105,7 +108,8 @@ class Engine:
 
         Raises:
             UserError: a prompt is empty, too long, or has tokens that the model doesn't know; a
-                request does not fit the cache; a constraint is no grammar.
+                request does not fit the cache, or asks for an adapter that isn't there; a constraint
+                is no grammar.
         """
         done = {delta.index: delta.completion for delta in self.stream(requests) if delta.completion}
         return [done[index] for index in range(len(requests))]
@@ -113,7 +117,7 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
         """The same, piece by piece as text comes. Closing the iterator cancels what still runs."""
         for index, request in enumerate(requests):
-            self._check(request, _name(index, len(requests)))
+            self._check(request, prompt_name(index, len(requests)))
         return self._stream(requests)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
@@ -136,105 +140,6 @@ class Engine:
         finally:
             for handle in index_of:
                 self.cancel(handle)
-
-    def score(self, pairs: Sequence[tuple[str, str]], special: bool = True) -> list[Score]:
-        """The log-probability of each (prompt, continuation).
-
-        Both are encoded together, as the model would have read them; a token that crosses the
-        boundary belongs to the continuation. After an empty prompt the first token is conditioned
-        on the tokenizer's BOS, or on its EOS where it has none (as lm-eval does).
-
-        special: whether encoding adds special tokens (BOS); False for a text that has them already,
-            such as a rendered conversation.
-
-        Raises:
-            UserError: a continuation is empty, or prompt and continuation are too long.
-        """
-        pieces = [
-            self._encode(number, prompt, continuation, special)
-            for number, (prompt, continuation) in enumerate(pairs)
-        ]
-        evaluate(self.backend, self.pool, pieces, self._make_room)
-        return [
-            Score(sum(one.logprobs), one.logprobs, one.tokens[one.begin :], one.is_greedy) for one in pieces
-        ]
-
-    def choose(
-        self,
-        prompts: Sequence[str],
-        choices: Sequence[Sequence[str]],
-        end: bool = False,
-        special: bool = True,
-    ) -> list[list[float]]:
-        """The total log-probability of each of ``choices[i]`` after ``prompts[i]``, encoded as in `score`.
-
-        What the choices of a prompt share, and what prompts share (a few-shot header), is computed once.
-
-        end: whether the tokenizer's EOS counts as part of every choice: a model that was tuned to
-            answer with a choice and end.
-
-        Raises:
-            UserError: a choice is empty, a prompt is too long, or ``end`` without an EOS.
-        """
-        if len(prompts) != len(choices):
-            raise UserError(f"{len(prompts)} prompts with {len(choices)} lists of choices; give one a prompt")
-        pieces = [
-            [self._encode(number, prompt, choice, special, end) for choice in choices[number]]
-            for number, prompt in enumerate(prompts)
-        ]
-        evaluate(self.backend, self.pool, [one for group in pieces for one in group], self._make_room)
-        return [[sum(one.logprobs) for one in group] for group in pieces]
-
-    def prompt_logprobs(
-        self, prompts: Sequence[Sequence[int]], top: int = 0
-    ) -> list[list[TokenLogprob | None]]:
-        """How likely each token of each prompt is after those before it; None for the first, which has none.
-
-        The same numbers, texts and bytes as if the tokens had been generated with ``logprobs``.
-
-        top: the likeliest tokens that are given with each.
-
-        Raises:
-            UserError: a prompt is empty, too long, does not fit the cache or has tokens that the model
-                doesn't know, or the model's logits are not finite.
-        """
-        if top < 0:
-            raise UserError(f"top is {top}; it must be 0 or more")
-        for number, prompt in enumerate(prompts):
-            what = _name(number, len(prompts))
-            self._check_tokens(prompt, what, self.max_positions + 1)  # the last token is not fed
-        return token_logprobs(self.backend, self.pool, prompts, top, self._bytes_of, self._make_room)
-
-    def embed(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """A vector of length 1 for each prompt, [N, H]: the mean over its tokens of what the head reads.
-
-        Raises:
-            UserError: as `prompt_logprobs`, or the network does not show what its head reads.
-        """
-        for number, prompt in enumerate(prompts):
-            self._check_tokens(prompt, _name(number, len(prompts)))
-        return mean_states(self.backend, self.pool, prompts, self._make_room)
-
-    def token_pieces(self, tokens: Sequence[int]) -> list[tuple[str, bytes]]:
-        """The text to show for each of ``tokens``, and the bytes it adds to the text of them all.
-
-        As in `TokenLogprob`: for tokens that have no log-probability, such as the first of a prompt.
-        """
-        pieces, first = [], True
-        for token in tokens:
-            data = self._bytes_of(token, first=first)
-            pieces.append((self._bytes_of.text(token, first=first), data))
-            first = first and not self._bytes_of(token)
-        return pieces
-
-    def _encode(
-        self, group: int, prompt: str, continuation: str, special: bool, end: bool = False
-    ) -> Continuation:
-        one = encode(self.tokenizer, group, prompt, continuation, special, end)
-        # The last token is scored, not fed.
-        self._check_tokens(one.tokens[:-1], "the prompt with its continuation")
-        self._check_tokens(one.tokens[-1:], "the continuation")
-        return one
 
     # Request by request
 
@@ -277,6 +182,7 @@ class Engine:
         return ready
 
     def _check(self, request: Request, what: str) -> None:
+        self.number_of(request.adapter)
         self._check_tokens(request.tokens, what)
         limit, room = self._limit(request), self.pool.num_pages * self.pool.page_size
         if len(request.tokens) + limit - 1 > room:
@@ -285,30 +191,19 @@ class Engine:
                 "in all; lower max_tokens, shorten the prompt, or give the cache more memory"
             )
         if request.constraint is not None:
-            self.constraints.matcher(request.constraint)
-
-    def _check_tokens(self, tokens: Sequence[int], what: str, most: int | None = None) -> None:
-        if not tokens:
-            raise UserError(f"{what} is empty (0 tokens); a model needs at least one to go on from")
-        most = most or self.max_positions
-        if len(tokens) > most:
-            raise UserError(f"{what} has {len(tokens)} tokens; the model takes at most {most}")
-        if min(tokens) < 0 or max(tokens) >= self.backend.vocab_size:
-            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
-            raise UserError(
-                f"{what} has token {wrong}, and the model knows 0 to {self.backend.vocab_size - 1}; "
-                "tokenizer and model don't belong together"
-            )
+            self.constraints_for(request.adapter).matcher(request.constraint)
 
     def _limit(self, request: Request) -> int:
         # The last token need not be fed, so it may lie one beyond the model's positions.
         return min(request.sampling.max_tokens, self.max_positions - len(request.tokens) + 1)
 
     def _enqueue(self, request: Request) -> Running:
-        matcher = None if request.constraint is None else self.constraints.matcher(request.constraint)
-        limit = self._limit(request)
-        pages = self.pool.sequence()
-        one = Running(next(self._handles), request, limit, self.stop_ids, self._bytes_of, pages, matcher)
+        matcher = None
+        if request.constraint is not None:
+            matcher = self.constraints_for(request.adapter).matcher(request.constraint)
+        limit, stops = self._limit(request), self.stop_ids_of(request.adapter)
+        pages = self.pool.sequence(self.number_of(request.adapter))
+        one = Running(next(self._handles), request, limit, stops, self._bytes_of, pages, matcher)
         self._open[one.handle] = one
         self._waiting.append(one)
         return one
@@ -493,11 +388,6 @@ class Engine:
     def _release(self, one: Running, forget: bool = False) -> None:
         self.backend.release(one.pages.number)
         one.pages.close(forget)
-
-
-def _name(number: int, count: int) -> str:
-    """What a message calls prompt ``number`` of ``count``."""
-    return "the prompt" if count == 1 else f"prompt {number + 1}"
 
 
 def _drafter(speculation: Literal["ngram"] | Engine | Drafter | None, tokenizer: Tokenizer) -> Drafter | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +34,7 @@ def load_engine(
     quantize: str | None = None,
     threads: int | None = None,
     speculation: Literal["ngram"] | Engine | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> Engine:
     """An engine for a checkpoint or adapter directory.
 
@@ -44,8 +46,9 @@ def load_engine(
     quantize: on a CPU "int8" (what None means unless there is a dtype), "int4", "bf16" or "none".
     threads: on a CPU; None: its physical cores.
     speculation: see `Engine`.
+    adapters: directories of adapters to keep beside the weights, by the names that requests choose them by.
 
-    An adapter is merged into its base, which ``adapter_config.json`` names: a path, absolute or
+    An adapter as ``directory`` is merged into its base, which ``adapter_config.json`` names: a path, absolute or
     relative to the adapter or to the working directory, or a name on the Hub. Its tokenizer is used if it has one.
 
     Raises:
@@ -54,6 +57,11 @@ def load_engine(
     """
     directory = Path(directory)
     adapter = directory if is_adapter(directory) else None
+    if adapter and adapters:
+        raise UserError(
+            f"{directory} is an adapter, merged into its base when it is loaded; name the base, and add this "
+            "adapter beside the others"
+        )
     base = _find_base(directory, read_adapter_config(directory)) if adapter else directory
     backend: Backend
     if (device or _device_without_torch()) == "cpu":
@@ -71,7 +79,10 @@ def load_engine(
                 )
         backend = _torch_backend(base, adapter, dtype, device)
     tokenizer = Tokenizer.load(directory if (directory / TOKENIZER).is_file() else base)
-    return Engine(backend, tokenizer, _stop_ids(directory, base, tokenizer), speculation=speculation)
+    engine = Engine(backend, tokenizer, _stop_ids(directory, base, tokenizer), speculation=speculation)
+    for name, path in (adapters or {}).items():
+        engine.add_adapter(name, path)
+    return engine
 
 
 def load_transformers_engine(

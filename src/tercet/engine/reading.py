@@ -40,13 +40,15 @@ def token_logprobs(
     top: int,
     bytes_of: TokenBytes,
     make_room: MakeRoom,
+    adapter: int,
 ) -> list[list[TokenLogprob | None]]:
     """For each prompt None, then what `TokenLogprob` says of each token after the first."""
     found: list[list[TokenLogprob | None]] = [[None] for _ in prompts]
     first = [not bytes_of(prompt[0]) for prompt in prompts]  # whether none of the tokens so far is visible
     # The last token of each is scored, not fed.
     texts = [prompt[:-1] for prompt in prompts]
-    for call in _calls(backend, pool, texts, max(1, LOGIT_VALUES // backend.vocab_size), make_room):
+    most = max(1, LOGIT_VALUES // backend.vocab_size)
+    for call in _calls(backend, pool, texts, most, make_room, adapter):
         rows = iter(backend.feed([chunk for _, chunk in call]))
         for number, chunk in call:
             for place, row in enumerate(islice(rows, len(chunk.tokens)), chunk.start + 1):
@@ -71,13 +73,13 @@ def _logprob(
 
 
 def mean_states(
-    backend: Backend, pool: PagePool, prompts: Sequence[Sequence[int]], make_room: MakeRoom
+    backend: Backend, pool: PagePool, prompts: Sequence[Sequence[int]], make_room: MakeRoom, adapter: int
 ) -> NDArray[np.float32]:
     """For each prompt the mean of what the head reads at its tokens, of length 1: [N, H]."""
     if not prompts:
         return np.zeros((0, 0), np.float32)
     sums: dict[int, NDArray[np.float64]] = {}
-    for call in _calls(backend, pool, prompts, backend.max_tokens, make_room):
+    for call in _calls(backend, pool, prompts, backend.max_tokens, make_room, adapter):
         rows = iter(backend.hidden([chunk for _, chunk in call]))
         for number, chunk in call:
             # One by one: in this order whatever the calls, so that neighbours don't change a bit.
@@ -94,7 +96,12 @@ def mean_states(
 
 
 def _calls(
-    backend: Backend, pool: PagePool, texts: Sequence[Sequence[int]], most: int, make_room: MakeRoom
+    backend: Backend,
+    pool: PagePool,
+    texts: Sequence[Sequence[int]],
+    most: int,
+    make_room: MakeRoom,
+    adapter: int,
 ) -> Iterator[list[tuple[int, Chunk]]]:
     """Feeds of ``most`` tokens at most that read every text once: chunks, and the number of each one's text.
 
@@ -111,7 +118,7 @@ def _calls(
         )
     # By length, so that feeds are of similar lengths.
     order = sorted((number for number, text in enumerate(texts) if text), key=lambda one: len(texts[one]))
-    waiting = deque(_Text(number, texts[number], pool.sequence()) for number in order)
+    waiting = deque(_Text(number, texts[number], pool.sequence(adapter)) for number in order)
     most = min(most, backend.max_tokens)
     while waiting:
         batch: list[_Text] = []
@@ -120,7 +127,7 @@ def _calls(
                 batch.append(one)
             number_of = {one.pages.number: one.number for one in batch}
             chunks = [
-                Chunk(one.pages.number, one.tokens, 0, one.pages.pages, range(len(one.tokens)))
+                Chunk(one.pages.number, one.tokens, 0, one.pages.pages, range(len(one.tokens)), adapter)
                 for one in batch
             ]
             for call in split_calls(backend, chunks, most):

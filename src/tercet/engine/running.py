@@ -101,7 +101,7 @@ class Running:
         if count == self.missing:
             wanted = range(count - 1, count + ahead)
             tokens += self.ahead[:ahead]
-        return Chunk(pages.number, tokens, pages.computed, pages.pages, wanted)
+        return Chunk(pages.number, tokens, pages.computed, pages.pages, wanted, pages.adapter)
 
     def guess(self, draft: Draft) -> None:
         """Check this draft with the next feed, as far as the constraint allows it."""

@@ -91,10 +91,12 @@ def evaluate(
     pool: PagePool,
     continuations: Sequence[Continuation],
     make_room: Callable[[], bool] = lambda: False,
+    adapter: int = 0,
 ) -> None:
     """Fill in ``logprobs`` and ``is_greedy`` of every continuation.
 
     make_room: frees pages that others hold; False when there are none.
+    adapter: as in `Chunk`.
 
     Raises:
         UserError: a continuation does not fit the cache.
@@ -105,7 +107,7 @@ def evaluate(
             f"a prompt with its continuation has {longest + 1} tokens; the cache holds "
             f"{pool.num_pages * pool.page_size}; shorten it, or give the cache more memory"
         )
-    waiting = deque(_groups(continuations, pool))
+    waiting = deque(_groups(continuations, pool, adapter))
     while waiting:
         batch: list[_Group] = []
         try:
@@ -118,7 +120,7 @@ def evaluate(
                 _close(backend, group.pages)
 
 
-def _groups(continuations: Sequence[Continuation], pool: PagePool) -> list[_Group]:
+def _groups(continuations: Sequence[Continuation], pool: PagePool, adapter: int) -> list[_Group]:
     """Groups of at least one shared token, by length, so that calls are of similar lengths."""
     members: dict[tuple[int, int], list[Continuation]] = defaultdict(list)
     for one in continuations:
@@ -126,7 +128,7 @@ def _groups(continuations: Sequence[Continuation], pool: PagePool) -> list[_Grou
     groups = []
     for group in members.values():
         shared = _common_prefix([one.tokens[:-1] for one in group])
-        groups.append(_Group(group, group[0].tokens[:shared], pool.sequence()))
+        groups.append(_Group(group, group[0].tokens[:shared], pool.sequence(adapter)))
     return sorted(groups, key=lambda group: len(group.shared))
 
 
@@ -187,6 +189,7 @@ def _score_shared(backend: Backend, batch: Sequence[_Group]) -> None:
                 pages.computed,
                 pages.pages,
                 [place - pages.computed for place in wanted],
+                pages.adapter,
             )
         )
         scored += [at[place] for place in wanted]
@@ -235,7 +238,7 @@ def _score_some(
                     pairs.append((group.pages.pages[page], pages.pages[page]))
             first = max(one.begin - 1, start)
             wanted = range(first - start, len(tokens))
-            chunks.append(Chunk(pages.number, tokens, start, pages.pages, wanted))
+            chunks.append(Chunk(pages.number, tokens, start, pages.pages, wanted, pages.adapter))
             scored += [[(one, one.tokens[start + place + 1])] for place in wanted]
             room, in_place = max(0, room - len(tokens)), False
             rest.popleft()

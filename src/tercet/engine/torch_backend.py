@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.engine.backend import Chunk
+from tercet.engine.torch_adapters import Adapters
 from tercet.model.transformer import Transformer
+from tercet.model.weights import read_adapter
 
 CACHE_BYTES = 1 << 30  # the memory for keys and values unless asked otherwise: fits a laptop beside the model
 PAGE_SIZE = 16  # small, so that little of a page stays unused; reading pages costs the same at any size
@@ -50,6 +53,7 @@ class TorchBackend:
         weights = sum(one.numel() * one.itemsize for one in model.model.layers.parameters())
         self._gathered_tokens = max(gathered, weights // config.num_layers) // (2 * width) + 1
         self._pages = _Pages(model, page_size, self.num_pages)
+        self._adapters = Adapters(model)
         scaling = config.rope_scaling
         # Kinds whose frequencies depend on the length at hand beyond this many positions: a longer
         # sequence has a pass of its own, so that its neighbours don't change what it gets.
@@ -90,6 +94,9 @@ class TorchBackend:
         sources, targets = (self._index([pair[side] for pair in pairs]) for side in (0, 1))
         for layer in (*self._pages.keys, *self._pages.values):
             layer.index_copy_(0, targets, layer[sources])
+
+    def add_adapter(self, directory: str | Path) -> int:
+        return self._adapters.add(read_adapter(directory, self.model.config)[1])
 
     def release(self, sequence: int) -> None:
         """Nothing: all that is known of a sequence is in its pages."""
@@ -133,6 +140,10 @@ class TorchBackend:
         padded = [[*chunk.tokens, *[chunk.tokens[-1]] * (longest - len(chunk.tokens))] for chunk in chunks]
         ids = self._index(padded)
         rows = _Rows(self._pages, chunks, longest)
+        with self._adapters.chosen([chunk.adapter for chunk in chunks]):
+            return self._states(chunks, ids, longest, rows)
+
+    def _states(self, chunks: Sequence[Chunk], ids: Tensor, longest: int, rows: _Rows) -> Tensor:
         if not rows.earlier:
             return self.model.hidden(ids, cache=rows)
         first = np.array([[chunk.start] for chunk in chunks])

@@ -160,6 +160,13 @@ class TransformersBackend:
         """Never asked of a backend whose ``shares_pages`` is False."""
         raise NotImplementedError("a cache of transformers can't be shared between sequences")
 
+    def add_adapter(self, directory: str | Path) -> int:
+        """Not possible: a model of transformers computes one sequence at a time with the weights it has."""
+        raise UserError(
+            f"{directory}: adapters can't be chosen by request for a model that transformers runs; "
+            "merge it first (tercet export ADAPTER --format hf), or leave out 'transformers:'"
+        )
+
     def release(self, sequence: int) -> None:
         """Forget a sequence and free its cache."""
         self._sequences.pop(sequence, None)

@@ -154,7 +154,11 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[AdapterCon
     left = read_safetensors(path)
     updates: dict[str, Update] = {}
     groups = _groups(config)
-    for theirs, ours in adapted_modules(adapter, config).items():
+    try:
+        modules = adapted_modules(adapter, config)
+    except UserError as problem:
+        raise UserError(f"{directory / CONFIG}: {str(problem).removeprefix('adapter: ')}") from problem
+    for theirs, ours in modules.items():
         r, alpha = adapter.rank_and_alpha(theirs)
         heights = [shapes[f"{name}.weight"][0] for name in ours]
         inner = shapes[f"{ours[0]}.weight"][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu import table as at
+from tercet.engine.cpu.adapters import Adapter, pack_adapter, runs
 from tercet.engine.cpu.host import bits, has_half, has_vnni
 from tercet.engine.cpu.layout import Layout, Matrix, Shape, norms
 from tercet.engine.cpu.native import address
@@ -18,6 +20,7 @@ from tercet.engine.cpu.pool import physical_cores, pool
 from tercet.engine.cpu.table import GROUP4, GROUP8, PAGE, state_bytes
 from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
+from tercet.model.weights import read_adapter
 
 if TYPE_CHECKING:
     from tercet.engine.backend import Chunk
@@ -68,6 +71,7 @@ class CPUBackend:
         self._table = np.zeros(at.SIZE, np.int64)
         self._keep: list[NDArray[np.generic]] = []  # what the table points to
         self._portable = portable or not has_vnni()
+        self._adapters: list[Adapter] = []
         self._fill_model(places, plane)
         self._fill_scratch()
 
@@ -207,7 +211,7 @@ class CPUBackend:
         t[at.QKV], t[at.ATTENDED] = floats(rows * heads * shape.dim), floats(rows * shape.attention)
         t[at.INNER_ROWS] = floats(rows * experts * shape.inner)
         t[at.ROUTES], t[at.ROUTE_WEIGHTS] = floats(2 * rows * experts), floats(rows * experts)
-        private = max(4 * 16 * (2 * rows + 1), state_bytes(4, shape.dim), 4 * (2 * config.num_experts + 16))
+        private = max(4 * 16 * (3 * rows + 1), state_bytes(4, shape.dim), 4 * (2 * config.num_experts + 16))
         private += -private % 64 + 64
         t[at.PRIVATE], t[at.PRIVATE_BYTES] = floats(private * self.threads // 4), private
         self._logits = np.zeros((LOGIT_ROWS, padded_vocabulary(config)), np.float32)
@@ -220,6 +224,7 @@ class CPUBackend:
         self._chunk_pages = np.zeros((MAX_CHUNKS, pages), np.int64)
         self._chunks[:, 2] = self._chunk_pages.ctypes.data + 8 * pages * np.arange(MAX_CHUNKS)
         self._tiles = np.zeros((rows, 3), np.int64)
+        self._runs = np.zeros((MAX_CHUNKS, at.RUN_WIDTH), np.int64)
         phases = 5 * config.num_layers + 1  # `draw` is called with each number once
         self._counters = np.zeros(phases, np.int64)
         for column, array in (
@@ -229,9 +234,20 @@ class CPUBackend:
             (at.WANTED_ROWS, self._wanted),
             (at.CHUNKS, self._chunks),
             (at.TILE_TABLE, self._tiles),
+            (at.RUN_TABLE, self._runs),
             (at.COUNTERS, self._counters),
         ):
             t[column] = self._hold(array)
+
+    def add_adapter(self, directory: str | Path) -> int:
+        adapter = pack_adapter(self.config, read_adapter(directory, self.config)[1])
+        table = self._table
+        table[at.LOW_PRODUCT] = address("product_float32")
+        if adapter.width > table[at.LOW_WIDTH]:
+            self._low_rows = allocate(4 * len(self._ids) * adapter.width)
+            table[at.LOW_ROWS], table[at.LOW_WIDTH] = self._low_rows.ctypes.data, adapter.width
+        self._adapters.append(adapter)
+        return len(self._adapters)
 
     # Steps
 
@@ -321,6 +337,9 @@ class CPUBackend:
             wanted += [row + index for index in chunk.wanted]
             row, longest = end, max(longest, start + count)
         self._table[at.TOKENS], self._table[at.TILES] = row, tile
+        if self._adapters:
+            chosen = [(chunk.adapter, len(chunk.tokens)) for chunk in chunks]
+            self._table[at.RUNS] = runs(self._adapters, chosen, self._runs)
         self._reach(longest)
         return wanted
 

@@ -7,111 +7,23 @@ layer, half a microsecond each, are all that a token costs beyond its arithmetic
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import numpy as np
-from numba import carray, njit, types
+from numba import njit
 
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.attention import BEGIN, FINISH
+from tercet.engine.cpu.lowrank import adapt, lower
+from tercet.engine.cpu.matrices import BLOCK, add, floats, integers, prepare_rows, product, read_row
+from tercet.engine.cpu.meetings import draw, meet, share
 from tercet.engine.cpu.rows import rms_norm, soft_cap
-from tercet.engine.cpu.vector import atomic_add, atomic_load, caller, float_pointer, integer_pointer, pause
+from tercet.engine.cpu.vector import atomic_add, atomic_load, caller, pause
 
-BLOCK = 16  # rows of weights in a block
 FAST = {"reassoc", "nsz", "arcp", "contract"}
 
 begin1, begin4, finish1, finish4 = BEGIN[1], BEGIN[4], FINISH[1], FINISH[4]
-call3, call5, call6, call10, call11 = (caller(arguments) for arguments in (3, 5, 6, 10, 11))
-
-
-@njit
-def integers(address: int, size: int) -> Any:
-    return carray(integer_pointer(address), (size,))
-
-
-@njit
-def floats(address: int, size: int) -> Any:
-    return carray(float_pointer(address), (size,))
-
-
-# Matrix products
-
-
-@njit
-def product(
-    t: Any, matrix: int, block: int, x: int, x_stride: int, quantized: int, scales: int, zeros: int, tokens: int,
-    out: int, stride: int,
-) -> None:  # fmt: skip
-    """out[tokens, 16] = the block's 16 rows times x, bias included."""
-    m = integers(matrix, at.MATRIX_WIDTH)
-    w = m[at.WEIGHTS] + block * m[at.BLOCK_BYTES]
-    s = m[at.WEIGHT_SCALES] + block * m[at.SCALE_BYTES]
-    call11(m[at.PRODUCT], w, s, m[at.COLUMNS], x, x_stride, quantized, scales, zeros, tokens, out, stride)
-    if m[at.BIAS]:
-        bias = floats(m[at.BIAS] + 4 * BLOCK * block, BLOCK)
-        for row in range(tokens):
-            y = floats(out + row * stride, BLOCK)
-            for i in range(BLOCK):
-                y[i] += bias[i]
-
-
-@njit
-def prepare_rows(matrix: int, x: int, stride: int, buffer: Any, low: int, high: int) -> None:
-    """Quantise rows low..high-1 into ``buffer`` (quantised, scales, zeros), where a matrix's weights are."""
-    m = integers(matrix, at.MATRIX_WIDTH)
-    if m[at.QUANTIZE] == 0:
-        return
-    k = m[at.COLUMNS]
-    groups = k // m[at.GROUP]
-    for i in range(low, high):
-        row = 4 * i * groups
-        call5(m[at.QUANTIZE], x + i * stride, groups, buffer[0] + i * k, buffer[1] + row, buffer[2] + row)
-
-
-@njit
-def read_row(matrix: int, row: int, out: int) -> None:
-    """Row ``row`` of a matrix as float32 (an embedding)."""
-    m = integers(matrix, at.MATRIX_WIDTH)
-    kind, k = m[at.KIND], m[at.COLUMNS]
-    block, lane = row // BLOCK, row % BLOCK
-    y = floats(out, k)
-    if kind == at.FLOAT32:
-        weights = floats(m[at.WEIGHTS] + block * BLOCK * k * 4, BLOCK * k)
-        for i in range(k):
-            y[i] = weights[i * BLOCK + lane]
-        return
-    # Bytes through 64-bit words: one kind of view is enough.
-    if kind == at.BFLOAT16:
-        for i in range(k):
-            y[i] = bfloat(m[at.WEIGHTS], block * BLOCK * k + i * BLOCK + lane)
-    elif kind == at.INT8:
-        groups = k // at.GROUP8
-        for i in range(k):
-            value = byte(m[at.WEIGHTS], block * BLOCK * k + (i // 4) * 64 + lane * 4 + i % 4) - 128
-            scale = bfloat(m[at.WEIGHT_SCALES], (block * groups + i // at.GROUP8) * BLOCK + lane)
-            y[i] = np.float32(value) * scale
-    else:
-        groups = k // at.GROUP4
-        for i in range(k):
-            packed = byte(m[at.WEIGHTS], block * BLOCK // 2 * k + (i // 8) * 64 + lane * 4 + i % 4)
-            value = packed >> 4 if i % 8 >= 4 else packed & 15
-            group = (block * groups + i // at.GROUP4) * 2 * BLOCK + lane
-            scale, minimum = bfloat(m[at.WEIGHT_SCALES], group), bfloat(m[at.WEIGHT_SCALES], group + BLOCK)
-            y[i] = np.float32(value) * scale + minimum
-
-
-@njit
-def byte(address: int, index: int) -> int:
-    word = integers(address, 1 << 40)[index >> 3]
-    return int((word >> (8 * (index & 7))) & 255)
-
-
-@njit
-def bfloat(address: int, index: int) -> Any:
-    word = integers(address, 1 << 40)[index >> 2]
-    return np.int32(((word >> (16 * (index & 3))) & 0xFFFF) << 16).view(np.float32)
+call3, call6, call10 = caller(3), caller(6), caller(10)
 
 
 # Rows
@@ -150,13 +62,6 @@ def norm(t: Any, x: int, weight: int, bias: int, out: int) -> None:
 
 
 @njit
-def add(target: int, source: int, size: int) -> None:
-    x, y = floats(target, size), floats(source, size)
-    for i in range(size):
-        x[i] += y[i]
-
-
-@njit
 def rotate(x: int, cosines: int, sines: int, half: int) -> None:
     """Turn each pair (i, i + half) of a head."""
     v, c, s = floats(x, 2 * half), floats(cosines, half), floats(sines, half)
@@ -164,77 +69,6 @@ def rotate(x: int, cosines: int, sines: int, half: int) -> None:
         first, second = v[i], v[i + half]
         v[i] = first * c[i] - second * s[i]
         v[i + half] = second * c[i] + first * s[i]
-
-
-# Threads
-
-
-# Windows has neither; there a thread spins on, and its turns alone tell how long it waited.
-POSIX = os.name == "posix"
-sched_yield = types.ExternalFunction("sched_yield", types.int32()) if POSIX else pause
-clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
-MONOTONIC = 6 if sys.platform == "darwin" else 1
-SPIN = 4000  # turns, about a tenth of a millisecond
-
-
-@njit
-def now(scratch: int) -> int:
-    """Nanoseconds; ``scratch``: 16 bytes."""
-    if not POSIX:
-        return 0
-    clock_gettime(np.int32(MONOTONIC), scratch)
-    parts = integers(scratch, 2)
-    return int(parts[0] * 1_000_000_000 + parts[1])
-
-
-@njit
-def meet(t: Any, meetings: int, thread: int) -> int:
-    """Wait until every thread has come here; the number of meetings so far.
-
-    How long is counted: turns up to SPIN, and nanoseconds beyond, while others may have the core.
-    """
-    meetings += 1
-    # The table may already describe the next step when a slow thread leaves this loop.
-    arrived, goal = t[at.ARRIVED], t[at.BEFORE] + meetings * t[at.THREADS]
-    waited = t[at.WAITED] + 64 * thread
-    atomic_add(arrived, 1)
-    turns = 0
-    while atomic_load(arrived) < goal and turns < SPIN:
-        pause()
-        turns += 1
-    if turns:
-        atomic_add(waited, turns)
-    if turns == SPIN:
-        begin = now(waited + 16)
-        while atomic_load(arrived) < goal:
-            sched_yield()  # somebody else's process may have the core that the missing thread needs
-        atomic_add(waited + 8, now(waited + 16) - begin)
-    return meetings
-
-
-@njit
-def share(items: int, thread: int, threads: int) -> tuple[int, int]:
-    """The part of 0..items-1 that is a thread's."""
-    return items * thread // threads, items * (thread + 1) // threads
-
-
-@njit
-def draw(t: Any, phase: int, items: int, thread: int, last: int) -> int:
-    """The next item for a thread after ``last`` (-1 at first); ``items`` when there are none.
-
-    Three quarters are dealt beforehand; the rest goes to whoever comes, so that a thread that was
-    held up does not hold up the others.
-    """
-    threads = t[at.THREADS]
-    dealt = items * 3 // 4 if threads > 1 else items
-    low, high = share(dealt, thread, threads)
-    if last < high:
-        following = low if last < 0 else last + 1
-        if following < high:
-            return following
-    if threads == 1:
-        return items
-    return int(min(items, dealt + atomic_add(t[at.COUNTERS] + 8 * phase, 1)))
 
 
 # Phases
@@ -383,6 +217,8 @@ def forward(t: Any, thread: int) -> None:
     )
     qkv_stride = 4 * (t[at.HEADS] + 2 * t[at.KV_HEADS]) * t[at.DIM]
     attended_stride, inner_stride = 4 * t[at.ATTENTION_WIDTH], 4 * t[at.INNER]
+    adapted = t[at.RUNS] != 0
+    low_rank = private + 2 * rows * 4 * BLOCK  # scratch behind what products are put into
     aside = t[at.POST_NORM] != 0 or t[at.PARALLEL] != 0  # attention's output is not added at once
 
     for layer in range(layers):
@@ -402,6 +238,8 @@ def forward(t: Any, thread: int) -> None:
         prepare_rows(l[at.QKV_MATRIX], source, row_bytes, buffer, first, last)
         if not small:
             meetings = meet(t, meetings, thread)
+        if adapted:
+            meetings = lower(t, layer, at.QKV_CHANGE, source, row_bytes, thread, meetings)
         blocks = integers(l[at.QKV_MATRIX], at.MATRIX_WIDTH)[at.BLOCKS]
         block = draw(t, phase, blocks, thread, -1)
         while block < blocks:
@@ -409,6 +247,8 @@ def forward(t: Any, thread: int) -> None:
                 t, l[at.QKV_MATRIX], block, source, row_bytes, buffer[0], buffer[1], buffer[2], rows,
                 t[at.QKV] + 4 * BLOCK * block, qkv_stride,
             )  # fmt: skip
+            if adapted:
+                adapt(t, layer, at.QKV_CHANGE, block, t[at.QKV] + 4 * BLOCK * block, qkv_stride, low_rank)
             block = draw(t, phase, blocks, thread, block)
         phase += 1
         meetings = meet(t, meetings, thread)
@@ -445,6 +285,8 @@ def forward(t: Any, thread: int) -> None:
                 )
         if not small:
             meetings = meet(t, meetings, thread)
+        if adapted:
+            meetings = lower(t, layer, at.O_CHANGE, t[at.ATTENDED], attended_stride, thread, meetings)
         blocks = integers(l[at.O_MATRIX], at.MATRIX_WIDTH)[at.BLOCKS]
         block = draw(t, phase, blocks, thread, -1)
         while block < blocks:
@@ -455,6 +297,8 @@ def forward(t: Any, thread: int) -> None:
                 t, l[at.O_MATRIX], block, t[at.ATTENDED], attended_stride, buffer[0], buffer[1], buffer[2], rows,
                 target, stride,
             )  # fmt: skip
+            if adapted:
+                adapt(t, layer, at.O_CHANGE, block, target, stride, low_rank)
             if not aside:
                 for row in range(rows):
                     add(t[at.X] + row * row_bytes + place, private + row * stride, BLOCK)
@@ -491,6 +335,8 @@ def forward(t: Any, thread: int) -> None:
                 route(t, l[at.ROUTER], source + row * row_bytes, row, private)
         if not small:
             meetings = meet(t, meetings, thread)
+        if adapted and not routed:
+            meetings = lower(t, layer, at.GATE_UP_CHANGE, source, row_bytes, thread, meetings)
         up = integers(l[at.GATE_UP], at.MATRIX_WIDTH)
         halves = 2 if t[at.GATED] else 1
         blocks = up[at.BLOCKS] // halves
@@ -504,6 +350,11 @@ def forward(t: Any, thread: int) -> None:
                         t, l[at.GATE_UP], halves * block + half, source, row_bytes, buffer[0], buffer[1], buffer[2],
                         rows, private + half * rows * 4 * BLOCK, 4 * BLOCK,
                     )  # fmt: skip
+                    if adapted:
+                        adapt(
+                            t, layer, at.GATE_UP_CHANGE, halves * block + half, private + half * rows * 4 * BLOCK,
+                            4 * BLOCK, low_rank,
+                        )  # fmt: skip
                 for row in range(rows):
                     one = private + row * 4 * BLOCK
                     call3(
@@ -541,6 +392,8 @@ def forward(t: Any, thread: int) -> None:
             many = per if routed else 1
             prepare_rows(l[at.DOWN], t[at.INNER_ROWS], inner_stride, buffer, low * many, high * many)
             meetings = meet(t, meetings, thread)
+        if adapted and not routed:
+            meetings = lower(t, layer, at.DOWN_CHANGE, t[at.INNER_ROWS], inner_stride, thread, meetings)
         down = integers(l[at.DOWN], at.MATRIX_WIDTH)
         blocks, k = down[at.BLOCKS], down[at.COLUMNS]
         group_row = 4 * (k // down[at.GROUP])
@@ -552,6 +405,8 @@ def forward(t: Any, thread: int) -> None:
                     t, l[at.DOWN], block, t[at.INNER_ROWS], inner_stride, buffer[0], buffer[1], buffer[2], rows,
                     private, 4 * BLOCK,
                 )  # fmt: skip
+                if adapted:
+                    adapt(t, layer, at.DOWN_CHANGE, block, private, 4 * BLOCK, low_rank)
             else:
                 choices = integers(t[at.ROUTES], rows * per)
                 weights = floats(t[at.ROUTE_WEIGHTS], rows * per)

@@ -130,6 +130,14 @@ def _pack_rows(memory: Bytes, place: Matrix, begin: int, w: Floats) -> None:
             _put(memory, place.weights + 4 * begin * k, columns)
 
 
+def pad_heads(w: Floats, head_dim: int, dim: int) -> Floats:
+    """Rows of heads, each padded: [n * head_dim, ...] to [n * dim, ...]."""
+    split = w.reshape(-1, head_dim, *w.shape[1:])
+    whole = np.zeros((len(split), dim, *w.shape[1:]), np.float32)
+    whole[:, :head_dim] = split
+    return whole.reshape(-1, *w.shape[1:])
+
+
 def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get) -> tuple[Layout, Bytes]:
     """Pack a model's tensors; ``get`` gives each by our module name."""
     places = layout(config, quantization, stored)
@@ -146,11 +154,7 @@ def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get)
         pack_matrix(memory, places.matrices[name], w, bias)
 
     def heads(w: Floats) -> Floats:
-        """Rows of heads, each padded: [n * head_dim, ...] to [n * dim, ...]."""
-        split = w.reshape(-1, head_dim, *w.shape[1:])
-        whole = np.zeros((len(split), dim, *w.shape[1:]), np.float32)
-        whole[:, :head_dim] = split
-        return whole.reshape(-1, *w.shape[1:])
+        return pad_heads(w, head_dim, dim)
 
     def norm(name: str, module: str) -> None:
         vector(name, get(f"{module}.weight") + np.float32(config.norm_offset))

@@ -83,8 +83,14 @@ QUERIES = (1, 4)  # of an attention tile
     ROUTE_WEIGHTS,
     PRIVATE,  # scratch of the threads
     PRIVATE_BYTES,  # of each
+    # Adapters (see `lowrank`).
+    RUNS,  # rows of one adapter that follow each other: how many such runs there are in this step
+    RUN_TABLE,  # address [RUNS, RUN_WIDTH]
+    LOW_ROWS,  # [T, LOW_WIDTH]: A x
+    LOW_WIDTH,
+    LOW_PRODUCT,  # address of the function that multiplies by float32 weights
     SIZE,
-) = range(67)
+) = range(72)
 
 # A layer.
 (
@@ -122,6 +128,34 @@ QUERIES = (1, 4)  # of an attention tile
     COLUMNS,
     MATRIX_WIDTH,
 ) = range(12)
+
+# A run of rows with one adapter.
+(
+    RUN_ADAPTER,  # address of what it changes [layers, CHANGES, CHANGE_WIDTH]
+    RUN_BEGIN,  # first row
+    RUN_ROWS,
+    RUN_WIDTH,
+) = range(4)
+
+# The matrices of a layer that an adapter may change, ...
+QKV_CHANGE, O_CHANGE, GATE_UP_CHANGE, DOWN_CHANGE, CHANGES = range(5)
+
+# ... what it changes in one, ...
+(
+    LOW_BLOCKS,  # of A, in blocks of 16 rows; 0: the matrix stays as it is
+    LOW_COLUMNS,  # of A
+    LOW_WEIGHTS,  # address of A
+    HIGH_TABLE,  # address [the matrix's blocks, HIGH_WIDTH]
+    CHANGE_WIDTH,
+) = range(5)
+
+# ... and in one of its blocks.
+(
+    HIGH_WEIGHTS,  # address of the block of B; 0: it stays as it is
+    HIGH_BEGIN,  # which values of A x it is multiplied by
+    HIGH_COLUMNS,
+    HIGH_WIDTH,
+) = range(4)
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 SMALL = 2  # up to so many rows every thread normalises all of them itself rather than wait for another

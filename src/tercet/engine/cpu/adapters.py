@@ -1,0 +1,175 @@
+"""LoRA adapters beside packed weights, in the form that `lowrank` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.cpu import table as at
+from tercet.engine.cpu.layout import Layout, Shape, padded
+from tercet.engine.cpu.pack import Bytes, Floats, allocate, pack_matrix, pad_heads
+from tercet.model.config import ModelConfig
+from tercet.model.weights import Update
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """``table`` [layers, CHANGES, CHANGE_WIDTH], which points into ``memory`` and ``blocks``.
+
+    width: values of A x that a row has at most.
+    """
+
+    table: NDArray[np.int64]
+    width: int
+    memory: Bytes
+    blocks: list[NDArray[np.int64]]
+
+    @property
+    def address(self) -> int:
+        return int(self.table.ctypes.data)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of our modules in a packed matrix: the blocks it has there, and whether its sides are heads."""
+
+    module: str
+    blocks: range
+    rows_are_heads: bool = False
+    columns_are_heads: bool = False
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One of a layer's packed matrices: which of CHANGES, its shape, and what it is joined of."""
+
+    kind: int
+    columns: int
+    blocks: int
+    parts: list[_Part]
+
+
+def _matrices(config: ModelConfig, shape: Shape, layer: int) -> list[_Matrix]:
+    """The matrices of a layer that an adapter may change."""
+    module = f"model.layers.{layer}"
+    query, key = config.num_heads * shape.dim // 16, config.num_kv_heads * shape.dim // 16
+    ends = [0, query, query + key, query + 2 * key]
+    qkv = [
+        _Part(f"{module}.self_attn.{name}_proj", range(ends[n], ends[n + 1]), rows_are_heads=True)
+        for n, name in enumerate("qkv")
+    ]
+    out = _Part(f"{module}.self_attn.o_proj", range(shape.hidden // 16), columns_are_heads=True)
+    found = [
+        _Matrix(at.QKV_CHANGE, shape.hidden, ends[-1], qkv),
+        _Matrix(at.O_CHANGE, shape.attention, shape.hidden // 16, [out]),
+    ]
+    if not config.is_mixture(layer):
+        names = ["gate", "up"] if config.gated_mlp else ["up"]
+        blocks = len(names) * shape.inner // 16
+        up = [
+            _Part(f"{module}.mlp.{name}_proj", range(n, blocks, len(names))) for n, name in enumerate(names)
+        ]
+        down = _Part(f"{module}.mlp.down_proj", range(shape.hidden // 16))
+        found.append(_Matrix(at.GATE_UP_CHANGE, shape.hidden, blocks, up))
+        found.append(_Matrix(at.DOWN_CHANGE, shape.inner, shape.hidden // 16, [down]))
+    return found
+
+
+@dataclass
+class _Change:
+    """What an adapter changes in one matrix of a layer.
+
+    low: A [ranks, columns] of all parts; ranks of each are padded to 16.
+    high: of each part scaling * B, and where in A x its own begins.
+    """
+
+    layer: int
+    matrix: _Matrix
+    low: Floats
+    high: list[tuple[_Part, Floats, int]]
+
+
+def _change(
+    layer: int, matrix: _Matrix, updates: Mapping[str, Update], head_dim: int, dim: int
+) -> _Change | None:
+    """None where the adapter leaves the matrix as it is."""
+    lows: list[Floats] = []
+    high: list[tuple[_Part, Floats, int]] = []
+    begins: dict[int, int] = {}  # by A, which the parts of one module of theirs have in common
+    ranks = 0
+    for part in matrix.parts:
+        update = updates.get(part.module)
+        if update is None:
+            continue
+        if id(update.a) not in begins:
+            a = update.a
+            if part.columns_are_heads:
+                a = pad_heads(np.ascontiguousarray(a.T), head_dim, dim).T
+            low = np.zeros((padded(len(a), 16), a.shape[1]), np.float32)
+            low[: len(a)] = a
+            begins[id(update.a)] = ranks
+            ranks += len(low)
+            lows.append(low)
+        b = np.float32(update.scaling) * update.b
+        b = pad_heads(b, head_dim, dim) if part.rows_are_heads else b
+        high.append((part, b, begins[id(update.a)]))
+    return _Change(layer, matrix, np.concatenate(lows), high) if lows else None
+
+
+def pack_adapter(config: ModelConfig, updates: Mapping[str, Update]) -> Adapter:
+    """Pack what an adapter adds to each of our modules."""
+    shape = Shape.of(config)
+    found = [
+        _change(layer, matrix, updates, config.head_dim, shape.dim)
+        for layer in range(config.num_layers)
+        for matrix in _matrices(config, shape, layer)
+    ]
+    changes = [change for change in found if change is not None]
+    # Offsets first, then addresses: memory is taken when its size is known.
+    places = Layout()
+    for n, change in enumerate(changes):
+        places.matrix(f"{n}", at.FLOAT32, len(change.low), change.matrix.columns)
+        for part, b, _ in change.high:
+            # The product takes two columns at a time.
+            places.matrix(part.module, at.FLOAT32, padded(len(b), 16), padded(b.shape[1], 2))
+    memory = allocate(places.size)
+    base = memory.ctypes.data
+    table = np.zeros((config.num_layers, at.CHANGES, at.CHANGE_WIDTH), np.int64)
+    blocks: list[NDArray[np.int64]] = []
+    for n, change in enumerate(changes):
+        low = places.matrices[f"{n}"]
+        pack_matrix(memory, low, change.low)
+        mine = np.zeros((change.matrix.blocks, at.HIGH_WIDTH), np.int64)
+        for part, b, begin in change.high:
+            high = places.matrices[part.module]
+            pack_matrix(memory, high, b)
+            # What pads the packed matrix beyond the module's own rows stays as it is.
+            for number, block in enumerate(part.blocks[: high.rows // 16]):
+                mine[block] = base + high.weights + 4 * 16 * high.columns * number, begin, high.columns
+        blocks.append(mine)
+        table[change.layer, change.matrix.kind] = (
+            low.rows // 16,
+            low.columns,
+            base + low.weights,
+            mine.ctypes.data,
+        )
+    return Adapter(table, max(len(change.low) for change in changes), memory, blocks)
+
+
+def runs(adapters: Sequence[Adapter], chosen: Sequence[tuple[int, int]], table: NDArray[np.int64]) -> int:
+    """Write runs of rows into ``table`` [.., RUN_WIDTH]; their number.
+
+    chosen: for each chunk its adapter (0: none) and its rows, in order.
+    """
+    count = row = last = 0
+    for number, rows in chosen:
+        if number and number == last:
+            table[count - 1, at.RUN_ROWS] += rows
+        elif number:
+            table[count] = adapters[number - 1].address, row, rows
+            count += 1
+        row, last = row + rows, number
+    return count
