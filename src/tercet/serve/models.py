@@ -48,8 +48,8 @@ class Served:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """APIError 400 for a hosted model."""
-        return self.worker.engine.tokenizer
+        """The model's, or its adapter's own. APIError 400 for a hosted model."""
+        return self.worker.engine.tokenizer_of(self.adapter)
 
     @property
     def max_context(self) -> int | None:
