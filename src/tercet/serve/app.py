@@ -80,11 +80,12 @@ def _add_routes(app: FastAPI) -> None:
         embeddings,
         metrics,
         model_list,
+        responses,
         security,
         tokens,
     )
 
-    for module in (model_list, chat_completions, completions, embeddings, tokens, metrics, security):
+    for module in (model_list, chat_completions, completions, embeddings, tokens, responses, metrics, security):
         app.include_router(module.router)
 
 

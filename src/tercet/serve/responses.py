@@ -1,0 +1,139 @@
+"""/v1/responses: OpenAI's Responses API, of which nothing is stored.
+
+Text and function tools, whole or as a stream. A stream begins with its first token, so that a request
+that can't be answered gets an HTTP error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from tercet.serve.errors import APIError
+from tercet.serve.fields import answer_limit
+from tercet.serve.generation import chat_tokens, content, steps
+from tercet.serve.logprobs import Aligned, chat_entry
+from tercet.serve.models import Models, Served
+from tercet.serve.response_events import Json, ResponseEvents
+from tercet.serve.response_requests import ResponseRequest
+from tercet.serve.streaming import event_stream, while_connected
+from tercet.serve.tools import ToolPlan, Wanted, plan_tools, read_tools
+
+router = APIRouter()
+
+
+@router.post("/v1/responses")
+async def create_response(request: Request, body: ResponseRequest) -> Response:
+    """An answer to ``input``."""
+    models: Models = request.app.state.models
+    served = models.get(body.model)
+    body.check()
+    wanted = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True)
+    form = await body.form()
+    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form, "text.format")
+    tokens = await asyncio.to_thread(chat_tokens, served, body.messages(), plan)
+    told = ResponseEvents(_start(body, wanted))
+    events = _events(served, body, plan, tokens, told)
+    if body.stream:
+        return await event_stream(
+            request, _encoded(events), lambda problem: _encode(told.fail(problem.message))
+        )
+    await while_connected(request, _to_the_end(events))
+    return JSONResponse(told.response)
+
+
+@router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"])
+@router.get("/v1/responses/{response_id}/input_items")
+@router.post("/v1/responses/{response_id}/cancel")
+async def stored_response(response_id: str) -> Response:
+    """There are none."""
+    raise APIError(
+        404,
+        f"Response with id '{response_id:.100}' not found: responses are not stored here",
+        code="not_found",
+    )
+
+
+def _start(body: ResponseRequest, wanted: Wanted) -> Json:
+    """A response before it has begun: what was asked for, with what is meant where nothing was said."""
+    return {
+        "id": f"resp_{secrets.token_hex(16)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "background": False,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "model": body.model,
+        "parallel_tool_calls": wanted.parallel,
+        "previous_response_id": None,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": False,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "text": {
+            "format": body.format.model_dump(by_alias=True, exclude_none=True),
+            "verbosity": "medium",
+        },
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [
+            {"description": None, "parameters": None, "strict": False, **tool} for tool in body.tools or []
+        ],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+    }
+
+
+async def _events(
+    served: Served, body: ResponseRequest, plan: ToolPlan, tokens: list[int], told: ResponseEvents
+) -> AsyncGenerator[list[Json], None]:
+    """The events, those of a step together."""
+    sampling = body.sampling(answer_limit(served, tokens, body.max_output_tokens))
+    begun, aligned = False, Aligned()
+    async with aclosing(steps(served, tokens, [sampling], plan, whole=not body.stream)) as found:  # type: ignore[type-var]
+        async for step in found:
+            events = [] if begun else told.begin()
+            begun = True
+            logprobs = aligned.push(content(step.pieces), step.logprobs or (), step.completion is not None)
+            events += told.push(step.pieces, [chat_entry(one, served.tokenizer) for one in logprobs])
+            if step.completion is not None:
+                cut_off = step.completion.finish_reason == "length"
+                events += told.end(step.completion.usage, cut_off=cut_off, completed_at=int(time.time()))
+            yield events
+
+
+async def _to_the_end(events: AsyncGenerator[list[Json], None]) -> None:
+    async with aclosing(events):
+        async for _ in events:
+            pass
+
+
+async def _encoded(events: AsyncGenerator[list[Json], None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for some in events:
+            if some:
+                yield _encode(some)
+
+
+def _encode(events: Sequence[Json]) -> bytes:
+    """Server-sent events that carry their type twice, as OpenAI's do."""
+    return b"".join(
+        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+        for event in events
+    )
