@@ -105,7 +105,7 @@ def _table(steps: list[Step]) -> object:
 
     table = Table(box=None, pad_edge=False)
     for name, justify in (("token", "left"), ("likely", "right"), ("surprise", "right"), ("instead", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "instead", style=None)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
     for step in steps:
         instead = [other for other in step.alternatives if other.id != step.id or other.token != step.token]
         table.add_row(
