@@ -104,8 +104,12 @@ def _table(steps: list[Step]) -> object:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("token", "left"), ("likely", "right"), ("surprise", "right"), ("instead", "left")):
-        table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    longest = max(len(_quoted(step.token)) for step in steps)
+    # The alternatives are what is cut where the terminal is narrow.
+    table.add_column("token", no_wrap=True, min_width=longest)
+    table.add_column("likely", no_wrap=True, min_width=7, justify="right")
+    table.add_column("surprise", no_wrap=True, min_width=9, justify="right")
+    table.add_column("instead", no_wrap=True, overflow="ellipsis")
     for step in steps:
         instead = [other for other in step.alternatives if other.id != step.id or other.token != step.token]
         table.add_row(
