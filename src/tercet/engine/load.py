@@ -15,6 +15,7 @@ from tercet.errors import UserError
 from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from tercet.model.adapter_config import AdapterConfig, is_adapter, read_adapter_config
 from tercet.model.checkpoint import read_stop_ids
+from tercet.model.device import find_device
 from tercet.model.hub import fetch
 from tercet.model.reference import HUB_NAME
 from tercet.model.tokenizer import TOKENIZER, Tokenizer
@@ -96,7 +97,7 @@ def load_transformers_engine(
     from tercet.engine.transformers_backend import load_transformers
 
     directory = Path(directory)
-    where = _device(device)
+    where = find_device(device)
     backend = load_transformers(directory, _dtype(dtype, where), where)
     tokenizer = Tokenizer.load(directory)
     return Engine(backend, tokenizer, _stop_ids(directory, directory, tokenizer), reuse_prefixes=False)
@@ -106,7 +107,7 @@ def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: 
     from tercet.engine.torch_backend import TorchBackend
     from tercet.model.loading import load_model
 
-    where = _device(device)
+    where = find_device(device)
     model = load_model(base, _dtype(dtype, where), where)
     if adapter is not None:
         from tercet.model.adapter import load_adapter, merge_lora
@@ -135,7 +136,7 @@ def _device_without_torch() -> str | None:
     drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple or sys.platform == "win32" or any(Path(path).exists() for path in drivers):
-        return _device(None).type
+        return find_device().type
     return "cpu"
 
 
@@ -162,23 +163,6 @@ def _stop_ids(directory: Path, base: Path, tokenizer: Tokenizer) -> list[int]:
     own = (directory / "generation_config.json").is_file()
     named = read_stop_ids(directory if own else base)
     return list(named) if tokenizer.eos_id is None else [*named, tokenizer.eos_id]
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is None:
-        return torch.device(next(kind for kind, available in there.items() if available))
-    try:
-        device = torch.device(name)
-    except RuntimeError as problem:
-        raise UserError(f"device {name!r} is unknown; use cuda, mps or cpu") from problem
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not there.get(device.type) or (device.index or 0) >= count:
-        have = ", ".join(kind for kind, available in there.items() if available)
-        raise UserError(f"device {name!r} is not there; this machine has {have}")
-    return device
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype | None:

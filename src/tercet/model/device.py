@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from tercet.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def find_device(name: str | None = None) -> torch.device:
@@ -13,6 +16,8 @@ def find_device(name: str | None = None) -> torch.device:
     Raises:
         UserError: there is no such device here.
     """
+    import torch
+
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind, available in there.items() if available))
