@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tercet.serve.errors import add_error_handlers, api_error
+from tercet.serve.errors import ERRORS, add_error_handlers, api_error
 from tercet.serve.metrics import Metrics
 from tercet.serve.models import Models
 from tercet.serve.security import Guard
@@ -85,8 +85,17 @@ def _add_routes(app: FastAPI) -> None:
         tokens,
     )
 
-    for module in (model_list, chat_completions, completions, embeddings, tokens, responses, metrics, security):
-        app.include_router(module.router)
+    for module in (
+        model_list,
+        chat_completions,
+        completions,
+        embeddings,
+        tokens,
+        responses,
+        metrics,
+        security,
+    ):
+        app.include_router(module.router, responses=ERRORS)
 
 
 class Observed:

@@ -30,7 +30,7 @@ from tercet.serve.hosted import pass_on
 from tercet.serve.logprobs import Aligned, Placed, chat_logprobs
 from tercet.serve.models import Models, Served
 from tercet.serve.response_format import ResponseFormat, wanted_form
-from tercet.serve.streaming import DONE, event, event_stream, while_connected
+from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
 from tercet.serve.tool_parser import CallDelta, Piece, gather
 from tercet.serve.tools import ToolPlan, plan_tools, read_tools, template_messages
 
@@ -98,7 +98,7 @@ class Chat:
         return self.samplings[0].logprobs is not None
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=STREAMED)
 async def chat_completions(request: Request, body: ChatBody) -> Response:
     """The next message of a conversation."""
     models: Models = request.app.state.models

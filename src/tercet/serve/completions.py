@@ -22,7 +22,7 @@ from tercet.serve.hosted import pass_on
 from tercet.serve.logprobs import Aligned, CompletionLogprobs, Placed, token_offsets
 from tercet.serve.models import Models, Served
 from tercet.serve.prompts import Prompts, encode_prompts, prompt_list
-from tercet.serve.streaming import DONE, event, event_stream, while_connected
+from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
 
 router = APIRouter()
 
@@ -75,7 +75,7 @@ class Job:
         return sum(len(one.tokens) for one in self.prompts)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=STREAMED)
 async def completions(request: Request, body: CompletionsBody) -> Response:
     """What comes after each prompt."""
     models: Models = request.app.state.models

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tercet.engine.engine import QueueFull
@@ -24,6 +25,25 @@ log = logging.getLogger("tercet.serve")
 
 INVALID = "invalid_request_error"
 RETRY_AFTER = 1  # seconds; a queue that was full a second ago has usually moved on
+
+
+class ErrorObject(BaseModel):
+    """What is wrong, and where."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
+# For the OpenAPI document: the errors that any route may give.
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
 class APIError(Exception):

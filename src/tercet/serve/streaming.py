@@ -20,6 +20,10 @@ from tercet.serve.settings import Settings
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+# For the OpenAPI document: what a route that may stream gives.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+}
 _DEADLINE = "tercet.deadline"
 
 
