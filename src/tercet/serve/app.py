@@ -75,6 +75,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
 
 def _add_routes(app: FastAPI) -> None:
     from tercet.serve import (
+        anthropic_messages,
         chat_completions,
         completions,
         embeddings,
@@ -92,6 +93,7 @@ def _add_routes(app: FastAPI) -> None:
         embeddings,
         tokens,
         responses,
+        anthropic_messages,
         metrics,
         security,
     ):

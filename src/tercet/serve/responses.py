@@ -7,10 +7,8 @@ that can't be answered gets an HTTP error.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
@@ -25,6 +23,7 @@ from tercet.serve.response_events import Json, ResponseEvents
 from tercet.serve.response_requests import ResponseRequest
 from tercet.serve.streaming import event_stream, while_connected
 from tercet.serve.tools import ToolPlan, Wanted, plan_tools, read_tools
+from tercet.serve.typed_events import Events, encode, encoded, to_the_end
 
 router = APIRouter()
 
@@ -43,9 +42,9 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
     events = _events(served, body, plan, tokens, told)
     if body.stream:
         return await event_stream(
-            request, _encoded(events), lambda problem: _encode(told.fail(problem.message))
+            request, encoded(events), lambda problem: encode(told.fail(problem.message))
         )
-    await while_connected(request, _to_the_end(events))
+    await while_connected(request, to_the_end(events))
     return JSONResponse(told.response)
 
 
@@ -102,38 +101,17 @@ def _start(body: ResponseRequest, wanted: Wanted) -> Json:
 
 async def _events(
     served: Served, body: ResponseRequest, plan: ToolPlan, tokens: list[int], told: ResponseEvents
-) -> AsyncGenerator[list[Json], None]:
+) -> Events:
     """The events, those of a step together."""
     sampling = body.sampling(answer_limit(served, tokens, body.max_output_tokens))
     begun, aligned = False, Aligned()
-    async with aclosing(steps(served, tokens, [sampling], plan, whole=not body.stream)) as found:  # type: ignore[type-var]
+    async with aclosing(steps(served, tokens, [sampling], plan, whole=not body.stream)) as found:
         async for step in found:
             events = [] if begun else told.begin()
             begun = True
             logprobs = aligned.push(content(step.pieces), step.logprobs or (), step.completion is not None)
-            events += told.push(step.pieces, [chat_entry(one, served.tokenizer) for one in logprobs])
+            events += told.push(step.pieces, [chat_entry(one.token, served.tokenizer) for one in logprobs])
             if step.completion is not None:
                 cut_off = step.completion.finish_reason == "length"
                 events += told.end(step.completion.usage, cut_off=cut_off, completed_at=int(time.time()))
             yield events
-
-
-async def _to_the_end(events: AsyncGenerator[list[Json], None]) -> None:
-    async with aclosing(events):
-        async for _ in events:
-            pass
-
-
-async def _encoded(events: AsyncGenerator[list[Json], None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        async for some in events:
-            if some:
-                yield _encode(some)
-
-
-def _encode(events: Sequence[Json]) -> bytes:
-    """Server-sent events that carry their type twice, as OpenAI's do."""
-    return b"".join(
-        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
-        for event in events
-    )

@@ -69,8 +69,8 @@ class Function:
         except GrammarError as problem:
             raise APIError(
                 400,
-                f"the parameters of function {self.name} can't be enforced: {problem}; change them, or "
-                "let the model choose (tool_choice auto, and no strict)",
+                f"{self.schema} of {self.name} can't be enforced: {problem}; change them, or let the model "
+                "choose freely (tool_choice auto, and not strict)",
                 param=self.schema,
                 code="invalid_function_parameters",
             ) from problem

@@ -1,0 +1,127 @@
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's Messages API, errors in Anthropic's shape.
+
+https://docs.anthropic.com/en/api/messages
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from tercet.errors import UserError
+from tercet.serve.anthropic_events import Json, MessageEvents, stopped_by
+from tercet.serve.anthropic_requests import CountRequest, MessageRequest
+from tercet.serve.errors import APIError, api_error, from_validation
+from tercet.serve.fields import answer_limit
+from tercet.serve.generation import chat_tokens, steps
+from tercet.serve.models import Models, Served
+from tercet.serve.streaming import event_stream, while_connected
+from tercet.serve.tools import ToolPlan, plan_tools
+from tercet.serve.typed_events import Events, encode, encoded, to_the_end
+
+# https://docs.anthropic.com/en/api/errors
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class AnthropicRoute(APIRoute):
+    """A route whose errors have Anthropic's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def told(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as problem:
+                return _response(from_validation(problem.errors(), problem.body))
+            except (APIError, UserError) as problem:
+                return _response(api_error(problem))
+
+        return told
+
+
+router = APIRouter(route_class=AnthropicRoute)
+
+
+@router.post("/v1/messages")
+async def create_message(request: Request, body: MessageRequest) -> Response:
+    """The assistant's next message."""
+    served, plan, tokens = await _prepare(request, body)
+    told = MessageEvents(body.model, len(tokens))
+    events = _events(served, body, plan, tokens, told)
+    if body.stream:
+        return await event_stream(request, encoded(events), _error_event)
+    await while_connected(request, to_the_end(events))
+    return JSONResponse(told.message)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(request: Request, body: CountRequest) -> Response:
+    """How many tokens the model would read."""
+    _, _, tokens = await _prepare(request, body)
+    return JSONResponse({"input_tokens": len(tokens)})
+
+
+async def _prepare(request: Request, body: CountRequest) -> tuple[Served, ToolPlan, list[int]]:
+    """The model, what is done about tools, and the prompt."""
+    models: Models = request.app.state.models
+    served = models.get(body.model)
+    form = await body.form()
+    plan = await asyncio.to_thread(plan_tools, body.wanted(), served.tokenizer, form, "output_config.format")
+    return served, plan, await asyncio.to_thread(chat_tokens, served, body.conversation(), plan)
+
+
+async def _events(
+    served: Served, body: MessageRequest, plan: ToolPlan, tokens: list[int], told: MessageEvents
+) -> Events:
+    """The events, those of a step together."""
+    sampling = body.sampling(answer_limit(served, tokens, body.max_tokens))
+    begun = False
+    async with aclosing(steps(served, tokens, [sampling], plan, whole=not body.stream)) as found:
+        async for step in found:
+            events = [] if begun else told.begin()
+            begun = True
+            events += told.push(step.pieces)
+            if step.completion is not None:
+                stop = stopped_by(step.completion, sampling.stop, served.tokenizer)
+                events += told.end(step.completion, stop)
+            yield events
+
+
+# Errors
+
+
+def error_body(problem: APIError) -> Json:
+    """An error as Anthropic tells it."""
+    kind = _TYPES.get(problem.status, "invalid_request_error" if problem.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": problem.message}}
+
+
+def _response(problem: APIError) -> Response:
+    return Response(
+        json.dumps(error_body(problem)),
+        problem.status,
+        headers=problem.headers,
+        media_type="application/json",
+    )
+
+
+def _error_event(problem: APIError) -> bytes:
+    return encode([error_body(problem)])
