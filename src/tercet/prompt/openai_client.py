@@ -450,7 +450,12 @@ def _echoed(answer: Any, prompt: str, whole: str) -> Score | None:
     starts, values, best = found.text_offset, found.token_logprobs, found.top_logprobs
     ends = [*starts[1:], len(choice.text)]
     # A token that crosses the boundary belongs to the continuation, as in the local engine.
-    inside = [i for i, start in enumerate(starts) if ends[i] > len(prompt) and start < len(whole)]
+    # The first tokens of a character begin where it does, and end there too.
+    inside = [
+        i
+        for i, start in enumerate(starts)
+        if start < len(whole) and (ends[i] > len(prompt) or (start >= len(prompt) and values[i] is not None))
+    ]
     if any(values[i] is None for i in inside):
         raise UserError("the first token of a text has no probability; score needs a prompt before it")
     greedy = bool(best) and all(best[i] and values[i] >= max(best[i].values()) for i in inside)

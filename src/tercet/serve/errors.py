@@ -158,8 +158,9 @@ _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_p
 def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
     """The one of pydantic's errors that tells most, with the place as ``messages[0].role``."""
     placed = [(_place(error, body), error) for error in errors]
-    # Of a union every member complains; the one that came furthest is the one that was meant.
-    place, error = max(placed, key=lambda one: len(one[0]))
+    # Of a union every member complains; the one that came furthest is the one that was meant, and one
+    # that takes the type at all rather than another.
+    place, error = max(placed, key=lambda one: (len(one[0]), not str(one[1]["type"]).endswith("_type")))
     param = _path(place)
     kind = str(error["type"])
     if kind == "json_invalid":

@@ -1,0 +1,227 @@
+"""What is wrong with a request is told in OpenAI's shape, with its place; nothing is ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from running_server import client_of
+
+HI = [{"role": "user", "content": "hi"}]
+MISSING, UNSUPPORTED = "missing_required_parameter", "unsupported_parameter"
+
+
+def form(**schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+@pytest.fixture
+def client(tiny_url: str) -> openai.OpenAI:
+    return client_of(tiny_url)
+
+
+def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **body: Any) -> dict[str, Any]:
+    """The error that a body gets."""
+    given = {"model": "tiny"} | ({"messages": HI} if path.endswith("chat/completions") else {}) | body
+    answer = httpx.post(url + path, json=given, timeout=20)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"].startswith("req_")
+    found: dict[str, Any] = answer.json()["error"]
+    assert set(found) == {"message", "type", "param", "code"}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"messages": None}, "messages", "invalid_type"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "hi"}, "messages", "invalid_type"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", MISSING),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", MISSING),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "invalid_type"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", MISSING),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0].type", MISSING),
+        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood", "unknown_parameter"),
+        ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id", MISSING),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "invalid_value"),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": -0.1}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_type"),
+        ({"top_p": 1.5}, "top_p", "invalid_value"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 129}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_type"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens", "invalid_type"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"stop": []}, "stop", "invalid_value"),
+        ({"stop": ["a"] * 5}, "stop", "invalid_value"),
+        ({"stop": ""}, "stop", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation", UNSUPPORTED,
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", MISSING),
+        (form(name="a b", schema={}), "response_format.json_schema.name", "invalid_value"),
+        (form(name="a"), "response_format.json_schema.schema", MISSING),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", UNSUPPORTED),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"no_such_field": 1}, "no_such_field", "unknown_parameter"),
+        ({"model": None}, "model", "invalid_type"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_400_with_its_place(
+    tiny_url: str, body: dict[str, Any], param: str, code: str
+) -> None:
+    found = refused(tiny_url, **body)
+    assert (found["param"], found["code"], found["type"]) == (param, code, "invalid_request_error")
+    assert found["message"] and "\n" not in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("audio", {"voice": "x", "format": "mp3"}),
+        ("modalities", ["text", "audio"]),
+        ("functions", [{"name": "f"}]),
+        ("function_call", "auto"),
+        ("web_search_options", {}),
+        ("moderation", {"model": "m"}),
+        ("verbosity", "low"),
+        ("reasoning_effort", "high"),
+    ],
+)
+def test_a_field_that_would_change_the_answer_and_is_not_honoured_is_400(
+    tiny_url: str, field: str, value: Any
+) -> None:
+    found = refused(tiny_url, **{field: value})
+    assert (found["param"], found["code"]) == (field, UNSUPPORTED)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_a_part_that_is_not_text_is_400(tiny_url: str, kind: str) -> None:
+    content = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://127.0.0.1:1/x.png"}}]
+    found = refused(tiny_url, messages=[{"role": "user", "content": content}])
+    assert found["param"] == "messages[0].content[1]" and kind in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metadata", {"a": "b"}), ("store", True), ("service_tier", "flex"), ("user", "u"),
+        ("safety_identifier", "s"), ("prompt_cache_key", "k"), ("prompt_cache_retention", "24h"),
+        ("prediction", {"type": "content", "content": "x"}), ("verbosity", "medium"), ("modalities", ["text"]),
+        ("parallel_tool_calls", True), ("tool_choice", "auto"),
+    ],
+)  # fmt: skip
+def test_a_field_that_changes_no_answer_is_taken(tiny_url: str, field: str, value: Any) -> None:
+    body = {"model": "tiny", "messages": HI, "temperature": 0, "max_tokens": 4}
+    plain = httpx.post(f"{tiny_url}/v1/chat/completions", json=body, timeout=20).json()
+    found = httpx.post(f"{tiny_url}/v1/chat/completions", json=body | {field: value}, timeout=20).json()
+    assert found["choices"] == plain["choices"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"not": {"type": "string"}}}},
+        {"type": "nonsense"},
+        {"$ref": "#/nowhere"},
+        {"$ref": "http://127.0.0.1:1/schema.json"},
+    ],
+)
+def test_a_schema_that_can_not_be_enforced_is_400_never_an_answer(
+    tiny_url: str, schema: dict[str, Any]
+) -> None:
+    found = refused(tiny_url, **form(name="a", schema=schema))
+    assert found["param"] == "response_format.json_schema.schema" and found["code"] == "invalid_json_schema"
+
+
+def test_a_schema_nested_without_end_is_400(tiny_url: str) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(300):
+        schema = {"type": "object", "properties": {"a": schema}}
+    body = {"model": "tiny", "messages": HI, **form(name="a", schema=schema), "max_tokens": 2}
+    assert httpx.post(f"{tiny_url}/v1/chat/completions", json=body, timeout=60).status_code in (200, 400)
+    deep = '{"model": "tiny", "messages": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    answer = httpx.post(
+        f"{tiny_url}/v1/chat/completions", content=deep, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": NaN}', b'{"model": ' + b"9" * 5000 + b"}",
+        b'{"model": "\\ud800"}', b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
+        b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"\\ud800": 1}}',
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_request_is_400_in_shape(tiny_url: str, body: bytes) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"):
+        answer = httpx.post(tiny_url + path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (400, 404), (path, answer.text)
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_without_its_content_type_is_400(tiny_url: str) -> None:
+    body = json.dumps({"model": "tiny", "messages": HI}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = httpx.post(f"{tiny_url}/v1/chat/completions", content=body, headers={"content-type": kind})
+        assert answer.status_code == 400 and "content-type" in answer.json()["error"]["message"]
+
+
+def test_too_long_a_conversation_is_400_with_the_counts(client: openai.OpenAI) -> None:
+    long: Any = [{"role": "user", "content": "x" * 200}]
+    with pytest.raises(openai.BadRequestError) as problem:
+        client.chat.completions.create(model="tiny", messages=long)
+    assert (problem.value.code, problem.value.param) == ("context_length_exceeded", "messages")
+    assert "96 tokens" in str(problem.value) and "204 tokens" in str(problem.value)
+    with pytest.raises(openai.BadRequestError) as problem:
+        client.completions.create(model="tiny", prompt="x" * 97)
+    assert (problem.value.code, problem.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 96"):
+        client.embeddings.create(model="tiny", input="x" * 97)
+
+
+def test_errors_become_the_exceptions_of_openais_client(client: openai.OpenAI) -> None:
+    messages: Any = HI
+    with pytest.raises(openai.NotFoundError, match="nearest: tiny") as missing:
+        client.chat.completions.create(model="tyni", messages=messages)
+    assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("no/such/model")
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.chat.completions.create(model="tiny", messages=messages, temperature=3)
+    assert wrong.value.param == "temperature" and wrong.value.request_id is not None
+    assert wrong.value.request_id.startswith("req_")
+
+
+def test_what_is_not_there_and_what_is_not_done_is_told_in_shape(tiny_url: str) -> None:
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/audio/speech", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/models/tiny", 405),
+        ("GET", "/docs", 404),
+    ):
+        answer = httpx.request(method, tiny_url + path)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
