@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -261,6 +262,21 @@ def test_a_draft_becomes_a_message_with_all_that_is_known_of_it(store: Store) ->
     assert store.details(question.id) is None
 
 
+def test_surprise_and_entropy_of_an_answer_are_in_bits() -> None:
+    half, quarter = math.log(1 / 2), math.log(1 / 4)
+    tokens = [
+        {"id": 1, "logprob": half, "top": [[1, "a", half], [2, "b", half]]},
+        {
+            "id": 2,
+            "logprob": quarter,
+            "top": [[1, "a", half], [2, "b", quarter]],
+        },  # and a quarter for the rest
+    ]
+    summary = Details(tokens=tokens).summary()
+    assert summary["surprise"] == pytest.approx((1 + 2) / 2)
+    assert summary["entropy"] == pytest.approx((1 + 1.5) / 2)
+
+
 def test_a_draft_of_which_nothing_came_leaves_no_message(store: Store) -> None:
     one = store.create()
     question = store.add(one.id, None, "user", "hi")
@@ -369,6 +385,7 @@ def compared(store: Store, vote: str | None, kind: str = "chat", right: str = "w
     for draft, text in zip(drafts, ("better", right), strict=True):
         store.write(draft, text, [])
         store.finish(draft, "stop")
+    store.settle(name)
     if vote:
         store.vote(one.id, name, vote)
     return one.id

@@ -37,6 +37,7 @@ CREATE INDEX messages_by_parent ON messages (parent);
 -- Tokens and probabilities of an answer, the ids of its prompt: zlib of JSON, read only when looked at.
 CREATE TABLE details (
     hash TEXT PRIMARY KEY REFERENCES messages (hash) ON DELETE CASCADE,
+    summary TEXT NOT NULL,
     body BLOB NOT NULL
 ) STRICT;
 CREATE TABLE conversations (

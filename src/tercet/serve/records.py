@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 import zlib
 from collections.abc import Sequence
@@ -48,6 +49,27 @@ class Details:
     seconds: float | None = None
     first_seconds: float | None = None  # until the first token
     error: str | None = None
+
+    def summary(self) -> Json:
+        """What is shown below an answer, in few numbers.
+
+        surprise: bits, the mean of -log2 p over its tokens. entropy: bits, the mean over its places of what
+        the distribution has at least: its likeliest tokens, all others taken as one.
+        """
+        found: Json = {"seconds": self.seconds, "first_seconds": self.first_seconds, "error": self.error}
+        found |= {"usage": self.usage, "prompt": len(self.prompt), "tokens": len(self.tokens)}
+        if self.tokens:
+            found["surprise"] = (
+                -sum(token["logprob"] for token in self.tokens) / len(self.tokens) / math.log(2)
+            )
+            found["entropy"] = sum(_entropy(token["top"]) for token in self.tokens) / len(self.tokens)
+        return found
+
+
+def _entropy(top: Sequence[Sequence[Any]]) -> float:
+    shares = [math.exp(logprob) for _, _, logprob in top]
+    shares.append(max(1.0 - sum(shares), 0.0))
+    return -sum(share * math.log2(share) for share in shares if share > 0)
 
 
 @dataclass(frozen=True)

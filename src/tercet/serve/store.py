@@ -239,7 +239,10 @@ class Store:
                 (name, parent, role, content, model, dump(settings or {}), finish, time.time()),
             )
             if details is not None:
-                database.execute("INSERT OR REPLACE INTO details VALUES (?, ?)", (name, pack(vars(details))))
+                database.execute(
+                    "INSERT OR REPLACE INTO details VALUES (?, ?, ?)",
+                    (name, dump(details.summary()), pack(vars(details))),
+                )
             database.execute(
                 "INSERT INTO members SELECT ?1, ?2, 1 + coalesce(max(number), 0) FROM members "
                 "WHERE conversation = ?1 ON CONFLICT DO NOTHING",
@@ -310,6 +313,15 @@ class Store:
         with self._reading() as database:
             row = database.execute("SELECT body FROM details WHERE hash = ?", (name,)).fetchone()
         return None if row is None else Details(**unpack(row["body"]))
+
+    def summaries(self, conversation: str) -> dict[str, Json]:
+        """`Details.summary` of the answers of a conversation, by message."""
+        with self._reading() as database:
+            rows = database.execute(
+                "SELECT hash, summary FROM details JOIN members USING (hash) WHERE conversation = ?",
+                (conversation,),
+            ).fetchall()
+        return {row["hash"]: json.loads(row["summary"]) for row in rows}
 
     # Answers being written
 
@@ -391,7 +403,10 @@ class Store:
                 select=before.leaf == row["parent"] and row["comparison"] is None,
             )
             if row["comparison"] is not None:
-                self._compared(row["comparison"], row["side"], message, before)
+                column = {"left": "left_hash", "right": "right_hash"}[row["side"]]
+                database.execute(
+                    f"UPDATE comparisons SET {column} = ? WHERE id = ?", (message.id, row["comparison"])
+                )
             return message
 
     def recover(self) -> list[Message]:
@@ -401,8 +416,11 @@ class Store:
             dead = [one["owner"] for one in owners if not self._owner.lives(one["owner"])]
             found = []
             for owner in dead:
-                drafts = database.execute("SELECT id FROM drafts WHERE owner = ?", (owner,)).fetchall()
+                drafts = database.execute("SELECT * FROM drafts WHERE owner = ?", (owner,)).fetchall()
                 found += [self.finish(draft["id"], "interrupted") for draft in drafts]
+                for draft in drafts:
+                    if draft["comparison"] is not None:
+                        self.settle(draft["comparison"])
             self._owner.forget_the_dead()
         return [message for message in found if message is not None]
 
@@ -419,12 +437,13 @@ class Store:
             )
         return name
 
-    def _compared(self, name: str, side: str, message: Message, before: Conversation) -> None:
-        column = {"left": "left_hash", "right": "right_hash"}[side]
-        self._connection.execute(f"UPDATE comparisons SET {column} = ? WHERE id = ?", (message.id, name))
-        row = self._connection.execute("SELECT * FROM comparisons WHERE id = ?", (name,)).fetchone()
-        if row and row["left_hash"] and row["right_hash"] and before.leaf == row["parent"]:
-            self.change(before.id, leaf=row["left_hash"])
+    def settle(self, name: str) -> None:
+        """No more answer comes to a comparison: its conversation shows what there is, the left one first."""
+        with self._writing() as database:
+            row = database.execute("SELECT * FROM comparisons WHERE id = ?", (name,)).fetchone()
+            answer = row and (row["left_hash"] or row["right_hash"])
+            if answer and self.conversation(row["conversation"]).leaf == row["parent"]:
+                self.change(row["conversation"], leaf=answer)
 
     def vote(self, conversation: str, name: str, vote: str) -> Comparison:
         """Store which answer is better; the conversation goes on from it.
