@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
 from collections.abc import Iterator
 
-import uvicorn
+from running_server import serve_models
 from script_engine import ScriptBackend, engine_saying
 
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.app import make_app
 from tercet.serve.models import Models, Served
 from tercet.serve.settings import Settings
 from tercet.serve.worker import Worker
@@ -36,17 +33,5 @@ class ScriptedServer:
 @contextlib.contextmanager
 def serve_script(tokenizer: Tokenizer, settings: Settings | None = None) -> Iterator[ScriptedServer]:
     engine, backend = engine_saying(tokenizer)
-    worker = Worker(engine)
-    app = make_app(Models([Served("scripted", worker)]), settings or Settings())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="on"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield ScriptedServer(f"http://127.0.0.1:{port}", backend, tokenizer)
-    finally:
-        server.should_exit = True
-        thread.join(timeout=10)
+    with serve_models(Models([Served("scripted", Worker(engine))]), settings) as running:
+        yield ScriptedServer(running.url, backend, tokenizer)

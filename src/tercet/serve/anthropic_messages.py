@@ -9,21 +9,22 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 
-from tercet.errors import UserError
 from tercet.serve.anthropic_events import Json, MessageEvents, stopped_by
 from tercet.serve.anthropic_requests import CountRequest, MessageRequest
-from tercet.serve.errors import APIError, api_error, from_validation
+from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation
 from tercet.serve.fields import answer_limit
 from tercet.serve.generation import chat_tokens, steps
 from tercet.serve.models import Models, Served
-from tercet.serve.streaming import event_stream, while_connected
+from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools import ToolPlan, plan_tools
 from tercet.serve.typed_events import Events, encode, encoded, to_the_end
 
@@ -40,6 +41,25 @@ _TYPES = {
 }
 
 
+class MessageError(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class MessageErrorBody(BaseModel):
+    """An error as Anthropic tells it."""
+
+    type: Literal["error"]
+    error: MessageError
+
+
+# The guard before all routes answers in OpenAI's shape; Anthropic's clients go by the status.
+_ERROR = {"model": MessageErrorBody | ErrorBody}
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
+
+
 class AnthropicRoute(APIRoute):
     """A route whose errors have Anthropic's shape."""
 
@@ -49,9 +69,13 @@ class AnthropicRoute(APIRoute):
         async def told(request: Request) -> Response:
             try:
                 return await handle(request)
+            except Disconnected:
+                raise
             except RequestValidationError as problem:
                 return _response(from_validation(problem.errors(), problem.body))
-            except (APIError, UserError) as problem:
+            except HTTPException as problem:
+                return _response(APIError(problem.status_code, "the body can't be read as JSON"))
+            except Exception as problem:
                 return _response(api_error(problem))
 
         return told
@@ -60,7 +84,7 @@ class AnthropicRoute(APIRoute):
 router = APIRouter(route_class=AnthropicRoute)
 
 
-@router.post("/v1/messages")
+@router.post("/v1/messages", responses=STREAMED | ERRORS)
 async def create_message(request: Request, body: MessageRequest) -> Response:
     """The assistant's next message."""
     served, plan, tokens = await _prepare(request, body)
@@ -72,7 +96,7 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
     return JSONResponse(told.message)
 
 
-@router.post("/v1/messages/count_tokens")
+@router.post("/v1/messages/count_tokens", responses=ERRORS)
 async def count_tokens(request: Request, body: CountRequest) -> Response:
     """How many tokens the model would read."""
     _, _, tokens = await _prepare(request, body)

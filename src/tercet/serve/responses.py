@@ -21,14 +21,14 @@ from tercet.serve.logprobs import Aligned, chat_entry
 from tercet.serve.models import Models, Served
 from tercet.serve.response_events import Json, ResponseEvents
 from tercet.serve.response_requests import ResponseRequest
-from tercet.serve.streaming import event_stream, while_connected
+from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools import ToolPlan, Wanted, plan_tools, read_tools
 from tercet.serve.typed_events import Events, encode, encoded, to_the_end
 
 router = APIRouter()
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=STREAMED)
 async def create_response(request: Request, body: ResponseRequest) -> Response:
     """An answer to ``input``."""
     models: Models = request.app.state.models
