@@ -83,7 +83,7 @@ def test_input_items_and_instructions_are_the_conversation(
     ]
     ask(client, input=items, instructions="Be brief.")
     assert server.prompt() == (
-        "<|system|>Be brief.<|end|><|user|>one<|end|><|assistant|>two<|end|><|user|>three<|end|><|assistant|>"
+        "<|system|>Be brief.<|end|><|user|>one<|end|><|assistant|>two<|end|><|user|>thr\nee<|end|><|assistant|>"
     )
 
 

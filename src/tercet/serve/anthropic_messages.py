@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from tercet.serve.anthropic_events import Json, MessageEvents, stopped_by
 from tercet.serve.anthropic_requests import CountRequest, MessageRequest
 from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation
 from tercet.serve.fields import answer_limit
-from tercet.serve.generation import chat_tokens, steps
+from tercet.serve.generation import Step, chat_tokens, steps
+from tercet.serve.hosted_steps import chat_payload, hosted_steps
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools import ToolPlan, plan_tools
@@ -87,9 +88,17 @@ router = APIRouter(route_class=AnthropicRoute)
 @router.post("/v1/messages", responses=STREAMED | ERRORS)
 async def create_message(request: Request, body: MessageRequest) -> Response:
     """The assistant's next message."""
-    served, plan, tokens = await _prepare(request, body)
-    told = MessageEvents(body.model, len(tokens))
-    events = _events(served, body, plan, tokens, told)
+    models: Models = request.app.state.models
+    served = models.get(body.model)
+    stops = tuple(body.stop_sequences or ())
+    if served.hosted is not None:
+        found, count = hosted_steps(request, served, _payload(served, body)), 0
+    else:
+        plan, tokens = await _prompt(served, body)
+        sampling, count = body.sampling(answer_limit(served, tokens, body.max_tokens)), len(tokens)
+        found = steps(served, tokens, [sampling], plan, whole=not body.stream)
+    told = MessageEvents(body.model, count)
+    events = _events(found, told, served, stops)
     if body.stream:
         return await event_stream(request, encoded(events), _error_event)
     await while_connected(request, to_the_end(events))
@@ -99,32 +108,47 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
 @router.post("/v1/messages/count_tokens", responses=ERRORS)
 async def count_tokens(request: Request, body: CountRequest) -> Response:
     """How many tokens the model would read."""
-    _, _, tokens = await _prepare(request, body)
+    models: Models = request.app.state.models
+    _, tokens = await _prompt(models.get(body.model), body)
     return JSONResponse({"input_tokens": len(tokens)})
 
 
-async def _prepare(request: Request, body: CountRequest) -> tuple[Served, ToolPlan, list[int]]:
-    """The model, what is done about tools, and the prompt."""
-    models: Models = request.app.state.models
-    served = models.get(body.model)
+async def _prompt(served: Served, body: CountRequest) -> tuple[ToolPlan, list[int]]:
+    """What is done about tools, and what a model here reads."""
     form = await body.form()
-    plan = await asyncio.to_thread(plan_tools, body.wanted(), served.tokenizer, form, "output_config.format")
-    return served, plan, await asyncio.to_thread(chat_tokens, served, body.conversation(), plan)
+    wanted, messages = body.wanted(), body.conversation()
+    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form, "output_config.format")
+    return plan, await asyncio.to_thread(chat_tokens, served, messages, plan)
+
+
+def _payload(served: Served, body: MessageRequest) -> Json:
+    """The same as a chat completion."""
+    schema = body.output_config and body.output_config.format and body.output_config.format.schema_
+    form = {"name": "answer", "schema": schema, "strict": True}
+    fields = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": body.stop_sequences,
+        "response_format": schema and {"type": "json_schema", "json_schema": form},
+    }
+    return chat_payload(served, body.conversation(), body.wanted(), body.max_tokens, fields)
 
 
 async def _events(
-    served: Served, body: MessageRequest, plan: ToolPlan, tokens: list[int], told: MessageEvents
+    found: AsyncGenerator[Step, None], told: MessageEvents, served: Served, stops: tuple[str, ...]
 ) -> Events:
     """The events, those of a step together."""
-    sampling = body.sampling(answer_limit(served, tokens, body.max_tokens))
     begun = False
-    async with aclosing(steps(served, tokens, [sampling], plan, whole=not body.stream)) as found:
+    async with aclosing(found):
         async for step in found:
             events = [] if begun else told.begin()
             begun = True
             events += told.push(step.pieces)
             if step.completion is not None:
-                stop = stopped_by(step.completion, sampling.stop, served.tokenizer)
+                # Another server does not tell which one it was.
+                local = served.local is not None
+                stop = stopped_by(step.completion, stops, served.tokenizer) if local else None
                 events += told.end(step.completion, stop)
             yield events
 

@@ -7,6 +7,7 @@ the way back. Our key goes there, the client's never does. What the other server
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
@@ -32,17 +33,27 @@ async def pass_on(request: Request, served: Served, path: str, body: BaseModel) 
     """The other server's answer to ``body`` at ``path``, streamed where that was asked for."""
     assert served.hosted is not None
     model = served.hosted._server
-    payload = _payload(model, body)
-    client = _client(request, served, model)
+    payload = _checked(model, body.model_dump(mode="json", by_alias=True, exclude_unset=True))
     if payload.get("stream"):
-        return await event_stream(request, _chunks(request, client, path, payload, served))
+        return await event_stream(request, _chunks(request, served, path, payload))
+    client = _client(request, served, model)
     answer = await while_connected(request, _answer(client, path, payload))
     _count(request, served, answer.get("usage"))
     return JSONResponse(answer | {"model": served.name})
 
 
-def _payload(model: OpenAIModel, body: BaseModel) -> Json:
-    found = body.model_dump(mode="json", by_alias=True, exclude_unset=True)
+async def chat_chunks(request: Request, served: Served, payload: Json) -> AsyncGenerator[Json, None]:
+    """The chunks of the other server's stream of a chat completion, for protocols that it may not speak."""
+    assert served.hosted is not None
+    streamed = payload | {"stream": True, "stream_options": {"include_usage": True}}
+    checked = _checked(served.hosted._server, streamed)
+    async with aclosing(_received(request, served, "/chat/completions", checked)) as found:
+        async for chunk in found:
+            yield chunk
+
+
+def _checked(model: OpenAIModel, found: Json) -> Json:
+    """What is sent. APIError for what the other server would ignore."""
     payload = {name: value for name, value in found.items() if value is not None}
     kind = model.reference.kind
     ignored = {*REFUSED[kind], "top_logprobs", "response_format"} if kind == "anthropic" else ()
@@ -65,15 +76,22 @@ async def _answer(client: AsyncOpenAI, path: str, payload: Json) -> Json:
     except Exception as problem:
         raise _told(problem) from problem
     if not isinstance(answer, dict):
-        raise _bad_gateway("the model's server did not answer in OpenAI's protocol")
+        raise bad_gateway("the model's server did not answer in OpenAI's protocol")
     return answer
 
 
-async def _chunks(
-    request: Request, client: AsyncOpenAI, path: str, payload: Json, served: Served
-) -> AsyncGenerator[bytes, None]:
+async def _chunks(request: Request, served: Served, path: str, payload: Json) -> AsyncGenerator[bytes, None]:
+    async with aclosing(_received(request, served, path, payload)) as found:
+        async for chunk in found:
+            yield event(chunk | {"model": served.name})
+    yield DONE
+
+
+async def _received(request: Request, served: Served, path: str, payload: Json) -> AsyncGenerator[Json, None]:
     from openai import AsyncStream
 
+    assert served.hosted is not None
+    client = _client(request, served, served.hosted._server)
     try:
         stream = await client.post(
             path, body=payload, cast_to=object, stream=True, stream_cls=AsyncStream[object]
@@ -82,10 +100,9 @@ async def _chunks(
             async for chunk in stream:
                 if isinstance(chunk, dict):
                     _count(request, served, chunk.get("usage"))
-                    yield event(chunk | {"model": served.name})
+                    yield chunk
     except Exception as problem:
         raise _told(problem) from problem
-    yield DONE
 
 
 def _told(problem: Exception) -> Exception:
@@ -95,7 +112,7 @@ def _told(problem: Exception) -> Exception:
     if isinstance(problem, openai.APITimeoutError):
         return APIError(504, "the model's server did not answer in time", "server_error", code="timeout")
     if isinstance(problem, openai.APIConnectionError):
-        return _bad_gateway("the model's server can't be reached")
+        return bad_gateway("the model's server can't be reached")
     if isinstance(problem, openai.APIStatusError):
         return _of_status(problem.status_code, problem.body, problem.response.headers.get("retry-after"))
     if isinstance(problem, openai.APIError):  # in the middle of a stream
@@ -103,7 +120,7 @@ def _told(problem: Exception) -> Exception:
             400 if _field(problem.body, "type") == "invalid_request_error" else 502, problem.body
         )
     if isinstance(problem, ValueError | TypeError | AttributeError):  # not JSON
-        return _bad_gateway("the model's server did not answer in OpenAI's protocol")
+        return bad_gateway("the model's server did not answer in OpenAI's protocol")
     return problem
 
 
@@ -120,11 +137,12 @@ def _of_status(status: int, body: object, retry_after: str | None = None) -> API
             400 if status == 422 else status, said, param=_field(body, "param"), code=_field(body, "code")
         )
     if status in (401, 403):  # our key, not that of who asked; nor shall the answer tell about it
-        return _bad_gateway("the model's server does not accept this server's key")
-    return _bad_gateway(said)
+        return bad_gateway("the model's server does not accept this server's key")
+    return bad_gateway(said)
 
 
-def _bad_gateway(message: str) -> APIError:
+def bad_gateway(message: str) -> APIError:
+    """502: the other server failed."""
     return APIError(502, message, "server_error", code="bad_gateway")
 
 

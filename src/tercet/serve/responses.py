@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from tercet.serve.errors import APIError
-from tercet.serve.fields import answer_limit
-from tercet.serve.generation import chat_tokens, content, steps
+from tercet.serve.fields import answer_limit, unsupported
+from tercet.serve.generation import Step, chat_tokens, content, steps
+from tercet.serve.hosted_steps import chat_payload, hosted_steps
 from tercet.serve.logprobs import Aligned, chat_entry
 from tercet.serve.models import Models, Served
 from tercet.serve.response_events import Json, ResponseEvents
-from tercet.serve.response_requests import ResponseRequest
+from tercet.serve.response_requests import LOGPROBS, ResponseRequest
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
-from tercet.serve.tools import ToolPlan, Wanted, plan_tools, read_tools
+from tercet.serve.tools import Wanted, plan_tools, read_tools
 from tercet.serve.typed_events import Events, encode, encoded, to_the_end
 
 router = APIRouter()
@@ -35,11 +37,9 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
     served = models.get(body.model)
     body.check()
     wanted = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True)
-    form = await body.form()
-    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form, "text.format")
-    tokens = await asyncio.to_thread(chat_tokens, served, body.messages(), plan)
+    found = await _steps(request, served, body, wanted)
     told = ResponseEvents(_start(body, wanted))
-    events = _events(served, body, plan, tokens, told)
+    events = _events(found, told, served)
     if body.stream:
         return await event_stream(
             request, encoded(events), lambda problem: encode(told.fail(problem.message))
@@ -99,13 +99,39 @@ def _start(body: ResponseRequest, wanted: Wanted) -> Json:
     }
 
 
-async def _events(
-    served: Served, body: ResponseRequest, plan: ToolPlan, tokens: list[int], told: ResponseEvents
-) -> Events:
-    """The events, those of a step together."""
+async def _steps(
+    request: Request, served: Served, body: ResponseRequest, wanted: Wanted
+) -> AsyncGenerator[Step, None]:
+    """The answer on its way, from a model here or behind another server. APIError for what is wrong."""
+    messages = body.messages()
+    if served.hosted is not None:
+        return hosted_steps(request, served, _payload(served, body, messages, wanted))
+    form = await body.form()
+    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form, "text.format")
+    tokens = await asyncio.to_thread(chat_tokens, served, messages, plan)
     sampling = body.sampling(answer_limit(served, tokens, body.max_output_tokens))
+    return steps(served, tokens, [sampling], plan, whole=not body.stream)
+
+
+def _payload(served: Served, body: ResponseRequest, messages: list[Json], wanted: Wanted) -> Json:
+    """The same as a chat completion."""
+    if body.wants_logprobs:
+        raise unsupported("include", f"{LOGPROBS} is not passed on to other servers")
+    form = body.format.model_dump(by_alias=True, exclude_none=True)
+    kind = form.pop("type")
+    asked: Json = {"type": kind} | ({"json_schema": form} if kind == "json_schema" else {})
+    fields = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "response_format": None if kind == "text" else asked,
+    }
+    return chat_payload(served, messages, wanted, body.max_output_tokens, fields)
+
+
+async def _events(found: AsyncGenerator[Step, None], told: ResponseEvents, served: Served) -> Events:
+    """The events, those of a step together."""
     begun, aligned = False, Aligned()
-    async with aclosing(steps(served, tokens, [sampling], plan, whole=not body.stream)) as found:
+    async with aclosing(found):
         async for step in found:
             events = [] if begun else told.begin()
             begun = True
