@@ -20,6 +20,7 @@ SPECIAL = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "mistral": ("[TOOL_CALLS]",),
     "named": ("[TOOL_CALLS]", "[ARGS]"),
+    "identified": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     "bare": ("<|python_tag|>",),
 }
 
@@ -42,7 +43,8 @@ FUNCTIONS = {
 def test_a_template_tells_its_format(style: str) -> None:
     form = tool_format(templates.tokenizer_with(templates.ALL[style]))
     key = "parameters" if style == "bare" else "arguments"
-    assert form == ToolFormat(style, key, objects=True, several=style != "bare")  # type: ignore[arg-type]
+    named: Any = "named" if style == "identified" else style
+    assert form == ToolFormat(named, key, True, style != "bare", style == "identified")
 
 
 def test_a_template_that_wants_strings_gets_strings() -> None:

@@ -213,6 +213,7 @@ def conversation(call_id: str = "call_1", arguments: str = '{"city": "Köln"}') 
         ("hermes", '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'),
         ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Köln"}, "id": "'),
         ("named", '[TOOL_CALLS]weather[ARGS]{"city": "Köln"}'),
+        ("identified", "[TOOL_CALLS]weather[CALL_ID]"),
         ("bare", '<|assistant|>{"name": "weather", "parameters": {"city": "Köln"}}<|end|>'),
     ],
 )

@@ -41,7 +41,8 @@ BARE = (
     '<|{{ m.role }}|>{"name": "{{ c.name }}", "parameters": {{ c.arguments | tojson }}}'
     "{% else %}" + _TURN + "{% endif %}<|end|>{% endfor %}" + _ASKED
 )
-ALL = {"hermes": HERMES, "mistral": MISTRAL, "named": NAMED, "bare": BARE}
+IDENTIFIED = NAMED.replace("[ARGS]", "[CALL_ID]{{ c.id }}[ARGS]")
+ALL = {"hermes": HERMES, "mistral": MISTRAL, "named": NAMED, "identified": IDENTIFIED, "bare": BARE}
 
 
 @cache

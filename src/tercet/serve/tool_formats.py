@@ -3,7 +3,7 @@
 =========  ====================================================================  =====================
 hermes     ``<tool_call>\\n{"name": "f", "arguments": {…}}\\n</tool_call>``        Hermes, Qwen 2.5 and 3
 mistral    ``[TOOL_CALLS][{"name": "f", "arguments": {…}}, …]``                  Mistral 0.3, Nemo
-named      ``[TOOL_CALLS]f[ARGS]{…}``                                            Mistral since 2025
+named      ``[TOOL_CALLS]f[ARGS]{…}``, ``[CALL_ID]`` between them                Mistral since 2025
 bare       ``{"name": "f", "parameters": {…}}``, ``<|python_tag|>`` before it    Llama 3.1 to 3.3
 =========  ====================================================================  =====================
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,12 +48,14 @@ class ToolFormat:
     arguments: the key of a call's arguments in its JSON.
     objects: whether the template wants the arguments of earlier calls as objects (or as strings of JSON).
     several: whether an answer may hold more than one call.
+    identified: whether a call holds an identifier (``f[CALL_ID]a1b2c3d4e[ARGS]{…}``).
     """
 
     style: Style
     arguments: str = "arguments"
     objects: bool = True
     several: bool = True
+    identified: bool = False
 
     @property
     def trigger(self) -> str:
@@ -73,11 +75,13 @@ class ToolFormat:
             return "", "[TOOL_CALLS]", ""
         return "", "; ", ""
 
-    def _call(self, name: str) -> tuple[str, str]:
-        """Before and after the arguments of a call."""
+    def _call(self, name: str, arguments: str, literal: Callable[[str], str]) -> str:
+        """A call in Lark; ``arguments`` is that of its arguments."""
         if self.style == "named":
-            return f"{name}[ARGS]", ""
-        return f'{{"name": "{name}", "{self.arguments}": ', "}"
+            head = f"{literal(name + '[CALL_ID]')} /[A-Za-z0-9]{{9}}/" if self.identified else literal(name)
+            return f"{head} {literal('[ARGS]')} {arguments}"
+        head = literal(f'{{"name": "{name}", "{self.arguments}": ')
+        return f"{head} {arguments} {literal('}')}"
 
     def grammar(
         self,
@@ -101,8 +105,7 @@ class ToolFormat:
 
         rules = []
         for number, (name, form) in enumerate(functions.items()):
-            head, tail = self._call(name)
-            rules.append(f"call_{number}: {literal(head)} {form.in_lark()} {literal(tail)}")
+            rules.append(f"call_{number}: {self._call(name, form.in_lark(), literal)}")
         more = f" ({literal(between)} call)*" if several and self.several else ""
         calls = f"{literal(before)} call{more} {literal(after)}"
         if required:
@@ -153,7 +156,7 @@ _JSON_CALL = rf'\{{"name": "{_NAME}", "(?P<key>arguments|parameters)": {_OBJECT}
 _WRITTEN: dict[Style, str] = {
     "hermes": rf"<tool_call>\s*{_JSON_CALL}\}}\s*</tool_call>",
     "mistral": rf"\[TOOL_CALLS\]\s*\[{_JSON_CALL}",
-    "named": rf"\[TOOL_CALLS\]\s*{_NAME}(\[CALL_ID\]\w+)?\[ARGS\]\s*{_OBJECT}",
+    "named": rf"\[TOOL_CALLS\]\s*{_NAME}(?P<id>\[CALL_ID\]\w+)?\[ARGS\]\s*{_OBJECT}",
     # At the very beginning of the answer: anywhere else JSON is just JSON.
     "bare": rf"\A\s*(<\|python_tag\|>)?\s*{_JSON_CALL}\}}",
 }
@@ -184,8 +187,9 @@ def _detected(template: str, named_tokens: tuple[tuple[str, str], ...]) -> ToolF
             if match := re.search(pattern, answer):
                 two = _rendered(template, [_user(), _calls(2, objects)], special)
                 several = two is not None and two.count(_NAME) > whole.count(_NAME)
-                key = match.groupdict().get("key") or "arguments"
-                return ToolFormat(style, key, objects, several)
+                found = match.groupdict()
+                key = found.get("key") or "arguments"
+                return ToolFormat(style, key, objects, several, found.get("id") is not None)
     return None
 
 
