@@ -15,7 +15,7 @@ from tercet.serve.fields import Body
 class JsonSchema(Body):
     """A schema with its name. ``strict`` or not, it is kept."""
 
-    name: Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-]{1,64}\z")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None

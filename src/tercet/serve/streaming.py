@@ -22,7 +22,7 @@ T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 # For the OpenAPI document: what a route that may stream gives.
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
 _DEADLINE = "tercet.deadline"
 

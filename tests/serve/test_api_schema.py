@@ -1,0 +1,85 @@
+"""schemathesis over the OpenAPI document: whatever it thinks of, no 5xx and no status that is not documented."""
+
+from __future__ import annotations
+
+import httpx2 as httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import (
+    content_type_conformance,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+
+
+OPERATIONS = [
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
+    ("post", "/v1/chat/completions"),
+    ("post", "/v1/completions"),
+    ("post", "/v1/embeddings"),
+    ("post", "/v1/responses"),
+    ("post", "/tokenize"),
+    ("post", "/detokenize"),
+    ("get", "/tokenizer_info"),
+    ("get", "/health"),
+    ("get", "/metrics"),
+]
+
+
+# Refused whenever they are set: with them hardly a request would come to the model.
+REFUSED = (
+    "audio", "chat_template_kwargs", "function_call", "functions", "logit_bias", "modalities", "moderation",
+    "reasoning_effort", "stream_options", "suffix", "tools", "tool_choice", "top_logprobs", "verbosity",
+    "web_search_options",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("likely", [False, True])
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_whatever_is_sent_is_answered_as_documented(
+    tiny_url: str, method: str, path: str, likely: bool
+) -> None:
+    """likely: with the name of a model that is there, and without what is refused anyway."""
+    operation = schemathesis.openapi.from_url(f"{tiny_url}/openapi.json")[path][method]
+
+    @given(case=operation.as_strategy())
+    @settings(
+        max_examples=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def send(case: schemathesis.Case) -> None:
+        if isinstance(case.body, dict) and likely:
+            case.body = {name: value for name, value in case.body.items() if name not in REFUSED}
+            case.body["model"] = "tiny"
+        elif likely:
+            return
+        case.call_and_validate(checks=CHECKS, timeout=30)
+
+    send()
+
+
+def test_every_route_and_its_errors_are_documented(tiny_url: str) -> None:
+    found = httpx.get(f"{tiny_url}/openapi.json").json()
+    wanted = {
+        "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
+        "/v1/responses", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics",
+    }  # fmt: skip
+    assert wanted <= set(found["paths"]) and not any(path.startswith("/page") for path in found["paths"])
+    for path, operations in found["paths"].items():
+        for operation in operations.values():
+            assert {"200", "4XX"} <= set(operation["responses"]), path
+            assert "422" not in operation["responses"], path
