@@ -48,7 +48,8 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
     return JSONResponse(told.response)
 
 
-@router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"])
+@router.get("/v1/responses/{response_id}")
+@router.delete("/v1/responses/{response_id}")
 @router.get("/v1/responses/{response_id}/input_items")
 @router.post("/v1/responses/{response_id}/cancel")
 async def stored_response(response_id: str) -> Response:
