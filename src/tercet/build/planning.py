@@ -45,7 +45,7 @@ READ_A_SECOND, NOMINAL_FLOPS = 100_000, 1.2e11
 TRAINING_SHARE, AROUND_TRAINING = 0.95, 8.0
 # Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
 # Within it a run is repeatable; beyond it the clock ends the run early.
-MARGIN = 1.1
+MARGIN = 1.04
 FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
 # Memory of a run over that of the training step alone, which the plan measures: text, tokenizer, evaluation.
 MEMORY_BESIDE = 60 << 20

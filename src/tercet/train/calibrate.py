@@ -30,7 +30,7 @@ from tercet.train.state import trainable
 AGREE = 0.7  # measurements of an idle machine scatter less than this; a busy or another one is further off
 
 
-PASSES, LONGEST = 8, 3.0  # steps timed for each way to train, and seconds spent on them at most
+PASSES, LONGEST = 6, 2.0  # steps timed for each way to train, and seconds spent on them at most
 
 
 @dataclass(frozen=True)
