@@ -178,34 +178,32 @@ class Store:
 
         A word may be a part of one; case does not matter.
         """
-        wanted = words.split()
-        results = []
-        with self._reading():
-            for one in self.conversations():
-                passage = self._passage(one, wanted)
-                if passage is not None:
-                    results.append((one, passage))
+        results = [(one, "") for one in self.conversations()]
+        for word in words.split():
+            passages = self._passages(word)
+            named = {one.id for one, _ in results if word.casefold() in one.title.casefold()}
+            results = [
+                (one, passage or ("" if one.id in named else passages[one.id]))
+                for one, passage in results
+                if one.id in named or one.id in passages
+            ]
         return results
 
-    def _passage(self, one: Conversation, words: Sequence[str]) -> str | None:
-        rest = [word for word in words if word.casefold() not in one.title.casefold()]
-        passage = ""
-        for word in rest:
-            # The index knows parts of three characters; LIKE does the shorter ones.
-            if len(word) >= 3:
-                condition, value = "found MATCH ?", '"' + word.replace('"', '""') + '"'
-            else:
-                condition, value = "found.content LIKE ? ESCAPE '\\'", f"%{_escaped(word)}%"
-            row = self._connection.execute(
-                "SELECT messages.content FROM found JOIN messages ON messages.id = found.rowid "
-                "JOIN members ON members.hash = messages.hash "
-                f"WHERE {condition} AND members.conversation = ? ORDER BY members.number DESC LIMIT 1",
-                (value, one.id),
-            ).fetchone()
-            if row is None:
-                return None
-            passage = passage or passage_around(row["content"], word)
-        return passage
+    def _passages(self, word: str) -> dict[str, str]:
+        """Where a word is, in the last message of each conversation that has it."""
+        # The index knows parts of three characters; LIKE does the shorter ones.
+        if len(word) >= 3:
+            condition, value = "found MATCH ?", '"' + word.replace('"', '""') + '"'
+        else:
+            condition, value = "found.content LIKE ? ESCAPE '\\'", f"%{_escaped(word)}%"
+        with self._reading() as database:
+            rows = database.execute(
+                "SELECT conversation, messages.content, max(number) FROM found "
+                "JOIN messages ON messages.id = found.rowid JOIN members USING (hash) "
+                f"WHERE {condition} GROUP BY conversation",
+                (value,),
+            ).fetchall()
+        return {row["conversation"]: passage_around(row["content"], word) for row in rows}
 
     # Messages
 
