@@ -100,7 +100,7 @@ class ResponseEvents:
         return [self._placed(self._event("response.function_call_arguments.delta", delta=text))]
 
     def _open_message(self) -> list[Json]:
-        item = {
+        item: Json = {
             "id": f"msg_{secrets.token_hex(16)}",
             "type": "message",
             "status": "in_progress",
@@ -108,7 +108,7 @@ class ResponseEvents:
             "content": [],
         }
         events = [self._open(item)]
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         item["content"] = [part]
         events.append(
             self._placed(
