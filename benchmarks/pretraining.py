@@ -1,17 +1,18 @@
 """Pre-training: Tercet against transformers' Trainer and LitGPT, on the same machine in the same run.
 
     python benchmarks/pretraining.py speed [--peer-python PYTHON] [--rounds 3]
-    python benchmarks/pretraining.py quality --data BOOKS.txt.gz [--minutes 5] [--seeds 3] [--sweep]
+    python benchmarks/pretraining.py quality --data BOOKS.txt.gz [--minutes 5] [--seeds 3] [--part-seeds 1] [--sweep]
 
 speed: tokens a second of whole training steps at one shape (6 layers, width 256, vocabulary 4096,
-context 512, 4 rows a step); each side in a process of its own, in turn. LitGPT is measured where
+context 512, 4 rows a step or --rows); each side in a process of its own, in turn. LitGPT is measured where
 PYTHON can import it.
 
 quality: bits per byte on held-out text after so many minutes, everything included for Tercet (its whole
 command), training only for the Trainer. The last hundredth of every document is held out and the rest is
 given to both; each trains its own tokenizer (the same kind, the peer's with 4096 tokens); both checkpoints
 are measured by the same code, through transformers, in windows of the context they were trained with.
-A second run of Tercet is given 40% of the time: whether it gets to where the peer ends.
+A second run of Tercet, with the first --part-seeds seeds, is given 40% of the time: whether it gets to where
+the peer ends.
 --sweep: the Trainer with five rates and three batch sizes instead of the best pair found so far.
 
 Nothing else should be running.
@@ -222,7 +223,7 @@ SPEEDS = {
 }
 
 
-def speed(peer: str | None, rounds: int) -> None:
+def speed(peer: str | None, rounds: int, rows: int) -> None:
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
         for side in SPEEDS:
@@ -230,7 +231,7 @@ def speed(peer: str | None, rounds: int) -> None:
             if python is None:
                 continue
             done = subprocess.run(
-                [python, __file__, "one", side], capture_output=True, text=True, check=False
+                [python, __file__, "one", side, str(rows)], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 print(f"{side} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -253,13 +254,14 @@ def documents(path: Path) -> list[str]:
     return [text for text in text.split("<|endoftext|>\n") if text.strip()]
 
 
-def bits_per_byte(directory: Path, texts: list[str], context: int) -> float:
-    """Of the texts, each from an end-of-text token on, in windows of ``context`` that don't overlap."""
+def bits_per_byte(directory: Path, texts: list[str]) -> float:
+    """Of the texts, each from an end-of-text token on, in windows of the model's context that don't overlap."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    context = model.config.max_position_embeddings
     nats, size = 0.0, 0
     with torch.inference_mode():
         for text in texts:
@@ -306,7 +308,7 @@ def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows:
     return out
 
 
-def quality(data: Path, minutes: float, seeds: int, sweep: bool, context: int) -> None:
+def quality(data: Path, minutes: float, seeds: int, sweep: bool, part_seeds: int) -> None:
     texts = documents(data)
     train, held = [], []
     for text in texts:
@@ -323,13 +325,13 @@ def quality(data: Path, minutes: float, seeds: int, sweep: bool, context: int) -
         part: list[float] = []
         theirs: dict[tuple[float, int], list[float]] = {}
         for seed in range(seeds):
-            for share, values in ((1.0, ours), (PART, part)):
+            for share, values in [(1.0, ours), *([(PART, part)] if seed < part_seeds else [])]:
                 out = directory / f"ours{seed}-{share}"
                 begun = time.perf_counter()
                 command = [sys.executable, "-m", "tercet", "build", "--data", str(corpus), "--out", str(out)]
                 subprocess.run([*command, "--minutes", str(minutes * share), "--seed", str(seed)], check=True)
                 took = time.perf_counter() - begun
-                values.append(bits_per_byte(out / "model", held, context))
+                values.append(bits_per_byte(out / "model", held))
                 print(f"tercet, seed {seed}: {values[-1]:.4f} bits per byte, {took:.0f} s in all", flush=True)
             for rate, rows in pairs:
                 peer = directory / f"peer{seed}-{rate}-{rows}"
@@ -339,7 +341,7 @@ def quality(data: Path, minutes: float, seeds: int, sweep: bool, context: int) -
                     check=True,
                     stdout=subprocess.DEVNULL,
                 )
-                value = bits_per_byte(peer, held, PEER_CONTEXT)
+                value = bits_per_byte(peer, held)
                 theirs.setdefault((rate, rows), []).append(value)
                 print(f"trainer, rate {rate:g}, {rows} rows, seed {seed}: {value:.4f}", flush=True)
     best = min(theirs, key=lambda pair: statistics.mean(theirs[pair]))
@@ -349,10 +351,11 @@ def quality(data: Path, minutes: float, seeds: int, sweep: bool, context: int) -
         f"{peer_mean:.3f} ({min(theirs[best]):.3f} to {max(theirs[best]):.3f}; rate {best[0]:g}, {best[1]} rows) | "
         f"{100 * (1 - mean / peer_mean):.1f}% lower |"
     )
-    print(
-        f"| after {PART:.0%} of the time | {statistics.mean(part):.3f} ({min(part):.3f} to {max(part):.3f}) | "
-        f"{peer_mean:.3f} after all of it | {'reached' if max(part) <= min(theirs[best]) else 'not reached'} |"
-    )
+    if part:
+        print(
+            f"| after {PART:.0%} of the time | {statistics.mean(part):.3f} ({min(part):.3f} to {max(part):.3f}) | "
+            f"{peer_mean:.3f} after all of it | {'reached' if max(part) <= min(theirs[best]) else 'not reached'} |"
+        )
 
 
 def main() -> None:
@@ -363,28 +366,32 @@ def main() -> None:
     one = kinds.add_parser("speed")
     one.add_argument("--peer-python")
     one.add_argument("--rounds", type=int, default=3)
+    one.add_argument("--rows", type=int, default=4, help="sequences a step, on all sides")
     two = kinds.add_parser("quality")
     two.add_argument("--data", type=Path, required=True)
     two.add_argument("--minutes", type=float, default=5)
     two.add_argument("--seeds", type=int, default=3)
-    two.add_argument("--context", type=int, default=512, help="of the model that tercet builds")
+    two.add_argument("--part-seeds", type=int, default=1)
     two.add_argument("--sweep", action="store_true")
-    kinds.add_parser("one").add_argument("side")
+    three = kinds.add_parser("one")
+    three.add_argument("side")
+    three.add_argument("rows", type=int)
     peer = kinds.add_parser("peer")
     for field in ("texts", "out", "minutes", "rate", "rows", "seed"):
         peer.add_argument(field)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if arguments.kind == "speed":
-        speed(arguments.peer_python, arguments.rounds)
+        speed(arguments.peer_python, arguments.rounds, arguments.rows)
     elif arguments.kind == "one":
+        SHAPE["rows"] = arguments.rows
         print(SPEEDS[arguments.side]())
     elif arguments.kind == "peer":
         texts = json.loads(Path(arguments.texts).read_text(encoding="utf-8"))
         rate, rows, seed = float(arguments.rate), int(arguments.rows), int(arguments.seed)
         peer_quality(texts, Path(arguments.out), float(arguments.minutes), rate, rows, seed)
     else:
-        quality(arguments.data, arguments.minutes, arguments.seeds, arguments.sweep, arguments.context)
+        quality(arguments.data, arguments.minutes, arguments.seeds, arguments.sweep, arguments.part_seeds)
 
 
 if __name__ == "__main__":
