@@ -19,7 +19,20 @@ import typer
 from tercet.errors import UserError
 
 # In the order --help shows them.
-COMMANDS = ("climb", "prompt", "chat", "serve", "explain", "tune", "curate", "build", "plan", "eval", "export", "bench")
+COMMANDS = (
+    "climb",
+    "prompt",
+    "chat",
+    "serve",
+    "explain",
+    "tune",
+    "curate",
+    "build",
+    "plan",
+    "eval",
+    "export",
+    "bench",
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
