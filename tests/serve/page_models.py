@@ -80,7 +80,13 @@ def tokenizer(template: str | None) -> Tokenizer:
 
 def reply(question: str) -> str:
     """What the models say to a message."""
-    known = {"sky": SKY, "attack": ATTACK, "slow": SLOW, "emoji": "A fish: 🐟, done."}
+    known = {
+        "sky": SKY,
+        "long": f"{SKY}\n{SLOW}",
+        "attack": ATTACK,
+        "slow": SLOW,
+        "emoji": "A fish: 🐟, done.",
+    }
     return next((text for word, text in known.items() if word in question), f"You said: {question}")
 
 
