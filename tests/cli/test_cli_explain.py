@@ -42,6 +42,8 @@ def test_every_token_has_the_probability_that_transformers_gives_it(
     for place, step in enumerate(others):
         assert step["probability"] == pytest.approx(float(right[place, step["id"]]), rel=1e-3)
         assert step["surprise"] == pytest.approx(-math.log2(step["probability"]), rel=1e-6)
+        entropy = torch.distributions.Categorical(probs=right[place]).entropy() / math.log(2)
+        assert step["entropy"] == pytest.approx(float(entropy), rel=1e-3)
         best = right[place].topk(4)
         assert [one["id"] for one in step["alternatives"]] == best.indices.tolist()
     # Greedy: what it writes is what it finds likeliest.

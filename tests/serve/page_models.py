@@ -179,7 +179,8 @@ class ScriptedWorker:
         ]
         data = b"" if stop else self._bytes_of(token, first=first)
         logprob = next(value for one, _, value in top if one == token)
-        return TokenLogprob(token, self._bytes_of.text(token), logprob, data, top)
+        entropy = -sum(math.exp(value) * value for _, _, value in top)
+        return TokenLogprob(token, self._bytes_of.text(token), logprob, data, top, entropy)
 
 
 def of_prompt(prompt: str) -> str:

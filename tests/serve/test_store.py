@@ -37,6 +37,7 @@ def store(path: Path) -> Iterator[Store]:
 def token(number: int, text: str) -> dict[str, object]:
     return {
         "id": number, "text": text, "bytes": text.encode().hex(), "logprob": -0.5, "top": [[number, text, -0.5]],
+        "entropy": 0.7,
     }  # fmt: skip
 
 
@@ -265,12 +266,13 @@ def test_a_draft_becomes_a_message_with_all_that_is_known_of_it(store: Store) ->
 def test_surprise_and_entropy_of_an_answer_are_in_bits() -> None:
     half, quarter = math.log(1 / 2), math.log(1 / 4)
     tokens = [
-        {"id": 1, "logprob": half, "top": [[1, "a", half], [2, "b", half]]},
+        {"id": 1, "logprob": half, "top": [[1, "a", half], [2, "b", half]], "entropy": math.log(2)},
         {
             "id": 2,
             "logprob": quarter,
             "top": [[1, "a", half], [2, "b", quarter]],
-        },  # and a quarter for the rest
+            "entropy": 1.5 * math.log(2),
+        },
     ]
     summary = Details(tokens=tokens).summary()
     assert summary["surprise"] == pytest.approx((1 + 2) / 2)
@@ -312,7 +314,8 @@ one = store.create()
 question = store.add(one.id, None, "user", "count")
 draft = store.begin(one.id, question.id, "m", {"temperature": 1}, prompt=[3])
 for number in range(1000):
-    store.write(draft, f"{number} ", [{"id": number, "text": f"{number} ", "bytes": "", "logprob": -1.0, "top": []}])
+    token = {"id": number, "text": f"{number} ", "bytes": "", "logprob": -1.0, "top": [], "entropy": 1.0}
+    store.write(draft, f"{number} ", [token])
     print(number, flush=True)
     time.sleep(0.01)
 """

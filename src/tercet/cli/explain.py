@@ -93,6 +93,10 @@ def _show(found: Explanation) -> None:
     for one in found.written[0].alternatives:
         bar = "█" * round(BAR * one.probability) or "▏"
         console.print(Text(f"{_quoted(one.token):>18}  {one.probability:7.2%}  ", end="") + Text(bar, "cyan"))
+    if (entropy := found.written[0].entropy) is not None:
+        console.print(
+            f"entropy {entropy:.2f} bits: as open as a choice among {2**entropy:,.1f} equally likely tokens"
+        )
     console.print()
     console.print(Text("What it writes", style="bold"))
     console.print(_table(found.written))

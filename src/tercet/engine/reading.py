@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tercet.engine.backend import Backend, Chunk, split_calls
 from tercet.engine.cache import PagedSequence, PagePool
 from tercet.engine.request import TokenLogprob
-from tercet.engine.sampling import largest, log_softmax
+from tercet.engine.sampling import entropy, largest, log_softmax
 from tercet.engine.text import TokenBytes
 from tercet.errors import UserError
 
@@ -69,7 +69,8 @@ def _logprob(
         for one in largest(logprobs, top)
     ]
     data = bytes_of(token, first=first)
-    return TokenLogprob(token, bytes_of.text(token, first=first), float(logprobs[token]), data, best)
+    text = bytes_of.text(token, first=first)
+    return TokenLogprob(token, text, float(logprobs[token]), data, best, entropy(logprobs))
 
 
 def mean_states(

@@ -112,11 +112,15 @@ class Request:
 
 @dataclass
 class Usage:
-    """Tokens read and written; ``cost`` in US dollars where a price is known."""
+    """Tokens read and written; ``cost`` in US dollars where a price is known.
+
+    cached_tokens: those of the prompt that were computed for an earlier request.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cost: float | None = None
+    cached_tokens: int = field(default=0, compare=False)  # how it was computed, not what came
 
 
 @dataclass
@@ -126,7 +130,8 @@ class TokenLogprob:
     That is the softmax of the raw logits, before temperature, penalties and truncation. ``token``
     is the token's text alone (U+FFFD in it where it is part of a character); ``bytes`` are what
     the token adds to the output (nothing for a special token), so that all of them joined give the
-    text, up to a stop string.
+    text, up to a stop string. ``entropy``: of the whole distribution in nats, the surprise that was to
+    be expected; None from a server.
     """
 
     token_id: int
@@ -134,6 +139,7 @@ class TokenLogprob:
     logprob: float
     bytes: bytes
     top: list[tuple[int, str, float]] = field(default_factory=list)  # id, text, log-probability; best first
+    entropy: float | None = None
 
 
 @dataclass

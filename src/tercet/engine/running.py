@@ -55,6 +55,7 @@ class Running:
         self._logprobs: list[TokenLogprob] = []
         self._sent = 0  # tokens in deltas so far
         self._drafted = self._accepted = 0
+        self._cached = 0  # tokens of the prompt that were there when it first ran
         self._started: float | None = None
         self._begun = False
 
@@ -87,7 +88,8 @@ class Running:
 
     def join(self) -> None:
         """It runs now; the clock does from the first time on."""
-        self._started = self._started or time.perf_counter()
+        if self._started is None:
+            self._started, self._cached = time.perf_counter(), self.pages.computed
 
     @property
     def missing(self) -> int:
@@ -200,7 +202,7 @@ class Running:
 
         assert choice.logprob is not None
         top = [(token, text(token), logprob) for token, logprob in choice.top]
-        return TokenLogprob(choice.token, text(choice.token), choice.logprob, data, top)
+        return TokenLogprob(choice.token, text(choice.token), choice.logprob, data, top, choice.entropy)
 
     def delta(self) -> Delta | None:
         """What is new since the last one, if there is text to show or nothing more to come."""
@@ -216,7 +218,7 @@ class Running:
                 self._text,
                 self.tokens[self.prompt_length :],
                 self._logprobs if wanted else None,
-                Usage(self.prompt_length, self.generated),
+                Usage(self.prompt_length, self.generated, cached_tokens=self._cached),
                 self.finish_reason,
                 0.0 if self._started is None else time.perf_counter() - self._started,
                 drafted=self._drafted,

@@ -27,11 +27,12 @@ BLOCK = 256
 
 
 class Choice(NamedTuple):
-    """A chosen token; its log-probability and the likeliest tokens, where the request wants them."""
+    """A chosen token; its log-probability, the likeliest tokens and the entropy, where the request wants them."""
 
     token: int
     logprob: float | None
     top: list[tuple[int, float]]
+    entropy: float | None = None
 
 
 class Distribution(NamedTuple):
@@ -109,7 +110,12 @@ def report(logits: NDArray[np.float32], token: int, sampling: Sampling) -> Choic
         return Choice(token, None, [])
     logprobs = log_softmax(logits.astype(np.float64))
     top = [(int(one), float(logprobs[one])) for one in largest(logprobs, sampling.logprobs)]
-    return Choice(token, float(logprobs[token]), top)
+    return Choice(token, float(logprobs[token]), top, entropy(logprobs))
+
+
+def entropy(logprobs: Floats) -> float:
+    """The surprise to be expected, in nats, of a distribution's log-probabilities [V], none of them infinite."""
+    return -float(np.dot(np.exp(logprobs), logprobs))
 
 
 def penalize(scores: Floats, sampling: Sampling, history: History) -> None:

@@ -28,6 +28,7 @@ class Step:
     """One token, and what the model thought before it came.
 
     probability, surprise (bits): None for the first token of a text, which nothing stands before.
+    entropy: bits, the surprise that was to be expected there; None where a server does not tell.
     alternatives: the likeliest tokens there, the best first; the token itself is among them if it was likely.
     """
 
@@ -36,6 +37,7 @@ class Step:
     probability: float | None
     surprise: float | None
     alternatives: list[Alternative]
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def step_of(entry: TokenLogprob) -> Step:
         math.exp(entry.logprob),
         max(0.0, -entry.logprob / math.log(2)),
         [Alternative(token_id, text, math.exp(logprob)) for token_id, text, logprob in entry.top],
+        None if entry.entropy is None else max(0.0, entry.entropy / math.log(2)),
     )
 
 

@@ -183,6 +183,7 @@ def _picked(
         "bytes": data.hex(),
         "logprob": logprob,
         "top": place["top"],
+        "entropy": place["entropy"],
         "picked": True,
     }
 

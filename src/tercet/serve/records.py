@@ -39,8 +39,8 @@ class Details:
     """How an answer came about.
 
     prompt: ids of the tokens the model read; empty where the model is somewhere else.
-    tokens: for each token of the answer its id, text, bytes (hexadecimal), logprob and ``top`` (id,
-        text, logprob each); ``picked`` where the user chose it.
+    tokens: for each token of the answer its id, text, bytes (hexadecimal), logprob, ``top`` (id, text,
+        logprob each) and the entropy of its place (nats); ``picked`` where the user chose it.
     """
 
     prompt: list[int] = field(default_factory=list)
@@ -53,23 +53,16 @@ class Details:
     def summary(self) -> Json:
         """What is shown below an answer, in few numbers.
 
-        surprise: bits, the mean of -log2 p over its tokens. entropy: bits, the mean over its places of what
-        the distribution has at least: its likeliest tokens, all others taken as one.
+        surprise: bits, the mean of -log2 p over its tokens. entropy: bits, the mean of the surprise that
+        was to be expected at its places.
         """
         found: Json = {"seconds": self.seconds, "first_seconds": self.first_seconds, "error": self.error}
         found |= {"usage": self.usage, "prompt": len(self.prompt), "tokens": len(self.tokens)}
         if self.tokens:
-            found["surprise"] = (
-                -sum(token["logprob"] for token in self.tokens) / len(self.tokens) / math.log(2)
-            )
-            found["entropy"] = sum(_entropy(token["top"]) for token in self.tokens) / len(self.tokens)
+            bits = len(self.tokens) * math.log(2)
+            found["surprise"] = -sum(token["logprob"] for token in self.tokens) / bits
+            found["entropy"] = sum(token["entropy"] for token in self.tokens) / bits
         return found
-
-
-def _entropy(top: Sequence[Sequence[Any]]) -> float:
-    shares = [math.exp(logprob) for _, _, logprob in top]
-    shares.append(max(1.0 - sum(shares), 0.0))
-    return -sum(share * math.log2(share) for share in shares if share > 0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ import { $, h } from "./dom.js";
 const STEPS = [0.25, 0.75, 1.5, 2.5, 4, 6, 8, 11];
 
 export const bits = (logprob) => Math.max(0, -logprob / Math.LN2);
+/** The entropy of a token's place, in bits: the surprise that was to be expected. */
+const expected = (token) => (token.entropy / Math.LN2).toFixed(2);
 const heat = (logprob) => STEPS.filter((step) => bits(logprob) >= step).length;
 
 export function share(logprob) {
@@ -114,7 +116,7 @@ function showCard(list, index, element) {
   });
   card.replaceChildren(
     h("h3", {}, h("span", { class: "bar-text" }, label(token)), h("small", {}, `token ${token.id}`)),
-    h("p", {}, `${bits(token.logprob).toFixed(2)} bits of surprise${token.picked ? ", picked by you" : ""}`),
+    h("p", {}, `${bits(token.logprob).toFixed(2)} bits of surprise, ${expected(token)} expected${token.picked ? ", picked by you" : ""}`),
     h("ul", {}, rows),
     h("p", {}, [rest > 0.0005 ? `${share(Math.log(rest))} for all other tokens. ` : "", list.choose ? "Pick one to continue from there as a new branch." : ""]),
   );
@@ -181,7 +183,6 @@ export function numbers(summary) {
   if (written && summary.seconds) add("tokens/s", (written / summary.seconds).toFixed(1));
   if (summary.first_seconds) add("to the first", `${summary.first_seconds.toFixed(2)} s`);
   if (summary.surprise !== undefined) add("mean surprise", `${summary.surprise.toFixed(2)} bits`);
-  // From the likeliest tokens, all others taken as one: at least that.
-  if (summary.entropy !== undefined) add("mean entropy", `≥ ${summary.entropy.toFixed(2)} bits`);
+  if (summary.entropy !== undefined) add("mean entropy", `${summary.entropy.toFixed(2)} bits`);
   return rows.length ? h("dl", { class: "numbers" }, rows) : null;
 }
