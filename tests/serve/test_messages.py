@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -109,16 +110,17 @@ def test_a_stream_has_the_events_of_anthropic_in_their_order(
 ) -> None:
     server.says("abc")
     events = list(ask(client, stream=True))
-    assert [event.type for event in events] == [
+    # A busy server joins pieces.
+    assert [kind for kind, _ in itertools.groupby(event.type for event in events)] == [
         "message_start",
         "content_block_start",
-        *["content_block_delta"] * 3,
+        "content_block_delta",
         "content_block_stop",
         "message_delta",
         "message_stop",
     ]
     assert events[0].message.content == [] and events[0].message.stop_reason is None
-    assert "".join(event.delta.text for event in events[2:5]) == "abc"
+    assert "".join(event.delta.text for event in events[2:-3]) == "abc"
     assert events[-2].delta.stop_reason == "end_turn" and events[-2].usage.output_tokens == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -102,19 +103,20 @@ def test_a_stream_has_the_events_of_openai_in_their_order(
 ) -> None:
     server.says("abc")
     events = events_of(client)
-    assert [event.type for event in events] == [
+    # A busy server joins pieces.
+    assert [kind for kind, _ in itertools.groupby(event.type for event in events)] == [
         "response.created",
         "response.in_progress",
         "response.output_item.added",
         "response.content_part.added",
-        *["response.output_text.delta"] * 3,
+        "response.output_text.delta",
         "response.output_text.done",
         "response.content_part.done",
         "response.output_item.done",
         "response.completed",
     ]
     assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert len({event.item_id for event in events[3:9]}) == 1
+    assert len({event.item_id for event in events[3:-2]}) == 1
     assert events[0].response.status == "in_progress" and events[0].response.output == []
     whole = events[-1].response
     assert whole.id == events[0].response.id and whole.output_text == "abc"
