@@ -46,6 +46,14 @@ def every_page_is_accounted_for(engine: Engine) -> None:
     assert not any(one.pages.pages for one in engine._waiting)
 
 
+def test_usage_tells_how_much_of_a_prompt_was_there_already(byte_level: Tokenizer) -> None:
+    prompt = tuple(range(11))
+    for reuse, wanted in ((True, 8), (False, 0)):  # pages of 4; the last token is always read
+        engine = engine_on(FakeBackend(byte_level.vocab_size), byte_level, reuse_prefixes=reuse)
+        first, again = (engine.generate([Request(prompt, GREEDY)])[0].usage for _ in range(2))
+        assert (first.cached_tokens, again.cached_tokens) == (0, wanted)
+
+
 # Any mixture
 
 samplings = st.builds(

@@ -256,6 +256,30 @@ def test_a_worker_queues_all_of_some_requests_or_none() -> None:
     worker.close()
 
 
+def test_deltas_that_nobody_fetched_come_as_one() -> None:
+    model, _ = slow_model("slow", tokenizer_with(PLAIN), 0.001)
+    worker = model.worker
+    tokens = tuple(worker.engine.tokenizer.encode("<|assistant|>"))
+    asked = [Request(tokens, Sampling(max_tokens=count, temperature=0, logprobs=0)) for count in (20, 30)]
+
+    async def go() -> None:
+        stream = worker.stream(asked)
+        found = [await anext(stream)]
+        await asyncio.to_thread(until, lambda: not worker.engine.has_work)
+        await asyncio.sleep(0.05)
+        found += [delta async for delta in stream]
+        assert len(found) <= 5
+        for index, count in enumerate((20, 30)):
+            mine = [delta for delta in found if delta.index == index]
+            assert "".join(delta.text for delta in mine) == "x" * count
+            assert sum(len(delta.tokens) for delta in mine) == count
+            assert sum(len(delta.logprobs or ()) for delta in mine) == count
+            assert [delta.completion is not None for delta in mine] == [False] * (len(mine) - 1) + [True]
+
+    asyncio.run(go())
+    worker.close()
+
+
 def test_a_worker_runs_functions_between_turns_and_raises_what_they_raise() -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN))
     worker = model.worker

@@ -119,7 +119,6 @@ def serve(
         allowed_origins=tuple(origin.rstrip("/") for origin in allow_origin or ()),
         max_body=int(max_body * 2**20),
         request_timeout=request_timeout,
-        page=not no_page,
     )
     _announce(models, address_of(listening), with_key=bool(keys), page=not no_page)
     run(models, settings, store, listening)

@@ -144,6 +144,11 @@ class Engine(Reader):
     # Request by request
 
     @property
+    def running(self) -> int:
+        """How many requests are being computed; the others wait."""
+        return len(self._running)
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to give."""
         return bool(self._waiting or self._running or self._ready)

@@ -221,7 +221,7 @@ async def _whole(chat: Chat) -> dict[str, Any]:
         "system_fingerprint": chat.served.fingerprint,
         "service_tier": "default",
         "choices": choices,
-        "usage": _usage(chat, list(done.values())),
+        "usage": _usage(chat, done),
     }
 
 
@@ -229,7 +229,7 @@ async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
     """The events of a stream: for each choice its role, its pieces, its end."""
     aligned = [Aligned() for _ in chat.samplings]
     called = [False] * len(chat.samplings)
-    done: list[Completion] = []
+    done: dict[int, Completion] = {}
 
     def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -248,7 +248,7 @@ async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
                 parts.append(chunk(step.index, _delta(piece), logprobs))
                 logprobs = None
             if step.completion is not None:
-                done.append(step.completion)
+                done[step.index] = step.completion
                 reason = finish_reason(step.completion, called[step.index])
                 parts.append(chunk(step.index, {}, logprobs, reason))
             if parts:
@@ -293,5 +293,6 @@ def finish_reason(completion: Completion, called: bool) -> str:
     return "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
 
 
-def _usage(chat: Chat, done: list[Completion]) -> dict[str, Any]:
-    return total_usage(len(chat.tokens), [one.usage for one in done])
+def _usage(chat: Chat, done: dict[int, Completion]) -> dict[str, Any]:
+    usages = [done[index].usage for index in range(len(chat.samplings))]
+    return total_usage(len(chat.tokens), usages, each=len(usages))

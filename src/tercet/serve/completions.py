@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from tercet.engine.engine import Engine
-from tercet.engine.request import Completion, TokenLogprob
+from tercet.engine.request import Completion, TokenLogprob, Usage
 from tercet.engine.request import Request as EngineRequest
 from tercet.serve.embeddings import parts
 from tercet.serve.errors import APIError
-from tercet.serve.fields import SamplingBody, answer_limit, new_id, unsupported, usage_object
+from tercet.serve.fields import SamplingBody, answer_limit, new_id, total_usage, unsupported
 from tercet.serve.hosted import pass_on
 from tercet.serve.logprobs import Aligned, CompletionLogprobs, Placed, token_offsets
 from tercet.serve.models import Models, Served
@@ -187,7 +187,6 @@ async def _whole(job: Job) -> dict[str, Any]:
         elif job.drawn > job.n:
             answers = sorted(answers, key=_mean_logprob, reverse=True)[: job.n]
         choices += [_choice(job, prompt, answer) for answer in answers]
-    written = sum(one.usage.completion_tokens for one in done)
     return {
         "id": job.id,
         "object": "text_completion",
@@ -195,7 +194,7 @@ async def _whole(job: Job) -> dict[str, Any]:
         "model": job.served.name,
         "system_fingerprint": job.served.fingerprint,
         "choices": [{"index": index, **choice} for index, choice in enumerate(choices)],
-        "usage": usage_object(job.usage, written),
+        "usage": total_usage(job.usage, [one.usage for one in done], job.drawn),
     }
 
 
@@ -251,7 +250,7 @@ async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
     await _score(job)
     echoed = [_echo(job, prompt) for prompt in job.prompts for _ in range(job.n)]
     usage_chunk = job.body.usage_chunk
-    written = 0
+    usages: dict[int, Usage] = {}
 
     def chunk(index: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None) -> bytes:
         choice = {
@@ -281,12 +280,13 @@ async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
                 reason = None
                 if delta.completion is not None:
                     reason = delta.completion.finish_reason
-                    written += delta.completion.usage.completion_tokens
+                    usages[delta.index] = delta.completion.usage
                 yield opening + chunk(delta.index, delta.text, logprobs, reason)
                 opening = b""
     last = b""
     if usage_chunk:
-        last = event(_chunk(job, []) | {"usage": usage_object(job.usage, written)})
+        every = [usages[index] for index in sorted(usages)]
+        last = event(_chunk(job, []) | {"usage": total_usage(job.usage, every, job.drawn)})
     yield last + DONE
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -153,9 +154,13 @@ def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int 
     }
 
 
-def total_usage(prompt_tokens: int, usages: list[Usage]) -> dict[str, Any]:
-    """Of several answers to prompts of ``prompt_tokens`` together: each prompt counts once."""
-    return usage_object(prompt_tokens, sum(usage.completion_tokens for usage in usages))
+def total_usage(prompt_tokens: int, usages: Sequence[Usage], each: int = 1) -> dict[str, Any]:
+    """Of ``each`` answers to every prompt, in order; the prompts, of ``prompt_tokens`` together, count once."""
+    return usage_object(
+        prompt_tokens,
+        sum(usage.completion_tokens for usage in usages),
+        sum(usage.cached_tokens for usage in usages[::each]),
+    )
 
 
 def finite(logprob: float) -> float:

@@ -25,7 +25,6 @@ class Settings:
     request_timeout: float = 600.0  # seconds for one answer, waiting included
     read_timeout: float = 30.0  # seconds for a client to send its headers, and again for its body
     drain_timeout: float = 60.0  # seconds that a shutdown waits for what runs
-    page: bool = True
 
 
 def hash_key(key: str) -> bytes:

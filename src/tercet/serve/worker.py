@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
@@ -80,6 +80,8 @@ class Worker:
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Delta, None]:
         """The requests' deltas as they come; ``index`` is a request's place in ``requests``.
 
+        Deltas that came while nobody looked are one, so that a busy server sends fewer and longer pieces.
+
         The first `anext` checks and queues all of them, or none. Closing the iterator, or cancelling the
         task that waits for it, ends them in the engine within one token.
 
@@ -93,15 +95,15 @@ class Worker:
         self._put(lambda: self._submit(ticket))
         try:
             while left:
-                delta = await ticket.inbox.get()
-                if isinstance(delta, Exception):
-                    raise delta
-                if delta.error is not None:
-                    raise delta.error
-                self._measure(requests[delta.index], delta, began if delta.index in waiting else None)
-                waiting.discard(delta.index)
-                left -= delta.completion is not None
-                yield delta
+                for delta in _joined([await ticket.inbox.get(), *_there(ticket.inbox)]):
+                    if isinstance(delta, Exception):
+                        raise delta
+                    if delta.error is not None:
+                        raise delta.error
+                    self._measure(requests[delta.index], delta, began if delta.index in waiting else None)
+                    waiting.discard(delta.index)
+                    left -= delta.completion is not None
+                    yield delta
         finally:
             if left:
                 ticket.over = True
@@ -172,7 +174,7 @@ class Worker:
     async def drain(self, seconds: float) -> bool:
         """Wait until nothing is to be done, for so long at most; whether that was reached."""
         end = time.monotonic() + seconds
-        while self._owners or self._pending:
+        while self._owners or self._pending or self._load != Load(0, 0):
             if time.monotonic() >= end:
                 return False
             await asyncio.sleep(0.02)
@@ -224,10 +226,9 @@ class Worker:
             self._abort(problem)
             return
         self._deliver(deltas)
-        self._load = self._counted()
 
     def _counted(self) -> Load:
-        running = len(self.engine._running)
+        running = self.engine.running
         return Load(running, len(self._owners) - running)
 
     def _take_commands(self) -> None:
@@ -273,6 +274,7 @@ class Worker:
             if delta.completion is not None or delta.error is not None:
                 del self._owners[delta.index]
             letters[ticket.loop].append((ticket, replace(delta, index=place)))
+        self._load = self._counted()
         for loop, pairs in letters.items():
             _call_soon(loop, _hand_out, pairs)
 
@@ -293,6 +295,30 @@ class Worker:
                 break
         while self._functions:
             self._functions.popleft()()
+
+
+def _there(inbox: asyncio.Queue[Delta | Exception]) -> Iterator[Delta | Exception]:
+    while not inbox.empty():
+        yield inbox.get_nowait()
+
+
+def _joined(found: Sequence[Delta | Exception]) -> list[Delta | Exception]:
+    """One delta for each request, in the order in which they first came."""
+    if len(found) == 1:
+        return [*found]
+    one_of: dict[int, Delta] = {}
+    last: list[Delta | Exception] = []
+    for delta in found:
+        if isinstance(delta, Exception) or delta.error is not None:
+            last.append(delta)
+        elif (before := one_of.get(delta.index)) is None:
+            one_of[delta.index] = delta
+        else:
+            logprobs = None if delta.logprobs is None else [*(before.logprobs or ()), *delta.logprobs]
+            one_of[delta.index] = replace(
+                delta, text=before.text + delta.text, tokens=before.tokens + delta.tokens, logprobs=logprobs
+            )
+    return [*one_of.values(), *last]
 
 
 def _hand_out(pairs: Sequence[tuple[_Ticket, Delta]]) -> None:
