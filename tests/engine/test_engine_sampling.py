@@ -242,3 +242,11 @@ def test_a_value_out_of_range_is_one_line_naming_the_field(field: str, value: An
 
 def test_one_stop_string_may_be_given_as_it_is() -> None:
     assert Sampling(stop="\n").stop == ("\n",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("penalty", [1e-320, 1e-308, 1e308])
+def test_the_most_extreme_penalty_leaves_a_token_to_draw(penalty: float) -> None:
+    logits = np.array([3.0, 2.0, -1.0, 0.5], np.float32)
+    sampling = Sampling(repetition_penalty=penalty)
+    found = next_token(logits, sampling, History([0, 1]), np.random.default_rng(0))
+    assert found.token in ((0, 1) if penalty < 1 else (2, 3))

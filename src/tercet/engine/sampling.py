@@ -25,6 +25,8 @@ Scores = NDArray[np.float32] | NDArray[np.float64]
 # most of the time. Chosen by measurement at V = 50,000 and 150,000; flat between 128 and 1,024.
 BLOCK = 256
 
+LARGEST = 1e300  # of a score that a penalty has changed
+
 
 class Choice(NamedTuple):
     """A chosen token; its log-probability, the likeliest tokens and the entropy, where the request wants them."""
@@ -132,7 +134,9 @@ def penalize(scores: Floats, sampling: Sampling, history: History) -> None:
     if sampling.repetition_penalty != 1:
         seen = np.fromiter(history.prompt | history.output.keys(), dtype=np.int64)
         old = scores[seen]
-        scores[seen] = np.where(old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty)
+        with np.errstate(over="ignore"):
+            new = np.where(old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty)
+        scores[seen] = new.clip(-LARGEST, LARGEST)  # two infinite ones would have no distance
     if history.output and (sampling.presence_penalty or sampling.frequency_penalty):
         seen = np.fromiter(history.output.keys(), dtype=np.int64)
         counts = np.fromiter(history.output.values(), dtype=np.float64)
@@ -147,7 +151,8 @@ def distribution(scores: Scores, sampling: Sampling) -> Distribution:
         scores = scores[tokens]
     weights: Floats = scores.astype(np.float64)
     weights -= weights.max()
-    weights /= sampling.temperature
+    with np.errstate(over="ignore"):
+        weights /= sampling.temperature
     np.exp(weights, out=weights)
     if sampling.top_p < 1:
         # A token stays while those before it do not reach top_p yet. Tokens below this floor weigh at
