@@ -99,8 +99,7 @@ async def lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[by
     while True:
         if chunked:
             size = int((await reader.readline()).split(b";")[0] or b"0", 16)
-            data = await reader.readexactly(size + 2)
-            data = data[:size]
+            data = (await reader.readexactly(size + 2))[:size] if size else b""
         else:
             data = await reader.read(1 << 16)
         if not data:
@@ -169,11 +168,14 @@ class Server:
                 return self
             except OSError:
                 if self.process.poll() is not None or time.monotonic() - begun > START_SECONDS:
-                    self.log.seek(0)
-                    said = self.log.read().decode(errors="replace")[-2000:]
                     self.process.kill()
-                    raise SystemExit(f"{self.name} did not start: {said}") from None
+                    raise SystemExit(f"{self.name} did not start: {self.said()}") from None
                 time.sleep(0.3)
+
+    def said(self) -> str:
+        """The end of what it printed."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace")[-2000:]
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
@@ -333,7 +335,10 @@ def compare(asked: argparse.Namespace) -> None:
     for _ in range(asked.rounds):
         for name, make in sides.items():
             with make() as server:
-                found[name].append(asyncio.run(measured(server, asked.clients, asked.seconds)))
+                try:
+                    found[name].append(asyncio.run(measured(server, asked.clients, asked.seconds)))
+                except OSError as problem:
+                    raise SystemExit(f"{name}: {problem}; it said: {server.said()}") from problem
             print(
                 f"  {name}: %.0f tokens/s, first token %.2f s, p95 %.2f s" % found[name][-1], file=sys.stderr
             )
