@@ -120,8 +120,14 @@ def serve(
         max_body=int(max_body * 2**20),
         request_timeout=request_timeout,
     )
-    _announce(models, address_of(listening), with_key=bool(keys), page=not no_page)
-    run(models, settings, store, listening)
+    address = address_of(listening)
+    run(
+        models,
+        settings,
+        store,
+        listening,
+        ready=lambda: _announce(models, address, with_key=bool(keys), page=not no_page),
+    )
     _note("stopped")
 
 

@@ -245,11 +245,20 @@ def address_of(listening: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which tells the chat page first that it ends: its event streams would never do so."""
+    """uvicorn's, which says when it listens.
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    And it tells the chat page first that it ends: the page's event streams would never do so by themselves.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self.asgi = app
+        self.asgi, self._ready = app, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let what runs finish for `Settings.drain_timeout` at most, end the engines."""
@@ -259,8 +268,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def make_server(app: FastAPI, settings: Settings) -> Server:
-    """A server of ``app``, not yet listening."""
+def make_server(app: FastAPI, settings: Settings, ready: Callable[[], None] = lambda: None) -> Server:
+    """A server of ``app``, not yet listening; ``ready`` is called when it does."""
     config = uvicorn.Config(
         app,
         http=timed_protocol(settings.read_timeout),
@@ -275,12 +284,21 @@ def make_server(app: FastAPI, settings: Settings) -> Server:
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
-    return Server(config, app)
+    return Server(config, app, ready)
 
 
-def run(models: Models, settings: Settings, store: Store | None, listening: socket.socket) -> None:
-    """Serve until SIGINT or SIGTERM; then finish what runs. A second SIGINT does not wait for it."""
-    server = make_server(make_app(models, settings, store), settings)
+def run(
+    models: Models,
+    settings: Settings,
+    store: Store | None,
+    listening: socket.socket,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; then finish what runs. A second SIGINT does not wait for it.
+
+    ready: called when clients can connect.
+    """
+    server = make_server(make_app(models, settings, store), settings, ready)
     try:
         with _quiet_signals():
             server.run(sockets=[listening])

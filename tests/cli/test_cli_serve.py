@@ -1,0 +1,189 @@
+"""``tercet serve``: it starts, says where and how, serves, and ends in good order; mistakes are a line each."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from tiny_model import write_model
+
+from tercet.cli.main import main
+from tercet.errors import UserError
+from tercet.serve.launch import check_reach, is_loopback, read_keys
+from tercet.serve.settings import hash_key
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cli") / "tiny", chat=True)
+
+
+class Process:
+    """The command in a process of its own; ``lines`` of its standard error up to the one that ends its start."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tercet", "serve", *arguments, "--port", "0"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+        )  # fmt: skip
+        self._guard = threading.Timer(60, self.process.kill)
+        self._guard.start()
+        assert self.process.stderr is not None
+        self.lines: list[str] = []
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if line.startswith(("try: ", "error: ")):
+                break
+        found = re.search(r"http://[0-9.:]+", "\n".join(self.lines))
+        self.url = found[0] if found else ""
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Exit status and the rest of standard error."""
+        self.process.send_signal(number)
+        out, rest = self.process.communicate(timeout=30)
+        self._guard.cancel()
+        assert out == ""
+        return self.process.returncode, rest
+
+
+@pytest.fixture
+def started(tiny: Path, tmp_path: Path) -> Iterator[Process]:
+    one = Process(f"tiny={tiny}", "--quantize", "none", "--data", str(tmp_path / "data"))
+    yield one
+    one.process.kill()
+
+
+def test_it_says_where_it_is_and_how_to_call_it_and_serves(
+    started: Process, tiny: Path, tmp_path: Path
+) -> None:
+    said = "\n".join(started.lines)
+    assert f"loading {tiny}" in said and f"serving tiny at {started.url}/v1" in said
+    assert f"chat page: {started.url}/" in said
+    [call] = [line.removeprefix("try: ") for line in started.lines if line.startswith("try: ")]
+    assert call.startswith(f"curl {started.url}/v1/chat/completions ") and '"model": "tiny"' in call
+    body = re.search(r"-d '(.*)'$", call)
+    assert body is not None
+    answer = httpx.post(
+        f"{started.url}/v1/chat/completions", content=body[1], headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 200 and answer.json()["choices"]
+    page = httpx.get(f"{started.url}/")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    status, rest = started.end()
+    assert (status, rest) == (0, "stopped\n")
+    assert (tmp_path / "data" / "chat.db").is_file()
+
+
+def test_ctrl_c_finishes_what_runs(started: Process) -> None:
+    found: list[str] = []
+    begun = threading.Event()
+
+    def read() -> None:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 90, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=30) as answer:
+            for line in answer.iter_lines():
+                found.append(line)
+                begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(20)
+    status, rest = started.end(signal.SIGINT)
+    reader.join(timeout=20)
+    assert (status, rest) == (0, "stopped\n")
+    assert "data: [DONE]" in found
+
+
+def test_without_the_page_only_the_api_is_there_and_a_key_from_the_environment_is_asked_for(
+    tiny: Path,
+) -> None:
+    one = Process(str(tiny), "--quantize", "none", "--no-page", TERCET_API_KEY="sesame-open-1234")
+    try:
+        assert "Bearer $KEY" in one.lines[-1] and not any("chat page" in line for line in one.lines)
+        assert httpx.get(f"{one.url}/v1/models").status_code == 401
+        with httpx.Client(base_url=one.url, headers={"authorization": "Bearer sesame-open-1234"}) as http:
+            assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [str(tiny)]
+            assert http.get("/").status_code == 404
+        assert one.end()[0] == 0
+    finally:
+        one.process.kill()
+
+
+# Mistakes
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line that a wrong command line gets."""
+    assert main(["serve", *arguments]) == 2
+    out, err = capsys.readouterr()
+    [line] = [one for one in err.splitlines() if not one.startswith("loading ")]
+    assert out == "" and line.startswith("error: ")
+    return line
+
+
+def test_a_port_in_use_is_told_before_any_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], tiny: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", str(tiny), "--port", port]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: port {port} of 127.0.0.1 is in use") and "--port" in err and not out
+
+
+def test_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    model, empty = str(tiny), tmp_path / "keys"
+    empty.write_text("# none yet\n\n")
+    free = ("--port", "0")
+    assert "no model at runs/no/thing" in told(capsys, "runs/no/thing", *free)
+    assert "two models are called a" in told(capsys, f"a={model}", f"a={model}", *free)
+    assert "needs a key" in told(capsys, model, "--host", "0.0.0.0", *free)
+    assert "is no address of this machine" in told(capsys, model, "--host", "no.such.host.invalid", *free)
+    assert "can't be listened on" in told(
+        capsys, model, "--host", "192.0.2.1", "--api-key", "sesame-open-1234", *free
+    )
+    assert "8 or more" in told(capsys, model, "--api-key", "short", *free)
+    assert "holds no key" in told(capsys, model, "--api-key-file", str(empty), *free)
+    assert "nothing.txt" in told(capsys, model, "--api-key-file", "nothing.txt", *free)
+    assert "--no-page leaves it out" in told(capsys, model, "--no-page", "--data", "x", *free)
+    assert "no adapter directory" in told(capsys, model, "--adapter", f"x={model}", *free)
+    assert "quantization 'int3' is unknown" in told(capsys, model, "--quantize", "int3", *free)
+    assert "for models that run here" in told(capsys, "http://127.0.0.1:1/v1#m", "--max-batch", "3", *free)
+    assert "missing" in told(capsys, *free).lower()
+
+
+def test_keys_come_from_options_and_a_file_or_else_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# mine\nfirst-key-1234\n\nsecond-key-1234\nfirst-key-1234\n")
+    monkeypatch.setenv("TERCET_API_KEY", "from-the-environment")
+    assert read_keys(["given-key-1234"], file) == tuple(
+        map(hash_key, ("given-key-1234", "first-key-1234", "second-key-1234"))
+    )
+    assert read_keys([], None) == (hash_key("from-the-environment"),)
+    monkeypatch.delenv("TERCET_API_KEY")
+    assert read_keys([], None) == ()
+    for wrong in ("with a blank", "tab\tkey-1234", "schlüssel-1234", ""):
+        with pytest.raises(UserError, match="8 or more"):
+            read_keys([wrong], None)
+
+
+def test_only_loopback_needs_no_key() -> None:
+    for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"):
+        assert is_loopback(host)
+        check_reach(host, ())
+    for host in ("0.0.0.0", "::", "192.168.1.2", "10.0.0.1"):
+        assert not is_loopback(host)
+        with pytest.raises(UserError, match="needs a key"):
+            check_reach(host, ())
+        check_reach(host, (hash_key("sesame-open-1234"),))
