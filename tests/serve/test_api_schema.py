@@ -28,6 +28,8 @@ OPERATIONS = [
     ("post", "/v1/completions"),
     ("post", "/v1/embeddings"),
     ("post", "/v1/responses"),
+    ("post", "/v1/messages"),
+    ("post", "/v1/messages/count_tokens"),
     ("post", "/tokenize"),
     ("post", "/detokenize"),
     ("get", "/tokenizer_info"),
@@ -76,7 +78,7 @@ def test_every_route_and_its_errors_are_documented(tiny_url: str) -> None:
     found = httpx.get(f"{tiny_url}/openapi.json").json()
     wanted = {
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
-        "/v1/responses", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics",
+        "/v1/responses", "/v1/messages", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics",
     }  # fmt: skip
     assert wanted <= set(found["paths"]) and not any(path.startswith("/page") for path in found["paths"])
     for path, operations in found["paths"].items():
