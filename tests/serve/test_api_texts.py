@@ -140,15 +140,20 @@ def test_a_stream_joins_to_the_whole(client: openai.OpenAI, extra: dict[str, Any
             one["text"] += choice.text
             one["reason"] = choice.finish_reason
             if choice.logprobs is not None:
-                one["logprobs"] += [*zip(*choice.logprobs.model_dump().values(), strict=True)]
+                one["logprobs"] += columns(choice.logprobs)
     assert usage and whole.usage and usage.total_tokens == whole.usage.total_tokens
     for choice in whole.choices:
         assert found[choice.index]["text"] == choice.text
         assert found[choice.index]["reason"] == choice.finish_reason
         if choice.logprobs is not None:
-            every = choice.logprobs.model_dump()
-            every["top_logprobs"] = every["top_logprobs"] or [None] * len(every["tokens"])
-            assert found[choice.index]["logprobs"] == [*zip(*every.values(), strict=True)]
+            assert found[choice.index]["logprobs"] == columns(choice.logprobs)
+
+
+def columns(logprobs: Any) -> list[tuple[Any, ...]]:
+    """The parallel arrays, token by token."""
+    every = logprobs.model_dump()
+    every["top_logprobs"] = every["top_logprobs"] or [None] * len(every["tokens"])
+    return [*zip(*every.values(), strict=True)]
 
 
 def test_a_text_without_a_prompt_begins_anew(tiny_url: str) -> None:
@@ -291,3 +296,26 @@ def test_the_metrics_count_requests_and_tokens(tiny_url: str) -> None:
     assert after['tercet_requests_running{model="tiny"}'] == 0
     assert not any(math.isnan(value) for value in after.values())
     json.dumps(after)
+
+
+def test_answers_pass_the_strict_validation_of_openais_client(tiny_url: str) -> None:
+    client = client_of(tiny_url, _strict_response_validation=True)
+    talk: Any = [{"role": "user", "content": "hi"}]
+    client.models.list()
+    client.models.retrieve("tiny")
+    client.embeddings.create(model="tiny", input="a", encoding_format="float")
+    client.completions.create(model="tiny", prompt="a", logprobs=2, n=2)
+    client.chat.completions.create(
+        model="tiny", messages=talk, logprobs=True, top_logprobs=2, n=2, max_tokens=5
+    )
+    for chat in client.chat.completions.create(
+        model="tiny",
+        messages=talk,
+        logprobs=True,
+        max_tokens=5,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
+        assert chat.object == "chat.completion.chunk"
+    for text in client.completions.create(model="tiny", prompt="a", logprobs=1, stream=True):
+        assert text.object == "text_completion"

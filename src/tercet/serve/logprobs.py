@@ -160,7 +160,8 @@ class CompletionLogprobs:
 
     def body(self) -> dict[str, Any]:
         """The JSON object."""
-        return dict(vars(self))
+        wanted = any(self.top_logprobs)
+        return vars(self) | {"top_logprobs": self.top_logprobs if wanted else None}
 
 
 def completion_name(text: str, data: bytes) -> str:
