@@ -249,8 +249,9 @@ def speed(peer: str | None, rounds: int, rows: int) -> None:
 
 
 def documents(path: Path) -> list[str]:
+    """The texts, with ``\\n`` line ends as Tercet reads them: both sides are trained on the same characters."""
     data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").replace("\r\n", "\n")
     return [text for text in text.split("<|endoftext|>\n") if text.strip()]
 
 

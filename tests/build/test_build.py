@@ -215,6 +215,20 @@ def test_held_out_documents_are_chosen_by_content(tmp_path: Path) -> None:
     assert len(set(held) ^ set(more)) <= 2, "one document more moves no other, but at the edge"
 
 
+def test_no_more_than_twice_the_share_is_held_out_of_long_texts(tmp_path: Path) -> None:
+    """A book of four hundredths of a corpus once was held out whole, for one hundredth."""
+    books = ["".join(f"line {number} of {book}\n" for number in range(4000)) for book in range(30)]
+    chapters = [text_of(seed, 600) for seed in range(60)]
+    for texts in (books, books + chapters):
+        with spool_of(tmp_path / "texts", texts) as spool:
+            division = split(spool)
+            held = sum(len(text) for _, text in division.heldout(spool))
+            train = sum(len(text) for _, text in division.train(spool))
+        total = sum(map(len, texts))
+        assert train + held == total
+        assert 0.005 < held / total < 0.025
+
+
 def test_of_one_long_text_the_end_is_held_out(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(10_000))
     with spool_of(tmp_path / "texts", [text]) as spool:

@@ -81,8 +81,8 @@ def split(spool: Spool, share: float = 0.01) -> Split:
     """Which texts of ``spool`` are held out.
 
     Those whose content hashes lowest, until they make up ``share`` of the text and a few thousand
-    characters at least; so adding documents moves few others. With less than 20 documents it is the
-    end of the longest one instead.
+    characters at least, and not twice that; so adding documents moves few others. Where there are less than
+    20 documents, or all are too long for that, it is the end of the longest one instead.
     """
     total = sum(spool.lengths)
     wanted = max(share * total, min(20_000, 0.1 * total))
@@ -93,10 +93,11 @@ def split(spool: Spool, share: float = 0.01) -> Split:
     for index in sorted(range(len(spool)), key=spool.digest):
         if size >= wanted:
             break
-        # One huge document must not swallow the corpus.
-        if size + spool.lengths[index] <= max(2 * wanted, 0.1 * total):
+        if size + spool.lengths[index] <= 2 * wanted:
             chosen.add(index)
             size += spool.lengths[index]
+    if not chosen:
+        return Split(frozenset(), _tail(spool, int(wanted)))
     return Split(frozenset(chosen))
 
 
