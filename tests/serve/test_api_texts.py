@@ -299,6 +299,7 @@ def test_the_metrics_count_requests_and_tokens(tiny_url: str) -> None:
 
 
 def test_answers_pass_the_strict_validation_of_openais_client(tiny_url: str) -> None:
+    """But for streams of completions: the client's type has no null finish_reason, which OpenAI's chunks have."""
     client = client_of(tiny_url, _strict_response_validation=True)
     talk: Any = [{"role": "user", "content": "hi"}]
     client.models.list()
@@ -317,5 +318,3 @@ def test_answers_pass_the_strict_validation_of_openais_client(tiny_url: str) -> 
         stream_options={"include_usage": True},
     ):
         assert chat.object == "chat.completion.chunk"
-    for text in client.completions.create(model="tiny", prompt="a", logprobs=1, stream=True):
-        assert text.object == "text_completion"
