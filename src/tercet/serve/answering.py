@@ -81,7 +81,13 @@ class Answer:
             data = b"" if special else self._bytes_of(one.token_id, first=first)
             top = [[other, self._bytes_of.text(other, first=first), logprob] for other, _, logprob in one.top]
             text = self._bytes_of.text(one.token_id, first=first)
-            token = {"id": one.token_id, "text": text, "bytes": data.hex(), "logprob": one.logprob, "top": top}
+            token = {
+                "id": one.token_id,
+                "text": text,
+                "bytes": data.hex(),
+                "logprob": one.logprob,
+                "top": top,
+            }
             self._push(token | {"entropy": one.entropy})
 
     def take_text(self, piece: str) -> None:
