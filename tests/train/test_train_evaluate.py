@@ -18,6 +18,7 @@ from tercet.model.loading import load_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.train.evaluate import heldout_bits, pair_accuracy, token_losses
+from tercet.train.loss import compile_blocks
 from tiny_checkpoints import Make
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # a model with a tokenizer stands there
@@ -89,6 +90,15 @@ def test_the_model_is_left_as_it_was(both: tuple[Any, Transformer]) -> None:
     token_losses(model, [np.array([1, 2, 3])], 1, dtype=torch.float32)
     assert model.training and model.compute_dtype is torch.bfloat16
     model.hidden(torch.tensor([[1, 2, 3]])).sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_compiled_blocks_do_not_meet_the_many_shapes_of_held_out_text(both: tuple[Any, Transformer]) -> None:
+    model = both[1]
+    rows = [np.arange(3, 5 + length) for length in range(12)]
+    plain = token_losses(model, rows, 1, batch_tokens=1)
+    compile_blocks(model, backend="eager")
+    compiled = token_losses(model, rows, 1, batch_tokens=1)
+    assert all(np.array_equal(one, other) for one, other in zip(plain, compiled, strict=True))
 
 
 def test_heldout_sums_by_hand(both: tuple[Any, Transformer]) -> None:

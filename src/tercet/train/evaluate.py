@@ -19,6 +19,7 @@ from tercet.data.minimal_pairs import Pair
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
+from tercet.train.loss import uncompiled
 
 BATCH_TOKENS = 4096  # in one pass of the body: large enough for full speed, small enough for a laptop
 LOGITS = 1 << 21  # numbers in one piece of logits: 8 MB, which a processor's cache holds
@@ -60,7 +61,7 @@ def token_losses(
     model.compute_dtype = kept if dtype is None else dtype
     try:
         # Not inference_mode: the model keeps tables it makes here, and training uses them next.
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled(model):
             for batch in _batches(lengths, batch_tokens):
                 losses = _batch_losses(model, [rows[r] for r in batch], first[batch])
                 ends = np.cumsum(lengths[batch] - first[batch])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,6 +104,23 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     """
     for block in model.model.layers:
         block.compile(backend=backend, dynamic=False, fullgraph=True)
+
+
+@contextmanager
+def uncompiled(model: Transformer) -> Iterator[None]:
+    """The blocks as they are written, for batches of any shape.
+
+    Compiled ones would be compiled anew for every shape, and fail at the ninth.
+    """
+    blocks = list(model.model.layers)
+    compiled = [block._compiled_call_impl for block in blocks]
+    for block in blocks:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, program in zip(blocks, compiled, strict=True):
+            block._compiled_call_impl = program
 
 
 class Autograd:
