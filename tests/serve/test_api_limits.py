@@ -21,6 +21,7 @@ from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 from tercet.serve.models import Models
 from tercet.serve.settings import Settings
+from tercet.serve.worker import EngineStopped
 
 BODY: dict[str, Any] = {"model": "slow", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000}
 
@@ -311,7 +312,7 @@ def test_a_closed_worker_lets_nobody_wait() -> None:
         await asyncio.sleep(0.1)
         await asyncio.to_thread(worker.close)
         for waiting in (running, worker.run(lambda engine: 1), worker.generate([Request(tokens)])):
-            with pytest.raises(RuntimeError, match="shutting down"):
+            with pytest.raises(EngineStopped, match="shutting down"):
                 await asyncio.wait_for(waiting, 5)
 
     asyncio.run(go())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_models import SKY, SLOW, ScriptedWorker, scripted_models
+from page_models import CONTEXT, SKY, SLOW, ScriptedWorker, scripted_models
 from running_server import Running, local_model, serve_models
 
 from tercet.engine.request import Request, Sampling
@@ -136,6 +136,40 @@ def test_an_answer_stops_with_what_came_and_can_be_continued(tab: Tab) -> None:
     tab.ask("POST", f"/conversations/{name}/continuations", {"message": stopped["id"], "position": position})
     whole = tab.settled(name)["turns"][-1]["message"]
     assert whole["content"] == SLOW and whole["siblings"] == [stopped["id"], whole["id"]]
+
+
+def test_who_stops_twice_breaks_nothing(tab: Tab, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = store.finish
+
+    def slow(*given: Any, **more: Any) -> Any:
+        time.sleep(0.3)
+        return finish(*given, **more)
+
+    monkeypatch.setattr(store, "finish", slow)
+    worker_of(tab).delay = 0.005
+    name = tab.begin()
+    tab.say(name, "slow", wait=False)
+    wait_until(lambda: len(tab.running.app.state.page.answers.of(name)[0].tokens) > 5)
+    stops = [
+        threading.Thread(target=Tab(tab.running).ask, args=("POST", f"/conversations/{name}/stop", {}))
+        for _ in range(2)
+    ]
+    for one in stops:
+        one.start()
+        time.sleep(0.1)  # the first one is being stored when the second comes
+    for one in stops:
+        one.join()
+    assert tab.settled(name)["turns"][-1]["message"]["finish"] == "stopped"
+
+
+def test_an_answer_is_asked_for_no_longer_than_the_context_leaves(tab: Tab) -> None:
+    name = tab.begin(max_tokens=10**6)
+    message = tab.say(name, "hi")["turns"][-1]["message"]
+    path = f"/conversations/{name}/continuations"
+    tab.ask("POST", path, {"message": message["id"], "position": 1})
+    tab.settled(name)
+    for request in worker_of(tab).requests:
+        assert len(request.tokens) + request.sampling.max_tokens - 1 == CONTEXT
 
 
 def test_another_answer_and_an_edit_are_branches_and_each_is_found_as_it_was_left(tab: Tab) -> None:
@@ -372,6 +406,21 @@ def test_a_place_that_is_not_there_is_told(tab: Tab, body: Json, said: str) -> N
     assert said in answer["error"]["message"]
 
 
+def test_a_stop_string_that_begins_before_the_continuation_ends_it(tab: Tab) -> None:
+    name = tab.begin(max_tokens=8)
+    told = tab.say(name, "sky")["turns"][-1]["message"]
+    texts = [
+        one["text"] for one in tab.ask("GET", f"/conversations/{name}/messages/{told['id']}/tokens")["tokens"]
+    ]
+    name = tab.begin(max_tokens=4, stop=["".join(texts[3:5])])
+    cut = tab.say(name, "sky")["turns"][-1]["message"]
+    assert cut["finish"] == "length" and cut["content"] == "".join(texts[:4])
+    tab.ask("POST", f"/conversations/{name}/continuations", {"message": cut["id"], "position": 4})
+    whole = tab.settled(name)["turns"][-1]["message"]
+    assert (whole["finish"], whole["content"]) == ("stop", "".join(texts[:3]))
+    assert whole["summary"]["tokens"] == 5
+
+
 # Compare
 
 
@@ -475,6 +524,7 @@ def test_a_conversation_that_is_too_long_is_refused_with_the_counts_and_nothing_
         ("POST", "/conversations", {"settings": {"temprature": 1}}, 400),
         ("POST", "/conversations", {"settings": {"stop": "x"}}, 400),
         ("POST", "/conversations", {"settings": {"system": 5}}, 400),
+        ("POST", "/conversations", {"settings": {"system": "\ud800"}}, 400),
         ("POST", "/conversations", {"settings": {"seed": 1e400}}, 400),
         ("POST", "/conversations", {"kind": "call"}, 400),
         ("POST", "/conversations", {"colour": "red"}, 400),
@@ -483,6 +533,7 @@ def test_a_conversation_that_is_too_long_is_refused_with_the_counts_and_nothing_
         ("POST", "/conversations/{}/messages", {"content": "x", "parent": "nothing"}, 404),
         ("POST", "/conversations/{}/messages", {"content": 7}, 400),
         ("POST", "/conversations/{}/answers", {"parent": "nothing"}, 404),
+        ("POST", "/conversations/{}/answers", {"parent": "\ud800"}, 400),
         ("POST", "/conversations/{}/edits", {"message": "nothing", "content": "x"}, 404),
         ("POST", "/conversations/{}/votes", {"comparison": "nothing", "vote": "left"}, 404),
         ("POST", "/conversations/{}/continuations", {"message": "nothing", "position": 0}, 404),

@@ -306,6 +306,23 @@ def test_an_answer_to_a_deleted_conversation_is_dropped(store: Store) -> None:
     assert store.finish(draft, "stop") is None
 
 
+def test_a_comparison_in_a_deleted_conversation_does_not_keep_the_store_from_opening(path: Path) -> None:
+    store = Store(path)
+    one = store.create()
+    question = store.add(one.id, None, "user", "hi")
+    name = store.compare(one.id, question.id)
+    left, _ = [
+        store.begin(one.id, question.id, "m", {}, comparison=(name, side)) for side in ("left", "right")
+    ]
+    store.write(left, "hello", [])
+    store.finish(left, "stop")
+    store.delete(one.id)
+    store.close()
+    after = Store(path)
+    assert after.conversations() == []
+    after.close()
+
+
 WRITER = """
 import sys, time
 from tercet.serve.store import Store

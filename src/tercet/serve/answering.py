@@ -50,7 +50,8 @@ class Answer:
         self.completion: Completion | None = None
         self.began = time.monotonic()
         self.first_seconds: float | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.reading: asyncio.Task[str] | None = None  # from the model; how it ended
+        self.task: asyncio.Task[None] | None = None  # waits for that and stores the end
         self.writing: asyncio.Task[None] | None = None
         self._bytes_of = TokenBytes(plan.served.tokenizer) if plan.served.local else None
         self._stream = TextStream(plan.sampling.stop)
@@ -59,8 +60,13 @@ class Answer:
         self._kept_text = self._kept_tokens = 0
         for token in plan.prefix:
             self._push(token)
-        if self._stream.stopped:
+        if self.met_stop:
             raise UserError("the answer ended there with a stop string; go on from an earlier token")
+
+    @property
+    def met_stop(self) -> bool:
+        """Whether a stop string has come. One that begins in the prefix is unknown to the engine."""
+        return self._stream.stopped
 
     def _push(self, token: Json) -> None:
         data = bytes.fromhex(token["bytes"])
@@ -113,7 +119,7 @@ class Answer:
         }
         if self.blocks is None:
             return found | {"text": self.text[: self._shown_text]}
-        return found | {"blocks": self.blocks.blocks}
+        return found | {"blocks": [*self.blocks.blocks]}
 
     def news(self, whole: bool = False) -> Json | None:
         """What has come since the last call, to be shown; None: nothing."""
@@ -169,7 +175,8 @@ class Answers:
         answer.news()
         self._answers[name] = answer
         self._tell(plan.conversation, {"type": "started", "answer": answer.snapshot()})
-        answer.task = asyncio.create_task(self._write(answer))
+        answer.reading = asyncio.create_task(self._read(answer))
+        answer.task = asyncio.create_task(self._write(answer, answer.reading))
         return answer
 
     async def stop(self, conversation: str, name: str | None = None) -> int:
@@ -189,10 +196,13 @@ class Answers:
         await self._cancel(list(self._answers.values()))
 
     async def _cancel(self, answers: list[Answer]) -> None:
+        """End the reading; what stores the answer is only waited for, so that who stops twice breaks nothing."""
+        for answer in answers:
+            if answer.reading is not None:
+                answer.reading.cancel()
         tasks = [one.task for one in answers if one.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks)
 
     # Who watches
 
@@ -218,22 +228,24 @@ class Answers:
 
     def _tell(self, conversation: str, event: Json) -> None:
         for queue in self._watchers.get(conversation, ()):
-            if queue.qsize() >= BACKLOG:
-                queue.put_nowait(None)
-            else:
-                queue.put_nowait(event)
+            # At its limit a queue gets its end, and then nothing more, however long its tab sleeps.
+            if queue.qsize() <= BACKLOG:
+                queue.put_nowait(event if queue.qsize() < BACKLOG else None)
 
     # How one is written
 
-    async def _write(self, answer: Answer) -> None:
+    async def _read(self, answer: Answer) -> str:
+        if answer.plan.ended:
+            return "stop"
+        if answer.plan.served.local is not None:
+            return await self._from_here(answer)
+        return await self._from_elsewhere(answer)
+
+    async def _write(self, answer: Answer, reading: asyncio.Task[str]) -> None:
+        await asyncio.wait([reading])
         finish, error = "error", None
         try:
-            if answer.plan.ended:
-                finish = "stop"
-            elif answer.plan.served.local is not None:
-                finish = await self._from_here(answer)
-            else:
-                finish = await self._from_elsewhere(answer)
+            finish = reading.result()
         except asyncio.CancelledError:
             finish = "stopped" if answer.stopped else "interrupted"
         except (UserError, APIError) as problem:
@@ -281,6 +293,9 @@ class Answers:
                 await asyncio.to_thread(self._store.settle, two["id"])
         except UserError as problem:
             event["error"] = f"the answer could not be stored: {problem}"
+        except Exception:
+            log.exception("an answer could not be stored")
+            event["error"] = "the answer could not be stored; the server's log tells more"
         self._answers.pop(answer.id, None)
         self._tell(plan.conversation, event)
 
@@ -297,6 +312,8 @@ class Answers:
                 if delta.completion is not None:
                     answer.completion = delta.completion
                     return delta.completion.finish_reason
+                if answer.met_stop:
+                    return "stop"
                 await pace.step()
         return "stop"
 

@@ -79,6 +79,12 @@ def _fields(settings: Mapping[str, Any]) -> Json:
     return {name: settings[name] for name in FIELDS if name in settings}
 
 
+def _within(sampling: Sampling, served: Served, read: Sequence[object]) -> Sampling:
+    """With the probabilities that are kept, and no more tokens than the context leaves after ``read``."""
+    room = max(1, (served.max_context or 0) - len(read) + 1)
+    return dataclasses.replace(sampling, logprobs=TOP, max_tokens=min(sampling.max_tokens, room))
+
+
 def make_plan(
     served: Served,
     kind: str,
@@ -119,7 +125,7 @@ def make_plan(
                 "begin a new text with it, or choose another model"
             )
         tokens = served.prompt_tokens(messages)
-    sampling = dataclasses.replace(sampling, logprobs=TOP)
+    sampling = _within(sampling, served, tokens)
     return Plan(
         served, kind, conversation, parent, stored, fields, sampling, messages, list(tokens),
         stop_ids=frozenset(served.local.engine.stop_ids_of(served.adapter)),
@@ -154,13 +160,13 @@ def go_on_plan(
     else:
         prefix.append(_picked(served, details.tokens[position], prefix, token, stop_ids))
     fields = _fields(message.settings)
-    sampling = dataclasses.replace(Sampling(**fields), logprobs=TOP)
     room = served.max_context or 0
     ended = bool(prefix) and prefix[-1]["id"] in stop_ids
     if not ended and len(details.prompt) + len(prefix) > room:
         raise UserError(
             f"prompt and answer fill the {room} tokens that {served.name} takes; there is no room left"
         )
+    sampling = _within(Sampling(**fields), served, [*details.prompt, *prefix])
     return Plan(
         served, kind, conversation, message.parent, dict(message.settings), fields, sampling, [],
         list(details.prompt), prefix, stop_ids, ended,

@@ -189,6 +189,8 @@ def told(path: Path) -> Iterator[None]:
         ) from problem
     except OSError as problem:
         raise UserError(f"cannot use {path}: {problem.strerror or problem}") from problem
+    except UnicodeEncodeError as problem:  # half of a surrogate pair, which JSON can express
+        raise UserError("a text is not valid Unicode text; send it as UTF-8") from problem
 
 
 class Owner:

@@ -438,7 +438,11 @@ class Store:
     def settle(self, name: str) -> None:
         """No more answer comes to a comparison: its conversation shows what there is, the left one first."""
         with self._writing() as database:
-            row = database.execute("SELECT * FROM comparisons WHERE id = ?", (name,)).fetchone()
+            row = database.execute(
+                "SELECT comparisons.* FROM comparisons JOIN conversations ON conversations.id = conversation "
+                "WHERE comparisons.id = ? AND deleted IS NULL",
+                (name,),
+            ).fetchone()
             answer = row and (row["left_hash"] or row["right_hash"])
             if answer and self.conversation(row["conversation"]).leaf == row["parent"]:
                 self.change(row["conversation"], leaf=answer)

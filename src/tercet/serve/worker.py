@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from tercet.engine.engine import Engine, QueueFull
 from tercet.engine.request import Completion, Delta, Request, Usage
 from tercet.errors import UserError
+from tercet.serve.errors import APIError
 
 T = TypeVar("T")
 log = logging.getLogger("tercet.serve")
@@ -42,8 +43,12 @@ class Meter(Protocol):
     def read(self, adapter: str | None, tokens: int) -> None: ...
 
 
-class EngineStopped(RuntimeError):
-    """The worker was closed, or its engine failed."""
+class EngineStopped(APIError):
+    """503: the worker was closed, or its engine failed."""
+
+    def __init__(self) -> None:
+        message = "this model's engine has stopped: the server is shutting down, or its log tells why"
+        super().__init__(503, message, "server_error", code="engine_stopped")
 
 
 @dataclass(eq=False)
@@ -72,6 +77,7 @@ class Worker:
         self._closed = False
         self._load = Load(0, 0)
         self._pending = 0  # functions of `run` that are not done
+        self._swept, self._sweeping = threading.Event(), threading.Lock()  # once the thread ends
         self._thread = threading.Thread(target=self._work, name="tercet-engine", daemon=True)
         self._thread.start()
 
@@ -139,7 +145,7 @@ class Worker:
             if not abandoned.is_set():
                 try:
                     if self._closed:
-                        raise EngineStopped("the server is shutting down")
+                        raise EngineStopped()
                     result = function(self.engine)
                 except Exception as raised:
                     problem = raised
@@ -188,7 +194,7 @@ class Worker:
 
     def _put(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
-        if not self._thread.is_alive():
+        if self._swept.is_set():
             self._sweep()  # nobody else would
 
     def _measure(self, request: Request, delta: Delta, began: float | None) -> None:
@@ -247,7 +253,7 @@ class Worker:
             return
         try:
             if self._closed:
-                raise EngineStopped("the server is shutting down")
+                raise EngineStopped()
             if len(ticket.requests) > self.engine.max_waiting:
                 raise UserError(
                     f"{len(ticket.requests)} answers are asked for at once; the server takes "
@@ -285,16 +291,18 @@ class Worker:
             _call_soon(ticket.loop, ticket.inbox.put_nowait, problem)
 
     def _sweep(self) -> None:
-        """The last thing: nobody must wait for ever."""
+        """The last thing: nobody must wait for ever. What is put after the mark is swept by who put it."""
         self._closed = True
-        self._abort(EngineStopped("the server is shutting down"))
-        while True:
-            try:
-                self._commands.get(False)()
-            except queue.Empty:
-                break
-        while self._functions:
-            self._functions.popleft()()
+        self._swept.set()
+        with self._sweeping:
+            self._abort(EngineStopped())
+            while True:
+                try:
+                    self._commands.get(False)()
+                except queue.Empty:
+                    break
+            while self._functions:
+                self._functions.popleft()()
 
 
 def _there(inbox: asyncio.Queue[Delta | Exception]) -> Iterator[Delta | Exception]:
