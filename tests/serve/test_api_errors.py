@@ -77,6 +77,10 @@ def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **b
         ),
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", MISSING),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}},
+            "response_format.json_schema", "invalid_value",
+        ),
         (form(name="a b", schema={}), "response_format.json_schema.name", "invalid_value"),
         (form(name="a"), "response_format.json_schema.schema", MISSING),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", UNSUPPORTED),

@@ -52,6 +52,17 @@ def events_of(client: openai.OpenAI, **fields: Any) -> list[Any]:
 # Text
 
 
+def test_the_usage_tells_what_was_computed_for_an_earlier_request(
+    server: ScriptedServer, client: openai.OpenAI
+) -> None:
+    server.says("Yes.")
+    cached = [
+        ask(client, input="the same long question " * 9).usage.input_tokens_details.cached_tokens
+        for _ in "ab"
+    ]
+    assert cached[0] < cached[1]
+
+
 def test_a_text_is_answered_with_a_message(server: ScriptedServer, client: openai.OpenAI) -> None:
     server.says("Hello, wörld.")
     response = ask(client, metadata={"a": "b"}, max_output_tokens=50)

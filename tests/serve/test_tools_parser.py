@@ -192,6 +192,11 @@ def test_json_that_is_no_call_comes_as_soon_as_its_first_key_is_there() -> None:
     assert parser.push(Delta(0, "1", [], None)) == ["1"]
 
 
+def test_what_is_nested_too_deeply_to_be_read_is_content() -> None:
+    text = '{"type": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    assert read("bare", text) == (text, [])
+
+
 def test_a_stream_keeps_what_it_has_sent_of_a_call_that_goes_wrong() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": "x\ny"}}</tool_call>'
     content, calls = plain(gather(pieces_of("hermes", *text)))

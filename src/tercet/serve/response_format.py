@@ -30,11 +30,20 @@ class ResponseFormat(Body):
 
 async def wanted_form(asked: ResponseFormat | None) -> Grammar | None:
     """The grammar for it; None for any text. APIError 400 for what can't be enforced."""
-    if asked is None or asked.type == "text":
+    if asked is None:
+        return None
+    param = "response_format.json_schema"
+    if asked.json_schema is not None and asked.type != "json_schema":
+        raise APIError(
+            400,
+            f"{param} goes only with type json_schema, not {asked.type}",
+            param=param,
+            code="invalid_value",
+        )
+    if asked.type == "text":
         return None
     if asked.type == "json_object":
         return await checked_schema({"type": "object"}, "response_format")
-    param = "response_format.json_schema"
     if asked.json_schema is None:
         raise APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     if asked.json_schema.schema_ is None:

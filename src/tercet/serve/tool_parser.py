@@ -323,7 +323,7 @@ class _JsonCall(_Call):
         """A call in another order than usual, or whose arguments are a string of JSON."""
         try:
             call = json.loads(text)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise _Malformed from problem
         self._known(call.get("name"))
         arguments = call.get("arguments", call.get("parameters"))
