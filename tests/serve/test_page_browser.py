@@ -454,6 +454,60 @@ def test_back_goes_to_the_conversation_before(server: Server, open_page: Open) -
     expect(answer(page).locator(".said")).to_have_text("You said: one thing")
 
 
+def test_the_skip_link_goes_to_the_field_and_stays_in_the_conversation(
+    server: Server, open_page: Open
+) -> None:
+    page = open_page(server.url)
+    say(page, "one thing")
+    before = page.url
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    assert page.url == before
+    expect(answer(page).locator(".said")).to_have_text("You said: one thing")
+
+
+def test_a_conversation_that_is_deleted_elsewhere_is_told_and_leaves_the_list(
+    server: Server, open_page: Open
+) -> None:
+    page = open_page(server.url, lost=True)
+    say(page, "soon gone")
+    name = page.url.rpartition("#")[2]
+    expect(page.locator(f'#conversations [data-id="{name}"]')).to_have_count(1)
+    url = f"{server.url}/page/api/conversations/{name}"
+    urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=5).close()
+    expect(page.locator("#notice")).to_have_text("This conversation is not there any more.")
+    expect(page.locator("#start")).to_be_visible()
+    expect(page.locator(f'#conversations [data-id="{name}"]')).to_have_count(0)
+
+
+def test_who_deletes_the_open_conversation_is_told_of_no_mistake(server: Server, open_page: Open) -> None:
+    page = open_page(server.url, lost=True)
+    say(page, "mine to delete")
+    name = page.url.rpartition("#")[2]
+    page.locator(f'#conversations [data-id="{name}"] a').focus()
+    page.keyboard.press("Delete")
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    expect(page.locator("#start")).to_be_visible()
+    page.wait_for_timeout(300)
+    expect(page.locator("#notice")).to_be_hidden()
+
+
+def test_a_model_that_is_not_served_any_more_is_shown_and_another_can_be_chosen(
+    server: Server, open_page: Open
+) -> None:
+    url, body = f"{server.url}/page/api/conversations", b'{"settings": {"model": "gone"}}'
+    asked = urllib.request.Request(url, body, {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=5) as made:
+        name = json.loads(made.read())["conversation"]["id"]
+    page = open_page(f"{server.url}/#{name}")
+    expect(page.locator("#model")).to_have_value("gone")
+    with page.expect_response(f"**/conversations/{name}"):
+        page.locator("#model").select_option("tiny-chat")
+    say(page, "hi")
+    expect(answer(page).locator(".said")).to_have_text("You said: hi")
+
+
 # What a model writes can do nothing
 
 

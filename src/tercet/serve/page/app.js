@@ -32,7 +32,7 @@ const thread = new Thread(act);
 const sidebar = new Sidebar((id) => open(id));
 const settings = new Settings((value) => changeSettings(value));
 
-const path = (rest = "") => `/conversations/${state.id}${rest}`;
+const path = (rest = "") => `/conversations/${encodeURIComponent(state.id)}${rest}`; // it may be what a link says
 const kind = () => state.view?.conversation.kind ?? state.draft.kind;
 const current = () => state.view?.conversation.settings ?? state.draft.settings;
 const modelOf = (name) => state.models.find((one) => one.name === name) ?? state.models[0];
@@ -57,6 +57,7 @@ async function run(request, strict = false) {
     if (asked === state.asked) put(view);
   } catch (problem) {
     notice(problem.message);
+    if (state.id && asked === state.asked) refresh(); // in place of the view that this one overtook
     if (strict) throw problem;
   }
 }
@@ -113,12 +114,12 @@ async function refresh() {
     const view = await get(path());
     if (id === state.id && asked === state.asked) put(view);
   } catch (problem) {
-    if (problem.status === 404 && id === state.id) {
-      notice("This conversation is not there any more.");
+    if (id !== state.id) return; // another one is open by now
+    if (problem.status === 404) {
       open(null);
-      return;
+      sidebar.load();
     }
-    notice(problem.message);
+    notice(problem.status === 404 ? "This conversation is not there any more." : problem.message);
   }
 }
 
@@ -224,7 +225,7 @@ function showStart() {
 
 function showModels() {
   const { model, against } = current();
-  const chosen = modelOf(model)?.name;
+  const chosen = model ?? state.models[0]?.name;
   fill($("model"), state.models, chosen);
   fill($("against"), state.models, against);
   $("against-group").hidden = !against;
@@ -234,10 +235,15 @@ function showModels() {
 }
 
 function fill(select, models, chosen) {
-  const wanted = models.map((one) => one.name).join("\n");
+  const names = models.map((one) => one.name);
+  // A conversation may be older than the server: its model is shown as it is, for another to be chosen.
+  const gone = chosen && !names.includes(chosen) ? [chosen] : [];
+  const wanted = [...names, ...gone].join("\n");
   if (select.dataset.models !== wanted) {
     select.dataset.models = wanted;
-    select.replaceChildren(...models.map((one) => h("option", { value: one.name }, one.chats ? one.name : `${one.name} (base)`)));
+    select.replaceChildren(
+      ...models.map((one) => h("option", { value: one.name }, one.chats ? one.name : `${one.name} (base)`)),
+      ...gone.map((name) => h("option", { value: name, disabled: true }, `${name} (not served)`)));
   }
   select.value = chosen ?? "";
 }
@@ -339,6 +345,8 @@ function escape() {
 }
 
 function listen() {
+  // Followed as a link it would name another conversation.
+  document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); $("message").focus(); });
   $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("message").addEventListener("input", () => { fit(); canSend(); });
   $("message").addEventListener("keydown", (event) => {

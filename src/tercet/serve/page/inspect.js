@@ -181,7 +181,7 @@ export function numbers(summary) {
   if (summary.tokens) add(summary.tokens === 1 ? "token" : "tokens", String(summary.tokens));
   else if (written) add("tokens", String(written));
   if (written && summary.seconds) add("tokens/s", (written / summary.seconds).toFixed(1));
-  if (summary.first_seconds) add("to the first", `${summary.first_seconds.toFixed(2)} s`);
+  if (summary.first_seconds) add("to the first token", `${summary.first_seconds.toFixed(2)} s`);
   if (summary.surprise !== undefined) add("mean surprise", `${summary.surprise.toFixed(2)} bits`);
   if (summary.entropy !== undefined) add("mean entropy", `${summary.entropy.toFixed(2)} bits`);
   return rows.length ? h("dl", { class: "numbers" }, rows) : null;

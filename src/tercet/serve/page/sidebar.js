@@ -132,8 +132,8 @@ export class Sidebar {
       notice(problem.message);
       return;
     }
+    if (row.id === this.current) this.open(null); // before its stream of events finds that it is gone
     await this.load();
-    if (row.id === this.current) this.open(null);
     toast("Conversation deleted", {
       name: "Undo",
       run: async () => {

@@ -210,12 +210,12 @@ export class Thread {
     };
     const save = async () => {
       if (!area.value.trim()) return;
-      const before = editor.remove();
+      editor.remove(); // a message that is being edited would not be replaced
       try {
         await this.act.edit(message.id, area.value);
       } catch {
         article.append(editor);
-        return before;
+        return;
       }
       close();
     };
