@@ -138,7 +138,7 @@ def test_two_processes_follow_the_losses_of_one(
 ) -> None:
     launch(2, tmp_path / "two", parallel, kind)
     ours, theirs = losses(tmp_path / "two"), losses(alone[kind])
-    assert len(ours) == STEPS and ours[0] > ours[-1]
+    assert len(ours) == len(set(ours)) == STEPS
     assert ours == pytest.approx(theirs, rel=2e-5)
     one, two = weights(alone[kind]), weights(tmp_path / "two")
     assert set(one) == set(two)
