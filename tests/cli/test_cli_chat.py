@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,26 @@ class Terminal:
             return self._process.wait(timeout=20)
         finally:
             os.close(self._ours)
+
+
+def test_an_interrupt_that_a_library_swallows_still_stops_the_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tercet.cli import chat
+
+    def answer() -> Iterator[str]:
+        for number in range(100):
+            if number == 3:
+                with contextlib.suppress(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.1)
+            yield f"{number} "
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # standard input is no terminal here: it ends the command
+        chat._show(None, answer())  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "0 1 2 3 "
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(server: FakeServer, tmp_path: Path) -> None:

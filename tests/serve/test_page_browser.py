@@ -312,6 +312,8 @@ def test_tokens_are_walked_with_the_keyboard(server: Server, open_page: Open) ->
     page = open_page(server.url)
     say(page, "sky")
     page.locator("#inspect").click()
+    expect(answer(page)).to_contain_text("mean entropy")
+    page.wait_for_timeout(300)  # until the stored answer has taken the place of the one that was streamed
     tokens = answer(page).locator(".said .tokens")
     tokens.focus()
     page.keyboard.press("ArrowRight")
@@ -452,6 +454,24 @@ def test_back_goes_to_the_conversation_before(server: Server, open_page: Open) -
     expect(page.locator("#start")).to_be_visible()
     page.go_back()
     expect(answer(page).locator(".said")).to_have_text("You said: one thing")
+
+
+def test_settings_belong_to_the_conversation_they_were_typed_in(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
+    say(page, "one thing")
+    first = page.url.rpartition("#")[2]
+    page.locator("#settings-toggle").click()
+    page.get_by_label("System prompt").fill("Be kind.")
+    page.locator("#new").click()  # within the moment that settings wait for more to be typed
+    say(page, "another")
+    second = page.url.rpartition("#")[2]
+
+    def system(name: str) -> object:
+        with urllib.request.urlopen(f"{server.url}/page/api/conversations/{name}", timeout=5) as answer:
+            return json.load(answer)["conversation"]["settings"].get("system")
+
+    assert first != second
+    assert (system(first), system(second)) == ("Be kind.", None)
 
 
 def test_the_skip_link_goes_to_the_field_and_stays_in_the_conversation(

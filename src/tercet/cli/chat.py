@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -128,11 +130,13 @@ def _show(session: ChatSession, answer: Iterator[str]) -> None:
     """Print an answer as it comes; Ctrl-C stops it and what came stays in the conversation."""
     from tercet.cli.prompt import spent
 
-    with contextlib.closing(answer):  # type: ignore[type-var]  # a generator
+    with contextlib.closing(answer), _noting_interrupts() as interrupted:  # type: ignore[type-var]  # a generator
         try:
             for piece in answer:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
@@ -145,6 +149,29 @@ def _show(session: ChatSession, answer: Iterator[str]) -> None:
     print()
     if sys.stdin.isatty() and session.last is not None:
         _note(f"({spent(session.last)})")
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which raises KeyboardInterrupt as ever.
+
+    A library in whose callback it happens to be raised may swallow it; the next piece of the answer then
+    finds the event.
+    """
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came  # Python lets only the main thread set handlers
+        return
+
+    def note(*_: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _note(text: str) -> None:

@@ -181,8 +181,8 @@ def told(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot use {path}: {problem}; check that it can be written to and that the disk has room"
         ) from problem
-    except sqlite3.IntegrityError:
-        raise  # a mistake of the program's
+    except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+        raise  # a mistake of the program's, such as a connection that is closed
     except sqlite3.DatabaseError as problem:
         raise UserError(
             f"{path} is damaged or no database ({problem}); move it away to begin anew"

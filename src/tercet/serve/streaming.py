@@ -7,6 +7,7 @@ ends first ends the other. So it is for the deadline.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
@@ -122,7 +123,10 @@ class _EventStream(Response):
             last = self._error(api_error(problem))
         finally:
             await self._chunks.aclose()
-        await send({"type": "http.response.body", "body": last})
+        # A client that reads nothing must not hold its place for ever.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._request.app.state.settings.read_timeout):
+                await send({"type": "http.response.body", "body": last})
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.body", "body": self._first, "more_body": True})

@@ -14,7 +14,7 @@ import platform
 import time
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,7 +107,8 @@ def calibrate(
     else:
         speed = measure_accelerator(model, _random_batch(model, rows, time_steps, packed), kind, packed)
     if before is not None and AGREE < speed.tokens_per_second / before.tokens_per_second < 1 / AGREE:
-        speed = before  # the machine is as it was, so the plan is too
+        # The machine is as it was, so the plan is too; but a compiler may be gone since.
+        speed = replace(before, compiled=speed.compiled)
     else:
         with suppress(UserError):  # a cache that can't be written makes plans less repeatable, nothing else
             write_json(path, {name: asdict(value) for name, value in {**known, key: speed}.items()})

@@ -80,6 +80,7 @@ function remember(value) {
 // Which conversation
 
 async function open(id, push = true) {
+  settings.flush();
   state.events?.close();
   Object.assign(state, { id, view: null, events: null, running: new Map() });
   state.asked++;

@@ -93,10 +93,19 @@ export function notice(text) {
   $("notice").textContent = text || "";
 }
 
+/** ``run`` when nothing has come for a while; ``.now()``: at once, if something waits. */
 export function debounced(run, milliseconds) {
-  let timer = 0;
-  return (...given) => {
+  let timer = 0, waiting = null;
+  const now = () => {
     clearTimeout(timer);
-    timer = setTimeout(() => run(...given), milliseconds);
+    const given = waiting;
+    waiting = null;
+    if (given) run(...given);
   };
+  const later = (...given) => {
+    waiting = given;
+    clearTimeout(timer);
+    timer = setTimeout(now, milliseconds);
+  };
+  return Object.assign(later, { now });
 }

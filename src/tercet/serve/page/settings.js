@@ -19,6 +19,7 @@ export class Settings {
     this.inputs = new Map();
     this.rest = {};
     const tell = debounced(() => changed(this.value()), 300);
+    this.flush = tell.now; // what was just typed belongs to the conversation that is open
     const form = $("settings-form");
     const system = h("textarea", { id: "set-system", rows: 4, placeholder: "Who should the model be?" });
     this.inputs.set("system", system);
