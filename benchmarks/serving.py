@@ -205,7 +205,8 @@ def llama(python: str, gguf: str) -> Server:
     port = free_port()
     command = [python, "-m", "llama_cpp.server", "--model", gguf, "--host", HOST, "--port", str(port)]
     command += ["--n_ctx", "2048", "--n_threads", "2", "--n_threads_batch", "2", "--verbose", "false"]
-    command += ["--model_alias", "bench"]
+    # By default a new request ends the one that runs: no client among several would get an answer.
+    command += ["--model_alias", "bench", "--interrupt_requests", "false"]
     return Server("llama_cpp.server", command, port, "bench", "/v1/models")
 
 
