@@ -36,9 +36,7 @@ class Settings:
     learning_rate: float | None = None  # peak, of the matrices; AdamW: of everything
     embedding_rate: float | None = None
     weight_decay: float | None = None
-    device: str | None = (
-        None  # where to train: cuda, cuda:1, mps, cpu; None: the first of those that is there
-    )
+    device: str | None = None  # cuda, cuda:1, mps, cpu; None: the first of those that is there
     parallel: str | None = None  # under torchrun: ddp (None), or fsdp, where processes share the weights
     curate: str | None = None  # the rules of a first stage that cleans the data; None: as it is
     pairs: tuple[str, ...] = ()  # files of minimal pairs (BLiMP's form) that the network is measured on
