@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from tercet.data.batches import IGNORED
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
+from tercet.train.cpu import kernels
 from tercet.train.cpu.passes import QUERIES, Rows
 from tercet.train.cpu.step import Stepper
 from tercet.train.cpu.support import supports
@@ -115,6 +117,42 @@ def test_a_step_repeats_bit_for_bit() -> None:
     for _ in range(3):
         assert stepper.gradients([batch])[0] == first
         assert all(torch.equal(value, before[name]) for name, value in gradients(model).items())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_no_sum_depends_on_where_arrays_lie_in_memory(dtype: Any) -> None:
+    # LLVM's name for the choice between two versions of a loop that it makes by the arrays' distance. With
+    # it about one short run in a hundred ended in other bytes than the one before.
+    generator = np.random.default_rng(0)
+
+    def numbers(*shape: int) -> Any:
+        return generator.random(shape, np.float32)
+
+    def values(*shape: int) -> Any:
+        return numbers(*shape) if dtype is np.float32 else np.zeros(shape, dtype)
+
+    eps, sees = np.float32(1e-6), np.zeros((1, 6), np.int64)
+    calls: dict[Any, tuple[Any, ...]] = {
+        kernels.softmax: (values(2, 12, 6), sees, 2, 0, 0),
+        kernels.cross_entropy: (values(4, 40), np.arange(4), eps, eps, numbers(4)),
+        kernels.add_and_norm: (numbers(4, 32), values(4, 32), numbers(32), eps, numbers(4, 32), values(4, 32), numbers(4)),
+        kernels.norm_backward: (
+            numbers(4, 32), numbers(32), numbers(4), values(4, 32), numbers(4, 32), numbers(32), values(4, 32),
+        ),
+        kernels.heads_backward: (
+            values(6, 64), numbers(16), numbers(16), True, numbers(6, 8), numbers(6, 8), np.arange(6)[None], eps,
+            numbers(6, 3), values(1, 12, 16), numbers(1, 6, 16), numbers(1, 6, 16), values(6, 64), numbers(16),
+            numbers(16),
+        ),
+    }  # fmt: skip
+    for kernel, arguments in calls.items():
+        options = {key: value for key, value in kernel.targetoptions.items() if key != "nopython"}
+        fresh = njit(pipeline_class=kernel._compiler.pipeline_class, **options)(kernel.py_func)
+        fresh(*arguments)
+        assert "vector.memcheck" not in "".join(fresh.inspect_llvm().values()), kernel.__name__
+    careless = njit(fastmath=kernels.FAST)(kernels.softmax.py_func)
+    careless(*calls[kernels.softmax])
+    assert "vector.memcheck" in "".join(careless.inspect_llvm().values()), "what is looked for exists"
 
 
 def test_the_z_loss_has_the_gradient_of_the_squared_log_normaliser() -> None:
