@@ -309,7 +309,13 @@ def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows:
     return out
 
 
-def quality(data: Path, minutes: float, seeds: int, sweep: bool, part_seeds: int) -> None:
+def quality(
+    data: Path, minutes: float, seeds: int, sweep: bool, part_seeds: int, sweep_minutes: float
+) -> None:
+    """``sweep``: every pair of rate and rows, as long as ours and with all seeds; with ``sweep_minutes``
+
+    only so long and with one seed, after which the best pair goes on in full.
+    """
     texts = documents(data)
     train, held = [], []
     for text in texts:
@@ -325,6 +331,25 @@ def quality(data: Path, minutes: float, seeds: int, sweep: bool, part_seeds: int
         ours: list[float] = []
         part: list[float] = []
         theirs: dict[tuple[float, int], list[float]] = {}
+
+        def peer_bits(rate: float, rows: int, seed: int, minutes: float) -> float:
+            out = directory / f"peer{seed}-{rate}-{rows}-{minutes}"
+            arguments = [str(directory / "train.json"), str(out), minutes, rate, rows, seed]
+            subprocess.run(
+                [sys.executable, __file__, "peer", *map(str, arguments)],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+            value = bits_per_byte(out, held)
+            print(
+                f"trainer, rate {rate:g}, {rows} rows, seed {seed}, {minutes:g} minutes: {value:.4f}",
+                flush=True,
+            )
+            return value
+
+        if sweep_minutes:
+            short = {pair: peer_bits(*pair, 0, sweep_minutes) for pair in pairs}
+            pairs = [min(short, key=lambda pair: short[pair])]
         for seed in range(seeds):
             for share, values in [(1.0, ours), *([(PART, part)] if seed < part_seeds else [])]:
                 out = directory / f"ours{seed}-{share}"
@@ -335,16 +360,7 @@ def quality(data: Path, minutes: float, seeds: int, sweep: bool, part_seeds: int
                 values.append(bits_per_byte(out / "model", held))
                 print(f"tercet, seed {seed}: {values[-1]:.4f} bits per byte, {took:.0f} s in all", flush=True)
             for rate, rows in pairs:
-                peer = directory / f"peer{seed}-{rate}-{rows}"
-                arguments = [str(directory / "train.json"), str(peer), minutes, rate, rows, seed]
-                subprocess.run(
-                    [sys.executable, __file__, "peer", *map(str, arguments)],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                )
-                value = bits_per_byte(peer, held)
-                theirs.setdefault((rate, rows), []).append(value)
-                print(f"trainer, rate {rate:g}, {rows} rows, seed {seed}: {value:.4f}", flush=True)
+                theirs.setdefault((rate, rows), []).append(peer_bits(rate, rows, seed, minutes))
     best = min(theirs, key=lambda pair: statistics.mean(theirs[pair]))
     mean, peer_mean = statistics.mean(ours), statistics.mean(theirs[best])
     print(
@@ -374,6 +390,9 @@ def main() -> None:
     two.add_argument("--seeds", type=int, default=3)
     two.add_argument("--part-seeds", type=int, default=1)
     two.add_argument("--sweep", action="store_true")
+    two.add_argument(
+        "--sweep-minutes", type=float, default=0, help="sweep so long, then the best pair in full"
+    )
     three = kinds.add_parser("one")
     three.add_argument("side")
     three.add_argument("rows", type=int)
@@ -392,7 +411,14 @@ def main() -> None:
         rate, rows, seed = float(arguments.rate), int(arguments.rows), int(arguments.seed)
         peer_quality(texts, Path(arguments.out), float(arguments.minutes), rate, rows, seed)
     else:
-        quality(arguments.data, arguments.minutes, arguments.seeds, arguments.sweep, arguments.part_seeds)
+        quality(
+            arguments.data,
+            arguments.minutes,
+            arguments.seeds,
+            arguments.sweep or arguments.sweep_minutes > 0,
+            arguments.part_seeds,
+            arguments.sweep_minutes,
+        )
 
 
 if __name__ == "__main__":

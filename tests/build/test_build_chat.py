@@ -18,7 +18,7 @@ from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
-SMALL = {"layers": 1, "width": 64, "vocab_size": 300, "context": 64, "batch_tokens": 512}
+SMALL = {"layers": 2, "width": 64, "vocab_size": 300, "context": 64, "batch_tokens": 512}
 QUESTIONS = {"colour": "red", "animal": "cat", "number": "two"}
 
 
@@ -52,7 +52,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(text: Path, conversations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "run"
-    build(text, out, tokens=20_000, chat=conversations, chat_epochs=20, **SMALL)
+    build(text, out, tokens=20_000, chat=conversations, chat_epochs=40, **SMALL)
     return out
 
 
@@ -106,7 +106,7 @@ def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
         "    if path.parent.name == 'chat' and progressed.step > 30:\n"
         "        print('saved', flush=True); time.sleep(60)\n"
         "state.save_state = slow\n"
-        f"build(sys.argv[1], sys.argv[2], tokens=20_000, chat=sys.argv[3], chat_epochs=20, **{SMALL!r})"
+        f"build(sys.argv[1], sys.argv[2], tokens=20_000, chat=sys.argv[3], chat_epochs=40, **{SMALL!r})"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(text), str(out), str(conversations)],
@@ -121,7 +121,7 @@ def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
     child.wait()
     # What pre-training made is not made again.
     weights = (out / "base" / "model.safetensors").stat().st_mtime_ns
-    build(text, out, tokens=20_000, chat=conversations, chat_epochs=20, **SMALL)
+    build(text, out, tokens=20_000, chat=conversations, chat_epochs=40, **SMALL)
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns == weights
     for part in ("base", "model"):
         assert (out / part / "model.safetensors").read_bytes() == (

@@ -1,8 +1,9 @@
 """Muon for the matrices of the blocks, AdamW for everything else.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that every
-direction of it moves by the same amount; AdamW gives each single weight a rate of its own, which suits
-embeddings and norms better.
+direction of it moves by the same amount. Its rows, each what one neuron reads, come out unequally long;
+NorMuon (Li et al. 2025, arXiv:2510.05491) divides each by its own recent length. AdamW gives each single
+weight a rate of its own, which suits embeddings and norms better.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Muon(torch.optim.Optimizer):
     lr is the spectral norm of an update of a square matrix; a tall one [R, C] moves sqrt(R / C) times
     as far, so that outputs change alike. Weight decay is decoupled.
 
+    row_decay: how much of the rows' mean squares is kept from step to step. Each row is divided by the root
+        of its own, and the whole made as long again as it was (NorMuon). 0: rows stay as they are.
     threads: matrices are shared out among so many. dtype: of the products.
     """
 
@@ -64,8 +67,10 @@ class Muon(torch.optim.Optimizer):
         steps: int = len(POLAR),
         dtype: torch.dtype = torch.bfloat16,
         threads: int = 1,
+        row_decay: float = 0.0,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "row_decay": row_decay}
+        super().__init__(parameters, settings)
         self.steps, self.dtype, self._threads = steps, dtype, threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -99,27 +104,50 @@ class Muon(torch.optim.Optimizer):
             ahead.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov's
         rows, columns = parameters[0].shape
         size = -group["lr"] * max(1.0, rows / columns) ** 0.5
-        for parameter, direction in zip(parameters, self._directions(ahead), strict=True):
-            if group["weight_decay"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(direction.to(parameter.dtype), alpha=size)
-
-    def _directions(self, ahead: list[Tensor]) -> Sequence[Tensor]:
-        if hasattr(ahead[0], "full_tensor"):
-            return [self._sharded_direction(one) for one in ahead]
-        return orthogonalized(torch.stack(ahead), self.steps, self.dtype).unbind()
-
-    def _sharded_direction(self, ahead: Tensor) -> Tensor:
         # A sharded matrix: every process orthogonalises the whole of it and keeps its own rows. That costs
         # each the time one process would take, and no second exchange.
-        from torch.distributed.tensor import DTensor, Replicate
+        whole = torch.stack([one.full_tensor() if hasattr(one, "full_tensor") else one for one in ahead])
+        directions = orthogonalized(whole, self.steps, self.dtype).to(whole.dtype)
+        if group["row_decay"]:
+            factors = self._row_factors(parameters, directions, group["row_decay"])
+        else:
+            factors = directions.new_ones(len(parameters), 1, 1)
+        for parameter, direction, factor in zip(parameters, directions, factors, strict=True):
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if hasattr(parameter, "full_tensor"):
+                parameter.add_(_shared_like(direction * factor, parameter), alpha=size)
+            else:
+                parameter.addcmul_(direction, factor.to(direction.dtype), value=size)
 
-        assert isinstance(ahead, DTensor)
-        direction = orthogonalized(ahead.full_tensor(), self.steps, self.dtype).to(ahead.dtype)
-        copies = [Replicate()] * ahead.device_mesh.ndim
-        return DTensor.from_local(direction, ahead.device_mesh, copies).redistribute(
-            placements=ahead.placements
-        )
+    def _row_factors(self, parameters: list[nn.Parameter], directions: Tensor, decay: float) -> Tensor:
+        """[P, R, 1]: what each row of ``directions`` [P, R, C] is multiplied by.
+
+        The mean squares begin at zero and are not corrected for it: what is common to all rows cancels.
+        """
+        norms = torch.linalg.vector_norm(directions, dim=2, dtype=torch.float32)
+        squares = norms.square()
+        kept = []
+        for parameter, square in zip(parameters, squares, strict=True):
+            state = self.state[parameter]
+            if "row_square" not in state:
+                state["row_square"] = torch.zeros_like(square)
+            kept.append(state["row_square"].lerp_(square / directions.shape[2], 1 - decay))
+        factors = 1 / (torch.stack(kept).sqrt() + 1e-8)
+        before, after = squares.sum(1), (squares * factors.square()).sum(1)
+        length: Tensor = (before / (after + 1e-20)).sqrt()
+        return (factors * length[:, None])[..., None]
+
+
+def _shared_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The part of ``whole``, which every process holds, that ``parameter``'s shard has."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(parameter, DTensor)
+    copies = [Replicate()] * parameter.device_mesh.ndim
+    return DTensor.from_local(whole, parameter.device_mesh, copies).redistribute(
+        placements=parameter.placements
+    )
 
 
 def _alike(parameters: Sequence[nn.Parameter], threads: int) -> list[list[nn.Parameter]]:
@@ -147,6 +175,7 @@ class Rates:
     weight_decay: float = 0.1  # on matrices
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.95  # Muon's
+    row_decay: float = 0.95  # Muon's
     polar_steps: int = len(POLAR)
 
 
@@ -183,6 +212,7 @@ class Optimizer:
                     rates.polar_steps,
                     dtype,
                     threads,
+                    rates.row_decay,
                 )
             )
         settings = [
