@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tercet.build.pretrain import build
+from tercet.build.scaling import Law
 from tercet.cli.main import main
 
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32"]
@@ -54,6 +56,30 @@ def test_tiny_runs_predict_the_loss_of_a_larger_one(
     made = build(corpus, tmp_path / "run", flops=3e11, context=32)
     assert made.predicted["bits_per_byte"] == pytest.approx(plan["bits_per_byte"])
     assert made.bits_per_byte == pytest.approx(plan["bits_per_byte"], rel=0.25)
+
+
+def test_tiny_runs_are_measured_on_the_same_text(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each once held out a part of what it had itself read, and a larger budget seemed to reach less."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tercet.build.plan.LADDER", ((1, 32), (2, 32)))
+    for module in (
+        "estimate",
+        "pretrain",
+    ):  # as if the corpus were so large that a short run reads less of it
+        monkeypatch.setattr(f"tercet.build.{module}.reading_limit", lambda plan: 30_000 + plan.tokens // 10)
+    texts: list[tuple[int, int]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        made = build(*args, **kwargs)
+        texts.append((made.corpus.bytes, made.corpus.heldout_bytes))
+        return made
+
+    monkeypatch.setattr("tercet.build.estimate.build", watched)
+    monkeypatch.setattr("tercet.build.estimate.fit", lambda points: Law(0.0, 1.0, 0.1, tuple(points)))
+    assert main(["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32", "--fit"]) == 0
+    assert len(texts) == 4 and len(set(texts)) == 1
 
 
 def test_prices_give_a_cost_and_unknown_names_are_refused(

@@ -70,7 +70,7 @@ def estimate(
     flops = 6.0 * config.matmul_parameters * plan.tokens
     law = remembered(law_key(asked))
     if fit_law:
-        law = _fitted(asked, flops)
+        law = _fitted(asked, flops, asked.read_bytes or reading_limit(plan))
     size, complete = _size(asked, plan)
     prices = prices or {}
     return Estimate(
@@ -111,7 +111,7 @@ BYTES_PER_TOKEN = 3.3  # of English or source code with the vocabularies built h
 
 def _size(asked: Settings, plan: Plan) -> tuple[int, bool]:
     """Bytes of text, counted until there are enough for the run; and whether that was all."""
-    enough = reading_limit(plan)
+    enough = asked.read_bytes or reading_limit(plan)
     size = 0
     for document in read_documents(asked.data):
         size += len(document.text.encode())
@@ -125,7 +125,8 @@ def _vectors(layers: int, width: int, head_dim: int) -> int:
     return layers * (2 * width + 2 * head_dim) + width
 
 
-def _fitted(asked: Settings, flops: float) -> Law:
+def _fitted(asked: Settings, flops: float, read_bytes: int) -> Law:
+    """From tiny runs that read the text of the large one: what each holds out, and is measured on, is the same."""
     points = []
     names = ("context", "optimizer", "seed")
     for number, fraction in enumerate(FRACTIONS, start=1):
@@ -135,6 +136,7 @@ def _fitted(asked: Settings, flops: float) -> Law:
                 asked.data,
                 Path(directory) / "run",
                 flops=fraction * flops,
+                read_bytes=read_bytes,
                 **{name: getattr(asked, name) for name in names},
             )
         points.append(Point(6.0 * made.matmul_parameters * made.tokens, made.bits_per_byte))

@@ -42,6 +42,7 @@ class Settings:
     pairs: tuple[str, ...] = ()  # files of minimal pairs (BLiMP's form) that the network is measured on
     chat: str | None = None  # a file of conversations: the last stage makes a chat model of the base
     chat_epochs: float | None = None  # passes over them; None: 3
+    read_bytes: int | None = None  # of text at most; None: what the budget has use for
     z_loss: float = 0.0  # weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)
     seed: int = 0  # of weights and data order
 
@@ -74,7 +75,7 @@ class Settings:
             raise UserError("give one of --minutes, --tokens and --flops: each decides how long the run is")
         positive = (
             "minutes", "tokens", "flops", "layers", "width", "vocab_size", "context", "batch_tokens",
-            "learning_rate", "embedding_rate", "chat_epochs",
+            "learning_rate", "embedding_rate", "chat_epochs", "read_bytes",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)

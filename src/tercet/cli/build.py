@@ -88,6 +88,10 @@ def build(
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(metavar="W", help="On matrices.")] = None,
     z_loss: Annotated[float, typer.Option(metavar="W", help="Keeps the softmax's normaliser near 1.")] = 0.0,
+    read_bytes: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Bytes of text to read; default: what the budget has use for."),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights and data order.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -120,6 +124,7 @@ def build(
         learning_rate=learning_rate,
         embedding_rate=embedding_rate,
         weight_decay=weight_decay,
+        read_bytes=read_bytes,
         z_loss=z_loss,
         seed=seed,
     )
