@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tercet.cli.main import main
 
-sys.exit(main())
+status = main()
+if "WORLD_SIZE" in os.environ:  # torchrun's
+    from tercet.train.ranks import leave
+
+    leave(status)
+sys.exit(status)

@@ -18,10 +18,10 @@ from tercet.errors import UserError
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32", "--batch-tokens", "256"]
 # The measured speed of a busy machine must not decide in what type it computes.
 START = (
-    "import tercet.train.calibrate as calibrate, sys\n"
+    "import tercet.train.calibrate as calibrate\n"
     "calibrate._measure = lambda *a: calibrate.Speed(3_000.0, 'float32', 1)\n"
-    "from tercet.cli.main import main\n"
-    "sys.exit(main(sys.argv[1:]))\n"
+    "import runpy\n"
+    "runpy.run_module('tercet', run_name='__main__')\n"
 )
 
 

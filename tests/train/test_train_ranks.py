@@ -40,7 +40,7 @@ SCRIPT = textwrap.dedent(
     from tercet.train.loop import Recipe, train
     from tercet.train.loss import Batch
     from tercet.train.optimizer import Rates
-    from tercet.train.ranks import open_ranks
+    from tercet.train.ranks import leave, open_ranks
     from tercet.train.schedule import Schedule
 
     directory, parallel, kind, stop_at = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -75,6 +75,7 @@ SCRIPT = textwrap.dedent(
         if ranks.first:
             save_file({name: value.detach().clone() for name, value in result.named_parameters()},
                       directory / "weights.safetensors")
+    leave(0)
     """
 )
 

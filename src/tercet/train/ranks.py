@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -126,8 +127,20 @@ def open_ranks() -> Iterator[Ranks]:
                 stack.enter_context(contextlib.redirect_stdout(silent))
             here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             yield Ranks(rank, size, max(1, size // here), launched=True)
+        dist.barrier()  # none takes the group apart while another still needs it
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End a process of several at once.
+
+    When Python takes PyTorch apart at its ordinary exit, now and then a thread of the group is still there,
+    and C++ aborts a process that has done all of its work: torchrun would call the run failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class AddedGradients:
