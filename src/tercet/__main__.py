@@ -8,7 +8,7 @@ import sys
 from tercet.cli.main import main
 
 status = main()
-if "WORLD_SIZE" in os.environ:  # torchrun's
+if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several that torchrun started
     from tercet.train.ranks import leave
 
     leave(status)

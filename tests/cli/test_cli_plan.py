@@ -68,7 +68,10 @@ def test_tiny_runs_are_measured_on_the_same_text(
         "estimate",
         "pretrain",
     ):  # as if the corpus were so large that a short run reads less of it
-        monkeypatch.setattr(f"tercet.build.{module}.reading_limit", lambda plan: 30_000 + plan.tokens // 10)
+        monkeypatch.setattr(
+            f"tercet.build.{module}.reading_limit",
+            lambda plan, asked: asked.read_bytes or 30_000 + plan.tokens // 10,
+        )
     texts: list[tuple[int, int]] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:

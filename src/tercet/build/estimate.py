@@ -70,7 +70,7 @@ def estimate(
     flops = 6.0 * config.matmul_parameters * plan.tokens
     law = remembered(law_key(asked))
     if fit_law:
-        law = _fitted(asked, flops, asked.read_bytes or reading_limit(plan))
+        law = _fitted(asked, flops, reading_limit(plan, asked))
     size, complete = _size(asked, plan)
     prices = prices or {}
     return Estimate(
@@ -111,7 +111,7 @@ BYTES_PER_TOKEN = 3.3  # of English or source code with the vocabularies built h
 
 def _size(asked: Settings, plan: Plan) -> tuple[int, bool]:
     """Bytes of text, counted until there are enough for the run; and whether that was all."""
-    enough = asked.read_bytes or reading_limit(plan)
+    enough = reading_limit(plan, asked)
     size = 0
     for document in read_documents(asked.data):
         size += len(document.text.encode())

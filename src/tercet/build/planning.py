@@ -177,18 +177,20 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     )
     memory = peak_memory(device)
     if not on_gpu:
-        sample = min(asked.read_bytes or reading_limit(plan), TOKENIZER_SAMPLE)
+        sample = min(reading_limit(plan, asked), TOKENIZER_SAMPLE)
         memory += MEMORY_BESIDE + MEMORY_A_BYTE * sample
     return replace(plan, predicted={**plan.predicted, "memory_bytes": memory})
 
 
-def reading_limit(plan: Plan) -> int:
+def reading_limit(plan: Plan, asked: Settings) -> int:
     """Bytes of text that are read: enough to train on once, or as many as cost a few hundredths of the run.
 
     Text beyond what is trained on is not wasted: steps are drawn from all of it, so that a run does not
     see the beginning of a corpus alone. The run's length is reckoned from its operations and not from
     this machine's speed: the same text is read anywhere.
     """
+    if asked.read_bytes is not None:
+        return asked.read_bytes
     once = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
     weights = network(plan.layers, plan.width, plan.vocab_size, plan.context).matmul_parameters
     return max(once, int(READ_A_SECOND * 6 * weights * plan.tokens / NOMINAL_FLOPS))

@@ -173,7 +173,7 @@ def _prepare(
         vocab_size=asked.vocab_size,
         digits=cast(Digits, asked.digits),
         whitespace=cast(Whitespace, asked.whitespace),
-        limit=asked.read_bytes or reading_limit(plan),
+        limit=reading_limit(plan, asked),
         decontaminator=Decontaminator(exclude) if exclude else None,
         vocabulary=conversation_texts(conversations),
         key=key,
