@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tercet.build.corpus import PIECE, open_stream, pieces, split, write_stream
-from tercet.build.initialize import initialize
+from tercet.build.initialize import CONSTANT, initialize, look_nearby
 from tercet.build.plan import LADDER, network, shape_for
 from tercet.build.pretrain import build
 from tercet.build.spool import Spool
 from tercet.build.vocabulary import bytes_per_token, train_tokenizer
 from tercet.errors import UserError
+from tercet.model.loading import save_model
 from tercet.model.transformer import Transformer
 from tercet.train.loop import STATE
 from tercet.train.state import load_progress
@@ -229,13 +230,38 @@ def test_no_more_than_twice_the_share_is_held_out_of_long_texts(tmp_path: Path) 
         assert 0.005 < held / total < 0.025
 
 
-def test_of_one_long_text_the_end_is_held_out(tmp_path: Path) -> None:
+def test_of_one_long_text_a_stretch_is_held_out(tmp_path: Path) -> None:
     text = "".join(f"line {number}\n" for number in range(10_000))
     with spool_of(tmp_path / "texts", [text]) as spool:
         division = split(spool)
-        [(_, train)], [(_, held)] = list(division.train(spool)), list(division.heldout(spool))
-    assert train + held == text and held.startswith("line ")
+        train, [(_, held)] = [part for _, part in division.train(spool)], list(division.heldout(spool))
+    assert held.join(train) == text and len(train) == 2
+    assert held.startswith("line ") and held.endswith("\n")
     assert 0.05 < len(held) / len(text) < 0.2
+
+
+def test_of_few_books_a_stretch_of_each_is_held_out(tmp_path: Path) -> None:
+    """One book of 48 once was held out, and what the model made of that one was told for all."""
+    books = [
+        "".join(f"line {number} of {book}\n" for number in range(4000 + 50 * book)) for book in range(48)
+    ]
+    with spool_of(tmp_path / "texts", books) as spool:
+        division = split(spool)
+        train, held = list(division.train(spool)), list(division.heldout(spool))
+        assert split(spool) == division
+    assert [index for index, _ in held] == list(range(48))
+    for index, part in held:
+        assert part.join(text for which, text in train if which == index) == books[index]
+        assert 0.005 < len(part) / len(books[index]) < 0.02
+    places = [books[index].index(part) / len(books[index]) for index, part in held]
+    assert min(places) < 0.2 and max(places) > 0.8, "from anywhere in a book"
+
+
+def test_of_very_short_texts_the_longest_are_judged(tmp_path: Path) -> None:
+    texts = ["x" * 30] * 5 + ["".join(f"line {number}\n" for number in range(1000))] + ["yy"] * 3
+    with spool_of(tmp_path / "texts", texts) as spool:
+        held = list(split(spool).heldout(spool))
+    assert [index for index, _ in held] == [5] and len(held[0][1]) > 500
 
 
 def test_documents_stand_between_end_of_text_tokens() -> None:
@@ -397,3 +423,28 @@ def test_minimal_pairs_are_measured_in_the_run_and_at_its_end(corpus: Path, tmp_
     assert "100.0% of 4 right" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(UserError, match="there is no file or directory"):
         build(corpus, tmp_path / "other", tokens=20_000, pairs=["nowhere.jsonl"], **SMALL)
+
+
+@pytest.mark.parametrize(("width", "layers"), [(96, 2), (128, 2), (384, 1)])
+def test_two_heads_of_a_layer_begin_by_looking_back(tmp_path: Path, width: int, layers: int) -> None:
+    """Seen through transformers: which tokens they attend to, and that no logit knows of the constant."""
+    config = network(layers, width, 300, 64)
+    model = Transformer(config)
+    initialize(model, 0)
+    look_nearby(model)
+    save_model(model, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = theirs(tokens, output_attentions=True)
+        for attention in found.attentions:
+            for head, back in ((0, 1), (1, 2)):
+                far = [attention[:, head].diagonal(-distance, 1, 2).mean() for distance in range(8)]
+                assert max(range(8), key=lambda distance: far[distance]) == back
+                assert far[back] > 3 / 64, "chance"
+        theirs.model.embed_tokens.weight[:, 0] += 1
+        shifted = theirs.lm_head(theirs.model(inputs_embeds=model.model.embed_tokens.weight[tokens])[0])
+    assert (
+        CONSTANT == model.model.embed_tokens.weight[:, 0].max() == model.model.embed_tokens.weight[:, 0].min()
+    )
+    assert torch.allclose(found.logits, shifted, atol=1e-5)

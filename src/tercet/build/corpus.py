@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,8 @@ from tercet.progress import Progress, say
 
 TOKENIZER_SAMPLE = 20_000_000  # bytes a tokenizer is trained on; merges change little beyond
 LEAST_TEXT = 20_000  # characters
+FEWEST_HELD = 10  # held-out texts; fewer would be an accident of which
+LEAST_STRETCH = 500  # characters held out of a text, on average
 # The tokenizers library keeps a hundred bytes for each token of what it encodes at once: long texts go in pieces.
 ENCODED_AT_ONCE, PIECE = 1_000_000, 100_000  # characters
 # Where no word of `word_pattern` goes on: before a line that begins with no white space, and before a space
@@ -56,38 +58,40 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Split:
-    """Which texts are held out: whole ones, or the rest of one from a character on."""
+    """Which texts are held out whole, and of which a stretch is: characters (begin, end)."""
 
     held: frozenset[int]
-    cut: tuple[int, int] | None = None
+    stretches: Mapping[int, tuple[int, int]]
 
     def train(self, spool: Spool) -> Iterator[tuple[int, str]]:
-        """The training texts with their numbers."""
+        """The training texts with their numbers; what lies before a stretch and after it, apart."""
         for index in range(len(spool)):
-            if self.cut is not None and index == self.cut[0]:
-                yield index, spool[index][: self.cut[1]]
+            if index in self.stretches:
+                begin, end = self.stretches[index]
+                text = spool[index]
+                yield from ((index, part) for part in (text[:begin], text[end:]) if part.strip())
             elif index not in self.held:
                 yield index, spool[index]
 
     def heldout(self, spool: Spool) -> Iterator[tuple[int, str]]:
         """The held-out texts with their numbers."""
-        if self.cut is not None:
-            yield self.cut[0], spool[self.cut[0]][self.cut[1] :]
         for index in sorted(self.held):
             yield index, spool[index]
+        for index in sorted(self.stretches):
+            begin, end = self.stretches[index]
+            yield index, spool[index][begin:end]
 
 
 def split(spool: Spool, share: float = 0.01) -> Split:
     """Which texts of ``spool`` are held out.
 
     Those whose content hashes lowest, until they make up ``share`` of the text and a few thousand
-    characters at least, and not twice that; so adding documents moves few others. Where there are less than
-    20 documents, or all are too long for that, it is the end of the longest one instead.
+    characters at least, and not twice that; so adding documents moves few others. Where that is fewer than
+    `FEWEST_HELD` texts (a dozen books), one of them would speak for all, and what is held out is a stretch of
+    each text instead. Its place is chosen by the hash as well: texts often end alike, with a licence say.
     """
     total = sum(spool.lengths)
     wanted = max(share * total, min(20_000, 0.1 * total))
-    if len(spool) < 20:
-        return Split(frozenset(), _tail(spool, int(wanted)))
     chosen: set[int] = set()
     size = 0
     for index in sorted(range(len(spool)), key=spool.digest):
@@ -96,19 +100,29 @@ def split(spool: Spool, share: float = 0.01) -> Split:
         if size + spool.lengths[index] <= 2 * wanted:
             chosen.add(index)
             size += spool.lengths[index]
-    if not chosen:
-        return Split(frozenset(), _tail(spool, int(wanted)))
-    return Split(frozenset(chosen))
+    if len(chosen) >= FEWEST_HELD:
+        return Split(frozenset(chosen), {})
+    # Of very short texts no stretch can be judged: then of the longest only.
+    count = min(len(spool), max(1, int(wanted / LEAST_STRETCH)))
+    longest = sorted(range(len(spool)), key=spool.lengths.__getitem__, reverse=True)[:count]
+    part = wanted / max(1, sum(spool.lengths[index] for index in longest))
+    found = {index: _stretch(spool, index, int(part * spool.lengths[index])) for index in longest}
+    return Split(frozenset(), {index: place for index, place in found.items() if place[0] < place[1]})
 
 
-def _tail(spool: Spool, size: int) -> tuple[int, int] | None:
-    """Where the last ``size`` characters of the longest text begin, from a line's start where there is one."""
-    if not len(spool):
-        return None
-    longest = max(range(len(spool)), key=spool.lengths.__getitem__)
-    text = spool[longest]
-    line = text.find("\n", len(text) - size)
-    return longest, line + 1 if 0 < line < len(text) - size // 2 else len(text) - size
+def _stretch(spool: Spool, index: int, size: int) -> tuple[int, int]:
+    """Where about ``size`` characters of a text begin and end, at lines' ends where there are some near."""
+    text = spool[index]
+    latest = max(0, len(text) - size)
+    place = int.from_bytes(spool.digest(index)[8:], "big") % (latest + 1)
+
+    def line(near: int) -> int:
+        found = text.find("\n", near, near + size // 4)
+        return near if found < 0 else found + 1
+
+    begin = line(place) if place else 0
+    end = min(begin + size, len(text))
+    return begin, end if end == len(text) else line(end)
 
 
 def gather(documents: Iterable[Document], limit: int) -> Iterator[Document]:
@@ -234,12 +248,13 @@ def _write_part(
     directory: Path, name: str, tokenizer: Tokenizer, texts: Iterable[tuple[int, str]], spool: Spool
 ) -> _Part:
     """Write NAME.bin, NAME.starts.npy and NAME.sources.npy."""
-    sources, size = array("H"), 0
+    sources, documents, size = array("H"), set[int](), 0
 
     def counted() -> Iterator[str]:
         nonlocal size
         for index, text in texts:
             sources.append(spool.sources[index])
+            documents.add(index)
             size += len(text.encode())
             yield text
 
@@ -247,7 +262,7 @@ def _write_part(
         starts = write_stream(tokenizer, counted(), stream, spool.total_bytes if name == "train" else 0)
     np.save(directory / f"{name}.starts.npy", starts)
     np.save(directory / f"{name}.sources.npy", np.array(sources, np.uint16))
-    return _Part(len(sources), size, int(starts[-1]))
+    return _Part(len(documents), size, int(starts[-1]))
 
 
 def token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

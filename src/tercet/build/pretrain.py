@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tercet.build.chat import Chatted, conversation_texts, learn_to_chat, read_conversations
 from tercet.build.corpus import Corpus, open_stream, prepare
-from tercet.build.initialize import initialize
+from tercet.build.initialize import initialize, look_nearby
 from tercet.build.plan import network
 from tercet.build.planning import (
     CHAT_SHARE,
@@ -253,6 +253,7 @@ def _pretrain(
     config = _network_of(plan, tokenizer)
     model = Transformer(config, compute_dtype=Speed(**plan.speed).dtype)
     initialize(model, asked.seed)
+    look_nearby(model)
     device = ranks.device(asked.device)
     model.to(device)
     if plan.speed.get("compiled"):

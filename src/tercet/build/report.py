@@ -24,7 +24,7 @@ def write_build_report(out: Path, built: Built, plan: Plan) -> None:
         "corpus": f"{corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB, "
         f"{corpus.bytes_per_token:.2f} bytes a token"
         + ("" if corpus.complete else "; the rest was not read, there was enough for the budget"),
-        "held out": f"{corpus.heldout_documents:,} documents, {corpus.heldout_bytes / 1e3:.0f} kB",
+        "held out": f"{corpus.heldout_bytes / 1e3:.0f} kB of {corpus.heldout_documents:,} documents",
         "bits per byte (held out)": f"{built.bits_per_byte:.3f}" + _by_source(built.bits_per_byte_by_source),
         "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
         f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
