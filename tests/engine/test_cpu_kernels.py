@@ -11,7 +11,8 @@ import scipy.special
 from numba import cfunc, types
 from numpy.typing import NDArray
 
-from tercet.engine.cpu import host, rows, vector
+from tercet import host, simd
+from tercet.engine.cpu import rows
 from tercet.engine.cpu.native import function
 from tercet.engine.cpu.pack import allocate
 from tercet.engine.cpu.table import GROUP4, GROUP8
@@ -42,16 +43,16 @@ def at(array: Array) -> int:
 # Functions of one vector
 
 
-@vector.kernel(3)
-def _apply(v: vector.Vectors, which: Any, x: Any, out: Any) -> None:
+@simd.kernel(3)
+def _apply(v: simd.Vectors, which: Any, x: Any, out: Any) -> None:
     b, value = v.b, v.floats(x)
-    tanh = b.icmp_signed("!=", which, vector.I64(0))
+    tanh = b.icmp_signed("!=", which, simd.I64(0))
     v.store(b.select(tanh, v.tanh(value), v.exp(value)), out, 4)
 
 
-@vector.kernel(5)
-def _dot(v: vector.Vectors, unsigned: Any, signed: Any, sums: Any, native: Any, portable: Any) -> None:
-    words = [v.load(place, vector.INTEGERS, 4) for place in (unsigned, signed, sums)]
+@simd.kernel(5)
+def _dot(v: simd.Vectors, unsigned: Any, signed: Any, sums: Any, native: Any, portable: Any) -> None:
+    words = [v.load(place, simd.INTEGERS, 4) for place in (unsigned, signed, sums)]
     for place, vnni in ((native, True), (portable, False)):
         v.store(v.dot4(words[2], words[0], words[1], vnni), place, 4)
 

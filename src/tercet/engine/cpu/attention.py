@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from tercet.engine.cpu.table import PAGE, QUERIES
-from tercet.engine.cpu.vector import F16, F32, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
+from tercet.simd import F16, F32, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
 
 VECTORS = PAGE // LANES
 NEVER = -1e30  # below every score

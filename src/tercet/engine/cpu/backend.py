@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.adapters import Adapter, pack_adapter, runs
-from tercet.engine.cpu.host import bits, has_half, has_vnni
 from tercet.engine.cpu.layout import Layout, Matrix, Shape, norms
 from tercet.engine.cpu.native import address
 from tercet.engine.cpu.pack import Bytes, allocate, padded_vocabulary
 from tercet.engine.cpu.pool import physical_cores, pool
 from tercet.engine.cpu.table import GROUP4, GROUP8, PAGE, state_bytes
+from tercet.host import bits, has_half, has_vnni
 from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
 from tercet.model.weights import read_adapter

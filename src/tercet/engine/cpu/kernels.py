@@ -18,7 +18,7 @@ from tercet.engine.cpu.lowrank import adapt, lower
 from tercet.engine.cpu.matrices import BLOCK, add, floats, integers, prepare_rows, product, read_row
 from tercet.engine.cpu.meetings import draw, meet, share
 from tercet.engine.cpu.rows import rms_norm, soft_cap
-from tercet.engine.cpu.vector import atomic_add, atomic_load, caller, pause
+from tercet.simd import atomic_add, atomic_load, caller, pause
 
 FAST = {"reassoc", "nsz", "arcp", "contract"}
 

@@ -8,7 +8,7 @@ import numpy as np
 from numba import carray, njit
 
 from tercet.engine.cpu import table as at
-from tercet.engine.cpu.vector import caller, float_pointer, integer_pointer
+from tercet.simd import caller, float_pointer, integer_pointer
 
 BLOCK = 16  # rows of weights in a block
 

@@ -11,7 +11,7 @@ from numba import njit, types
 
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.matrices import integers
-from tercet.engine.cpu.vector import atomic_add, atomic_load, pause
+from tercet.simd import atomic_add, atomic_load, pause
 
 # Windows has neither; there a thread spins on, and its turns alone tell how long it waited.
 POSIX = os.name == "posix"

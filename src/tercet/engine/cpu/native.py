@@ -2,7 +2,7 @@
 
 numba takes most of a second and a hundred megabytes to import; its compiled code needs neither. So
 each function is kept as one object file, and llvmlite alone puts it into memory next time. The file's
-place says what it was made from: the sources of this package, the compiler and the processor.
+place says what it was made from: the sources of this package and of `simd`, the compiler and the processor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
-from tercet.engine.cpu.host import host_features
 from tercet.errors import UserError
 from tercet.files import write_atomic
+from tercet.host import host_features
 from tercet.progress import say
 
+SOURCES = Path(__file__).parent
 DIRECTORY_VARIABLE = "TERCET_KERNELS"  # where compiled code is kept, if not in the user's cache
 
 _lock = threading.RLock()
@@ -34,7 +35,7 @@ _announced = False
 @functools.cache
 def _directory() -> Path:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in (*sorted(SOURCES.glob("*.py")), SOURCES.parent.parent / "simd.py"):
         digest.update(file.read_bytes())
     for part in (
         version("numba"),

@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from tercet.engine.cpu.table import GROUP4, GROUP8
-from tercet.engine.cpu.vector import F32, I8, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
+from tercet.simd import F32, I8, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
 
 
 @kernel(6)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tercet.engine.cpu.table import GROUP4, GROUP8
-from tercet.engine.cpu.vector import F32, I32, I64, INTEGERS, VECTOR, Vectors, kernel
+from tercet.simd import F32, I32, I64, INTEGERS, VECTOR, Vectors, kernel
 
 TILES = (8, 4, 1)  # tokens: as many as registers hold, and what is left
 Tile = Callable[..., None]

@@ -3,7 +3,8 @@
 A kernel's inner loop is written as LLVM instructions on vectors of 16 lanes, through numba's
 ``@intrinsic``. LLVM maps such vectors to whatever the processor has: one AVX-512 register, two of
 AVX2, four of NEON. So one text serves every machine, and nothing depends on what a compiler makes
-of a scalar loop. Only `dot4` has two forms, because one instruction does what else takes ten.
+of a scalar loop. Only `dot4`, `dot2` and `narrow` have two forms, because one instruction does what else
+takes ten.
 
 Addresses cross between Python and kernels as 64-bit integers.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -20,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tercet.engine.cpu.host import has_vnni
+from tercet.host import has_bfloat_dot, has_vnni
 
 LANES = 16
 
@@ -150,6 +152,30 @@ class Vectors:
             right = self.b.ashr(self.b.shl(signed, self.integers(24 - 8 * byte)), self.integers(24))
             sums = self.b.add(sums, self.b.mul(left, right))
         return sums
+
+    def dot2(self, sums: ir.Value, left: ir.Value, right: ir.Value, native: bool = True) -> ir.Value:
+        """Each lane of ``sums`` plus the products of the two bfloat16 in its 32-bit lanes of the other two.
+
+        native: by one instruction, if this machine has it, which rounds after both and takes subnormal
+        numbers for zero.
+        """
+        if native and has_bfloat_dot():
+            return self.call("llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, sums, left, right)
+        upper, shift = self.integers(-65536), self.integers(16)
+        for part in (partial(self.b.shl, rhs=shift), partial(self.b.and_, rhs=upper)):
+            a, b = (self.b.bitcast(part(x), VECTOR) for x in (left, right))
+            sums = self.fma(a, b, sums)
+        return sums
+
+    def narrow(self, a: ir.Value, native: bool = True) -> ir.Value:
+        """The bits of each lane rounded to bfloat16, to nearest, ties to even. native: as for `dot2`."""
+        halves = ir.VectorType(I16, LANES)
+        if native and has_bfloat_dot():
+            return self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", halves, a)
+        bits = self.b.bitcast(a, INTEGERS)
+        odd = self.b.and_(self.b.lshr(bits, self.integers(16)), self.integers(1))
+        rounded = self.b.add(bits, self.b.add(odd, self.integers(0x7FFF)))
+        return self.b.trunc(self.b.lshr(rounded, self.integers(16)), halves)
 
     # Control
 

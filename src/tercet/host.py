@@ -20,6 +20,16 @@ def has_vnni() -> bool:
     return {"avx512vnni", "avx512vl", "avx512bw"} <= host_features()
 
 
+def has_bfloat_dot() -> bool:
+    """Whether one instruction adds 32 products of bfloat16 to 16 sums (AVX-512 BF16)."""
+    return {"avx512bf16", "avx512vl", "avx512bw"} <= host_features()
+
+
+def has_bfloat_tiles() -> bool:
+    """Whether it multiplies whole tiles of bfloat16 (AMX), several times as fast."""
+    return {"amx-bf16", "amx-tile"} <= host_features()
+
+
 def has_half() -> bool:
     """Whether float16 converts in hardware."""
     machine = platform.machine().lower()
@@ -27,5 +37,5 @@ def has_half() -> bool:
 
 
 def bits(value: float) -> int:
-    """A float32's bits, to hand a number to a kernel; `vector.Vectors.number` gives it back."""
+    """A float32's bits, to hand a number to a kernel; `simd.Vectors.number` gives it back."""
     return int(np.float32(value).view(np.int32))
