@@ -233,7 +233,8 @@ def test_the_schedule_rises_holds_and_falls() -> None:
 
 
 def test_a_shortened_schedule_cools_down_to_its_new_end() -> None:
-    shorter = Schedule(steps=1000, warmup=10, cooldown=500).shortened(step=100, remaining=50)
+    planned = Schedule(steps=1000, warmup=10, cooldown=500)
+    shorter = planned.ending(step=100, remaining=50, planned=planned)
     assert shorter.steps == 150 and shorter.cooldown == 50
     rates = [shorter.rate(step) for step in range(100, 150)]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
@@ -241,11 +242,40 @@ def test_a_shortened_schedule_cools_down_to_its_new_end() -> None:
 
 def test_a_schedule_shortened_in_its_cool_down_goes_on_from_the_rate_it_has() -> None:
     schedule = Schedule(steps=100, warmup=5, cooldown=90)
-    shorter = schedule.shortened(step=60, remaining=20)
+    shorter = schedule.ending(step=60, remaining=20, planned=schedule)
     assert shorter.steps == 80
     assert abs(shorter.rate(60) - schedule.rate(60)) < 0.02
     rates = [shorter.rate(step) for step in range(60, 80)]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
+
+
+@pytest.mark.parametrize(("cut_at", "back_at"), [(50, 60), (300, 400)])
+def test_a_schedule_that_was_cut_comes_back_from_the_rate_it_has(cut_at: int, back_at: int) -> None:
+    planned = Schedule(steps=1000, warmup=10, cooldown=800)
+    cut = planned.ending(step=cut_at, remaining=400, planned=planned)
+    back = cut.ending(step=back_at, remaining=5000, planned=planned)
+    assert back.steps == 1000, "no longer than planned"
+    assert abs(back.rate(back_at) - cut.rate(back_at)) < 0.01
+    rates = [back.rate(step) for step in range(back_at, 1000)]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
+
+
+def test_a_run_that_was_slow_for_a_while_uses_the_time_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def batches(step: int) -> list[Batch]:
+        nonlocal now
+        now += 4.0 if step < 10 else 1.0
+        return [batch_of(step)]
+
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: now)
+    trained = train(
+        make_model(), recipe(100, deadline=100.0), batches, tmp_path, fingerprint="x", title="test"
+    )
+    # 10 slow steps take 40 seconds; 60 more fit. Cut at the first judgement, it would end with 25.
+    assert 94.0 <= trained.seconds <= 100.0 and trained.shortened
 
 
 def test_a_run_that_is_late_ends_near_its_deadline(

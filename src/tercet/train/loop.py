@@ -220,7 +220,7 @@ def train(
             metrics.write(json.dumps(row) + "\n")
             bar.advance(1, f"loss {loss:.3f}")
             if schedule.steps > progressed.step and recipe.deadline is not None:
-                schedule = _meet_deadline(schedule, progressed, recipe.deadline, title)
+                schedule = _meet_deadline(schedule, recipe.schedule, progressed, recipe.deadline, title)
                 progressed.steps, progressed.cooldown = schedule.steps, schedule.cooldown
                 bar.total = schedule.steps
             # While steps can't be used the weights are in doubt, and the checkpoint stays the one before.
@@ -278,24 +278,30 @@ def _rows_until(path: Path, progressed: Progressed) -> list[dict[str, Any]]:
     return rows
 
 
-def _meet_deadline(schedule: Schedule, progressed: Progressed, deadline: float, title: str) -> Schedule:
-    """A shorter schedule when this one would end more than a tenth past the deadline."""
+def _meet_deadline(
+    schedule: Schedule, planned: Schedule, progressed: Progressed, deadline: float, title: str
+) -> Schedule:
+    """A shorter schedule when this one would end more than a tenth past the deadline.
+
+    One that was cut comes back, as far as it was planned, when the machine is fast again: a twentieth early.
+    """
     # Judge by a sixth of the time at least: the first steps touch memory for the first time, and a
     # machine is often busy for a moment.
     if progressed.seconds < deadline / 6:
         return schedule
     pace = progressed.seconds / progressed.step
-    if pace * schedule.steps <= 1.1 * deadline:
+    early = schedule.steps < planned.steps and pace * schedule.steps < 0.95 * deadline
+    if pace * schedule.steps <= 1.1 * deadline and not early:
         return schedule
     remaining = int((deadline - progressed.seconds) / pace)
-    shorter = schedule.shortened(progressed.step, remaining)
+    other = schedule.ending(progressed.step, remaining, planned)
     if not progressed.shortened:
         say(
-            f"{title}: the machine is slower than when it was measured; ending near step {shorter.steps} "
+            f"{title}: the machine is slower than when it was measured; ending near step {other.steps} "
             f"instead of {schedule.steps} to keep to the time, so a rerun may give other numbers"
         )
     progressed.shortened = True
-    return shorter
+    return other
 
 
 @contextmanager

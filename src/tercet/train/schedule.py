@@ -29,10 +29,13 @@ class Schedule:
         down = (self.steps - step) / (self.cooldown + 1) if self.cooldown else 1.0
         return max(0.0, min(up, down, 1.0))
 
-    def shortened(self, step: int, remaining: int) -> Schedule:
-        """The schedule that ends ``remaining`` steps after ``step``, cooling down from the rate it has now."""
-        steps = min(self.steps, step + max(1, remaining))
+    def ending(self, step: int, remaining: int, planned: Schedule) -> Schedule:
+        """The schedule that ends ``remaining`` steps after ``step``, and no later than ``planned``.
+
+        It cools down from the rate it has now, as ``planned`` does if it hasn't begun to.
+        """
+        steps = min(planned.steps, step + max(1, remaining))
         now = (self.steps - step) / (self.cooldown + 1)
         if now >= 1:  # still on the plateau
-            return replace(self, steps=steps, cooldown=min(self.cooldown, steps - step))
+            return replace(self, steps=steps, cooldown=min(planned.cooldown, steps - step))
         return replace(self, steps=steps, cooldown=max(0, round((steps - step) / now) - 1))
