@@ -12,7 +12,10 @@ from tercet.data.batches import IGNORED
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train.cpu import kernels
-from tercet.train.cpu.passes import QUERIES, Rows
+from tercet.train.cpu.attention import QUERIES
+from tercet.train.cpu.compiling import FAST
+from tercet.train.cpu.passes import Rows
+from tercet.train.cpu.products import PairedProducts, PlainProducts
 from tercet.train.cpu.step import Stepper
 from tercet.train.cpu.support import supports
 from tercet.train.loss import Autograd, Batch, gradients_of
@@ -80,12 +83,19 @@ def test_loss_and_gradients_are_those_of_autograd(name: str, threads: int) -> No
         assert distance(value, expected[parameter]) < 2e-5, parameter
 
 
-def test_in_bfloat16_gradients_are_within_its_rounding() -> None:
-    exact = model_of()
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("name", ["as built", "no groups", "one key head"])
+def test_in_bfloat16_gradients_are_within_its_rounding(
+    name: str, paired: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**VARIANTS, "one key head": replace(CONFIG, num_kv_heads=1, intermediate_size=70)}[name]
+    products = PairedProducts() if paired else PlainProducts(torch.bfloat16)
+    monkeypatch.setattr("tercet.train.cpu.step.products_for", lambda *_: products)
+    exact = model_of(config)
     batch = packed()
     Autograd(exact).gradients([batch])
     expected = gradients(exact)
-    rough = model_of(dtype=torch.bfloat16)
+    rough = model_of(config, torch.bfloat16)
     Autograd(rough).gradients([batch])
     theirs = gradients(rough)
     Stepper(rough, 2).gradients([batch])
@@ -150,7 +160,7 @@ def test_no_sum_depends_on_where_arrays_lie_in_memory(dtype: Any) -> None:
         fresh = njit(pipeline_class=kernel._compiler.pipeline_class, **options)(kernel.py_func)
         fresh(*arguments)
         assert "vector.memcheck" not in "".join(fresh.inspect_llvm().values()), kernel.__name__
-    careless = njit(fastmath=kernels.FAST)(kernels.softmax.py_func)
+    careless = njit(fastmath=FAST)(kernels.softmax.py_func)
     careless(*calls[kernels.softmax])
     assert "vector.memcheck" in "".join(careless.inspect_llvm().values()), "what is looked for exists"
 

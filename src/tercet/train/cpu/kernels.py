@@ -5,8 +5,7 @@ all threads. Here a function does it in one pass, on one thread, without Python'
 each thread rows of its own (`step.py`).
 
 Activations are float32 or bfloat16 (as uint16, which is how numpy can hold it); sums, exponentials,
-norms and the residual stream are float32. Compiled by numba when first used and kept beside this file
-or in numba's cache directory. Reductions may be reordered (``reassoc``), which is what lets them run
+norms and the residual stream are float32. Reductions may be reordered (``reassoc``), which is what lets them run
 sixteen at a time; the order is fixed when compiled, so a run repeats bit for bit. For that the arrays
 a kernel is given must not overlap, and it is compiled on that promise.
 """
@@ -18,53 +17,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.core.compiler import Compiler
+from numba import types
 from numba.extending import intrinsic, overload
 
-FAST = {"reassoc", "contract", "nsz", "arcp"}
+from tercet.train.cpu.compiling import compiled, compiled_without_nan, inlined
+
 LOG2E = np.float32(1.4426950408889634)
-
-
-class Apart(Compiler):
-    """Compiles a function whose array arguments never overlap.
-
-    Not told so, LLVM writes a loop twice, sixteen at a time and one by one, and chooses when it runs by how
-    near to each other the arrays lie. The two add up in different orders, so that one run in a hundred
-    differed in a last digit.
-    """
-
-    def __init__(
-        self, typing: Any, target: Any, library: Any, arguments: Any, result: Any, flags: Any, variables: Any
-    ) -> None:
-        flags = flags.copy()
-        flags.noalias = True
-        super().__init__(typing, target, library, arguments, result, flags, variables)
-
-
-def compiled(function: Any, **changes: Any) -> Any:
-    options = {
-        "cache": True,
-        "nogil": True,
-        "fastmath": FAST,
-        "error_model": "numpy",
-        "pipeline_class": Apart,
-    }
-    return njit(**options | changes)(function)
-
-
-def compiled_without_nan(function: Any) -> Any:
-    """For functions that look for a maximum: only where no number is NaN can that run sixteen at a time.
-
-    A NaN in the network is still found: it goes on in the hidden states, which the head's gradient is
-    a product of.
-    """
-    return compiled(function, fastmath=FAST | {"nnan"})
-
-
-def inlined(function: Any) -> Any:
-    return njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy", inline="always")(function)
-
 
 # Numbers in memory
 

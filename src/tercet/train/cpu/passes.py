@@ -17,7 +17,7 @@ and its gradient [M, H] are float32, sums of gradients too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,27 +28,29 @@ from tercet.data.batches import IGNORED
 from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
 from tercet.train.cpu import kernels
+from tercet.train.cpu.attention import attention_for
+from tercet.train.cpu.products import Matrix, Products, raw
 
-QUERIES = 128  # positions whose scores are computed together: of 64 to 512 the fastest at 512 tokens
+TOGETHER = 512  # tokens that go through several products in turn, while the cache holds what they leave
 LOGITS = 1 << 21  # numbers of logits that exist at once: 4 MB in bfloat16, which the cache holds
 
 
-def raw(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as numpy sees it; bfloat16 as uint16."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+Kind = TypeVar(
+    "Kind"
+)  # of a matrix: as the products want it, or the float32 tensor that its gradient is added to
 
 
 @dataclass
-class LayerWeights:
-    """One layer's matrices in the type of the products, those with one input joined; norms in float32.
+class LayerWeights(Generic[Kind]):
+    """One layer's matrices, those with one input joined; norms in float32.
 
     qkv [(N + 2 K) D, H], o [H, N D], gate_up [2 I, H], down [H, I]; norms [H], [H], [D], [D].
     """
 
-    qkv: Tensor
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Kind
+    o: Kind
+    gate_up: Kind
+    down: Kind
     input_norm: Tensor
     mlp_norm: Tensor
     q_norm: Tensor
@@ -56,16 +58,16 @@ class LayerWeights:
 
 
 @dataclass
-class Weights:
-    """Everything a pass reads; with float32 tensors of the same shapes also what it adds gradients to.
+class Weights(Generic[Kind]):
+    """Everything a pass reads, or, all in float32 tensors, everything it adds gradients to.
 
-    embedding, head [V, H]: one tensor where they are tied.
+    embedding [V, H] float32; head [V, H]. For gradients one tensor where they are tied.
     """
 
     embedding: Tensor
-    layers: list[LayerWeights]
+    layers: list[LayerWeights[Kind]]
     norm: Tensor
-    head: Tensor
+    head: Kind
 
 
 @dataclass
@@ -113,7 +115,7 @@ class Kept:
     k: Tensor
     v: Tensor
     head_factors: NDArray[np.float32]
-    weights: list[Tensor]  # attention weights, a stretch of queries each
+    weights: Any  # attention weights, as `Attention` keeps them
     attended: Tensor  # [B K, T G, D]
     merged: Tensor  # the same as [M, N D]
     middle: Tensor  # [M, H] before the MLP's norm
@@ -126,8 +128,9 @@ class Kept:
 class Passes:
     """Loss and gradients of a network of one configuration. Holds no weights."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, products: Products) -> None:
+        self.config, self.dtype, self.products = config, dtype, products
+        self.attention = attention_for(products)
         self.groups = config.num_heads // config.num_kv_heads
         scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
         self.scale, self.eps = np.float32(scale), np.float32(config.norm_eps)
@@ -136,7 +139,9 @@ class Passes:
         self.cosines = (np.cos(angles) * np.float32(factor)).astype(np.float32)
         self.sines = (np.sin(angles) * np.float32(factor)).astype(np.float32)
 
-    def run(self, rows: Rows, weights: Weights, gradients: Weights, scale: float, z_weight: float) -> float:
+    def run(
+        self, rows: Rows, weights: Weights[Matrix], gradients: Weights[Tensor], scale: float, z_weight: float
+    ) -> float:
         """The summed loss (nats); adds ``scale`` times the gradient of loss and z-loss to ``gradients``.
 
         Runs on the calling thread; ``gradients`` must be its own.
@@ -177,7 +182,7 @@ class Passes:
         return added, normed, factors
 
     def _layer(
-        self, rows: Rows, layer: LayerWeights, stream: Tensor, update: Tensor | None
+        self, rows: Rows, layer: LayerWeights[Matrix], stream: Tensor, update: Tensor | None
     ) -> tuple[Kept, Tensor]:
         """One block. ``update``: what the block before adds to ``stream``; this one's is returned."""
         config = self.config
@@ -188,7 +193,8 @@ class Passes:
             kernels.norm(stream.numpy(), layer.input_norm.numpy(), self.eps, raw(normed), factors)
         else:
             stream, normed, factors = self._add_and_norm(stream, update, layer.input_norm)
-        qkv = normed @ layer.qkv.T
+        qkv = normed.new_empty(len(normed), (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+        layer.qkv.forward(normed, qkv)
         kv_heads, dim = config.num_kv_heads, config.head_dim
         q = torch.empty(batch * kv_heads, time * self.groups, dim, dtype=self.dtype)
         k, v = (torch.empty(batch * kv_heads, time, dim, dtype=self.dtype) for _ in range(2))
@@ -208,12 +214,12 @@ class Passes:
             raw(v),
             head_factors,
         )
-        attended, weights = self._attend(rows, q, k, v)
+        attended, weights = self.attention.forward(rows.begins, q, k, v)
         merged = self._merged(attended, batch)
-        middle, middle_normed, middle_factors = self._add_and_norm(stream, merged @ layer.o.T, layer.mlp_norm)
-        gate_up = middle_normed @ layer.gate_up.T
-        gated = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=self.dtype)
-        kernels.gate(raw(gate_up), raw(gated))
+        update = torch.empty_like(normed)
+        layer.o.forward(merged, update)
+        middle, middle_normed, middle_factors = self._add_and_norm(stream, update, layer.mlp_norm)
+        gate_up, gated, down = self._mlp(layer, middle_normed)
         kept = Kept(
             stream,
             factors,
@@ -232,39 +238,31 @@ class Passes:
             gate_up,
             gated,
         )
-        return kept, gated @ layer.down.T
+        return kept, down
+
+    def _mlp(self, layer: LayerWeights[Matrix], normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """gate_up, gated, and the block's update of the stream."""
+        inner = self.config.intermediate_size
+        gate_up, gated = (normed.new_empty(len(normed), size) for size in (2 * inner, inner))
+        out = torch.empty_like(normed)
+        for some in _stretches(len(normed)):
+            layer.gate_up.forward(normed[some], gate_up[some])
+            kernels.gate(raw(gate_up[some]), raw(gated[some]))
+            layer.down.forward(gated[some], out[some])
+        return gate_up, gated, out
 
     def _merged(self, attended: Tensor, batch: int) -> Tensor:
         """[B K, T G, D] to [M, N D], heads in the checkpoint's order."""
         split = attended.view(batch, self.config.num_kv_heads, -1, self.groups, self.config.head_dim)
         return split.transpose(1, 2).reshape(-1, self.config.num_heads * self.config.head_dim)
 
-    def _stretches(self, rows: Rows) -> list[tuple[int, int, int]]:
-        """(first, end, start): queries first..end-1 see keys start..end-1 at most, in any of the rows."""
-        time = rows.tokens.shape[1]
-        return [
-            (first, min(first + QUERIES, time), int(rows.begins[:, first].min()))
-            for first in range(0, time, QUERIES)
-        ]
-
-    def _attend(self, rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Causal attention, a stretch of queries at a time, so that few scores are computed in vain."""
-        groups, out = self.groups, torch.empty_like(q)
-        kept = []
-        for first, end, start in self._stretches(rows):
-            weights = q[:, first * groups : end * groups] @ k[:, start:end].transpose(1, 2)
-            kernels.softmax(raw(weights), rows.begins, groups, first, start)
-            out[:, first * groups : end * groups] = weights @ v[:, start:end]
-            kept.append(weights)
-        return out, kept
-
     # The head, both ways at once: its gradient is at hand when the loss is, and the logits can go
 
     def _head(
         self,
         rows: Rows,
-        weights: Weights,
-        gradients: Weights,
+        weights: Weights[Matrix],
+        gradients: Weights[Tensor],
         normed: Tensor,
         scale: float,
         z_weight: float,
@@ -277,10 +275,11 @@ class Passes:
         wanted = targets if everything else targets[chosen]
         d_hidden = torch.empty_like(hidden)
         losses = np.empty(len(hidden), np.float32)
-        size = max(1, LOGITS // len(weights.head))
+        size = max(1, LOGITS // self.config.vocab_size)
         for begin in range(0, len(hidden), size):
             piece = hidden[begin : begin + size]
-            logits = piece @ weights.head.T
+            logits = piece.new_empty(len(piece), self.config.vocab_size)
+            weights.head.forward(piece, logits)
             kernels.cross_entropy(
                 raw(logits),
                 wanted[begin : begin + size],
@@ -288,8 +287,8 @@ class Passes:
                 np.float32(z_weight),
                 losses[begin : begin + size],
             )
-            d_hidden[begin : begin + size] = logits @ weights.head
-            gradients.head += logits.T @ piece
+            weights.head.backward(logits, d_hidden[begin : begin + size])
+            self.products.gradient(gradients.head, logits, piece)
         if everything:
             return float(losses.sum(dtype=np.float64)), d_hidden
         d_normed = torch.zeros_like(normed)
@@ -319,38 +318,51 @@ class Passes:
         )
 
     def _mlp_backward(
-        self, kept: Kept, layer: LayerWeights, sums: LayerWeights, d_stream: Tensor, narrow: Tensor
+        self,
+        kept: Kept,
+        layer: LayerWeights[Matrix],
+        sums: LayerWeights[Tensor],
+        d_stream: Tensor,
+        narrow: Tensor,
     ) -> None:
-        sums.down += narrow.T @ kept.gated
-        d_gated = narrow @ layer.down
-        d_gate_up = torch.empty_like(kept.gate_up)
-        kernels.gate_backward(raw(kept.gate_up), raw(d_gated), raw(d_gate_up))
-        sums.gate_up += d_gate_up.T @ kept.middle_normed
-        self._norm_backward(
-            kept.middle,
-            kept.middle_factors,
-            layer.mlp_norm,
-            d_gate_up @ layer.gate_up,
-            d_stream,
-            narrow,
-            sums.mlp_norm,
-        )
+        inner = self.config.intermediate_size
+        d_gated, d_gate_up = (kept.gated.new_empty(TOGETHER, size) for size in (inner, 2 * inner))
+        d_normed = narrow.new_empty(TOGETHER, narrow.shape[1])
+        for some in _stretches(len(narrow)):
+            count = some.stop - some.start
+            self.products.gradient(sums.down, narrow[some], kept.gated[some])
+            layer.down.backward(narrow[some], d_gated[:count])
+            kernels.gate_backward(raw(kept.gate_up[some]), raw(d_gated[:count]), raw(d_gate_up[:count]))
+            self.products.gradient(sums.gate_up, d_gate_up[:count], kept.middle_normed[some])
+            layer.gate_up.backward(d_gate_up[:count], d_normed[:count])
+            self._norm_backward(
+                kept.middle[some],
+                kept.middle_factors[some],
+                layer.mlp_norm,
+                d_normed[:count],
+                d_stream[some],
+                narrow[some],
+                sums.mlp_norm,
+            )
 
     def _attention_backward(
         self,
         rows: Rows,
         kept: Kept,
-        layer: LayerWeights,
-        sums: LayerWeights,
+        layer: LayerWeights[Matrix],
+        sums: LayerWeights[Tensor],
         d_stream: Tensor,
         narrow: Tensor,
     ) -> None:
         config = self.config
         batch, time = rows.tokens.shape
-        sums.o += narrow.T @ kept.merged
-        d_merged = (narrow @ layer.o).view(batch, time, config.num_kv_heads, self.groups, config.head_dim)
-        d_q, d_k, d_v = self._attend_backward(
-            rows, kept, d_merged.transpose(1, 2).reshape(kept.attended.shape)
+        self.products.gradient(sums.o, narrow, kept.merged)
+        d_merged = torch.empty_like(kept.merged)
+        layer.o.backward(narrow, d_merged)
+        split = d_merged.view(batch, time, config.num_kv_heads, self.groups, config.head_dim)
+        d_attended = split.transpose(1, 2).reshape(kept.attended.shape)
+        d_q, d_k, d_v = self.attention.backward(
+            rows.begins, kept.q, kept.k, kept.v, kept.attended, kept.weights, d_attended
         )
         d_qkv = torch.empty_like(kept.qkv)
         kernels.heads_backward(
@@ -370,28 +382,22 @@ class Passes:
             sums.q_norm.numpy(),
             sums.k_norm.numpy(),
         )
-        sums.qkv += d_qkv.T @ kept.normed
-        self._norm_backward(
-            kept.stream,
-            kept.factors,
-            layer.input_norm,
-            d_qkv @ layer.qkv,
-            d_stream,
-            narrow,
-            sums.input_norm,
-        )
+        d_normed = narrow.new_empty(TOGETHER, narrow.shape[1])
+        for some in _stretches(len(narrow)):
+            count = some.stop - some.start
+            self.products.gradient(sums.qkv, d_qkv[some], kept.normed[some])
+            layer.qkv.backward(d_qkv[some], d_normed[:count])
+            self._norm_backward(
+                kept.stream[some],
+                kept.factors[some],
+                layer.input_norm,
+                d_normed[:count],
+                d_stream[some],
+                narrow[some],
+                sums.input_norm,
+            )
 
-    def _attend_backward(self, rows: Rows, kept: Kept, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q (activations' type), k and v (float32: several stretches add to them)."""
-        groups, d_q = self.groups, torch.empty_like(kept.q)
-        d_k, d_v = (torch.zeros(kept.k.shape) for _ in range(2))
-        along = np.empty(d_out.shape[:2], np.float32)
-        kernels.row_products(raw(kept.attended), raw(d_out), along)
-        for (first, end, start), weights in zip(self._stretches(rows), kept.weights, strict=True):
-            mine = slice(first * groups, end * groups)
-            d_v[:, start:end] += weights.transpose(1, 2) @ d_out[:, mine]
-            d_scores = d_out[:, mine] @ kept.v[:, start:end].transpose(1, 2)
-            kernels.softmax_backward(raw(weights), raw(d_scores), along, first * groups)
-            d_q[:, mine] = d_scores @ kept.k[:, start:end]
-            d_k[:, start:end] += d_scores.transpose(1, 2) @ kept.q[:, mine]
-        return d_q, d_k, d_v
+
+def _stretches(tokens: int) -> list[slice]:
+    """Some tokens at a time: what one product leaves is still in the cache when the next reads it."""
+    return [slice(begin, min(begin + TOGETHER, tokens)) for begin in range(0, tokens, TOGETHER)]

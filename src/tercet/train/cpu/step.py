@@ -8,7 +8,7 @@ repeats bit for bit with the same number of threads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,11 +18,8 @@ from torch import Tensor
 
 from tercet.model.transformer import Transformer
 from tercet.train.cpu.passes import LayerWeights, Passes, Rows, Weights
+from tercet.train.cpu.products import Matrix, products_for
 from tercet.train.loss import Batch
-
-
-def _joined(parameters: Sequence[Tensor]) -> Tensor:
-    return torch.cat([parameter.detach() for parameter in parameters])
 
 
 class Stepper:
@@ -33,14 +30,33 @@ class Stepper:
 
     def __init__(self, model: Transformer, threads: int, z_weight: float = 0.0) -> None:
         self.model, self.threads, self.z_weight = model, max(1, threads), z_weight
-        self.dtype = model.dtype
-        self.passes = Passes(model.config, self.dtype)
+        config = model.config
+        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = (config.hidden_size, query, key, config.intermediate_size, config.vocab_size)
+        products = products_for(model.dtype, sizes)
+        self.passes = Passes(config, model.dtype, products)
+        self._head = products.matrix([model.lm_head.weight])
+        blocks: list[Any] = list(model.model.layers)
+        self._matrices = [
+            (
+                products.matrix(
+                    [
+                        block.self_attn.q_proj.weight,
+                        block.self_attn.k_proj.weight,
+                        block.self_attn.v_proj.weight,
+                    ]
+                ),
+                products.matrix([block.self_attn.o_proj.weight]),
+                products.matrix([block.mlp.gate_proj.weight, block.mlp.up_proj.weight]),
+                products.matrix([block.mlp.down_proj.weight]),
+            )
+            for block in blocks
+        ]
         self._sums = [self._zeros() for _ in range(self.threads)]
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         # Compiles what this machine has not compiled yet (ten seconds, once), before any clock runs.
         place = np.zeros((1, 2), np.int64)
-        with torch.inference_mode():
-            self.passes.run(Rows.of(place, place), self._weights(), self._sums[0], 0.0, 0.0)
+        self._each(self._run, [([Rows.of(place, place)], self._weights(), self._sums[0], 0.0)])
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Mean loss in nats over the supervised tokens of all ``batches``, and how many those are.
@@ -48,64 +64,56 @@ class Stepper:
         Sets every parameter's ``grad`` to the gradient of that mean.
         """
         tokens = sum(batch.supervised for batch in batches)
-        work: list[list[Rows]] = [[] for _ in range(self.threads)]
+        scale = 1.0 / max(1, tokens)
+        rows: list[list[Rows]] = [[] for _ in range(self.threads)]
         for batch in batches:
             for number, part in enumerate(_parts(batch, self.threads)):
-                work[number].append(part)
+                rows[number].append(part)
         weights = self._weights()
-        scale = 1.0 / max(1, tokens)
-
-        def run(number: int) -> float:
-            if torch.get_num_threads() != 1:
-                torch.set_num_threads(1)  # of this thread: what it starts runs on it alone
-            with torch.inference_mode():
-                for tensor in _tensors(self._sums[number]):
-                    tensor.zero_()
-                return sum(
-                    self.passes.run(rows, weights, self._sums[number], scale, self.z_weight)
-                    for rows in work[number]
-                )
-
-        if self._pool is None:
-            total = run(0)
-        else:
-            total = sum(self._pool.map(run, range(self.threads)))
-        with torch.no_grad():
-            for other in self._sums[1:]:
-                for mine, theirs in zip(_tensors(self._sums[0]), _tensors(other), strict=True):
-                    mine += theirs
+        work = [(mine, weights, sums, scale) for mine, sums in zip(rows, self._sums, strict=True)]
+        total = sum(self._each(self._run, work))
+        self._each(_add_up, list(zip(*(list(_tensors(sums)) for sums in self._sums), strict=True)))
         self._hand_over(self._sums[0])
         return total * scale, tokens
 
-    def _weights(self) -> Weights:
-        """The network's weights as the passes want them: matrices in the products' type."""
-        inner = self.model.model
-        blocks: list[Any] = list(inner.layers)
-        with torch.no_grad():
-            embedding = inner.embed_tokens.weight.detach()
-            head = self.model.lm_head.weight.detach().to(self.dtype)
-            layers = []
-            for block in blocks:
-                attention, mlp = block.self_attn, block.mlp
-                three = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-                normed = self.model.config.qk_norm == "head"
-                one = torch.ones(self.model.config.head_dim)
-                layers.append(
-                    LayerWeights(
-                        _joined(three).to(self.dtype),
-                        attention.o_proj.weight.detach().to(self.dtype),
-                        _joined([mlp.gate_proj.weight, mlp.up_proj.weight]).to(self.dtype),
-                        mlp.down_proj.weight.detach().to(self.dtype),
-                        block.input_layernorm.weight.detach(),
-                        block.post_attention_layernorm.weight.detach(),
-                        attention.q_norm.weight.detach() if normed else one,
-                        attention.k_norm.weight.detach() if normed else one,
-                    )
-                )
-            norm: Any = inner.norm
-            return Weights(embedding, layers, norm.weight.detach(), head)
+    def _run(self, work: tuple[list[Rows], Weights[Matrix], Weights[Tensor], float]) -> float:
+        """One thread's part: the summed loss of its rows, whose gradients replace its sums."""
+        rows, weights, sums, scale = work
+        for tensor in _tensors(sums):
+            tensor.zero_()
+        return sum(self.passes.run(one, weights, sums, scale, self.z_weight) for one in rows)
 
-    def _zeros(self) -> Weights:
+    def _each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """``function`` of each of the items, on the threads."""
+
+        def alone(item: Any) -> Any:
+            if torch.get_num_threads() != 1:
+                torch.set_num_threads(1)  # of this thread: what it starts runs on it alone
+            with torch.inference_mode():
+                return function(item)
+
+        return list(map(alone, items) if self._pool is None else self._pool.map(alone, items))
+
+    def _weights(self) -> Weights[Matrix]:
+        """The network's weights as they are now, as the passes want them."""
+        inner, normed = self.model.model, self.model.config.qk_norm == "head"
+        self._each(lambda matrix: matrix.refresh(), [self._head, *itertools.chain(*self._matrices)])
+        one = torch.ones(self.model.config.head_dim)
+        blocks: list[Any] = list(inner.layers)
+        layers = [
+            LayerWeights(
+                *matrices,
+                block.input_layernorm.weight.detach(),
+                block.post_attention_layernorm.weight.detach(),
+                block.self_attn.q_norm.weight.detach() if normed else one,
+                block.self_attn.k_norm.weight.detach() if normed else one,
+            )
+            for block, matrices in zip(blocks, self._matrices, strict=True)
+        ]
+        norm: Any = inner.norm
+        return Weights(inner.embed_tokens.weight.detach(), layers, norm.weight.detach(), self._head)
+
+    def _zeros(self) -> Weights[Tensor]:
         config = self.model.config
         hidden, dim = config.hidden_size, config.head_dim
         query, key = config.num_heads * dim, config.num_kv_heads * dim
@@ -129,7 +137,7 @@ class Stepper:
             embedding if config.tie_embeddings else torch.zeros(config.vocab_size, hidden),
         )
 
-    def _hand_over(self, sums: Weights) -> None:
+    def _hand_over(self, sums: Weights[Tensor]) -> None:
         """Make each parameter's gradient the part of the sums that is its own."""
         config, inner = self.model.config, self.model.model
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -157,12 +165,18 @@ class Stepper:
             self.model.lm_head.weight.grad = sums.head
 
 
-def _tensors(weights: Weights) -> list[Tensor]:
+def _tensors(weights: Weights[Tensor]) -> list[Tensor]:
     """All tensors, each once."""
     found = [weights.embedding, weights.norm]
     for layer in weights.layers:
         found += vars(layer).values()
     return found if weights.head is weights.embedding else [*found, weights.head]
+
+
+def _add_up(copies: Sequence[Tensor]) -> None:
+    """Add the others to the first, in order."""
+    for other in copies[1:]:
+        copies[0].add_(other)
 
 
 def _parts(batch: Batch, parts: int) -> list[Rows]:

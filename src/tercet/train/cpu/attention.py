@@ -1,0 +1,274 @@
+"""Causal attention within documents, forward and backward, in two ways.
+
+`PlainAttention`: PyTorch's products, a stretch of queries at a time, so that few scores are computed in vain.
+
+`PairedAttention`: by pairs of bfloat16 (`products.py`), four rows of queries at a time. Their scores stay in
+the cache, in float32, until they are weights, and keys that none of them sees are left out. On the way back
+the same rows get their gradients; what they add to keys and values is summed some rows at a time.
+
+Both keep the weights for the way back. A key head's queries lie side by side, G to a position: row r is at
+position r // G. q, out [B K, T G, D], k, v [B K, T, D], begins [B, T]: the first position that each may see.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tercet.simd import F32, I64, LANES, VECTOR, Vectors, kernel
+from tercet.train.cpu import kernels
+from tercet.train.cpu.compiling import addressing
+from tercet.train.cpu.kernels import get, put
+from tercet.train.cpu.products import (
+    PANEL,
+    ROWS,
+    VECTORS,
+    PairedProducts,
+    Products,
+    exact_tile,
+    gradient,
+    pair_columns,
+    pair_rows,
+    raw,
+    tile,
+)
+
+QUERIES = (
+    128  # positions whose scores are computed together by PyTorch: of 64 to 512 the fastest at 512 tokens
+)
+UNSEEN = np.float32(-3e38)  # the score of a key that isn't seen: its weight is exactly 0
+TOGETHER = 128  # rows whose gradients for keys and values are added at once
+
+
+class Attention(Protocol):
+    """One way to attend."""
+
+    def forward(self, begins: NDArray[np.int64], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+        """out, and what `backward` wants to have back."""
+
+    def backward(
+        self,
+        begins: NDArray[np.int64],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Any,
+        d_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q (activations' type), k and v (float32)."""
+
+
+def attention_for(products: Products) -> Attention:
+    """The one that belongs to these products."""
+    return PairedAttention() if isinstance(products, PairedProducts) else PlainAttention()
+
+
+def _along(out: Tensor, d_out: Tensor) -> NDArray[np.float32]:
+    """[B K, T G]: the sum of each row of weights times its gradient (Dao et al. 2022, arXiv:2205.14135)."""
+    along = np.empty(out.shape[:2], np.float32)
+    kernels.row_products(raw(out), raw(d_out), along)
+    return along
+
+
+class PlainAttention:
+    def forward(self, begins: NDArray[np.int64], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+        groups, out = q.shape[1] // k.shape[1], torch.empty_like(q)
+        kept = []
+        for first, end, start in _stretches(begins):
+            scores = q[:, first * groups : end * groups] @ k[:, start:end].transpose(1, 2)
+            kernels.softmax(raw(scores), begins, groups, first, start)
+            out[:, first * groups : end * groups] = scores @ v[:, start:end]
+            kept.append(scores)
+        return out, kept
+
+    def backward(
+        self,
+        begins: NDArray[np.int64],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Any,
+        d_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups, d_q = q.shape[1] // k.shape[1], torch.empty_like(q)
+        d_k, d_v = (torch.zeros(k.shape) for _ in range(2))
+        along = _along(out, d_out)
+        for (first, end, start), weights in zip(_stretches(begins), kept, strict=True):
+            mine = slice(first * groups, end * groups)
+            d_v[:, start:end] += weights.transpose(1, 2) @ d_out[:, mine]
+            d_scores = d_out[:, mine] @ v[:, start:end].transpose(1, 2)
+            kernels.softmax_backward(raw(weights), raw(d_scores), along, first * groups)
+            d_q[:, mine] = d_scores @ k[:, start:end]
+            d_k[:, start:end] += d_scores.transpose(1, 2) @ q[:, mine]
+        return d_q, d_k, d_v
+
+
+def _stretches(begins: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """(first, end, start): queries first..end-1 see keys start..end-1 at most, in any of the rows."""
+    time = begins.shape[1]
+    return [
+        (first, min(first + QUERIES, time), int(begins[:, first].min())) for first in range(0, time, QUERIES)
+    ]
+
+
+class PairedAttention:
+    def forward(self, begins: NDArray[np.int64], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+        out, weights = torch.empty_like(q), q.new_empty(*q.shape[:2], columns(k.shape[1]))
+        attend(raw(q), raw(k), raw(v), begins, q.shape[1] // k.shape[1], raw(weights), raw(out))
+        return out, weights
+
+    def backward(
+        self,
+        begins: NDArray[np.int64],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        kept: Any,
+        d_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_q, groups = torch.empty_like(q), q.shape[1] // k.shape[1]
+        d_k, d_v = (torch.zeros(k.shape) for _ in range(2))
+        attend_backward(
+            *(raw(q), raw(k), raw(v), begins, groups, raw(kept), _along(out, d_out), raw(d_out), raw(d_q)),
+            d_k.numpy(),
+            d_v.numpy(),
+        )
+        return d_q, d_k, d_v
+
+
+@kernel(3)
+def _softmax(v: Vectors, scores: Any, panels: Any, weights: Any) -> None:
+    """weights, bfloat16, = the softmax of so many panels of float32 scores, which are overwritten."""
+    b = v.b
+    largest = [v.variable(VECTOR, v.constant(-3e38)) for _ in range(VECTORS)]
+    totals = [v.variable(VECTOR, v.constant(0.0)) for _ in range(VECTORS)]
+    with v.loop(panels) as panel:
+        for i in range(VECTORS):
+            at = v.address(scores, b.add(b.mul(panel, I64(4 * PANEL)), I64(64 * i)))
+            b.store(v.largest(v.floats(at), b.load(largest[i])), largest[i])
+    most = b.load(largest[0])
+    for one in largest[1:]:
+        most = v.largest(b.load(one), most)
+    shift = v.splat(v.maximum(most))
+    with v.loop(panels) as panel:
+        for i in range(VECTORS):
+            at = v.address(scores, b.add(b.mul(panel, I64(4 * PANEL)), I64(64 * i)))
+            power = v.exp(b.fsub(v.floats(at), shift))
+            v.store(power, at, 4)
+            b.store(b.fadd(b.load(totals[i]), power), totals[i])
+    total = b.load(totals[0])
+    for one in totals[1:]:
+        total = b.fadd(total, b.load(one))
+    share = v.splat(b.fdiv(F32(1.0), v.total(total)))
+    with v.loop(panels) as panel:
+        for i in range(VECTORS):
+            place = b.add(b.mul(panel, I64(PANEL)), I64(LANES * i))
+            value = b.fmul(v.floats(v.address(scores, b.mul(place, I64(4)))), share)
+            v.store(v.narrow(value), v.address(weights, b.mul(place, I64(2))), 2)
+
+
+def columns(positions: int) -> int:
+    """How long a row of weights is in memory."""
+    return -(-positions // PANEL) * PANEL
+
+
+@addressing
+def attend(q, k, v, begins, groups, weights, out):
+    """weights [B K, T G, columns(T)] = softmax of q times k, out = weights times v. All bfloat16.
+
+    Of a row of weights only the panels are written that some row beside it sees.
+    """
+    heads, rows, dim = q.shape
+    positions, per_row = k.shape[1], heads // len(begins)
+    keys = np.zeros((weights.shape[2] // PANEL, dim // 2, PANEL), np.uint32)
+    values = np.empty(((dim + PANEL - 1) // PANEL, (positions + 1) // 2, PANEL), np.uint32)
+    scores = np.empty((ROWS, weights.shape[2]), np.float32)
+    rest = np.empty((ROWS, PANEL), np.float32)
+    for head in range(heads):
+        begin = begins[head // per_row]
+        pair_columns(k[head], keys, 0)
+        pair_rows(v[head], values, 0)
+        for row in range(0, rows, ROWS):
+            count = min(ROWS, rows - row)
+            low = begin[row // groups] // PANEL  # documents lie in order: those after see no further back
+            high = ((row + count - 1) // groups) // PANEL + 1
+            queries, mine = q[head, row : row + count], weights[head, row : row + count]
+            for panel in range(low, high):
+                exact_tile(
+                    queries.ctypes.data, queries.strides[0], keys[panel].ctypes.data, dim // 2,
+                    scores.ctypes.data + 4 * panel * PANEL, scores.strides[0], count,
+                )  # fmt: skip
+            for i in range(count):
+                position = (row + i) // groups
+                scores[i, low * PANEL : begin[position]] = UNSEEN
+                scores[i, position + 1 : high * PANEL] = UNSEEN
+                start = 4 * low * PANEL
+                _softmax(scores[i].ctypes.data + start, high - low, mine[i].ctypes.data + start // 2)
+            seen = min(high * PANEL, positions + 1) - low * PANEL  # an odd last key is paired with a zero
+            for panel in range(len(values)):
+                tile(
+                    mine.ctypes.data + 2 * low * PANEL, mine.strides[0],
+                    values[panel, low * PANEL // 2 :].ctypes.data, seen // 2,
+                    out[head, row : row + count], panel * PANEL, rest,
+                )  # fmt: skip
+
+
+@addressing
+def attend_backward(q, k, v, begins, groups, weights, along, d_out, d_q, d_k, d_v):
+    """Gradients of `attend`: d_q (bfloat16) is set, d_k and d_v (float32) are added to.
+
+    along [B K, T G]: `kernels.row_products` of out and d_out, the sum of a row of weights times its gradient.
+    """
+    heads, rows, dim = q.shape
+    positions, per_row = k.shape[1], heads // len(begins)
+    values = np.zeros((weights.shape[2] // PANEL, dim // 2, PANEL), np.uint32)
+    keys = np.empty(((dim + PANEL - 1) // PANEL, (positions + 1) // 2, PANEL), np.uint32)
+    d_weights = np.empty((ROWS, weights.shape[2]), np.float32)
+    d_scores = np.empty((TOGETHER, weights.shape[2]), np.uint16)
+    rest = np.empty((ROWS, PANEL), np.float32)
+    for head in range(heads):
+        begin = begins[head // per_row]
+        pair_columns(v[head], values, 0)
+        pair_rows(k[head], keys, 0)
+        for start in range(0, rows, TOGETHER):
+            stop = min(start + TOGETHER, rows)
+            bottom, top = begin[start // groups] // PANEL * PANEL, (stop - 1) // groups + 1
+            weights_here, d_scores_here = weights[head, start:stop], d_scores[: stop - start]
+            for row in range(start, stop, ROWS):
+                count = min(ROWS, stop - row)
+                low = begin[row // groups] // PANEL
+                high = ((row + count - 1) // groups) // PANEL + 1
+                upstream = d_out[head, row : row + count]
+                for panel in range(low, high):
+                    exact_tile(
+                        upstream.ctypes.data, upstream.strides[0], values[panel].ctypes.data, dim // 2,
+                        d_weights.ctypes.data + 4 * panel * PANEL, d_weights.strides[0], count,
+                    )  # fmt: skip
+                left, right = low * PANEL, high * PANEL
+                for i in range(count):
+                    shift = along[head, row + i]
+                    p, dp = weights[head, row + i, left:right], d_weights[i, left:right]
+                    ds = d_scores[row - start + i]
+                    ds[bottom:left] = 0
+                    weights[head, row + i, bottom:left] = 0
+                    mine = ds[left:right]
+                    for j in range(right - left):
+                        put(mine, j, get(p, j) * (dp[j] - shift))
+                    ds[right:top] = 0
+                    weights[head, row + i, right:top] = 0
+                seen = min(right, positions + 1) - left
+                for panel in range(len(keys)):
+                    tile(
+                        d_scores[row - start].ctypes.data + 2 * left, d_scores.strides[0],
+                        keys[panel, left // 2 :].ctypes.data, seen // 2,
+                        d_q[head, row : row + count], panel * PANEL, rest,
+                    )  # fmt: skip
+            gradient(weights_here[:, bottom:top], d_out[head, start:stop], d_v[head, bottom:top])
+            gradient(d_scores_here[:, bottom:top], q[head, start:stop], d_k[head, bottom:top])

@@ -1,0 +1,339 @@
+"""Matrix products of bfloat16 in float32 sums, for processors that multiply pairs of bfloat16 (AVX-512 BF16).
+
+One instruction adds to 16 sums the products of two neighbours each: sixteen sums += pairs of one row, the same
+in all lanes, times pairs of 16 columns. So what is multiplied lies in pairs along what is summed over, as
+32-bit words, and its columns lie in panels of 64:
+
+    panels [ceil(columns / 64), pairs, 64] uint32, the first of a pair in the lower half; zeros beyond the end.
+
+A tile of 4 rows and 64 columns keeps its 16 sums in registers from the first pair to the last. Weights are
+laid out so once a step, for both directions; rows of activations already have their pairs side by side. The
+gradient of a weight is a sum over tokens, for which both sides are laid out, some hundred tokens at a time,
+and is added to float32 sums without being rounded first.
+
+On processors with an instruction for whole tiles (AMX), and in float32, PyTorch's products are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tercet.host import has_bfloat_dot, has_bfloat_tiles
+from tercet.simd import I16, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
+from tercet.train.cpu.compiling import addressing
+from tercet.train.cpu.kernels import put
+
+PANEL = 64  # columns that lie together
+ROWS = 4  # of a tile: 4 x 4 vectors of sums, more than hide the latency of one, and few loads for each
+BLOCK = (
+    128  # rows that go through all panels before the next rows: what a panel is multiplied with stays in L2
+)
+TOKENS = 256  # that are laid out at a time for a gradient
+VECTORS = PANEL // LANES
+
+
+def raw(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as numpy sees it; bfloat16 as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+# Tiles. Addresses and strides in bytes, as integers.
+
+
+def _tile(rows: int, write: str) -> Any:
+    """(left, from row to row, from pair to pair, panel, pairs, out, from row to row of it).
+
+    write: "narrow" rounds to bfloat16, "single" stores float32, "add" adds to float32.
+    """
+
+    @kernel(7)
+    def tile(
+        v: Vectors, left: Any, row_step: Any, pair_step: Any, panel: Any, pairs: Any, out: Any, out_step: Any
+    ) -> None:
+        b = v.b
+        sums = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(VECTORS)] for _ in range(rows)]
+        starts = [v.address(left, b.mul(row_step, I64(row))) for row in range(rows)]
+        with v.loop(pairs) as pair:
+            base = v.address(panel, b.mul(pair, I64(4 * PANEL)))
+            columns = [v.load(v.address(base, 64 * i), INTEGERS, 4) for i in range(VECTORS)]
+            offset = b.mul(pair, pair_step)
+            for row in range(rows):
+                both = v.splat(v.load(v.address(starts[row], offset), I32, 2))
+                for i in range(VECTORS):
+                    b.store(v.dot2(b.load(sums[row][i]), both, columns[i]), sums[row][i])
+        for row in range(rows):
+            place = v.address(out, b.mul(out_step, I64(row)))
+            for i in range(VECTORS):
+                value = b.load(sums[row][i])
+                if write == "narrow":
+                    v.store(v.narrow(value), v.address(place, 32 * i), 2)
+                else:
+                    at = v.address(place, 64 * i)
+                    v.store(b.fadd(v.floats(at), value) if write == "add" else value, at, 4)
+
+    return tile
+
+
+narrow, narrow_one = _tile(ROWS, "narrow"), _tile(1, "narrow")
+single, single_one = _tile(ROWS, "single"), _tile(1, "single")
+add = _tile(ROWS, "add")
+
+
+# Laying out
+
+
+@kernel(3)
+def _interleave(v: Vectors, upper: Any, lower: Any, out: Any) -> None:
+    """PANEL pairs of bfloat16: one of each from ``upper`` and ``lower``."""
+    halves, b = ir.VectorType(I16, LANES), v.b
+    for i in range(VECTORS):
+        first, second = (
+            b.zext(v.load(v.address(line, 32 * i), halves, 2), INTEGERS) for line in (upper, lower)
+        )
+        v.store(b.or_(first, b.shl(second, v.integers(16))), v.address(out, 64 * i), 4)
+
+
+@addressing
+def pair_rows(matrix, panels, first):
+    """panels[., first + p, c] = the pair matrix[2 p, c], matrix[2 p + 1, c]; an odd last row is paired with zeros.
+
+    matrix: bfloat16, with columns beside each other. Whole panels are written: zeros beyond the last column.
+    """
+    rows, columns = matrix.shape
+    source, step = matrix.ctypes.data, matrix.strides[0]
+    lines = np.zeros((2, PANEL), np.uint16)
+    low, high = lines.ctypes.data, lines.ctypes.data + 2 * PANEL
+    for start in range(0, columns, PANEL):
+        width = min(PANEL, columns - start)
+        panel = panels[start // PANEL]
+        out, out_step = panel.ctypes.data + first * panel.strides[0], panel.strides[0]
+        for p in range((rows + 1) // 2):
+            paired = 2 * p + 1 < rows
+            if width == PANEL and paired:
+                at = source + 2 * p * step + 2 * start
+                _interleave(at, at + step, out + p * out_step)
+            else:
+                lines[0, :width] = matrix[2 * p, start : start + width]
+                if paired:
+                    lines[1, :width] = matrix[2 * p + 1, start : start + width]
+                else:
+                    lines[1] = 0
+                _interleave(low, high, out + p * out_step)
+
+
+@addressing
+def pair_columns(matrix, panels, first):
+    """panels[., p, first + r] = the pair matrix[r, 2 p], matrix[r, 2 p + 1]: rows of bfloat16 become columns."""
+    for row in range(len(matrix)):
+        pairs = matrix[row].view(np.uint32)
+        panel, lane = panels[(first + row) // PANEL], (first + row) % PANEL
+        for p in range(len(pairs)):
+            panel[p, lane] = pairs[p]
+
+
+@addressing
+def lay_out(weight, forward, backward, first):
+    """Rows ``first`` and on of a weight [O, K] float32, for products with its transpose and with itself.
+
+    forward [., K / 2, PANEL]: each row is a column, its pairs along K. backward [., O / 2, PANEL]: rows in pairs.
+    """
+    rows, columns = weight.shape
+    lines = np.empty((2, columns), np.uint16)
+    for row in range(0, rows, 2):
+        for i in range(2):
+            line, source = lines[i], weight[row + i]
+            for j in range(columns):
+                put(line, j, source[j])
+        pair_columns(lines, forward, first + row)
+        pair_rows(lines, backward, (first + row) // 2)
+
+
+# Products
+
+
+@addressing
+def exact_tile(left, step, panel, pairs, out, out_step, rows):
+    """``rows`` rows (ROWS, or 1 each time) at address ``left`` times a panel, into float32 at ``out``."""
+    if rows == ROWS:
+        single(left, step, 4, panel, pairs, out, out_step)
+    else:
+        for row in range(rows):
+            single_one(left + row * step, step, 4, panel, pairs, out + row * out_step, out_step)
+
+
+@addressing
+def tile(left, step, panel, pairs, out, first, rest):
+    """As `exact_tile`, into the bfloat16 rows ``out`` from column ``first`` on; rest [ROWS, PANEL] float32."""
+    rows, width = len(out), min(PANEL, out.shape[1] - first)
+    if width < PANEL:
+        exact_tile(left, step, panel, pairs, rest.ctypes.data, 4 * PANEL, rows)
+        for row in range(rows):
+            line, result = out[row], rest[row]
+            for column in range(width):
+                put(line, first + column, result[column])
+        return
+    place, out_step = out.ctypes.data + 2 * first, out.strides[0]
+    if rows == ROWS:
+        narrow(left, step, 4, panel, pairs, place, out_step)
+    else:
+        for row in range(rows):
+            narrow_one(left + row * step, step, 4, panel, pairs, place + row * out_step, out_step)
+
+
+@addressing
+def product(left, panels, out):
+    """out [M, N] = left [M, K] times ``panels`` of K pairs and N columns; all bfloat16. K is even."""
+    rows, pairs = len(out), left.shape[1] // 2
+    source, step, base, size = left.ctypes.data, left.strides[0], panels.ctypes.data, panels.strides[0]
+    rest = np.empty((ROWS, PANEL), np.float32)
+    target, out_step = out.ctypes.data, out.strides[0]
+    for begin in range(0, rows, BLOCK):
+        end = min(begin + BLOCK, rows)
+        for panel in range(len(panels)):
+            here, first, done = base + panel * size, panel * PANEL, begin
+            if first + PANEL <= out.shape[1]:
+                done = begin + (end - begin) // ROWS * ROWS
+                for row in range(begin, done, ROWS):
+                    narrow(
+                        source + row * step,
+                        step,
+                        4,
+                        here,
+                        pairs,
+                        target + row * out_step + 2 * first,
+                        out_step,
+                    )
+            for row in range(done, end, ROWS):
+                tile(source + row * step, step, here, pairs, out[row : min(row + ROWS, end)], first, rest)
+
+
+@addressing
+def gradient(d_out, inputs, total):
+    """total [O, K] float32 += the transpose of d_out [T, O] times inputs [T, K]."""
+    tokens, outs = d_out.shape
+    columns = inputs.shape[1]
+    right = np.empty(((columns + PANEL - 1) // PANEL, (tokens + 1) // 2, PANEL), np.uint32)
+    left = np.empty((1, (min(tokens, TOKENS) + 1) // 2, PANEL), np.uint32)
+    rest = np.empty((ROWS, PANEL), np.float32)
+    lefts, rights, size = left.ctypes.data, right.ctypes.data, right.strides[0]
+    sums, step = total.ctypes.data, total.strides[0]
+    pair_rows(inputs, right, 0)
+    for start in range(0, outs, PANEL):
+        stop = min(start + PANEL, outs)
+        for begin in range(0, tokens, TOKENS):  # inside, so that the sums of some rows stay in the cache
+            end = min(begin + TOKENS, tokens)
+            pairs = (end - begin + 1) // 2
+            pair_rows(d_out[begin:end, start:stop], left, 0)
+            for panel in range(len(right)):
+                width = min(PANEL, columns - panel * PANEL)
+                there = rights + panel * size + begin // 2 * (4 * PANEL)
+                for row in range(start, stop, ROWS):
+                    place = lefts + (row - start) * 4
+                    if width == PANEL and row + ROWS <= stop:
+                        at = sums + row * step + panel * PANEL * 4
+                        add(place, 4, 4 * PANEL, there, pairs, at, step)
+                    else:
+                        single(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
+                        for i in range(min(ROWS, stop - row)):
+                            for j in range(width):
+                                total[row + i, panel * PANEL + j] += rest[i, j]
+
+
+# What the passes use
+
+
+class Matrix(Protocol):
+    """A weight [O, K] as the products want it."""
+
+    def refresh(self) -> None:
+        """Read the parameters anew."""
+
+    def forward(self, inputs: Tensor, out: Tensor) -> None:
+        """inputs [M, K] to out [M, O]."""
+
+    def backward(self, d_out: Tensor, d_inputs: Tensor) -> None:
+        """d_out [M, O] to d_inputs [M, K]."""
+
+
+class Products(Protocol):
+    """One way to multiply."""
+
+    def matrix(self, parts: Sequence[Tensor]) -> Matrix:
+        """The parameters ``parts`` [., K], one below the other. Holds nothing before `Matrix.refresh`."""
+
+    def gradient(self, total: Tensor, d_out: Tensor, inputs: Tensor) -> None:
+        """Add the gradient of a weight, d_out [M, O] transposed times inputs [M, K], to total [O, K] float32."""
+
+
+class PlainMatrix:
+    def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.parts, self.dtype = parts, dtype
+        self.weight = torch.empty(0)
+
+    def refresh(self) -> None:
+        whole = self.parts[0] if len(self.parts) == 1 else torch.cat([part.detach() for part in self.parts])
+        self.weight = whole.detach().to(self.dtype)
+
+    def forward(self, inputs: Tensor, out: Tensor) -> None:
+        torch.mm(inputs, self.weight.T, out=out)
+
+    def backward(self, d_out: Tensor, d_inputs: Tensor) -> None:
+        torch.mm(d_out, self.weight, out=d_inputs)
+
+
+class PlainProducts:
+    """PyTorch's, in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def matrix(self, parts: Sequence[Tensor]) -> Matrix:
+        return PlainMatrix(parts, self.dtype)
+
+    def gradient(self, total: Tensor, d_out: Tensor, inputs: Tensor) -> None:
+        total += d_out.T @ inputs
+
+
+class PairedMatrix:
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = parts
+        outputs, inputs = sum(len(part) for part in parts), parts[0].shape[1]
+        self._forward, self._backward = (
+            np.zeros((-(-columns // PANEL), pairs // 2, PANEL), np.uint32)
+            for columns, pairs in ((outputs, inputs), (inputs, outputs))
+        )
+
+    def refresh(self) -> None:
+        first = 0
+        for part in self.parts:
+            lay_out(part.detach().numpy(), self._forward, self._backward, first)
+            first += len(part)
+
+    def forward(self, inputs: Tensor, out: Tensor) -> None:
+        product(raw(inputs), self._forward, raw(out))
+
+    def backward(self, d_out: Tensor, d_inputs: Tensor) -> None:
+        product(raw(d_out), self._backward, raw(d_inputs))
+
+
+class PairedProducts:
+    """Those of this module."""
+
+    def matrix(self, parts: Sequence[Tensor]) -> Matrix:
+        return PairedMatrix(parts)
+
+    def gradient(self, total: Tensor, d_out: Tensor, inputs: Tensor) -> None:
+        gradient(raw(d_out), raw(inputs), total.numpy())
+
+
+def products_for(dtype: torch.dtype, sizes: Sequence[int]) -> Products:
+    """The fastest for activations of ``dtype`` and matrices of these ``sizes``, which pairs must divide."""
+    fast = dtype == torch.bfloat16 and has_bfloat_dot() and not has_bfloat_tiles()
+    return PairedProducts() if fast and all(size % 2 == 0 for size in sizes) else PlainProducts(dtype)

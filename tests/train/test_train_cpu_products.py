@@ -1,0 +1,222 @@
+"""Products and attention by pairs of bfloat16, against the same in float64."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+import tercet
+from tercet.simd import INTEGERS, LANES, Vectors, kernel
+from tercet.train.cpu import products
+from tercet.train.cpu.attention import PairedAttention, PlainAttention, attention_for
+from tercet.train.cpu.products import Matrix, PairedMatrix, PairedProducts, PlainProducts, products_for
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> None:
+    """Within ``rounding`` of each number, and what float32 sums lose of the largest."""
+    error = (found.double() - expected).abs()
+    assert (error <= rounding * expected.abs() + 1e-6 * expected.abs().max()).all(), float(error.max())
+
+
+@kernel(5)
+def _dot_and_narrow(v: Vectors, left: Any, right: Any, sums: Any, native: Any, portable: Any) -> None:
+    pairs = [v.load(place, INTEGERS, 4) for place in (left, right)]
+    for out, fast in ((native, True), (portable, False)):
+        total = v.dot2(v.floats(sums), *pairs, fast)
+        v.store(total, out, 4)
+        v.store(v.narrow(total, fast), v.address(out, 64), 2)
+
+
+@njit
+def dot_and_narrow(left: int, right: int, sums: int, native: int, portable: int) -> None:
+    _dot_and_narrow(left, right, sums, native, portable)
+
+
+def test_without_the_instruction_the_same_is_computed() -> None:
+    left, right = (numbers(LANES, 2, seed=seed) for seed in (1, 2))
+    sums = numbers(LANES, seed=3).float()
+    native, portable = (torch.zeros(2 * LANES) for _ in range(2))
+    dot_and_narrow(*(tensor.data_ptr() for tensor in (left, right, sums, native, portable)))
+    exact = sums.double() + (left.double() * right.double()).sum(1)
+    for found in (native, portable):
+        total, narrow = found[:LANES], found[LANES:].view(torch.bfloat16)[:LANES]
+        close(total, exact, 2.0**-23)
+        assert torch.equal(narrow, total.bfloat16())
+
+
+def forward(matrix: Matrix, inputs: torch.Tensor, size: int) -> torch.Tensor:
+    out = torch.empty(len(inputs), size, dtype=inputs.dtype)
+    matrix.forward(inputs, out)
+    return out
+
+
+def backward(matrix: Matrix, d_out: torch.Tensor, size: int) -> torch.Tensor:
+    d_inputs = torch.empty(len(d_out), size, dtype=d_out.dtype)
+    matrix.backward(d_out, d_inputs)
+    return d_inputs
+
+
+BFLOAT = 2.0**-8  # half a unit in the last of 8 binary digits
+SHAPES = [  # tokens, outputs, inputs
+    (1, 2, 2), (3, 64, 64), (4, 128, 64), (130, 66, 130), (129, 192, 64), (517, 70, 96), (261, 64, 258),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), SHAPES)
+def test_products_with_a_weight_and_its_gradient(tokens: int, outputs: int, inputs: int) -> None:
+    x, d_out = numbers(tokens, inputs), numbers(tokens, outputs, seed=1)
+    weight = numbers(outputs, inputs, seed=2).float()
+    split = outputs // 4 * 2  # as queries, keys and values, or gates and values, are joined
+    matrix = PairedMatrix([weight[:split].clone(), weight[split:].clone()] if split else [weight])
+    matrix.refresh()
+    exact = weight.double()
+    close(forward(matrix, x, outputs), x.double() @ exact.T, BFLOAT)
+    close(backward(matrix, d_out, inputs), d_out.double() @ exact, BFLOAT)
+    before = torch.ones(outputs, inputs)
+    total = before.clone()
+    PairedProducts().gradient(total, d_out, x)
+    close(total, before.double() + d_out.double().T @ x.double(), 1e-6)
+
+
+def test_weights_are_rounded_to_nearest_and_read_anew() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 6))
+    matrix = PairedMatrix([weight])
+    for _ in range(2):
+        matrix.refresh()
+        # A product with one row of the identity is the weight as it was laid out.
+        assert torch.equal(forward(matrix, torch.eye(6).bfloat16(), 8), weight.detach().bfloat16().T)
+        assert torch.equal(backward(matrix, torch.eye(8).bfloat16(), 6), weight.detach().bfloat16())
+        weight.data.mul_(1.7)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    matrix = PairedMatrix([torch.ones(64, 64)])
+    matrix.refresh()
+    x = torch.ones(8, 64).bfloat16()
+    x[3, 5] = float("nan")
+    assert forward(matrix, x, 64).isnan().any(dim=1).tolist() == [row == 3 for row in range(8)]
+
+
+def reference(
+    begins: np.ndarray[Any, Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Attention from its formula, in the tensors' own type."""
+    heads, rows, _ = q.shape
+    time, per_row = k.shape[1], heads // len(begins)
+    place = torch.arange(rows) // (rows // time)
+    first = torch.from_numpy(begins).repeat_interleave(per_row, 0)[:, place]
+    keys = torch.arange(time)
+    seen = (keys >= first[..., None]) & (keys <= place[:, None])
+    scores = (q @ k.transpose(1, 2)).masked_fill(~seen, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("time", "groups", "dim"), [(3, 1, 16), (5, 1, 64), (64, 2, 32), (131, 3, 64), (200, 1, 80), (257, 4, 16)]
+)
+@pytest.mark.parametrize("kind", [PairedAttention, PlainAttention])
+def test_attention_and_its_gradients(kind: Any, time: int, groups: int, dim: int) -> None:
+    batch, kv_heads = 2, 2
+    begins = np.zeros((batch, time), np.int64)
+    for start in (time // 3, time // 3 + 1, time // 2):  # documents of the second row; one is a single token
+        begins[1, start:] = start
+    q = (numbers(batch * kv_heads, time * groups, dim).float() * dim**-0.5).bfloat16()
+    k, v = (numbers(batch * kv_heads, time, dim, seed=seed) for seed in (1, 2))
+    d_out = numbers(batch * kv_heads, time * groups, dim, seed=3)
+    exact = [one.double().requires_grad_() for one in (q, k, v)]
+    expected = reference(begins, *exact)
+    expected.backward(d_out.double())  # type: ignore[no-untyped-call]
+    attention = kind()
+    out, kept = attention.forward(begins, q, k, v)
+    found = attention.backward(begins, q, k, v, out, kept, d_out)
+    for mine, theirs in zip((out, *found), (expected, *(one.grad for one in exact)), strict=True):
+        assert theirs is not None
+        difference = (mine.double() - theirs.detach()).norm()
+        # A few roundings to bfloat16, one after the other, also of terms that cancel.
+        assert difference < 0.012 * theirs.norm() + 0.004 * d_out.float().norm()
+
+
+def test_which_products_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(dot: bool, tiles: bool, dtype: torch.dtype, sizes: tuple[int, ...] = (64, 130)) -> type:
+        monkeypatch.setattr(products, "has_bfloat_dot", lambda: dot)
+        monkeypatch.setattr(products, "has_bfloat_tiles", lambda: tiles)
+        found = products_for(dtype, sizes)
+        assert isinstance(found, PairedProducts) == isinstance(attention_for(found), PairedAttention)
+        return type(found)
+
+    assert chosen(True, False, torch.bfloat16) is PairedProducts
+    assert chosen(True, True, torch.bfloat16) is PlainProducts, "whole tiles are faster than pairs"
+    assert chosen(False, False, torch.bfloat16) is PlainProducts
+    assert chosen(True, False, torch.float32) is PlainProducts
+    assert chosen(True, False, torch.bfloat16, (64, 131)) is PlainProducts, "131 has no pairs"
+
+
+STEPS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import hashlib, torch
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
+from tercet.train.cpu import products, step
+from tercet.train.loss import Batch
+from tercet.train.optimizer import Muon
+
+step.products_for = lambda *_: products.PairedProducts()
+torch.manual_seed(0)
+config = ModelConfig(
+    family="qwen3", vocab_size=130, hidden_size=128, intermediate_size=96, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_dim=64, max_positions=200, qk_norm="head", tie_embeddings=True,
+)
+model = Transformer(config, compute_dtype=torch.bfloat16)
+matrices = [one for one in model.parameters() if one.dim() == 2]
+muon = Muon(matrices, 0.02, row_decay=0.95)
+muon._by_pairs = lambda _: True
+work = step.Stepper(model, 1)
+tokens = torch.randint(0, 130, (2, 200))
+digest = hashlib.sha256()
+for _ in range(2):
+    loss, _ = work.gradients([Batch(tokens, tokens.roll(-1, 1))])
+    muon.step()
+    digest.update(repr(loss).encode())
+for one in model.parameters():
+    digest.update(one.grad.numpy().tobytes() + one.detach().numpy().tobytes())
+print(sum(products.product.stats.cache_hits.values()), digest.hexdigest())
+"""
+ONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from tercet.train.cpu import products
+products.pair_columns(np.zeros((4, 2), np.uint16), np.zeros((1, 1, 64), np.uint32), 0)
+print(sum(products.pair_columns.stats.cache_hits.values()))
+"""
+
+
+def test_code_just_compiled_and_code_that_was_kept_give_the_same_bits(tmp_path: Path) -> None:
+    # A run that compiles and the one that resumes it must not differ. Fails where a function whose sums may be
+    # reordered is called by a compiled one: it is then compiled twice, and either of the two may be the one run.
+    package = tmp_path / "tercet"
+    shutil.copytree(Path(tercet.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def run(code: str) -> list[str]:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    fresh, kept = run(STEPS), run(STEPS)
+    assert (fresh[0], kept[0]) == ("0", "1"), "the first compiled, the second didn't"
+    assert fresh[1] == kept[1]
+    # Code is compiled anew when any source changes, also of what it calls in another file.
+    assert run(ONE) == ["1"]
+    other = package / "train" / "cpu" / "kernels.py"
+    other.write_text(other.read_text() + "\n# changed\n")
+    assert run(ONE) == ["0"]
