@@ -6,6 +6,7 @@ import torch
 from scipy.optimize import linprog
 from torch import nn
 
+from tercet.train.cpu.muon import orthogonal
 from tercet.train.optimizer import POLAR, Muon, Optimizer, Rates, orthogonalized
 
 
@@ -178,3 +179,44 @@ def test_adamw_is_torchs_own() -> None:
         reference.step()
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (66, 200), (200, 66), (2, 64), (130, 34)])
+@pytest.mark.parametrize("row_decay", [0.0, 0.95])
+def test_the_written_out_step_is_the_same(
+    shape: tuple[int, int], row_decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step of `train.cpu.muon` against the one by PyTorch's operations, which the tests above check."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) * 10.0**power for power in (-6, 0, 3)]
+    moved, states = [], []
+    for by_pairs in (False, True):
+        parameter = nn.Parameter(start.clone())
+        muon = Muon([parameter], 0.02, 0.9, 0.1, row_decay=row_decay, dtype=torch.bfloat16)
+        monkeypatch.setattr(muon, "_by_pairs", lambda _, chosen=by_pairs: chosen)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            muon.step()
+        moved.append(parameter.detach() - start)
+        states.append(muon.state[parameter])
+    assert float((moved[1] - moved[0]).norm() / moved[0].norm()) < 0.02, "but for roundings to bfloat16"
+    assert states[0].keys() == states[1].keys(), "either goes on from the other's state"
+    for name, value in states[0].items():
+        assert states[1][name].shape == value.shape
+        torch.testing.assert_close(states[1][name], value, rtol=0.1, atol=1e-3 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (66, 200), (200, 66)])
+def test_written_out_polynomials_act_on_singular_values(shape: tuple[int, int]) -> None:
+    left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    values = torch.linspace(0.02, 1, min(shape), dtype=torch.float64)
+    matrix = ((left * values) @ right).bfloat16()
+    found = orthogonal(matrix.view(torch.uint16).numpy().copy(), np.array(POLAR[:2], np.float32))
+    for a, b, c in POLAR[:2]:
+        values = a * values + b * values**3 + c * values**5
+    expected = (left * values) @ right
+    error = (torch.from_numpy(found).view(torch.bfloat16).double() - expected).norm()
+    assert float(error / expected.norm()) < 0.03, (
+        "but for roundings, which the first polynomial makes eight times as large"
+    )

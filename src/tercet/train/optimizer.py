@@ -41,11 +41,14 @@ def orthogonalized(matrices: Tensor, steps: int = len(POLAR), dtype: torch.dtype
     x = (matrices if wide else matrices.mT).to(dtype)
     x = x.reshape(-1, *x.shape[-2:])
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) * SAFETY + 1e-20).to(dtype)
-    for a, b, c in POLAR[:steps]:
-        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+    for a, b, c in _coefficients(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).reshape(matrices.shape)
+
+
+def _coefficients(steps: int) -> list[tuple[float, float, float]]:
+    return [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR[:steps]]
 
 
 class Muon(torch.optim.Optimizer):
@@ -82,16 +85,52 @@ class Muon(torch.optim.Optimizer):
                 if self._pool is not None and torch.get_num_threads() != 1:
                     torch.set_num_threads(1)  # of this thread
                 with torch.no_grad():
-                    self._update(alike, group)
+                    if len(alike) == 1 and self._by_pairs(alike[0]):
+                        self._update_by_pairs(alike[0], group)
+                    else:
+                        self._update(alike, group)
 
             changed = [parameter for parameter in group["params"] if parameter.grad is not None]
-            work = _alike(changed, self._threads)
+            alone = sorted(filter(self._by_pairs, changed), key=lambda one: -one.numel())
+            together = [parameter for parameter in changed if not self._by_pairs(parameter)]
+            work = [*_alike(together, self._threads), *([parameter] for parameter in alone)]
             if self._pool is None:
                 for alike in work:
                     update(alike)
             else:
                 list(self._pool.map(update, work))
         return None
+
+    def _by_pairs(self, parameter: nn.Parameter) -> bool:
+        """Whether the written-out products of a training step on a CPU are the fastest for it as well."""
+        if parameter.device.type != "cpu" or hasattr(parameter, "full_tensor"):
+            return False
+        from tercet.train.cpu.products import PairedProducts, products_for
+
+        plain = parameter.dtype == torch.float32 and parameter.is_contiguous()
+        return plain and isinstance(products_for(self.dtype, parameter.shape), PairedProducts)
+
+    def _update_by_pairs(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """As `_update` for one parameter, in one pass."""
+        from tercet.train.cpu.muon import step
+
+        state, rows, columns = self.state[parameter], *parameter.shape
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        if group["row_decay"] and "row_square" not in state:
+            state["row_square"] = torch.zeros(rows)
+        step(
+            parameter,
+            cast(Tensor, parameter.grad).contiguous(),
+            state["momentum"],
+            state["row_square"] if group["row_decay"] else None,
+            _coefficients(self.steps),
+            decay=group["momentum"],
+            row_decay=group["row_decay"],
+            size=-group["lr"] * max(1.0, rows / columns) ** 0.5,
+            shrink=1 - group["lr"] * group["weight_decay"],
+            safety=SAFETY,
+        )
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Move parameters of one shape: small matrices cost as much in calls as in arithmetic, one by one."""

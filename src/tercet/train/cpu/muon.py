@@ -1,0 +1,166 @@
+"""Muon's step for one matrix on a CPU (`train.optimizer.Muon`), by pairs of bfloat16 (`products.py`).
+
+The same formulas as there, each number read and written once where memory is slow. A wide matrix is
+multiplied by its transpose from the right, a tall one from the left, so that none is ever turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from tercet.train.cpu.compiling import addressing, compiled
+from tercet.train.cpu.kernels import get, put
+from tercet.train.cpu.products import (
+    BLOCK,
+    PANEL,
+    ROWS,
+    exact_tile,
+    gradient,
+    pair_columns,
+    pair_rows,
+    product,
+)
+
+
+@compiled
+def _look_ahead(gradient, momentum, decay, ahead):
+    """Update the momentum; ahead = what Nesterov's takes; the sum of its squares."""
+    squares = np.float32(0)
+    for row in range(len(gradient)):
+        new, kept, out = gradient[row], momentum[row], ahead[row]
+        for i in range(len(new)):
+            value = kept[i] + (np.float32(1) - decay) * (new[i] - kept[i])
+            kept[i] = value
+            value = new[i] + decay * (value - new[i])
+            out[i] = value
+            squares += value * value
+    return squares
+
+
+@compiled
+def _scaled(values, scale, out):
+    """out = scale * values, in bfloat16."""
+    for row in range(len(values)):
+        source, target = values[row], out[row]
+        for i in range(len(source)):
+            put(target, i, scale * source[i])
+
+
+@compiled
+def _row_squares(matrix, squares):
+    """The sum of squares of each row."""
+    for row in range(len(matrix)):
+        source = matrix[row]
+        total = np.float32(0)
+        for i in range(len(source)):
+            total += get(source, i) * get(source, i)
+        squares[row] = total
+
+
+@compiled
+def _move(parameter, direction, factors, shrink):
+    """parameter = shrink * parameter + each row of direction times its factor."""
+    for row in range(len(parameter)):
+        place, source, factor = parameter[row], direction[row], factors[row]
+        for i in range(len(place)):
+            place[i] = shrink * place[i] + factor * get(source, i)
+
+
+@addressing
+def _add_product(left, panels, base, share, factor, out):
+    """out = share * base + factor * left times ``panels``, rounded to bfloat16 once; sizes as for `product`."""
+    rows, columns = out.shape
+    pairs, step = left.shape[1] // 2, left.strides[0]
+    sums = np.empty((ROWS, PANEL), np.float32)
+    for begin in range(0, rows, BLOCK):
+        end = min(begin + BLOCK, rows)
+        for panel in range(len(panels)):
+            first, last = panel * PANEL, min(panel * PANEL + PANEL, columns)
+            for row in range(begin, end, ROWS):
+                count = min(ROWS, end - row)
+                exact_tile(
+                    left.ctypes.data + row * step, step, panels[panel].ctypes.data, pairs,
+                    sums.ctypes.data, 4 * PANEL, count,
+                )  # fmt: skip
+                for i in range(count):
+                    before, after, found = base[row + i, first:last], out[row + i, first:last], sums[i]
+                    for j in range(last - first):
+                        put(after, j, share * get(before, j) + factor * found[j])
+
+
+@addressing
+def orthogonal(x, coefficients):
+    """x [R, C] bfloat16, R and C even, after the odd polynomials a x + b x^3 + c x^5 of each row (a, b, c)."""
+    rows, columns = x.shape
+    wide = rows <= columns
+    small = min(rows, columns)
+    over, down = (columns + PANEL - 1) // PANEL, (small + PANEL - 1) // PANEL
+    turned = np.zeros((down if wide else 0, columns // 2, PANEL), np.uint32)
+    paired = np.empty((over, rows // 2 if wide else 0, PANEL), np.uint32)
+    squares = np.empty((down, small // 2, PANEL), np.uint32)
+    gram, inner, after = (
+        np.empty((small, small), np.uint16),
+        np.empty((small, small), np.uint16),
+        np.empty_like(x),
+    )
+    sums = np.empty((0 if wide else small, small), np.float32)
+    one = np.float32(1)
+    for step in range(len(coefficients)):
+        a, b, c = coefficients[step]
+        if wide:
+            pair_columns(x, turned, 0)
+            product(x, turned, gram)
+        else:
+            sums[:] = 0
+            gradient(x, x, sums)
+            for row in range(small):
+                for column in range(small):
+                    put(gram[row], column, sums[row, column])
+        pair_rows(gram, squares, 0)
+        _add_product(gram, squares, gram, b, c, inner)
+        if wide:
+            pair_rows(x, paired, 0)
+            _add_product(inner, paired, x, a, one, after)
+        else:
+            pair_rows(inner, squares, 0)
+            _add_product(x, squares, x, a, one, after)
+        x, after = after, x
+    return x
+
+
+def step(
+    parameter: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    row_squares: Tensor | None,
+    coefficients: Sequence[tuple[float, float, float]],
+    *,
+    decay: float,
+    row_decay: float,
+    size: float,
+    shrink: float,
+    safety: float,
+) -> None:
+    """Update ``parameter`` [R, C] float32, ``momentum`` and ``row_squares`` [R] in place.
+
+    size: what the orthogonal direction is multiplied by; shrink: what the parameter is. safety: the norm is
+        taken for so many times as large.
+    """
+    place = parameter.detach().numpy()
+    ahead, x = np.empty(place.shape, np.float32), np.empty(place.shape, np.uint16)
+    length = _look_ahead(gradient.numpy(), momentum.numpy(), np.float32(decay), ahead) ** 0.5
+    _scaled(ahead, np.float32(1 / (length * safety + 1e-20)), x)
+    direction = orthogonal(x, np.array(coefficients, np.float32))
+    factors = np.ones(len(place), np.float32)
+    if row_squares is not None:
+        squares = np.empty(len(place), np.float32)
+        _row_squares(direction, squares)
+        kept = row_squares.numpy()
+        kept += np.float32(1 - row_decay) * (squares / np.float32(place.shape[1]) - kept)
+        factors /= np.sqrt(kept) + np.float32(1e-8)
+        before, after = squares.sum(dtype=np.float64), (squares * factors**2).sum(dtype=np.float64)
+        factors *= np.float32(np.sqrt(before / (after + 1e-20)))
+    _move(place, direction, factors * np.float32(size), np.float32(shrink))
