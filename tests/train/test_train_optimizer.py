@@ -207,7 +207,7 @@ def test_the_written_out_step_is_the_same(
         torch.testing.assert_close(states[1][name], value, rtol=0.1, atol=1e-3 * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (66, 200), (200, 66)])
+@pytest.mark.parametrize("shape", [(64, 64), (66, 200), (200, 66), (150, 260), (260, 150)])
 def test_written_out_polynomials_act_on_singular_values(shape: tuple[int, int]) -> None:
     left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     values = torch.linspace(0.02, 1, min(shape), dtype=torch.float64)

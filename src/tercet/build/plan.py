@@ -197,7 +197,9 @@ def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[R
         ),
         Rule(
             "first attention",
-            "two heads of each layer to the last two tokens, the others at random",
+            "two heads of each layer to the last two tokens, the others at random"
+            if config.num_heads > 1
+            else "the head of each layer to the last token",
             "0.036 bits per byte lower after 1M tokens",
         ),
         Rule("matrices", f"{rates.kind}, rate {rates.matrices:g}", "equal spectral norm at every width")

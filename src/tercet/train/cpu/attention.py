@@ -203,7 +203,7 @@ def attend(q, k, v, begins, groups, weights, out):
             for panel in range(low, high):
                 exact_tile(
                     queries.ctypes.data, queries.strides[0], keys[panel].ctypes.data, dim // 2,
-                    scores.ctypes.data + 4 * panel * PANEL, scores.strides[0], count,
+                    scores.ctypes.data + 4 * panel * PANEL, scores.strides[0], count, PANEL,
                 )  # fmt: skip
             for i in range(count):
                 position = (row + i) // groups
@@ -249,7 +249,7 @@ def attend_backward(q, k, v, begins, groups, weights, along, d_out, d_q, d_k, d_
                 for panel in range(low, high):
                     exact_tile(
                         upstream.ctypes.data, upstream.strides[0], values[panel].ctypes.data, dim // 2,
-                        d_weights.ctypes.data + 4 * panel * PANEL, d_weights.strides[0], count,
+                        d_weights.ctypes.data + 4 * panel * PANEL, d_weights.strides[0], count, PANEL,
                     )  # fmt: skip
                 left, right = low * PANEL, high * PANEL
                 for i in range(count):

@@ -13,16 +13,7 @@ from torch import Tensor
 
 from tercet.train.cpu.compiling import addressing, compiled
 from tercet.train.cpu.kernels import get, put
-from tercet.train.cpu.products import (
-    BLOCK,
-    PANEL,
-    ROWS,
-    exact_tile,
-    gradient,
-    pair_columns,
-    pair_rows,
-    product,
-)
+from tercet.train.cpu.products import BLOCK, PANEL, ROWS, exact_tile, pair_columns, pair_rows, single
 
 
 @compiled
@@ -70,8 +61,39 @@ def _move(parameter, direction, factors, shrink):
 
 
 @addressing
-def _add_product(left, panels, base, share, factor, out):
-    """out = share * base + factor * left times ``panels``, rounded to bfloat16 once; sizes as for `product`."""
+def _mirror(matrix):
+    """Panels above the diagonal become those below it, turned."""
+    size = len(matrix)
+    for below in range(PANEL, size, PANEL):
+        for left in range(0, below, PANEL):
+            for row in range(below, min(below + PANEL, size)):
+                for column in range(left, left + PANEL):
+                    matrix[column, row] = matrix[row, column]
+
+
+@addressing
+def _squared(panels, sums, out):
+    """out = the product of what lies in ``panels`` with its own transpose, bfloat16; sums: float32, whole panels."""
+    pairs, size = panels.shape[1], panels.strides[0]
+    base, target, step = panels.ctypes.data, sums.ctypes.data, sums.strides[0]
+    for down in range(len(panels)):
+        for across in range(down + 1):
+            for row in range(0, PANEL, ROWS):
+                at = target + (down * PANEL + row) * step + 4 * across * PANEL
+                single(base + down * size + 4 * row, 4, 4 * PANEL, base + across * size, pairs, at, step)
+    for row in range(len(out)):
+        line, found = out[row], sums[row]
+        for column in range(min(len(line), (row // PANEL + 1) * PANEL)):
+            put(line, column, found[column])
+    _mirror(out)
+
+
+@addressing
+def _add_product(left, panels, base, share, factor, out, symmetric):
+    """out = share * base + factor * left times ``panels``, rounded to bfloat16 once; sizes as for `product`.
+
+    symmetric: only the panels up to the diagonal are computed, the others mirrored.
+    """
     rows, columns = out.shape
     pairs, step = left.shape[1] // 2, left.strides[0]
     sums = np.empty((ROWS, PANEL), np.float32)
@@ -79,16 +101,18 @@ def _add_product(left, panels, base, share, factor, out):
         end = min(begin + BLOCK, rows)
         for panel in range(len(panels)):
             first, last = panel * PANEL, min(panel * PANEL + PANEL, columns)
-            for row in range(begin, end, ROWS):
+            for row in range(max(begin, first) if symmetric else begin, end, ROWS):
                 count = min(ROWS, end - row)
                 exact_tile(
                     left.ctypes.data + row * step, step, panels[panel].ctypes.data, pairs,
-                    sums.ctypes.data, 4 * PANEL, count,
+                    sums.ctypes.data, 4 * PANEL, count, last - first,
                 )  # fmt: skip
                 for i in range(count):
                     before, after, found = base[row + i, first:last], out[row + i, first:last], sums[i]
                     for j in range(last - first):
                         put(after, j, share * get(before, j) + factor * found[j])
+    if symmetric:
+        _mirror(out)
 
 
 @addressing
@@ -98,35 +122,31 @@ def orthogonal(x, coefficients):
     wide = rows <= columns
     small = min(rows, columns)
     over, down = (columns + PANEL - 1) // PANEL, (small + PANEL - 1) // PANEL
-    turned = np.zeros((down if wide else 0, columns // 2, PANEL), np.uint32)
+    panels = np.zeros((down, max(rows, columns) // 2, PANEL), np.uint32)
     paired = np.empty((over, rows // 2 if wide else 0, PANEL), np.uint32)
     squares = np.empty((down, small // 2, PANEL), np.uint32)
+    sums = np.empty((down * PANEL, down * PANEL), np.float32)
     gram, inner, after = (
         np.empty((small, small), np.uint16),
         np.empty((small, small), np.uint16),
         np.empty_like(x),
     )
-    sums = np.empty((0 if wide else small, small), np.float32)
     one = np.float32(1)
     for step in range(len(coefficients)):
         a, b, c = coefficients[step]
         if wide:
-            pair_columns(x, turned, 0)
-            product(x, turned, gram)
+            pair_columns(x, panels, 0)
         else:
-            sums[:] = 0
-            gradient(x, x, sums)
-            for row in range(small):
-                for column in range(small):
-                    put(gram[row], column, sums[row, column])
+            pair_rows(x, panels, 0)
+        _squared(panels, sums, gram)
         pair_rows(gram, squares, 0)
-        _add_product(gram, squares, gram, b, c, inner)
+        _add_product(gram, squares, gram, b, c, inner, True)
         if wide:
             pair_rows(x, paired, 0)
-            _add_product(inner, paired, x, a, one, after)
+            _add_product(inner, paired, x, a, one, after, False)
         else:
             pair_rows(inner, squares, 0)
-            _add_product(x, squares, x, a, one, after)
+            _add_product(x, squares, x, a, one, after, False)
         x, after = after, x
     return x
 

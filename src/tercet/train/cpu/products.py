@@ -47,10 +47,11 @@ def raw(tensor: Tensor) -> NDArray[Any]:
 # Tiles. Addresses and strides in bytes, as integers.
 
 
-def _tile(rows: int, write: str) -> Any:
+def _tile(rows: int, write: str, vectors: int = VECTORS) -> Any:
     """(left, from row to row, from pair to pair, panel, pairs, out, from row to row of it).
 
-    write: "narrow" rounds to bfloat16, "single" stores float32, "add" adds to float32.
+    write: "narrow" rounds to bfloat16, "single" stores float32, "add" adds to float32. vectors: of the panel's
+    columns, from the first.
     """
 
     @kernel(7)
@@ -58,19 +59,19 @@ def _tile(rows: int, write: str) -> Any:
         v: Vectors, left: Any, row_step: Any, pair_step: Any, panel: Any, pairs: Any, out: Any, out_step: Any
     ) -> None:
         b = v.b
-        sums = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(VECTORS)] for _ in range(rows)]
+        sums = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(vectors)] for _ in range(rows)]
         starts = [v.address(left, b.mul(row_step, I64(row))) for row in range(rows)]
         with v.loop(pairs) as pair:
             base = v.address(panel, b.mul(pair, I64(4 * PANEL)))
-            columns = [v.load(v.address(base, 64 * i), INTEGERS, 4) for i in range(VECTORS)]
+            columns = [v.load(v.address(base, 64 * i), INTEGERS, 4) for i in range(vectors)]
             offset = b.mul(pair, pair_step)
             for row in range(rows):
                 both = v.splat(v.load(v.address(starts[row], offset), I32, 2))
-                for i in range(VECTORS):
+                for i in range(vectors):
                     b.store(v.dot2(b.load(sums[row][i]), both, columns[i]), sums[row][i])
         for row in range(rows):
             place = v.address(out, b.mul(out_step, I64(row)))
-            for i in range(VECTORS):
+            for i in range(vectors):
                 value = b.load(sums[row][i])
                 if write == "narrow":
                     v.store(v.narrow(value), v.address(place, 32 * i), 2)
@@ -83,6 +84,7 @@ def _tile(rows: int, write: str) -> Any:
 
 narrow, narrow_one = _tile(ROWS, "narrow"), _tile(1, "narrow")
 single, single_one = _tile(ROWS, "single"), _tile(1, "single")
+single_half = _tile(ROWS, "single", VECTORS // 2)  # for the last panel where half of it is empty
 add = _tile(ROWS, "add")
 
 
@@ -159,9 +161,14 @@ def lay_out(weight, forward, backward, first):
 
 
 @addressing
-def exact_tile(left, step, panel, pairs, out, out_step, rows):
-    """``rows`` rows (ROWS, or 1 each time) at address ``left`` times a panel, into float32 at ``out``."""
-    if rows == ROWS:
+def exact_tile(left, step, panel, pairs, out, out_step, rows, width):
+    """``rows`` rows (ROWS, or 1 each time) at address ``left`` times a panel, into float32 at ``out``.
+
+    width: columns of the panel that are wanted; others may be left out.
+    """
+    if rows == ROWS and width <= PANEL // 2:
+        single_half(left, step, 4, panel, pairs, out, out_step)
+    elif rows == ROWS:
         single(left, step, 4, panel, pairs, out, out_step)
     else:
         for row in range(rows):
@@ -173,7 +180,7 @@ def tile(left, step, panel, pairs, out, first, rest):
     """As `exact_tile`, into the bfloat16 rows ``out`` from column ``first`` on; rest [ROWS, PANEL] float32."""
     rows, width = len(out), min(PANEL, out.shape[1] - first)
     if width < PANEL:
-        exact_tile(left, step, panel, pairs, rest.ctypes.data, 4 * PANEL, rows)
+        exact_tile(left, step, panel, pairs, rest.ctypes.data, 4 * PANEL, rows, width)
         for row in range(rows):
             line, result = out[row], rest[row]
             for column in range(width):
@@ -240,7 +247,10 @@ def gradient(d_out, inputs, total):
                         at = sums + row * step + panel * PANEL * 4
                         add(place, 4, 4 * PANEL, there, pairs, at, step)
                     else:
-                        single(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
+                        if width <= PANEL // 2:
+                            single_half(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
+                        else:
+                            single(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
                         for i in range(min(ROWS, stop - row)):
                             for j in range(width):
                                 total[row + i, panel * PANEL + j] += rest[i, j]
