@@ -51,6 +51,11 @@ class Vectors:
     def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
 
+    def fetch(self, address: ir.Value) -> None:
+        """Bring the line of memory at ``address`` into the cache; nothing happens where there is no memory."""
+        pointer = self.b.inttoptr(address, I8.as_pointer())
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))  # to read, keep, data
+
     def floats(self, address: ir.Value) -> ir.Value:
         """16 float32."""
         return self.load(address, VECTOR, 4)

@@ -15,7 +15,7 @@ import tercet
 from tercet.simd import INTEGERS, LANES, Vectors, kernel
 from tercet.train.cpu import products
 from tercet.train.cpu.attention import PairedAttention, PlainAttention, attention_for
-from tercet.train.cpu.products import Matrix, PairedMatrix, PairedProducts, PlainProducts, products_for
+from tercet.train.cpu.products import Matrix, PairedMatrix, PairedProducts, PlainProducts, Sum, products_for
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -82,10 +82,13 @@ def test_products_with_a_weight_and_its_gradient(tokens: int, outputs: int, inpu
     exact = weight.double()
     close(forward(matrix, x, outputs), x.double() @ exact.T, BFLOAT)
     close(backward(matrix, d_out, inputs), d_out.double() @ exact, BFLOAT)
-    before = torch.ones(outputs, inputs)
-    total = before.clone()
-    PairedProducts().gradient(total, d_out, x)
-    close(total, before.double() + d_out.double().T @ x.double(), 1e-6)
+    for kind in (PairedProducts(), PlainProducts(torch.float32)):
+        total = Sum(outputs, inputs)
+        total.value.fill_(float("nan"))  # what is left of the step before
+        for times in (1, 2):
+            as_kind = (d_out, x) if isinstance(kind, PairedProducts) else (d_out.float(), x.float())
+            kind.gradient(total, *as_kind)
+            close(total.value, times * (d_out.double().T @ x.double()), 1e-6)
 
 
 def test_weights_are_rounded_to_nearest_and_read_anew() -> None:

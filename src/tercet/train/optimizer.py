@@ -312,5 +312,8 @@ def _group(name: str, parameter: nn.Parameter) -> str:
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     """Scale all gradients together so that their norm is at most ``largest``; the norm they had."""
-    norm = nn.utils.clip_grad_norm_(parameters, largest)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+    found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if found > largest:  # else they are left alone, which saves reading and writing all of them
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return found

@@ -270,5 +270,5 @@ def attend_backward(q, k, v, begins, groups, weights, along, d_out, d_q, d_k, d_
                         keys[panel, left // 2 :].ctypes.data, seen // 2,
                         d_q[head, row : row + count], panel * PANEL, rest,
                     )  # fmt: skip
-            gradient(weights_here[:, bottom:top], d_out[head, start:stop], d_v[head, bottom:top])
-            gradient(d_scores_here[:, bottom:top], q[head, start:stop], d_k[head, bottom:top])
+            gradient(weights_here[:, bottom:top], d_out[head, start:stop], d_v[head, bottom:top], False)
+            gradient(d_scores_here[:, bottom:top], q[head, start:stop], d_k[head, bottom:top], False)

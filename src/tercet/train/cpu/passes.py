@@ -29,7 +29,7 @@ from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
 from tercet.train.cpu import kernels
 from tercet.train.cpu.attention import attention_for
-from tercet.train.cpu.products import Matrix, Products, raw
+from tercet.train.cpu.products import Matrix, Products, Sum, raw
 
 TOGETHER = 512  # tokens that go through several products in turn, while the cache holds what they leave
 LOGITS = 1 << 21  # numbers of logits that exist at once: 4 MB in bfloat16, which the cache holds
@@ -59,9 +59,9 @@ class LayerWeights(Generic[Kind]):
 
 @dataclass
 class Weights(Generic[Kind]):
-    """Everything a pass reads, or, all in float32 tensors, everything it adds gradients to.
+    """Everything a pass reads, or everything it adds gradients to.
 
-    embedding [V, H] float32; head [V, H]. For gradients one tensor where they are tied.
+    embedding [V, H] float32; head [V, H]. For gradients the embedding is the head's sum where they are tied.
     """
 
     embedding: Tensor
@@ -140,7 +140,7 @@ class Passes:
         self.sines = (np.sin(angles) * np.float32(factor)).astype(np.float32)
 
     def run(
-        self, rows: Rows, weights: Weights[Matrix], gradients: Weights[Tensor], scale: float, z_weight: float
+        self, rows: Rows, weights: Weights[Matrix], gradients: Weights[Sum], scale: float, z_weight: float
     ) -> float:
         """The summed loss (nats); adds ``scale`` times the gradient of loss and z-loss to ``gradients``.
 
@@ -165,6 +165,7 @@ class Passes:
         ):
             self._mlp_backward(one, layer, sums, d_stream, narrow)
             self._attention_backward(rows, one, layer, sums, d_stream, narrow)
+        gradients.head.settle()
         kernels.add_rows(gradients.embedding.numpy(), rows.tokens.reshape(-1), d_stream.numpy())
         return loss
 
@@ -262,7 +263,7 @@ class Passes:
         self,
         rows: Rows,
         weights: Weights[Matrix],
-        gradients: Weights[Tensor],
+        gradients: Weights[Sum],
         normed: Tensor,
         scale: float,
         z_weight: float,
@@ -321,7 +322,7 @@ class Passes:
         self,
         kept: Kept,
         layer: LayerWeights[Matrix],
-        sums: LayerWeights[Tensor],
+        sums: LayerWeights[Sum],
         d_stream: Tensor,
         narrow: Tensor,
     ) -> None:
@@ -350,7 +351,7 @@ class Passes:
         rows: Rows,
         kept: Kept,
         layer: LayerWeights[Matrix],
-        sums: LayerWeights[Tensor],
+        sums: LayerWeights[Sum],
         d_stream: Tensor,
         narrow: Tensor,
     ) -> None:

@@ -32,9 +32,7 @@ from tercet.train.cpu.kernels import put
 
 PANEL = 64  # columns that lie together
 ROWS = 4  # of a tile: 4 x 4 vectors of sums, more than hide the latency of one, and few loads for each
-BLOCK = (
-    128  # rows that go through all panels before the next rows: what a panel is multiplied with stays in L2
-)
+BLOCK = 128  # rows that go through all panels before the next rows do, so that they stay in the cache
 TOKENS = 256  # that are laid out at a time for a gradient
 VECTORS = PANEL // LANES
 
@@ -61,6 +59,10 @@ def _tile(rows: int, write: str, vectors: int = VECTORS) -> Any:
         b = v.b
         sums = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(vectors)] for _ in range(rows)]
         starts = [v.address(left, b.mul(row_step, I64(row))) for row in range(rows)]
+        if write == "add":  # what is added to is on its way while the products are computed
+            for row in range(rows):
+                for i in range(vectors):
+                    v.fetch(v.address(b.add(out, b.mul(out_step, I64(row))), 64 * i))
         with v.loop(pairs) as pair:
             base = v.address(panel, b.mul(pair, I64(4 * PANEL)))
             columns = [v.load(v.address(base, 64 * i), INTEGERS, 4) for i in range(vectors)]
@@ -147,14 +149,15 @@ def lay_out(weight, forward, backward, first):
     forward [., K / 2, PANEL]: each row is a column, its pairs along K. backward [., O / 2, PANEL]: rows in pairs.
     """
     rows, columns = weight.shape
-    lines = np.empty((2, columns), np.uint16)
-    for row in range(0, rows, 2):
-        for i in range(2):
-            line, source = lines[i], weight[row + i]
-            for j in range(columns):
-                put(line, j, source[j])
-        pair_columns(lines, forward, first + row)
-        pair_rows(lines, backward, (first + row) // 2)
+    lines = np.empty((LANES, columns), np.uint16)
+    for begin in range(0, rows, LANES):
+        some = lines[: min(LANES, rows - begin)]
+        for row in range(len(some)):
+            line, source = some[row], weight[begin + row]
+            for column in range(columns):
+                put(line, column, source[column])
+        pair_columns(some, forward, first + begin)
+        pair_rows(some, backward, (first + begin) // 2)
 
 
 # Products
@@ -208,22 +211,15 @@ def product(left, panels, out):
             if first + PANEL <= out.shape[1]:
                 done = begin + (end - begin) // ROWS * ROWS
                 for row in range(begin, done, ROWS):
-                    narrow(
-                        source + row * step,
-                        step,
-                        4,
-                        here,
-                        pairs,
-                        target + row * out_step + 2 * first,
-                        out_step,
-                    )
+                    at = target + row * out_step + 2 * first
+                    narrow(source + row * step, step, 4, here, pairs, at, out_step)
             for row in range(done, end, ROWS):
                 tile(source + row * step, step, here, pairs, out[row : min(row + ROWS, end)], first, rest)
 
 
 @addressing
-def gradient(d_out, inputs, total):
-    """total [O, K] float32 += the transpose of d_out [T, O] times inputs [T, K]."""
+def gradient(d_out, inputs, total, fresh):
+    """total [O, K] float32 += the transpose of d_out [T, O] times inputs [T, K]; fresh: what it held is replaced."""
     tokens, outs = d_out.shape
     columns = inputs.shape[1]
     right = np.empty(((columns + PANEL - 1) // PANEL, (tokens + 1) // 2, PANEL), np.uint32)
@@ -238,22 +234,26 @@ def gradient(d_out, inputs, total):
             end = min(begin + TOKENS, tokens)
             pairs = (end - begin + 1) // 2
             pair_rows(d_out[begin:end, start:stop], left, 0)
+            replaces = fresh and begin == 0
             for panel in range(len(right)):
-                width = min(PANEL, columns - panel * PANEL)
+                first, width = panel * PANEL, min(PANEL, columns - panel * PANEL)
                 there = rights + panel * size + begin // 2 * (4 * PANEL)
                 for row in range(start, stop, ROWS):
-                    place = lefts + (row - start) * 4
+                    place, at = lefts + (row - start) * 4, sums + row * step + 4 * first
                     if width == PANEL and row + ROWS <= stop:
-                        at = sums + row * step + panel * PANEL * 4
-                        add(place, 4, 4 * PANEL, there, pairs, at, step)
-                    else:
-                        if width <= PANEL // 2:
-                            single_half(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
+                        if replaces:
+                            single(place, 4, 4 * PANEL, there, pairs, at, step)
                         else:
-                            single(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
-                        for i in range(min(ROWS, stop - row)):
-                            for j in range(width):
-                                total[row + i, panel * PANEL + j] += rest[i, j]
+                            add(place, 4, 4 * PANEL, there, pairs, at, step)
+                        continue
+                    if width <= PANEL // 2:
+                        single_half(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
+                    else:
+                        single(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
+                    for i in range(min(ROWS, stop - row)):
+                        line, found = total[row + i], rest[i]
+                        for j in range(width):
+                            line[first + j] = found[j] if replaces else line[first + j] + found[j]
 
 
 # What the passes use
@@ -272,14 +272,28 @@ class Matrix(Protocol):
         """d_out [M, O] to d_inputs [M, K]."""
 
 
+class Sum:
+    """A float32 tensor that gradients are added to, without being cleared before."""
+
+    def __init__(self, *shape: int) -> None:
+        self.value = torch.zeros(*shape)
+        self.fresh = True  # what it holds is not of this step
+
+    def settle(self) -> None:
+        """Make it zero if nothing was added."""
+        if self.fresh:
+            self.value.zero_()
+            self.fresh = False
+
+
 class Products(Protocol):
     """One way to multiply."""
 
     def matrix(self, parts: Sequence[Tensor]) -> Matrix:
         """The parameters ``parts`` [., K], one below the other. Holds nothing before `Matrix.refresh`."""
 
-    def gradient(self, total: Tensor, d_out: Tensor, inputs: Tensor) -> None:
-        """Add the gradient of a weight, d_out [M, O] transposed times inputs [M, K], to total [O, K] float32."""
+    def gradient(self, total: Sum, d_out: Tensor, inputs: Tensor) -> None:
+        """Add the gradient of a weight, d_out [M, O] transposed times inputs [M, K], to total [O, K]."""
 
 
 class PlainMatrix:
@@ -307,8 +321,9 @@ class PlainProducts:
     def matrix(self, parts: Sequence[Tensor]) -> Matrix:
         return PlainMatrix(parts, self.dtype)
 
-    def gradient(self, total: Tensor, d_out: Tensor, inputs: Tensor) -> None:
-        total += d_out.T @ inputs
+    def gradient(self, total: Sum, d_out: Tensor, inputs: Tensor) -> None:
+        total.settle()
+        total.value += d_out.T @ inputs
 
 
 class PairedMatrix:
@@ -339,8 +354,11 @@ class PairedProducts:
     def matrix(self, parts: Sequence[Tensor]) -> Matrix:
         return PairedMatrix(parts)
 
-    def gradient(self, total: Tensor, d_out: Tensor, inputs: Tensor) -> None:
-        gradient(raw(d_out), raw(inputs), total.numpy())
+    def gradient(self, total: Sum, d_out: Tensor, inputs: Tensor) -> None:
+        if not len(d_out):
+            return
+        gradient(raw(d_out), raw(inputs), total.value.numpy(), total.fresh)
+        total.fresh = False
 
 
 def products_for(dtype: torch.dtype, sizes: Sequence[int]) -> Products:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tercet.model.transformer import Transformer
 from tercet.train.cpu.passes import LayerWeights, Passes, Rows, Weights
-from tercet.train.cpu.products import Matrix, products_for
+from tercet.train.cpu.products import Matrix, Sum, products_for
 from tercet.train.loss import Batch
 
 
@@ -76,12 +76,18 @@ class Stepper:
         self._hand_over(self._sums[0])
         return total * scale, tokens
 
-    def _run(self, work: tuple[list[Rows], Weights[Matrix], Weights[Tensor], float]) -> float:
+    def _run(self, work: tuple[list[Rows], Weights[Matrix], Weights[Sum], float]) -> float:
         """One thread's part: the summed loss of its rows, whose gradients replace its sums."""
         rows, weights, sums, scale = work
-        for tensor in _tensors(sums):
-            tensor.zero_()
-        return sum(self.passes.run(one, weights, sums, scale, self.z_weight) for one in rows)
+        vectors, matrices = _parts_of(sums)
+        for vector in vectors:
+            vector.zero_()
+        for matrix in matrices:
+            matrix.fresh = True
+        total = sum(self.passes.run(one, weights, sums, scale, self.z_weight) for one in rows)
+        for matrix in matrices:
+            matrix.settle()
+        return total
 
     def _each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """``function`` of each of the items, on the threads."""
@@ -113,31 +119,28 @@ class Stepper:
         norm: Any = inner.norm
         return Weights(inner.embed_tokens.weight.detach(), layers, norm.weight.detach(), self._head)
 
-    def _zeros(self) -> Weights[Tensor]:
+    def _zeros(self) -> Weights[Sum]:
         config = self.model.config
         hidden, dim = config.hidden_size, config.head_dim
         query, key = config.num_heads * dim, config.num_kv_heads * dim
-        embedding = torch.zeros(config.vocab_size, hidden)
-        return Weights(
-            embedding,
-            [
-                LayerWeights(
-                    torch.zeros(query + 2 * key, hidden),
-                    torch.zeros(hidden, query),
-                    torch.zeros(2 * config.intermediate_size, hidden),
-                    torch.zeros(hidden, config.intermediate_size),
-                    torch.zeros(hidden),
-                    torch.zeros(hidden),
-                    torch.zeros(dim),
-                    torch.zeros(dim),
-                )
-                for _ in range(config.num_layers)
-            ],
-            torch.zeros(hidden),
-            embedding if config.tie_embeddings else torch.zeros(config.vocab_size, hidden),
-        )
+        layers = [
+            LayerWeights(
+                Sum(query + 2 * key, hidden),
+                Sum(hidden, query),
+                Sum(2 * config.intermediate_size, hidden),
+                Sum(hidden, config.intermediate_size),
+                torch.zeros(hidden),
+                torch.zeros(hidden),
+                torch.zeros(dim),
+                torch.zeros(dim),
+            )
+            for _ in range(config.num_layers)
+        ]
+        head = Sum(config.vocab_size, hidden)
+        embedding = head.value if config.tie_embeddings else torch.zeros(config.vocab_size, hidden)
+        return Weights(embedding, layers, torch.zeros(hidden), head)
 
-    def _hand_over(self, sums: Weights[Tensor]) -> None:
+    def _hand_over(self, sums: Weights[Sum]) -> None:
         """Make each parameter's gradient the part of the sums that is its own."""
         config, inner = self.model.config, self.model.model
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -146,13 +149,13 @@ class Stepper:
             attention, mlp = block.self_attn, block.mlp
             for projection, part in zip(
                 (attention.q_proj, attention.k_proj, attention.v_proj),
-                torch.split(layer.qkv, [query, key, key]),
+                torch.split(layer.qkv.value, [query, key, key]),
                 strict=True,
             ):
                 projection.weight.grad = part
-            attention.o_proj.weight.grad = layer.o
-            mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad = layer.gate_up.chunk(2)
-            mlp.down_proj.weight.grad = layer.down
+            attention.o_proj.weight.grad = layer.o.value
+            mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad = layer.gate_up.value.chunk(2)
+            mlp.down_proj.weight.grad = layer.down.value
             block.input_layernorm.weight.grad = layer.input_norm
             block.post_attention_layernorm.weight.grad = layer.mlp_norm
             if config.qk_norm == "head":
@@ -162,15 +165,21 @@ class Stepper:
         norm.weight.grad = sums.norm
         inner.embed_tokens.weight.grad = sums.embedding
         if not config.tie_embeddings:
-            self.model.lm_head.weight.grad = sums.head
+            self.model.lm_head.weight.grad = sums.head.value
 
 
-def _tensors(weights: Weights[Tensor]) -> list[Tensor]:
-    """All tensors, each once."""
-    found = [weights.embedding, weights.norm]
-    for layer in weights.layers:
-        found += vars(layer).values()
-    return found if weights.head is weights.embedding else [*found, weights.head]
+def _parts_of(sums: Weights[Sum]) -> tuple[list[Tensor], list[Sum]]:
+    """Everything gradients are added to, each once: what is cleared before a step, and what needs not be."""
+    parts = [part for layer in sums.layers for part in vars(layer).values()]
+    vectors = [sums.norm, *(part for part in parts if not isinstance(part, Sum))]
+    if sums.embedding is not sums.head.value:
+        vectors.append(sums.embedding)
+    return vectors, [sums.head, *(part for part in parts if isinstance(part, Sum))]
+
+
+def _tensors(sums: Weights[Sum]) -> list[Tensor]:
+    vectors, matrices = _parts_of(sums)
+    return [*vectors, *(matrix.value for matrix in matrices)]
 
 
 def _add_up(copies: Sequence[Tensor]) -> None:
