@@ -12,10 +12,25 @@ import torch
 from numba import njit
 
 import tercet
+from tercet.data.batches import IGNORED
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
 from tercet.simd import INTEGERS, LANES, Vectors, kernel
-from tercet.train.cpu import products
+from tercet.train.cpu import attention, kernels, products
+from tercet.train.cpu import muon as muon_module
 from tercet.train.cpu.attention import PairedAttention, PlainAttention, attention_for
-from tercet.train.cpu.products import Matrix, PairedMatrix, PairedProducts, PlainProducts, Sum, products_for
+from tercet.train.cpu.products import (
+    PANEL,
+    Matrix,
+    PairedMatrix,
+    PairedProducts,
+    PlainProducts,
+    Sum,
+    products_for,
+)
+from tercet.train.cpu.step import Stepper
+from tercet.train.loss import Batch
+from tercet.train.optimizer import Muon
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,6 +106,17 @@ def test_products_with_a_weight_and_its_gradient(tokens: int, outputs: int, inpu
             close(total.value, times * (d_out.double().T @ x.double()), 1e-6)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(3, 130), (4, 70), (1, 64)])
+def test_panels_hold_pairs_and_zeros_beyond_the_end(rows: int, columns: int) -> None:
+    matrix = numbers(rows, columns)
+    panels = np.full((-(-columns // PANEL), -(-rows // 2), PANEL), 7, np.uint32)
+    products.pair_rows(products.raw(matrix), panels, 0)
+    whole = np.zeros((2 * panels.shape[1], PANEL * len(panels)), np.uint32)
+    whole[:rows, :columns] = products.raw(matrix)
+    expected = whole[0::2] | whole[1::2] << 16
+    assert np.array_equal(panels, expected.reshape(-1, len(panels), PANEL).transpose(1, 0, 2))
+
+
 def test_weights_are_rounded_to_nearest_and_read_anew() -> None:
     weight = torch.nn.Parameter(torch.randn(8, 6))
     matrix = PairedMatrix([weight])
@@ -139,14 +165,55 @@ def test_attention_and_its_gradients(kind: Any, time: int, groups: int, dim: int
     exact = [one.double().requires_grad_() for one in (q, k, v)]
     expected = reference(begins, *exact)
     expected.backward(d_out.double())  # type: ignore[no-untyped-call]
-    attention = kind()
-    out, kept = attention.forward(begins, q, k, v)
-    found = attention.backward(begins, q, k, v, out, kept, d_out)
+    made = kind()
+    out, kept = made.forward(begins, q, k, v)
+    found = made.backward(begins, q, k, v, out, kept, d_out)
     for mine, theirs in zip((out, *found), (expected, *(one.grad for one in exact)), strict=True):
         assert theirs is not None
         difference = (mine.double() - theirs.detach()).norm()
         # A few roundings to bfloat16, one after the other, also of terms that cancel.
         assert difference < 0.012 * theirs.norm() + 0.004 * d_out.float().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_compiled_once_steps_have_begun(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else the clock of calibration, or of a run, takes compiling for a slow machine.
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr("tercet.train.cpu.step.products_for", lambda *_: PairedProducts())
+        monkeypatch.setattr(Muon, "_by_pairs", lambda *_: True)
+    config = ModelConfig(
+        family="qwen3", vocab_size=130, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4,
+        num_kv_heads=2, head_dim=16, max_positions=70, qk_norm="head", tie_embeddings=True,
+    )  # fmt: skip
+    model = Transformer(config, compute_dtype=dtype)
+    work = Stepper(model, 2)
+    muon = Muon([one for one in model.parameters() if one.dim() == 2], 0.02, row_decay=0.95, dtype=dtype)
+
+    def versions() -> dict[str, int]:
+        modules = (attention, kernels, muon_module, products)
+        return {
+            f"{module.__name__}.{name}": len(value.signatures)
+            for module in modules
+            for name, value in vars(module).items()
+            if hasattr(value, "signatures")
+        }
+
+    before = versions()
+    tokens = torch.randint(0, 130, (5, 70))
+    segments = torch.zeros(5, 70, dtype=torch.long)
+    segments[:, 40:] = 1
+    ignored = torch.full((1, 70), IGNORED)
+    for batch in (
+        Batch(tokens, tokens),
+        Batch(tokens[:1], tokens[:1]),
+        Batch(tokens, tokens, torch.arange(70).repeat(5, 1), segments),
+        Batch(tokens[:1], ignored),
+    ):
+        work.gradients([batch])
+        muon.step()
+    assert versions() == before
 
 
 def test_which_products_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +266,11 @@ ONE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from tercet.train.cpu import products
+from tercet.data.batches import IGNORED
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
+from tercet.train.cpu import attention, kernels, products
+from tercet.train.cpu import muon as muon_module
 products.pair_columns(np.zeros((4, 2), np.uint16), np.zeros((1, 1, 64), np.uint32), 0)
 print(sum(products.pair_columns.stats.cache_hits.values()))
 """

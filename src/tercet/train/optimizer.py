@@ -77,6 +77,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, settings)
         self.steps, self.dtype, self._threads = steps, dtype, threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        if any(self._by_pairs(parameter) for group in self.param_groups for parameter in group["params"]):
+            from tercet.train.cpu.muon import prepare
+
+            prepare()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         for group in self.param_groups:
@@ -103,7 +107,11 @@ class Muon(torch.optim.Optimizer):
 
     def _by_pairs(self, parameter: nn.Parameter) -> bool:
         """Whether the written-out products of a training step on a CPU are the fastest for it as well."""
-        if parameter.device.type != "cpu" or hasattr(parameter, "full_tensor"):
+        if (
+            self.dtype != torch.bfloat16
+            or parameter.device.type != "cpu"
+            or hasattr(parameter, "full_tensor")
+        ):
             return False
         from tercet.train.cpu.products import PairedProducts, products_for
 

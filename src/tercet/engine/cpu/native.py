@@ -35,7 +35,8 @@ _announced = False
 @functools.cache
 def _directory() -> Path:
     digest = hashlib.sha256()
-    for file in (*sorted(SOURCES.glob("*.py")), SOURCES.parent.parent / "simd.py"):
+    package = SOURCES.parent.parent
+    for file in (*sorted(SOURCES.glob("*.py")), package / "simd.py", package / "host.py"):
         digest.update(file.read_bytes())
     for part in (
         version("numba"),

@@ -38,10 +38,8 @@ class Apart(Compiler):
 def _sources() -> str:
     """A digest of everything that compiled code is made from."""
     digest = hashlib.sha256()
-    for file in (
-        *sorted(Path(__file__).parent.glob("*.py")),
-        *(Path(tercet.__file__).parent.glob("simd.py")),
-    ):
+    package = Path(tercet.__file__).parent
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), package / "simd.py", package / "host.py"):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

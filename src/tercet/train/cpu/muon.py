@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tercet.train.cpu.compiling import addressing, compiled
@@ -184,3 +185,16 @@ def step(
         before, after = squares.sum(dtype=np.float64), (squares * factors**2).sum(dtype=np.float64)
         factors *= np.float32(np.sqrt(before / (after + 1e-20)))
     _move(place, direction, factors * np.float32(size), np.float32(shrink))
+
+
+def prepare() -> None:
+    """Compile what this machine has not compiled yet, before any clock runs."""
+    matrix, rows = torch.zeros(2, 2), torch.zeros(2)
+    step(
+        *(matrix, matrix.clone(), matrix.clone(), rows, [(1.0, 1.0, 1.0)]),
+        decay=0.0,
+        row_decay=0.0,
+        size=0.0,
+        shrink=1.0,
+        safety=1.0,
+    )

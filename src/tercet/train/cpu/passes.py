@@ -98,7 +98,8 @@ class Rows:
         return Rows(
             np.ascontiguousarray(tokens),
             np.ascontiguousarray(targets),
-            np.ascontiguousarray(places if positions is None else positions),
+            # A copy, since numba compiles anew for an array that may not be written to, as `places` may not.
+            np.array(places if positions is None else positions, np.int64, order="C"),
             begins,
         )
 

@@ -124,6 +124,7 @@ def pair_rows(matrix, panels, first):
                 at = source + 2 * p * step + 2 * start
                 _interleave(at, at + step, out + p * out_step)
             else:
+                lines[:, width:] = 0
                 lines[0, :width] = matrix[2 * p, start : start + width]
                 if paired:
                     lines[1, :width] = matrix[2 * p + 1, start : start + width]

@@ -54,7 +54,7 @@ class Stepper:
         ]
         self._sums = [self._zeros() for _ in range(self.threads)]
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
-        # Compiles what this machine has not compiled yet (ten seconds, once), before any clock runs.
+        # Compiles what this machine has not compiled yet (half a minute, once), before any clock runs.
         place = np.zeros((1, 2), np.int64)
         self._each(self._run, [([Rows.of(place, place)], self._weights(), self._sums[0], 0.0)])
 
