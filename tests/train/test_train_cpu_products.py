@@ -12,12 +12,8 @@ import torch
 from numba import njit
 
 import tercet
-from tercet.data.batches import IGNORED
-from tercet.model.config import ModelConfig
-from tercet.model.transformer import Transformer
 from tercet.simd import INTEGERS, LANES, Vectors, kernel
-from tercet.train.cpu import attention, kernels, products
-from tercet.train.cpu import muon as muon_module
+from tercet.train.cpu import products
 from tercet.train.cpu.attention import PairedAttention, PlainAttention, attention_for
 from tercet.train.cpu.products import (
     PANEL,
@@ -28,9 +24,6 @@ from tercet.train.cpu.products import (
     Sum,
     products_for,
 )
-from tercet.train.cpu.step import Stepper
-from tercet.train.loss import Batch
-from tercet.train.optimizer import Muon
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -175,47 +168,6 @@ def test_attention_and_its_gradients(kind: Any, time: int, groups: int, dim: int
         assert difference < 0.012 * theirs.norm() + 0.004 * d_out.float().norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_compiled_once_steps_have_begun(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Else the clock of calibration, or of a run, takes compiling for a slow machine.
-    if dtype == torch.bfloat16:
-        monkeypatch.setattr("tercet.train.cpu.step.products_for", lambda *_: PairedProducts())
-        monkeypatch.setattr(Muon, "_by_pairs", lambda *_: True)
-    config = ModelConfig(
-        family="qwen3", vocab_size=130, hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4,
-        num_kv_heads=2, head_dim=16, max_positions=70, qk_norm="head", tie_embeddings=True,
-    )  # fmt: skip
-    model = Transformer(config, compute_dtype=dtype)
-    work = Stepper(model, 2)
-    muon = Muon([one for one in model.parameters() if one.dim() == 2], 0.02, row_decay=0.95, dtype=dtype)
-
-    def versions() -> dict[str, int]:
-        modules = (attention, kernels, muon_module, products)
-        return {
-            f"{module.__name__}.{name}": len(value.signatures)
-            for module in modules
-            for name, value in vars(module).items()
-            if hasattr(value, "signatures")
-        }
-
-    before = versions()
-    tokens = torch.randint(0, 130, (5, 70))
-    segments = torch.zeros(5, 70, dtype=torch.long)
-    segments[:, 40:] = 1
-    ignored = torch.full((1, 70), IGNORED)
-    for batch in (
-        Batch(tokens, tokens),
-        Batch(tokens[:1], tokens[:1]),
-        Batch(tokens, tokens, torch.arange(70).repeat(5, 1), segments),
-        Batch(tokens[:1], ignored),
-    ):
-        work.gradients([batch])
-        muon.step()
-    assert versions() == before
-
-
 def test_which_products_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(dot: bool, tiles: bool, dtype: torch.dtype, sizes: tuple[int, ...] = (64, 130)) -> type:
         monkeypatch.setattr(products, "has_bfloat_dot", lambda: dot)
@@ -237,7 +189,7 @@ sys.path.insert(0, sys.argv[1])
 import hashlib, torch
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
-from tercet.train.cpu import products, step
+from tercet.train.cpu import attention, kernels, muon as written_out, products, step
 from tercet.train.loss import Batch
 from tercet.train.optimizer import Muon
 
@@ -248,16 +200,36 @@ config = ModelConfig(
     num_kv_heads=1, head_dim=64, max_positions=200, qk_norm="head", tie_embeddings=True,
 )
 model = Transformer(config, compute_dtype=torch.bfloat16)
+Muon._by_pairs = lambda *_: True
 matrices = [one for one in model.parameters() if one.dim() == 2]
 muon = Muon(matrices, 0.02, row_decay=0.95)
-muon._by_pairs = lambda _: True
 work = step.Stepper(model, 1)
+
+
+def versions():
+    return {
+        name: len(value.signatures)
+        for module in (attention, kernels, written_out, products)
+        for name, value in vars(module).items()
+        if hasattr(value, "signatures")
+    }
+
+
+ready = versions()
 tokens = torch.randint(0, 130, (2, 200))
 digest = hashlib.sha256()
 for _ in range(2):
     loss, _ = work.gradients([Batch(tokens, tokens.roll(-1, 1))])
     muon.step()
     digest.update(repr(loss).encode())
+segments = torch.zeros(2, 200, dtype=torch.long)
+segments[:, 40:] = 1
+work.gradients([
+    Batch(tokens[:1], tokens[:1]), Batch(tokens, tokens, torch.arange(200).repeat(2, 1), segments),
+    Batch(tokens[:1], torch.full((1, 200), -100)),
+])
+late = [name for name, count in versions().items() if count != ready[name]]
+assert not late, f"compiled when steps had begun: {late}"
 for one in model.parameters():
     digest.update(one.grad.numpy().tobytes() + one.detach().numpy().tobytes())
 print(sum(products.product.stats.cache_hits.values()), digest.hexdigest())
@@ -277,6 +249,7 @@ print(sum(products.pair_columns.stats.cache_hits.values()))
 
 
 def test_code_just_compiled_and_code_that_was_kept_give_the_same_bits(tmp_path: Path) -> None:
+    # Also: nothing is compiled once steps have begun, or calibration takes it for a slow machine.
     # A run that compiles and the one that resumes it must not differ. Fails where a function whose sums may be
     # reordered is called by a compiled one: it is then compiled twice, and either of the two may be the one run.
     package = tmp_path / "tercet"

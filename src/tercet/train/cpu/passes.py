@@ -256,7 +256,7 @@ class Passes:
     def _merged(self, attended: Tensor, batch: int) -> Tensor:
         """[B K, T G, D] to [M, N D], heads in the checkpoint's order."""
         split = attended.view(batch, self.config.num_kv_heads, -1, self.groups, self.config.head_dim)
-        return split.transpose(1, 2).reshape(-1, self.config.num_heads * self.config.head_dim)
+        return split.transpose(1, 2).reshape(-1, self.config.num_heads * self.config.head_dim).contiguous()
 
     # The head, both ways at once: its gradient is at hand when the loss is, and the logits can go
 
@@ -362,7 +362,7 @@ class Passes:
         d_merged = torch.empty_like(kept.merged)
         layer.o.backward(narrow, d_merged)
         split = d_merged.view(batch, time, config.num_kv_heads, self.groups, config.head_dim)
-        d_attended = split.transpose(1, 2).reshape(kept.attended.shape)
+        d_attended = split.transpose(1, 2).reshape(kept.attended.shape).contiguous()  # also of one row
         d_q, d_k, d_v = self.attention.backward(
             rows.begins, kept.q, kept.k, kept.v, kept.attended, kept.weights, d_attended
         )
