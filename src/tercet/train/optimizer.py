@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,22 +86,25 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         for group in self.param_groups:
 
-            def update(alike: list[nn.Parameter], group: dict[str, Any] = group) -> None:
+            def update(work: list[nn.Parameter] | nn.Parameter, group: dict[str, Any] = group) -> None:
                 if self._pool is not None and torch.get_num_threads() != 1:
                     torch.set_num_threads(1)  # of this thread
                 with torch.no_grad():
-                    if len(alike) == 1 and self._by_pairs(alike[0]):
-                        self._update_by_pairs(alike[0], group)
+                    if isinstance(work, nn.Parameter):
+                        self._update_by_pairs(work, group)
                     else:
-                        self._update(alike, group)
+                        self._update(work, group)
 
-            changed = [parameter for parameter in group["params"] if parameter.grad is not None]
-            alone = sorted(filter(self._by_pairs, changed), key=lambda one: -one.numel())
-            together = [parameter for parameter in changed if not self._by_pairs(parameter)]
-            work = [*_alike(together, self._threads), *([parameter] for parameter in alone)]
+            alone: list[nn.Parameter] = []
+            together: list[nn.Parameter] = []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    (alone if self._by_pairs(parameter) else together).append(parameter)
+            alone.sort(key=lambda parameter: -parameter.numel())  # so that threads end together
+            work: list[list[nn.Parameter] | nn.Parameter] = [*_alike(together, self._threads), *alone]
             if self._pool is None:
-                for alike in work:
-                    update(alike)
+                for one in work:
+                    update(one)
             else:
                 list(self._pool.map(update, work))
         return None
@@ -119,26 +123,22 @@ class Muon(torch.optim.Optimizer):
         return plain and isinstance(products_for(self.dtype, parameter.shape), PairedProducts)
 
     def _update_by_pairs(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """As `_update` for one parameter, in one pass."""
-        from tercet.train.cpu.muon import step
+        """As `_update` for one parameter, each number read and written once where memory is slow."""
+        from tercet.train.cpu.muon import direction, move, row_squares
 
-        state, rows, columns = self.state[parameter], *parameter.shape
+        state, (rows, columns) = self.state[parameter], parameter.shape
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        if group["row_decay"] and "row_square" not in state:
-            state["row_square"] = torch.zeros(rows)
-        step(
-            parameter,
-            cast(Tensor, parameter.grad).contiguous(),
-            state["momentum"],
-            state["row_square"] if group["row_decay"] else None,
-            _coefficients(self.steps),
-            decay=group["momentum"],
-            row_decay=group["row_decay"],
-            size=-group["lr"] * max(1.0, rows / columns) ** 0.5,
-            shrink=1 - group["lr"] * group["weight_decay"],
-            safety=SAFETY,
-        )
+        gradient = cast(Tensor, parameter.grad).contiguous()
+        found = direction(gradient, state["momentum"], group["momentum"], SAFETY, _coefficients(self.steps))
+        factors = torch.ones(1, rows)
+        if group["row_decay"]:
+            squares = torch.empty(1, rows)
+            row_squares(found, squares[0].numpy())
+            factors = self._row_factors([parameter], squares, columns, group["row_decay"])
+        factors *= -group["lr"] * max(1.0, rows / columns) ** 0.5
+        shrink = np.float32(1 - group["lr"] * group["weight_decay"])
+        move(parameter.detach().numpy(), found, factors[0].numpy(), shrink)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Move parameters of one shape: small matrices cost as much in calls as in arithmetic, one by one."""
@@ -157,7 +157,8 @@ class Muon(torch.optim.Optimizer):
         whole = torch.stack([one.full_tensor() if hasattr(one, "full_tensor") else one for one in ahead])
         directions = orthogonalized(whole, self.steps, self.dtype).to(whole.dtype)
         if group["row_decay"]:
-            factors = self._row_factors(parameters, directions, group["row_decay"])
+            norms = torch.linalg.vector_norm(directions, dim=2, dtype=torch.float32)
+            factors = self._row_factors(parameters, norms.square(), columns, group["row_decay"])[..., None]
         else:
             factors = directions.new_ones(len(parameters), 1, 1)
         for parameter, direction, factor in zip(parameters, directions, factors, strict=True):
@@ -168,23 +169,23 @@ class Muon(torch.optim.Optimizer):
             else:
                 parameter.addcmul_(direction, factor.to(direction.dtype), value=size)
 
-    def _row_factors(self, parameters: list[nn.Parameter], directions: Tensor, decay: float) -> Tensor:
-        """[P, R, 1]: what each row of ``directions`` [P, R, C] is multiplied by.
+    def _row_factors(
+        self, parameters: list[nn.Parameter], squares: Tensor, columns: int, decay: float
+    ) -> Tensor:
+        """[P, R]: what each row of a direction is multiplied by, whose squares sum up to ``squares`` [P, R].
 
         The mean squares begin at zero and are not corrected for it: what is common to all rows cancels.
         """
-        norms = torch.linalg.vector_norm(directions, dim=2, dtype=torch.float32)
-        squares = norms.square()
         kept = []
         for parameter, square in zip(parameters, squares, strict=True):
             state = self.state[parameter]
             if "row_square" not in state:
                 state["row_square"] = torch.zeros_like(square)
-            kept.append(state["row_square"].lerp_(square / directions.shape[2], 1 - decay))
+            kept.append(state["row_square"].lerp_(square / columns, 1 - decay))
         factors = 1 / (torch.stack(kept).sqrt() + 1e-8)
         before, after = squares.sum(1), (squares * factors.square()).sum(1)
         length: Tensor = (before / (after + 1e-20)).sqrt()
-        return (factors * length[:, None])[..., None]
+        return factors * length[:, None]
 
 
 def _shared_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:

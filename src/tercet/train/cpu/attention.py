@@ -37,9 +37,7 @@ from tercet.train.cpu.products import (
     tile,
 )
 
-QUERIES = (
-    128  # positions whose scores are computed together by PyTorch: of 64 to 512 the fastest at 512 tokens
-)
+QUERIES = 128  # positions whose scores PyTorch computes together: of 64 to 512 the fastest at 512 tokens
 UNSEEN = np.float32(-3e38)  # the score of a key that isn't seen: its weight is exactly 0
 TOGETHER = 128  # rows whose gradients for keys and values are added at once
 

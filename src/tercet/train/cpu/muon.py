@@ -1,6 +1,6 @@
 """Muon's step for one matrix on a CPU (`train.optimizer.Muon`), by pairs of bfloat16 (`products.py`).
 
-The same formulas as there, each number read and written once where memory is slow. A wide matrix is
+The formulas of its `_update`, each number read and written once where memory is slow. A wide matrix is
 multiplied by its transpose from the right, a tall one from the left, so that none is ever turned.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tercet.train.cpu.compiling import addressing, compiled
@@ -42,7 +43,7 @@ def _scaled(values, scale, out):
 
 
 @compiled
-def _row_squares(matrix, squares):
+def row_squares(matrix, squares):
     """The sum of squares of each row."""
     for row in range(len(matrix)):
         source = matrix[row]
@@ -53,7 +54,7 @@ def _row_squares(matrix, squares):
 
 
 @compiled
-def _move(parameter, direction, factors, shrink):
+def move(parameter, direction, factors, shrink):
     """parameter = shrink * parameter + each row of direction times its factor."""
     for row in range(len(parameter)):
         place, source, factor = parameter[row], direction[row], factors[row]
@@ -63,7 +64,7 @@ def _move(parameter, direction, factors, shrink):
 
 @addressing
 def _mirror(matrix):
-    """Panels above the diagonal become those below it, turned."""
+    """Write what lies in panels left of the diagonal's also above it, turned: the matrix is symmetric."""
     size = len(matrix)
     for below in range(PANEL, size, PANEL):
         for left in range(0, below, PANEL):
@@ -152,49 +153,27 @@ def orthogonal(x, coefficients):
     return x
 
 
-def step(
-    parameter: Tensor,
+def direction(
     gradient: Tensor,
     momentum: Tensor,
-    row_squares: Tensor | None,
-    coefficients: Sequence[tuple[float, float, float]],
-    *,
     decay: float,
-    row_decay: float,
-    size: float,
-    shrink: float,
     safety: float,
-) -> None:
-    """Update ``parameter`` [R, C] float32, ``momentum`` and ``row_squares`` [R] in place.
+    coefficients: Sequence[tuple[float, float, float]],
+) -> NDArray[np.uint16]:
+    """Where Muon moves a matrix, [R, C] bfloat16; ``momentum`` is updated in place.
 
-    size: what the orthogonal direction is multiplied by; shrink: what the parameter is. safety: the norm is
-        taken for so many times as large.
+    safety: the norm is taken for so many times as large, before the polynomials of ``coefficients``.
     """
-    place = parameter.detach().numpy()
-    ahead, x = np.empty(place.shape, np.float32), np.empty(place.shape, np.uint16)
+    ahead, x = np.empty(gradient.shape, np.float32), np.empty(gradient.shape, np.uint16)
     length = _look_ahead(gradient.numpy(), momentum.numpy(), np.float32(decay), ahead) ** 0.5
     _scaled(ahead, np.float32(1 / (length * safety + 1e-20)), x)
-    direction = orthogonal(x, np.array(coefficients, np.float32))
-    factors = np.ones(len(place), np.float32)
-    if row_squares is not None:
-        squares = np.empty(len(place), np.float32)
-        _row_squares(direction, squares)
-        kept = row_squares.numpy()
-        kept += np.float32(1 - row_decay) * (squares / np.float32(place.shape[1]) - kept)
-        factors /= np.sqrt(kept) + np.float32(1e-8)
-        before, after = squares.sum(dtype=np.float64), (squares * factors**2).sum(dtype=np.float64)
-        factors *= np.float32(np.sqrt(before / (after + 1e-20)))
-    _move(place, direction, factors * np.float32(size), np.float32(shrink))
+    found: NDArray[np.uint16] = orthogonal(x, np.array(coefficients, np.float32))
+    return found
 
 
 def prepare() -> None:
     """Compile what this machine has not compiled yet, before any clock runs."""
-    matrix, rows = torch.zeros(2, 2), torch.zeros(2)
-    step(
-        *(matrix, matrix.clone(), matrix.clone(), rows, [(1.0, 1.0, 1.0)]),
-        decay=0.0,
-        row_decay=0.0,
-        size=0.0,
-        shrink=1.0,
-        safety=1.0,
-    )
+    zeros = torch.zeros(2, 2)
+    found, rows = direction(zeros, zeros.clone(), 0.0, 1.0, [(1.0, 1.0, 1.0)]), np.zeros(2, np.float32)
+    row_squares(found, rows)
+    move(zeros.numpy(), found, rows, np.float32(1))

@@ -35,9 +35,7 @@ TOGETHER = 512  # tokens that go through several products in turn, while the cac
 LOGITS = 1 << 21  # numbers of logits that exist at once: 4 MB in bfloat16, which the cache holds
 
 
-Kind = TypeVar(
-    "Kind"
-)  # of a matrix: as the products want it, or the float32 tensor that its gradient is added to
+Kind = TypeVar("Kind")  # a `Matrix`, as the products want it, or the `Sum` of its gradients
 
 
 @dataclass
