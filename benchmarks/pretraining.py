@@ -88,7 +88,11 @@ def speed_tercet(kind: str) -> float:
     s = SHAPE
     config = network(s["layers"], s["width"], s["vocab"], s["context"])
     config = replace(
-        config, num_heads=s["heads"], num_kv_heads=s["kv_heads"], head_dim=s["width"] // s["heads"]
+        config,
+        num_heads=s["heads"],
+        num_kv_heads=s["kv_heads"],
+        head_dim=s["width"] // s["heads"],
+        tie_embeddings=True,  # as the peers'
     )
     model = Transformer(config, compute_dtype=torch.bfloat16)
     initialize(model, 0)

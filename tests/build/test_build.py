@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tercet.build.corpus import PIECE, open_stream, pieces, split, write_stream
 from tercet.build.initialize import CONSTANT, initialize, look_nearby
 from tercet.build.plan import LADDER, network, shape_for
+from tercet.build.planning import make_plan
 from tercet.build.pretrain import build
+from tercet.build.settings import Settings
 from tercet.build.spool import Spool
 from tercet.build.vocabulary import bytes_per_token, train_tokenizer
 from tercet.errors import UserError
@@ -363,12 +365,46 @@ def test_initial_weights_have_the_variance_they_should_and_depend_on_the_seed() 
     assert not torch.equal(last, other.model.layers[0].mlp.down_proj.weight)
 
 
+def test_text_that_is_learned_by_heart_is_told_and_the_best_weights_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text_of(seed)}) + "\n" for seed in range(40)))
+    shape = {**SMALL, "layers": 2, "width": 64}
+    built = build(path, tmp_path / "run", tokens=150_000, **shape)
+    told = capsys.readouterr().err
+    best = min(built.history, key=lambda row: row["loss"])
+    assert best["step"] < built.steps
+    assert f"foreseen best at step {best['step']} of {built.steps}, and those weights are kept" in told
+    # The last measurement is of more text, in float32.
+    assert built.bits_per_byte == pytest.approx(best["bits_per_byte"], rel=0.03)
+    assert built.history[-1]["bits_per_byte"] > 1.1 * built.bits_per_byte
+    build(path, tmp_path / "short", tokens=4_000, **shape)
+    assert "by heart" not in capsys.readouterr().err
+
+
 def test_more_budget_gives_a_larger_network() -> None:
     sizes = [shape_for(seconds=60 * minutes).config.matmul_parameters for minutes in (1, 5, 30, 240)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     assert [network(layers, width, 2048, 512).hidden_size for layers, width in LADDER] == [
         w for _, w in LADDER
     ]
+
+
+def test_a_budget_in_minutes_passes_over_a_small_text_eight_times_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 60_000)
+    large = make_plan(Settings.of(text, minutes=30))  # 3,000 tokens a second, so 5 million
+    assert 0.9 < large.tokens / (8 * 60_000 / 3.3) <= 1
+    assert "the text is about 18,182 tokens: after 8 passes" in capsys.readouterr().err
+    # A network that so many tokens feed, and not so much time.
+    assert large.width == shape_for(tokens=8 * 18_182, context=large.context).config.hidden_size
+    assert make_plan(Settings.of(text, minutes=0.5)).tokens < large.tokens
+    assert capsys.readouterr().err == ""
+    # Who asks for tokens gets them.
+    assert make_plan(Settings.of(text, tokens=1_000_000)).tokens > 990_000
 
 
 @pytest.mark.parametrize(

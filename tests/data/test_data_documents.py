@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.documents import read_documents, source_fingerprint
+from tercet.data.documents import UNPACKED, read_documents, source_bytes, source_fingerprint
 from tercet.errors import UserError
 
 
@@ -339,3 +339,10 @@ def test_offsets_and_licences(write: Any) -> None:
 def test_a_huge_text_file_is_divided_at_a_blank_line(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tercet.data.document_files.DIVIDE_AFTER", 10)
     assert texts(write("a.txt", "one\n\ntwo words\n\nthree\n")) == ["one\n\ntwo words\n", "three\n"]
+
+
+def test_how_much_text_there_is_follows_from_the_files(write: Any) -> None:
+    plain, packed = write("d/a.txt", "x" * 1000), write("d/b.jsonl.gz", "y" * 100_000)
+    assert source_bytes([str(plain)]) == 1000
+    assert source_bytes([str(plain.parent)]) == int(1000 + UNPACKED * packed.stat().st_size)
+    assert source_bytes(["builtin:python-docs", str(plain)]) is None

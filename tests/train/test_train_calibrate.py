@@ -69,6 +69,51 @@ def test_what_is_measured_is_real(real_measurement: None) -> None:
     assert float(f"{speed.tokens_per_second:.2g}") == speed.tokens_per_second
 
 
+def test_a_busy_moment_does_not_decide_between_types(
+    monkeypatch: pytest.MonkeyPatch, real_measurement: None
+) -> None:
+    monkeypatch.setattr(calibrate, "available_cores", lambda: 2)
+    busy = [("float32", 0.2), ("bfloat16", 0.5), ("float32", 0.2), ("bfloat16", 0.1)]
+
+    def pace(model: Transformer, batch: Batch, kind: str, threads: int, patience: float) -> list[float]:
+        dtype = str(model.compute_dtype).removeprefix("torch.")
+        if threads == 1:
+            assert dtype == "bfloat16"
+            return [0.4] * 3
+        assert busy[0][0] == dtype
+        return [busy.pop(0)[1]] * 3
+
+    monkeypatch.setattr(calibrate, "_pace", pace)
+    threads = torch.get_num_threads()
+    try:
+        speed = calibrate._measure(Transformer(CONFIG), 2, 32, "adamw")
+    finally:
+        torch.set_num_threads(threads)
+    # Half of the steps took five times as long: that is how fast it is, and still faster than nothing else is.
+    assert (speed.compute_dtype, speed.threads, speed.tokens_per_second) == ("bfloat16", 2, 210)
+    assert not busy
+
+
+def test_a_type_that_is_emulated_is_tried_once(
+    monkeypatch: pytest.MonkeyPatch, real_measurement: None
+) -> None:
+    monkeypatch.setattr(calibrate, "available_cores", lambda: 1)
+    tried = []
+
+    def pace(model: Transformer, batch: Batch, kind: str, threads: int, patience: float) -> list[float]:
+        tried.append(model.compute_dtype)
+        return [0.01 if model.compute_dtype == torch.float32 else 4.0]
+
+    monkeypatch.setattr(calibrate, "_pace", pace)
+    threads = torch.get_num_threads()
+    try:
+        speed = calibrate._measure(Transformer(CONFIG), 2, 32, "adamw")
+    finally:
+        torch.set_num_threads(threads)
+    assert (speed.compute_dtype, speed.tokens_per_second) == ("float32", 6400)
+    assert tried == [torch.float32, torch.bfloat16, torch.float32]
+
+
 # What a GPU is trained with, as far as it can be tried without one.
 
 

@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_those_of_autograd(name: str, threads: int) -> No
     expected = gradients(model)
     mine, mine_tokens = Stepper(model, threads).gradients([batch])
     assert (tokens, mine_tokens) == (3 * 270 - 20, 3 * 270 - 20)
-    assert mine == pytest.approx(loss, rel=1e-6)
+    assert mine == pytest.approx(float(loss), rel=1e-6)
     for parameter, value in gradients(model).items():
         assert distance(value, expected[parameter]) < 2e-5, parameter
 
@@ -114,7 +114,7 @@ def test_several_batches_of_unequal_size_are_weighted_by_token() -> None:
     loss, tokens = Autograd(model).gradients([long, short])
     expected = gradients(model)
     mine = Stepper(model, 2).gradients([long, short, empty])
-    assert mine[1] == tokens and mine[0] == pytest.approx(loss, rel=1e-6)
+    assert mine[1] == tokens and mine[0] == pytest.approx(float(loss), rel=1e-6)
     for parameter, value in gradients(model).items():
         assert distance(value, expected[parameter]) < 2e-5, parameter
 

@@ -14,7 +14,7 @@ from numba import njit
 import tercet
 from tercet.simd import INTEGERS, LANES, Vectors, kernel
 from tercet.train.cpu import products
-from tercet.train.cpu.attention import PairedAttention, PlainAttention, attention_for
+from tercet.train.cpu.attention import PairedAttention, PlainAttention, Read, attention_for
 from tercet.train.cpu.products import (
     PANEL,
     Matrix,
@@ -159,8 +159,9 @@ def test_attention_and_its_gradients(kind: Any, time: int, groups: int, dim: int
     expected = reference(begins, *exact)
     expected.backward(d_out.double())  # type: ignore[no-untyped-call]
     made = kind()
-    out, kept = made.forward(begins, q, k, v)
-    found = made.backward(begins, q, k, v, out, kept, d_out)
+    read = Read(begins, q, k, v)
+    out, kept = made.forward(read)
+    found = made.backward(read, out, kept, d_out)
     for mine, theirs in zip((out, *found), (expected, *(one.grad for one in exact)), strict=True):
         assert theirs is not None
         difference = (mine.double() - theirs.detach()).norm()

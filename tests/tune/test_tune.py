@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Of every position, [B, T, V], through the engine."""
-    backend = load_engine(directory, quantize="none").backend
+    backend = load_engine(directory, device="cpu", quantize="none").backend
     places = list(range(tokens.shape[1]))
     rows = [backend.feed([Chunk(0, row.tolist(), 0, [0, 1, 2, 3], places)]) for row in tokens]
     return torch.from_numpy(np.stack(rows))

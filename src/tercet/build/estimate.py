@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tercet.build.hardware import HARDWARE
 from tercet.build.plan import network
-from tercet.build.planning import Plan, law_key, make_plan, reading_limit
+from tercet.build.planning import PLANNED_BYTES_PER_TOKEN, Plan, law_key, make_plan, reading_limit
 from tercet.build.pretrain import build
 from tercet.build.scaling import Law, Point, fit, keep, remembered
 from tercet.build.settings import Settings
 from tercet.data.documents import read_documents
+from tercet.model.config import ModelConfig
+from tercet.model.transformer import Transformer
 from tercet.progress import say
 
 FRACTIONS = (1 / 48, 1 / 24, 1 / 12, 1 / 6)  # of the budget: a third of its time in all
@@ -78,7 +82,7 @@ def estimate(
         width=plan.width,
         vocab_size=plan.vocab_size,
         context=plan.context,
-        parameters=config.matmul_parameters + _vectors(plan.layers, plan.width, config.head_dim),
+        parameters=_parameters(config),
         matmul_parameters=config.matmul_parameters,
         tokens=plan.tokens,
         steps=plan.steps,
@@ -90,7 +94,7 @@ def estimate(
         bits_per_byte=None if law is None else law.predict(flops),
         corpus_bytes=size,
         corpus_complete=complete,
-        passes=plan.tokens * BYTES_PER_TOKEN / max(1, size),
+        passes=plan.tokens * PLANNED_BYTES_PER_TOKEN / max(1, size),
         rules=[vars(rule) for rule in plan.rules],
         hardware=[
             {
@@ -106,9 +110,6 @@ def estimate(
     )
 
 
-BYTES_PER_TOKEN = 3.3  # of English or source code with the vocabularies built here, roughly
-
-
 def _size(asked: Settings, plan: Plan) -> tuple[int, bool]:
     """Bytes of text, counted until there are enough for the run; and whether that was all."""
     enough = reading_limit(plan, asked)
@@ -120,9 +121,9 @@ def _size(asked: Settings, plan: Plan) -> tuple[int, bool]:
     return size, True
 
 
-def _vectors(layers: int, width: int, head_dim: int) -> int:
-    """Weights of the norms: two of the width and two of a head's size a layer, and the last."""
-    return layers * (2 * width + 2 * head_dim) + width
+def _parameters(config: ModelConfig) -> int:
+    with torch.device("meta"):  # counted, not made
+        return sum(parameter.numel() for parameter in Transformer(config).parameters())
 
 
 def _fitted(asked: Settings, flops: float, read_bytes: int) -> Law:

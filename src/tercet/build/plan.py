@@ -29,6 +29,10 @@ LARGEST_UNSHARED = 320  # the widest network whose query heads share no keys and
 # parameters; with Muon at small scale a few are enough (docs/experiments.md).
 TOKENS_PER_PARAMETER = 3
 
+# Passes over a text that a budget in minutes is used for. To about four, tokens that come again teach as much as
+# new ones; then less and less, to nothing after some fifteen (Muennighoff et al. 2023, arXiv:2305.16264).
+MOST_PASSES = 8
+
 # Tokens an optimizer step, for networks of fewer matrix weights than this.
 STEP_TOKENS = ((2e6, 2048), (1e7, 4096), (1e8, 16_384), (math.inf, 65_536))
 
@@ -57,6 +61,8 @@ def network(layers: int, width: int, vocab_size: int, context: int) -> ModelConf
     2M tokens and four of 32 gave 1.667, and they are faster. Small networks give each query head keys and
     values of its own (1.657 against 1.667 where two share them); from width 384 on two share, which halves the
     cache (Ainslie et al. 2023, arXiv:2305.13245). The feed-forward layer is three times as wide as the model.
+    The head is not the embedding: that gave 0.021 bits per byte after 1M tokens and 0.013 after 5.5M
+    (docs/experiments.md), and costs 2% of the time.
     """
     head_dim = 64 if width % 64 == 0 else 32
     heads = width // head_dim
@@ -72,7 +78,7 @@ def network(layers: int, width: int, vocab_size: int, context: int) -> ModelConf
         head_dim=head_dim,
         max_positions=context,
         qk_norm="head",
-        tie_embeddings=True,
+        tie_embeddings=False,
         rope_theta=10_000.0,
     )
 
@@ -112,11 +118,14 @@ def shape_for(
     flops: float | None = None,
     context: int = 512,
     pace: float = FIRST_GUESS_FLOPS,
+    most_tokens: float = math.inf,
 ) -> Shape:
     """The shape whose matrix parameters are best fed by the budget.
 
     With F operations a second, 6 operations a parameter and token, and k tokens a parameter, time t
     trains N = sqrt(F t / 6 k) parameters.
+
+    most_tokens: that there are to train on, for a budget in seconds.
     """
     if tokens is not None:
         target = tokens / TOKENS_PER_PARAMETER
@@ -124,7 +133,7 @@ def shape_for(
         if flops is None:
             assert seconds is not None
             flops = pace * seconds
-        target = (flops / (6 * TOKENS_PER_PARAMETER)) ** 0.5
+        target = min((flops / (6 * TOKENS_PER_PARAMETER)) ** 0.5, most_tokens / TOKENS_PER_PARAMETER)
     vocab = vocabulary_for(target)
     candidates = [network(layers, width, vocab, context) for layers, width in LADDER]
     config = min(candidates, key=lambda config: abs(math.log(config.matmul_parameters / target)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from tercet.build.corpus import TOKENIZER_SAMPLE
 from tercet.build.hardware import UTILISATION
 from tercet.build.plan import (
     FIRST_GUESS_FLOPS,
+    MOST_PASSES,
     Rule,
     Shape,
     context_for,
@@ -27,9 +29,10 @@ from tercet.build.plan import (
 )
 from tercet.build.scaling import remembered
 from tercet.build.settings import Settings
-from tercet.data.documents import source_fingerprint
+from tercet.data.documents import source_bytes, source_fingerprint
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
+from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.train.calibrate import Speed, calibrate
@@ -51,7 +54,9 @@ FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
 # Memory of a run over that of the training step alone, which the plan measures: evaluation, and counting the
 # words of the text that the tokenizer is made from. Runs on 5 and 16 MB took 130 and 220 MB.
 MEMORY_BESIDE, MEMORY_A_BYTE = 60 << 20, 8
-GPU_TOKENS = 16_384  # in one forward pass on a GPU
+# In one forward pass on a GPU: enough tokens to keep it busy, and what is kept of them for the backward pass
+# fits into half of its memory (bytes for each token, layer and dimension).
+GPU_TOKENS, KEPT_BYTES = 65_536, 60
 CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
 CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
 
@@ -113,6 +118,7 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
 
     ranks: the processes that will train; each machine among them is taken to be as fast as this one.
     """
+    begun = time.monotonic()
     ranks = ranks or Ranks()
     device = ranks.device(asked.device)
     on_gpu = device.type != "cpu"
@@ -121,6 +127,11 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     if asked.minutes:
         whole = 60 * pretraining_minutes(asked, asked.minutes)
         seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
+    # A text, and how often it is worth reading, may be less than the time has room for.
+    text = source_bytes(asked.data)
+    if asked.read_bytes is not None:
+        text = min(asked.read_bytes, text or asked.read_bytes)
+    most = math.inf if text is None else MOST_PASSES * max(1, text) / PLANNED_BYTES_PER_TOKEN
     context = asked.context or max(
         context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace),
         CHAT_CONTEXT if asked.chat else 0,
@@ -131,7 +142,14 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         config = replace(config, vocab_size=vocab)
         shape = Shape(config, rows_for(config.matmul_parameters, context), context)
     else:
-        shape = shape_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, context=context, pace=pace)
+        shape = shape_for(
+            seconds=seconds,
+            tokens=asked.tokens,
+            flops=asked.flops,
+            context=context,
+            pace=pace,
+            most_tokens=most,
+        )
         if asked.vocab_size:
             shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
     if asked.batch_tokens:
@@ -146,11 +164,18 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         rates = replace(rates, embedding=asked.embedding_rate)
     if asked.weight_decay is not None:
         rates = replace(rates, weight_decay=asked.weight_decay)
-    # A step may be larger than what a GPU takes at once; on a CPU each thread goes row by row.
-    at_once = min(shape.rows, rows_at_once(context)) if on_gpu else shape.rows
+    at_once = rows_at_once(shape.rows, shape.config, device)
     speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
+    if seconds is not None and on_gpu:  # the compiler takes what training could have
+        seconds = max(seconds / 2, seconds - max(0.0, time.monotonic() - begun - AROUND_TRAINING))
     if seconds is not None:
         tokens = seconds * speed.tokens_per_second * ranks.workers(on_gpu) / MARGIN
+        if tokens > most:
+            say(
+                f"the text is about {most / MOST_PASSES:,.0f} tokens: after {MOST_PASSES} passes over it the run "
+                "ends, before the time is up; more text would use all of it"
+            )
+        tokens = min(tokens, most)
     else:
         tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
     if not asked.batch_tokens:
@@ -187,13 +212,13 @@ def reading_limit(plan: Plan, asked: Settings) -> int:
 
     Text beyond what is trained on is not wasted: steps are drawn from all of it, so that a run does not
     see the beginning of a corpus alone. The run's length is reckoned from its operations and not from
-    this machine's speed: the same text is read anywhere.
+    this machine's speed: the same text is read anywhere. Twice what is needed is enough: a GPU would wait.
     """
     if asked.read_bytes is not None:
         return asked.read_bytes
     once = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
     weights = network(plan.layers, plan.width, plan.vocab_size, plan.context).matmul_parameters
-    return max(once, int(READ_A_SECOND * 6 * weights * plan.tokens / NOMINAL_FLOPS))
+    return max(once, min(2 * once, int(READ_A_SECOND * 6 * weights * plan.tokens / NOMINAL_FLOPS)))
 
 
 def law_key(asked: Settings) -> str:
@@ -201,9 +226,19 @@ def law_key(asked: Settings) -> str:
     return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer])
 
 
-def rows_at_once(context: int) -> int:
-    """Sequences in one forward pass on a GPU: enough tokens to keep it busy."""
-    return max(1, GPU_TOKENS // context)
+def rows_at_once(rows: int, config: ModelConfig, device: torch.device) -> int:
+    """Sequences in one forward pass, of the ``rows`` of a step: all of them, or on a GPU parts as even as can be.
+
+    On a CPU each thread goes row by row by itself.
+    """
+    if device.type == "cpu":
+        return rows
+    tokens = GPU_TOKENS
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        tokens = min(tokens, memory // 2 // (KEPT_BYTES * config.num_layers * config.hidden_size))
+    most = max(1, tokens // config.max_positions)
+    return -(-rows // -(-rows // most))
 
 
 def gpu_flops(device: torch.device) -> float:

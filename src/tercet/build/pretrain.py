@@ -68,6 +68,8 @@ PAIRS_IN_RUN, PAIRS_AT_END = 5, 50  # minimal pairs of each group that are compa
 COMPRESSION_SAMPLE = 2_000_000  # characters of held-out text
 HELDOUT_TOKENS = 65_536  # of the last measurement: they pin bits per byte to under 1%
 CHAT_EPOCHS = 3.0
+FEW_PASSES = 2.0  # over a text do no harm yet
+LEARNED_BY_HEART = 1.01  # times the least held-out loss, at the end of a run
 BASE_RESULT = "pretraining.json"  # of the base, before what comes after it
 RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
 
@@ -276,7 +278,7 @@ def _pretrain(
     def batches_at(step: int) -> list[Batch]:
         rows = items_at(step, plan.rows, packing.rows, asked.seed)[ranks.rank :: ranks.size]
         found = []
-        at_once = len(rows) if device.type == "cpu" else rows_at_once(plan.context)
+        at_once = rows_at_once(len(rows), config, device)
         for begin in range(0, len(rows), at_once):
             parts = packed_batch(stream, packing, rows[begin : begin + at_once])
             found.append(Batch(*(None if part is None else torch.from_numpy(part) for part in parts)))  # type: ignore[arg-type]
@@ -321,6 +323,9 @@ def _pretrain(
         deadline=deadline,
         threads=ranks.threads(plan.speed["threads"]),
     )
+    # Text that is seen again and again is learned by heart, and what is held out is then foreseen worse.
+    passes = plan.tokens / len(stream)
+    keep_best = passes > FEW_PASSES and not sharded
     trained = train(
         model,
         recipe,
@@ -329,9 +334,20 @@ def _pretrain(
         fingerprint=key,
         title="pre-training",
         evaluate=evaluate,
+        keep_best=keep_best,
         ranks=ranks,
         sharded=sharded,
     )
+    if (
+        keep_best
+        and trained.best is not None
+        and trained.history[-1]["loss"] > LEARNED_BY_HEART * trained.best
+    ):
+        say(
+            f"held-out text was foreseen best at step {trained.best_step} of {trained.steps}, and those weights are "
+            f"kept: {passes:.1f} passes over so little text taught this network it by heart; more text, fewer "
+            "passes or a smaller network would do better"
+        )
     if sharded:
         from tercet.train.sharded import whole
 

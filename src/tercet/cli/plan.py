@@ -28,6 +28,9 @@ def plan(
     context: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
     ] = None,
+    read_bytes: Annotated[
+        int | None, typer.Option(metavar="N", help="Bytes of text to read at most, as for tercet build.")
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Train four tiny models and predict the loss from them.")
     ] = False,
@@ -53,6 +56,7 @@ def plan(
         width=width,
         vocab_size=vocab_size,
         context=context,
+        read_bytes=read_bytes,
         fit_law=fit,
         prices=prices,
     )

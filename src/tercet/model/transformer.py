@@ -12,7 +12,7 @@ tables and logits stay in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,17 @@ class KVCache(Protocol):
         ...
 
 
+class Documents(NamedTuple):
+    """In place of a mask: which documents the rows are made of.
+
+    begins: int32 [D + 1], where each begins, of all rows laid end to end; the last is the number of tokens.
+    window: tokens that a query sees at most, itself among them; None: all before it.
+    """
+
+    begins: Tensor
+    window: int | None
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245)."""
 
@@ -167,7 +178,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         positions: Tensor,
         length: int,
         cache: KVCache | None,
@@ -186,7 +197,9 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions, length)
-        if config.attention_softcap is None:
+        if isinstance(mask, Documents):
+            out = document_attention(q, k, v, mask, config.attention_scale)
+        elif config.attention_softcap is None:
             out = F.scaled_dot_product_attention(
                 q,
                 k,
@@ -199,6 +212,33 @@ class Attention(nn.Module):
         else:
             out = capped_attention(q, k, v, mask, config.attention_scale, config.attention_softcap)
         return cast(Tensor, self.o_proj(out.transpose(1, 2).reshape(batch, time, -1)))
+
+
+def attends_by_document(model: Transformer) -> bool:
+    """Whether `document_attention` can run for ``model`` where it is and as it computes."""
+    return (
+        model.device.type == "cuda"
+        and model.dtype in (torch.bfloat16, torch.float16)
+        and model.config.attention_softcap is None
+        and model.config.head_dim <= 256
+        and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    )
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float | None) -> Tensor:
+    """Causal attention that doesn't compute what is masked: FlashAttention 2 (Dao 2023, arXiv:2307.08691) by PyTorch.
+
+    A mask over pairs of tokens would be read for every head, and blocks between documents computed to be
+    thrown away. q [B, N, T, D]; k, v [B, K, T, D] with N a multiple of K, 16 bits each. Returns [B, N, T, D].
+    """
+    batch, _, time, _ = q.shape
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    begins, left = documents.begins, -1 if documents.window is None else documents.window - 1
+    out = torch.ops.aten._flash_attention_forward(
+        *flat, begins, begins, time, time, 0.0, True, False,
+        scale=scale, window_size_left=left, window_size_right=0,
+    )[0]  # fmt: skip
+    return cast(Tensor, out.view(batch, time, *out.shape[1:]).transpose(1, 2))
 
 
 def capped_attention(
@@ -292,7 +332,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         positions: Tensor,
         length: int,
         cache: KVCache | None,
@@ -357,6 +397,9 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        length: int | None = None,
+        document_begins: Tensor | None = None,
     ) -> Tensor:
         """Final normalised hidden states [B, T, H] for ``tokens`` [B, T].
 
@@ -365,12 +408,16 @@ class Transformer(nn.Module):
             documents get one number each, padding (on either side) a number of its own.
         cache: keys and values are stored at ``positions`` and all earlier slots of the row are seen.
             Not together with ``segments``.
+        length: one more than the largest position, for a caller who knows it: to look waits for a GPU.
+        document_begins: as in `Documents`: what ``segments`` say, where `attends_by_document`.
         """
         batch, time = tokens.shape
         plain = positions is None
         if positions is None:
             positions = torch.arange(time, device=tokens.device).expand(batch, time)
-        length = time if plain else int(positions.max()) + 1
+            length = time
+        elif length is None:
+            length = int(positions.max()) + 1
         x = self.model.embed_tokens(tokens).to(self.dtype)
         if self.config.embedding_scale is not None:
             # Rounded to the type of the activations first, as Gemma was trained.
@@ -382,10 +429,12 @@ class Transformer(nn.Module):
             if embedding is not None:
                 cos, sin = embedding(positions, length, segments)
                 ropes[local] = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
-        masks: dict[int | None, Tensor | None] = {}
+        masks: dict[int | None, Tensor | Documents | None] = {}
         for layer, block in enumerate(self.model.layers):
             window = self.config.window(layer)
-            if window not in masks:
+            if window not in masks and document_begins is not None:
+                masks[window] = Documents(document_begins, window)
+            elif window not in masks:
                 masks[window] = self._mask(
                     positions, segments, window, length, cached=cache is not None, plain=plain
                 )

@@ -25,7 +25,7 @@ from tercet.errors import UserError
 from tercet.files import write_jsonl
 from tercet.model.transformer import Transformer
 from tercet.progress import Progress, say
-from tercet.train.loss import Batch, Gradients, gradients_of
+from tercet.train.loss import Batch, Gradients, gradients_of, repeatable
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.ranks import AddedGradients, Ranks
 from tercet.train.schedule import Schedule
@@ -146,8 +146,10 @@ def train(
     begun = saved = time.monotonic()
     before = progressed.seconds
     in_a_row = 0  # skipped
+    ahead: dict[int, Sequence[Batch]] = {}  # of the next step
     with (
         _stop_signals() as stop,
+        repeatable(model.device),
         (directory / "metrics.jsonl" if ranks.first else Path(os.devnull)).open(
             "a", encoding="utf-8"
         ) as metrics,
@@ -183,8 +185,11 @@ def train(
                 progressed.done = True
                 save()
                 break
-            loss, tokens = step_gradients.gradients(batches_at(step))
+            computed, tokens = step_gradients.gradients(ahead.pop(step, ()) or batches_at(step))
+            if isinstance(computed, Tensor) and computed.device.type != "cpu" and step + 1 < schedule.steps:
+                ahead[step + 1] = batches_at(step + 1)  # while the GPU is still at this one
             norm = clip_gradients(list(parameters.values()), recipe.clip)
+            loss = float(computed)
             rate = schedule.rate(step)
             reason = _no_use(loss, norm, progressed)
             if reason is None:

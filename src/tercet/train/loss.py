@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tercet.data.batches import IGNORED
-from tercet.model.transformer import Transformer
+from tercet.model.transformer import Transformer, attends_by_document
+from tercet.train.head import Losses, head_losses
 
-# Logits larger than this many numbers (256 MB in float32) are made in pieces and recomputed in the
-# backward pass, so that a vocabulary of 150,000 does not decide how long a sequence may be.
-LARGEST_LOGITS = 1 << 26
+NEARLY_ALL = 0.9  # of the tokens are supervised: the others cost less than choosing
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,29 @@ class Batch:
         return int((self.targets != IGNORED).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same rows on ``device``."""
+        """The same rows on ``device``; a GPU is not waited for."""
         if self.tokens.device == device:
             return self
         parts = (self.tokens, self.targets, self.positions, self.segments)
-        return Batch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+        return Batch(*(None if part is None else _moved(part, device) for part in parts))  # type: ignore[arg-type]
+
+    @property
+    def document_begins(self) -> Tensor:
+        """[D + 1] int32: where each document begins, of all rows laid end to end; the last: B T."""
+        rows, time = self.tokens.shape
+        if self.segments is None:
+            return torch.arange(0, (rows + 1) * time, time, dtype=torch.int32)
+        begins = torch.ones(rows, time, dtype=torch.bool)
+        begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
+        return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=rows * time).int()
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    return (
+        tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    )  # from other memory a GPU copies when it is idle
 
 
 def loss_sum(model: Transformer, batch: Batch) -> Tensor:
@@ -54,63 +71,70 @@ def loss_sum(model: Transformer, batch: Batch) -> Tensor:
     A sum, not a mean: dividing by the tokens of the whole optimizer step, not of each piece, makes
     the gradient independent of how a step was cut into pieces.
     """
-    return loss_sums(model, batch)[0]
+    return losses_of(model, batch).total
 
 
-def loss_sums(model: Transformer, batch: Batch, z_weight: float = 0.0) -> Tensor:
-    """[2]: the cross-entropy as in `loss_sum`; and ``z_weight`` log(Z)^2 with Z the softmax's normaliser,
+def losses_of(model: Transformer, batch: Batch, scale: float = 1.0, z_weight: float = 0.0) -> Losses:
+    """Sums over the supervised tokens of ``batch``; ``scale`` and ``z_weight`` as in `head_losses`.
 
-    which keeps that near 1 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
+    What has to be known of the batch is asked where it lies, on the CPU: a GPU is not waited for.
     """
-    batch = batch.to(model.device)
-    hidden = model.hidden(batch.tokens, batch.positions, batch.segments)
-    chosen = batch.targets != IGNORED
-    # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked.
-    hidden, targets = hidden[chosen], batch.targets[chosen]
-    rows = max(1, LARGEST_LOGITS // model.config.vocab_size)
-    if len(targets) <= rows:
-        return _piece(model, hidden, targets, z_weight)
-    total = hidden.new_zeros(2, dtype=torch.float32)
-    for start in range(0, len(targets), rows):
-        piece = hidden[start : start + rows], targets[start : start + rows]
-        total = total + checkpoint(_piece, model, *piece, z_weight, use_reentrant=False)
-    return total
-
-
-def _piece(model: Transformer, hidden: Tensor, targets: Tensor, z_weight: float) -> Tensor:
-    logits = model.logits(hidden)
-    entropy = F.cross_entropy(logits, targets, reduction="sum")
-    z = z_weight * logits.logsumexp(-1).square().sum() if z_weight else torch.zeros_like(entropy)
-    return torch.stack((entropy, z))
+    device = model.device
+    length = None if batch.positions is None else int(batch.positions.max()) + 1
+    begins = batch.document_begins if attends_by_document(model) else None
+    # The head is the dearest matrix of a small model, and no logits are needed where nothing is asked. But rows
+    # that are supervised almost everywhere keep one shape, for the compiler.
+    asked = (batch.targets != IGNORED).flatten().nonzero()[:, 0]
+    share = len(asked) / batch.targets.numel()
+    choose = share < (1 if device.type == "cpu" else NEARLY_ALL)
+    asked = _moved(asked, device)
+    if begins is not None:
+        begins = _moved(begins, device)
+        if is_compiled(model):  # one program for any number of documents
+            torch._dynamo.maybe_mark_dynamic(begins, 0)
+    batch = batch.to(device)
+    hidden = model.hidden(
+        batch.tokens, batch.positions, batch.segments, length=length, document_begins=begins
+    ).flatten(0, 1)
+    targets = batch.targets.flatten()
+    if choose:
+        hidden, targets = hidden[asked], targets[asked]
+    return head_losses(model, hidden, targets, scale=scale, z_weight=z_weight, compiled=is_compiled(model))
 
 
 class Gradients(Protocol):
     """Gradients of one optimizer step."""
 
-    def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def gradients(self, batches: Sequence[Batch]) -> tuple[float | Tensor, int]:
         """Mean loss in nats over the supervised tokens of all ``batches``, and how many those are.
 
-        Sets every parameter's ``grad`` to the gradient of that mean.
+        Sets every parameter's ``grad`` to the gradient of that mean. A loss that is a tensor may still be
+        being computed, by a GPU: ``float`` waits for it.
         """
         ...
 
 
 def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
-    """Let PyTorch's compiler make one program of each block, in place. For batches of one shape.
+    """Let PyTorch's compiler make one program of each block, in place, for the shape of batch they run with first.
 
     Block by block: all are alike, so that one is compiled, in seconds, and what surrounds them (rotary
     tables, masks, the loss in pieces) stays as it is. A block that is no single program (a mixture of
     experts asks how many tokens each gets) fails when it first runs.
     """
     for block in model.model.layers:
-        block.compile(backend=backend, dynamic=False, fullgraph=True)
+        block.compile(backend=backend, fullgraph=True)
+
+
+def is_compiled(model: Transformer) -> bool:
+    """Whether its blocks run as programs of PyTorch's compiler."""
+    return any(block._compiled_call_impl is not None for block in model.model.layers)
 
 
 @contextmanager
 def uncompiled(model: Transformer) -> Iterator[None]:
     """The blocks as they are written, for batches of any shape.
 
-    Compiled ones would be compiled anew for every shape, and fail at the ninth.
+    Compiled ones would be compiled anew for some of them, half a minute each.
     """
     blocks = list(model.model.layers)
     compiled = [block._compiled_call_impl for block in blocks]
@@ -123,23 +147,45 @@ def uncompiled(model: Transformer) -> Iterator[None]:
             block._compiled_call_impl = program
 
 
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU: gradients are added up in an order that is always the same, so that runs can be repeated.
+
+    Attention's backward pass adds in whatever order its blocks end, if it isn't asked not to.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    debugging: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), debugging.fill_uninitialized_memory
+    # Without it PyTorch refuses products; read when the first of them is asked for. 4096 KiB, eight times.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    debugging.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        debugging.fill_uninitialized_memory = filled
+
+
 class Autograd:
     """PyTorch's own gradients: any network, any device."""
 
     def __init__(self, model: Transformer, z_weight: float = 0.0) -> None:
         self.model, self.z_weight = model, z_weight
 
-    def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def gradients(self, batches: Sequence[Batch]) -> tuple[Tensor, int]:
         tokens = sum(batch.supervised for batch in batches)
         for parameter in self.model.parameters():
             parameter.grad = None
-        total = 0.0
+        total = torch.zeros((), device=self.model.device)
         for batch in batches:
             if batch.supervised:
-                both = loss_sums(self.model, batch, self.z_weight) / tokens
-                both.sum().backward()  # type: ignore[no-untyped-call]
-                total += float(both[0].detach())
-        return total, tokens
+                losses = losses_of(self.model, batch, 1 / tokens, self.z_weight)
+                losses.total.backward()  # type: ignore[no-untyped-call]
+                total += losses.entropy
+        return total / max(1, tokens), tokens
 
 
 def gradients_of(model: Transformer, threads: int, z_weight: float = 0.0) -> Gradients:

@@ -29,7 +29,8 @@ POLAR = (
     (3.50557077, -2.62665419, 0.52571949),
     (2.49011582, -1.83427497, 0.4368347),
 )
-TOGETHER = 1 << 24  # weights that are orthogonalised in one call at most: their copies take some 100 MB
+# Weights that are orthogonalised in one call at most: their copies take some 100 MB, and on a GPU 1 GB.
+TOGETHER = {"cpu": 1 << 24, "cuda": 1 << 27}
 SAFETY = 1.01  # bfloat16 may round a singular value to above 1, where the polynomials diverge
 
 
@@ -76,6 +77,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "row_decay": row_decay}
         super().__init__(parameters, settings)
+        on_cpu = all(one.device.type == "cpu" for group in self.param_groups for one in group["params"])
+        threads = threads if on_cpu else 1  # a GPU does all of a batch at once
         self.steps, self.dtype, self._threads = steps, dtype, threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         if any(self._by_pairs(parameter) for group in self.param_groups for parameter in group["params"]):
@@ -142,14 +145,14 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Move parameters of one shape: small matrices cost as much in calls as in arithmetic, one by one."""
+        weights: list[Tensor] = list(parameters)
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        ahead = []
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            momentum = self.state[parameter]["momentum"].lerp_(gradient, 1 - group["momentum"])
-            ahead.append(gradient.lerp(momentum, group["momentum"]))  # Nesterov's
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
         rows, columns = parameters[0].shape
         size = -group["lr"] * max(1.0, rows / columns) ** 0.5
         # A sharded matrix: every process orthogonalises the whole of it and keeps its own rows. That costs
@@ -158,16 +161,15 @@ class Muon(torch.optim.Optimizer):
         directions = orthogonalized(whole, self.steps, self.dtype).to(whole.dtype)
         if group["row_decay"]:
             norms = torch.linalg.vector_norm(directions, dim=2, dtype=torch.float32)
-            factors = self._row_factors(parameters, norms.square(), columns, group["row_decay"])[..., None]
-        else:
-            factors = directions.new_ones(len(parameters), 1, 1)
-        for parameter, direction, factor in zip(parameters, directions, factors, strict=True):
-            if group["weight_decay"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            if hasattr(parameter, "full_tensor"):
-                parameter.add_(_shared_like(direction * factor, parameter), alpha=size)
-            else:
-                parameter.addcmul_(direction, factor.to(direction.dtype), value=size)
+            factors = self._row_factors(parameters, norms.square(), columns, group["row_decay"])
+            directions = directions * factors[..., None]
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        moves = [
+            _shared_like(direction, parameter) if hasattr(parameter, "full_tensor") else direction
+            for parameter, direction in zip(parameters, directions.unbind(), strict=True)
+        ]
+        torch._foreach_add_(weights, moves, alpha=size)
 
     def _row_factors(
         self, parameters: list[nn.Parameter], squares: Tensor, columns: int, decay: float
@@ -176,12 +178,11 @@ class Muon(torch.optim.Optimizer):
 
         The mean squares begin at zero and are not corrected for it: what is common to all rows cancels.
         """
-        kept = []
         for parameter, square in zip(parameters, squares, strict=True):
-            state = self.state[parameter]
-            if "row_square" not in state:
-                state["row_square"] = torch.zeros_like(square)
-            kept.append(state["row_square"].lerp_(square / columns, 1 - decay))
+            if "row_square" not in self.state[parameter]:
+                self.state[parameter]["row_square"] = torch.zeros_like(square)
+        kept = [self.state[parameter]["row_square"] for parameter in parameters]
+        torch._foreach_lerp_(kept, (squares / columns).unbind(), 1 - decay)
         factors = 1 / (torch.stack(kept).sqrt() + 1e-8)
         before, after = squares.sum(1), (squares * factors.square()).sum(1)
         length: Tensor = (before / (after + 1e-20)).sqrt()
@@ -206,7 +207,7 @@ def _alike(parameters: Sequence[nn.Parameter], threads: int) -> list[list[nn.Par
         by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
     found = []
     for (rows, columns), members in by_shape.items():
-        most = max(1, TOGETHER // (rows * columns))
+        most = max(1, TOGETHER.get(members[0].device.type, TOGETHER["cpu"]) // (rows * columns))
         size = min(most, -(-len(members) // threads))
         found += [members[begin : begin + size] for begin in range(0, len(members), size)]
     return found

@@ -157,7 +157,7 @@ class AddedGradients:
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """As `tercet.train.loss.Gradients`, over the pieces of all processes."""
         loss, tokens = self.inner.gradients(batches)
-        total_loss, total = self.ranks.added([loss * tokens if tokens else 0.0, float(tokens)])
+        total_loss, total = self.ranks.added([float(loss) * tokens if tokens else 0.0, float(tokens)])
         if self._buffer is None:
             size, device = sum(parameter.numel() for parameter in self.parameters), self.parameters[0].device
             self._buffer = torch.empty(size, device=device)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from tercet.errors import UserError
 from tercet.files import write_json
 from tercet.model.transformer import Transformer
-from tercet.train.loss import Batch, loss_sums
+from tercet.train.loss import Batch, losses_of
 from tercet.train.optimizer import Optimizer
 from tercet.train.ranks import Ranks
 from tercet.train.state import Progressed, checked_progress
@@ -71,12 +71,12 @@ class ShardedGradients:
         tokens = self.ranks.added([float(sum(batch.supervised for batch in batches))])[0]
         for parameter in self.model.parameters():
             parameter.grad = None
-        total = 0.0
+        total = torch.zeros((), device=self.model.device)
         for batch in batches:
-            both = loss_sums(self.model, batch, self.z_weight) / max(1.0, tokens)
-            both.sum().backward()  # type: ignore[no-untyped-call]
-            total += float(both[0].detach())
-        return self.ranks.added([total])[0], int(tokens)
+            losses = losses_of(self.model, batch, 1 / max(1.0, tokens), self.z_weight)
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            total += losses.entropy
+        return self.ranks.added([float(total) / max(1.0, tokens)])[0], int(tokens)
 
 
 class ShardedState:

@@ -12,7 +12,7 @@ position r // G. q, out [B K, T G, D], k, v [B K, T, D], begins [B, T]: the firs
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,22 +42,27 @@ UNSEEN = np.float32(-3e38)  # the score of a key that isn't seen: its weight is 
 TOGETHER = 128  # rows whose gradients for keys and values are added at once
 
 
+class Read(NamedTuple):
+    """What attention reads, both ways. Shapes as above."""
+
+    begins: NDArray[np.int64]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Queries for each key and position."""
+        return self.q.shape[1] // self.k.shape[1]
+
+
 class Attention(Protocol):
     """One way to attend."""
 
-    def forward(self, begins: NDArray[np.int64], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, read: Read) -> tuple[Tensor, Any]:
         """out, and what `backward` wants to have back."""
 
-    def backward(
-        self,
-        begins: NDArray[np.int64],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        kept: Any,
-        d_out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, read: Read, out: Tensor, kept: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q (activations' type), k and v (float32)."""
 
 
@@ -74,8 +79,9 @@ def _along(out: Tensor, d_out: Tensor) -> NDArray[np.float32]:
 
 
 class PlainAttention:
-    def forward(self, begins: NDArray[np.int64], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
-        groups, out = q.shape[1] // k.shape[1], torch.empty_like(q)
+    def forward(self, read: Read) -> tuple[Tensor, Any]:
+        begins, q, k, v = read
+        groups, out = read.groups, torch.empty_like(q)
         kept = []
         for first, end, start in _stretches(begins):
             scores = q[:, first * groups : end * groups] @ k[:, start:end].transpose(1, 2)
@@ -84,17 +90,9 @@ class PlainAttention:
             kept.append(scores)
         return out, kept
 
-    def backward(
-        self,
-        begins: NDArray[np.int64],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        kept: Any,
-        d_out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        groups, d_q = q.shape[1] // k.shape[1], torch.empty_like(q)
+    def backward(self, read: Read, out: Tensor, kept: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        begins, q, k, v = read
+        groups, d_q = read.groups, torch.empty_like(q)
         d_k, d_v = (torch.zeros(k.shape) for _ in range(2))
         along = _along(out, d_out)
         for (first, end, start), weights in zip(_stretches(begins), kept, strict=True):
@@ -116,25 +114,28 @@ def _stretches(begins: NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 class PairedAttention:
-    def forward(self, begins: NDArray[np.int64], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+    def forward(self, read: Read) -> tuple[Tensor, Any]:
+        begins, q, k, v = read
         out, weights = torch.empty_like(q), q.new_empty(*q.shape[:2], columns(k.shape[1]))
-        attend(raw(q), raw(k), raw(v), begins, q.shape[1] // k.shape[1], raw(weights), raw(out))
+        attend(raw(q), raw(k), raw(v), begins, read.groups, raw(weights), raw(out))
         return out, weights
 
-    def backward(
-        self,
-        begins: NDArray[np.int64],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        kept: Any,
-        d_out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, groups = torch.empty_like(q), q.shape[1] // k.shape[1]
+    def backward(self, read: Read, out: Tensor, kept: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        begins, q, k, v = read
+        d_q = torch.empty_like(q)
         d_k, d_v = (torch.zeros(k.shape) for _ in range(2))
         attend_backward(
-            *(raw(q), raw(k), raw(v), begins, groups, raw(kept), _along(out, d_out), raw(d_out), raw(d_q)),
+            *(
+                raw(q),
+                raw(k),
+                raw(v),
+                begins,
+                read.groups,
+                raw(kept),
+                _along(out, d_out),
+                raw(d_out),
+                raw(d_q),
+            ),
             d_k.numpy(),
             d_v.numpy(),
         )

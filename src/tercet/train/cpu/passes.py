@@ -28,7 +28,7 @@ from tercet.data.batches import IGNORED
 from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
 from tercet.train.cpu import kernels
-from tercet.train.cpu.attention import attention_for
+from tercet.train.cpu.attention import Read, attention_for
 from tercet.train.cpu.products import Matrix, Products, Sum, raw
 
 TOGETHER = 512  # tokens that go through several products in turn, while the cache holds what they leave
@@ -110,9 +110,7 @@ class Kept:
     factors: NDArray[np.float32]
     normed: Tensor
     qkv: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    read: Read  # by attention
     head_factors: NDArray[np.float32]
     weights: Any  # attention weights, as `Attention` keeps them
     attended: Tensor  # [B K, T G, D]
@@ -214,7 +212,8 @@ class Passes:
             raw(v),
             head_factors,
         )
-        attended, weights = self.attention.forward(rows.begins, q, k, v)
+        read = Read(rows.begins, q, k, v)
+        attended, weights = self.attention.forward(read)
         merged = self._merged(attended, batch)
         update = torch.empty_like(normed)
         layer.o.forward(merged, update)
@@ -225,9 +224,7 @@ class Passes:
             factors,
             normed,
             qkv,
-            q,
-            k,
-            v,
+            read,
             head_factors,
             weights,
             attended,
@@ -361,9 +358,7 @@ class Passes:
         layer.o.backward(narrow, d_merged)
         split = d_merged.view(batch, time, config.num_kv_heads, self.groups, config.head_dim)
         d_attended = split.transpose(1, 2).reshape(kept.attended.shape).contiguous()  # also of one row
-        d_q, d_k, d_v = self.attention.backward(
-            rows.begins, kept.q, kept.k, kept.v, kept.attended, kept.weights, d_attended
-        )
+        d_q, d_k, d_v = self.attention.backward(kept.read, kept.attended, kept.weights, d_attended)
         d_qkv = torch.empty_like(kept.qkv)
         kernels.heads_backward(
             raw(kept.qkv),

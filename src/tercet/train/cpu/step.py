@@ -67,7 +67,7 @@ class Stepper:
         scale = 1.0 / max(1, tokens)
         rows: list[list[Rows]] = [[] for _ in range(self.threads)]
         for batch in batches:
-            for number, part in enumerate(_parts(batch, self.threads)):
+            for number, part in enumerate(_shares(batch, self.threads)):
                 rows[number].append(part)
         weights = self._weights()
         work = [(mine, weights, sums, scale) for mine, sums in zip(rows, self._sums, strict=True)]
@@ -188,7 +188,7 @@ def _add_up(copies: Sequence[Tensor]) -> None:
         copies[0].add_(other)
 
 
-def _parts(batch: Batch, parts: int) -> list[Rows]:
+def _shares(batch: Batch, parts: int) -> list[Rows]:
     """The batch's rows in at most ``parts`` stretches of nearly equal size."""
     count = len(batch.tokens)
     ends = np.linspace(0, count, min(parts, count) + 1).round().astype(int).tolist()
