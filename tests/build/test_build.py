@@ -369,7 +369,7 @@ def test_text_that_is_learned_by_heart_is_told_and_the_best_weights_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": text_of(seed)}) + "\n" for seed in range(40)))
+    path.write_text("".join(json.dumps({"text": text_of(seed)}) + "\n" for seed in range(80)))
     shape = {**SMALL, "layers": 2, "width": 64}
     built = build(path, tmp_path / "run", tokens=150_000, **shape)
     told = capsys.readouterr().err
