@@ -391,18 +391,23 @@ def test_more_budget_gives_a_larger_network() -> None:
     ]
 
 
-def test_a_budget_in_minutes_passes_over_a_small_text_eight_times_at_most(
+def test_a_budget_in_minutes_passes_over_a_small_text_four_times_at_most(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a" * 60_000)
     large = make_plan(Settings.of(text, minutes=30))  # 3,000 tokens a second, so 5 million
-    assert 0.9 < large.tokens / (8 * 60_000 / 3.3) <= 1
-    assert "the text is about 18,182 tokens: after 8 passes" in capsys.readouterr().err
+    assert 0.9 < large.tokens / (4 * 60_000 / 3.3) <= 1
+    assert "the text is about 18,182 tokens: after 4 passes" in capsys.readouterr().err
     # A network that so many tokens feed, and not so much time.
-    assert large.width == shape_for(tokens=8 * 18_182, context=large.context).config.hidden_size
-    assert make_plan(Settings.of(text, minutes=0.5)).tokens < large.tokens
+    assert large.width == shape_for(tokens=4 * 18_182, context=large.context).config.hidden_size
+    assert make_plan(Settings.of(text, minutes=0.4)).tokens < large.tokens
     assert capsys.readouterr().err == ""
+    # Against learning it by heart, unless another decay is asked for.
+    steps_a_pass = large.steps / (large.tokens / 18_182)
+    assert large.rates["weight_decay"] == pytest.approx(min(0.2, 1 / (0.02 * 2 * steps_a_pass)), rel=0.05)
+    assert make_plan(Settings.of(text, tokens=10_000)).rates["weight_decay"] == 0
+    assert make_plan(Settings.of(text, minutes=30, weight_decay=0.0)).rates["weight_decay"] == 0
     # Who asks for tokens gets them.
     assert make_plan(Settings.of(text, tokens=1_000_000)).tokens > 990_000
 

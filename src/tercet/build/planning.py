@@ -122,16 +122,66 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     ranks = ranks or Ranks()
     device = ranks.device(asked.device)
     on_gpu = device.type != "cpu"
-    pace = gpu_flops(device) if on_gpu else FIRST_GUESS_FLOPS
     seconds = None
     if asked.minutes:
         whole = 60 * pretraining_minutes(asked, asked.minutes)
         seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
-    # A text, and how often it is worth reading, may be less than the time has room for.
-    text = source_bytes(asked.data)
+    text = _text_tokens(asked)
+    shape = _shape(asked, seconds, gpu_flops(device) if on_gpu else FIRST_GUESS_FLOPS, text)
+    context, kind = shape.context, asked.optimizer
+    at_once = rows_at_once(shape.rows, shape.config, device)
+    speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
+    if seconds is not None and on_gpu:  # the compiler takes what training could have
+        seconds = max(seconds / 2, seconds - max(0.0, time.monotonic() - begun - AROUND_TRAINING))
+    if seconds is not None:
+        tokens = seconds * speed.tokens_per_second * ranks.workers(on_gpu) / MARGIN
+        if tokens > MOST_PASSES * text:
+            say(
+                f"the text is about {text:,.0f} tokens: after {MOST_PASSES} passes over it the run ends, before "
+                "the time is up; more text would use all of it"
+            )
+            tokens = MOST_PASSES * text
+    else:
+        tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
+    if not asked.batch_tokens:
+        shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (FEWEST_STEPS * context)))))
+    shape = replace(shape, rows=max(shape.rows, ranks.size))  # a row for each at least
+    steps = max(1, int(tokens / shape.step_tokens))
+    weights, trained_on = shape.config.matmul_parameters, steps * shape.step_tokens
+    law = remembered(law_key(asked))
+    plan = Plan(
+        layers=shape.config.num_layers,
+        width=shape.config.hidden_size,
+        vocab_size=shape.config.vocab_size,
+        context=context,
+        rows=shape.rows,
+        steps=steps,
+        rates=asdict(_rates(asked, shape, steps, trained_on / text)),
+        z_loss=asked.z_loss,
+        speed=asdict(speed),
+        seconds=seconds,
+        predicted={
+            "seconds": trained_on / (speed.tokens_per_second * ranks.workers(on_gpu)),
+            "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
+        },
+    )
+    memory = peak_memory(device)
+    if not on_gpu:
+        sample = min(reading_limit(plan, asked), TOKENIZER_SAMPLE)
+        memory += MEMORY_BESIDE + MEMORY_A_BYTE * sample
+    return replace(plan, predicted={**plan.predicted, "memory_bytes": memory})
+
+
+def _text_tokens(asked: Settings) -> float:
+    """How many tokens there are to train on, roughly; infinite where nothing is known before reading."""
+    size = source_bytes(asked.data)
     if asked.read_bytes is not None:
-        text = min(asked.read_bytes, text or asked.read_bytes)
-    most = math.inf if text is None else MOST_PASSES * max(1, text) / PLANNED_BYTES_PER_TOKEN
+        size = min(asked.read_bytes, size or asked.read_bytes)
+    return math.inf if size is None else max(1, size) / PLANNED_BYTES_PER_TOKEN
+
+
+def _shape(asked: Settings, seconds: float | None, pace: float, text: float) -> Shape:
+    """What was asked for, and what the budget feeds where nothing was; ``text``: tokens there are."""
     context = asked.context or max(
         context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace),
         CHAT_CONTEXT if asked.chat else 0,
@@ -148,7 +198,7 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
             flops=asked.flops,
             context=context,
             pace=pace,
-            most_tokens=most,
+            most_tokens=MOST_PASSES * text,
         )
         if asked.vocab_size:
             shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
@@ -158,53 +208,22 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
                 f"--batch-tokens is {asked.batch_tokens}; a step has at least one sequence of {context} tokens"
             )
         shape = replace(shape, rows=asked.batch_tokens // context)
-    kind = asked.optimizer
-    rates = rates_for(shape.config.hidden_size, kind=kind, learning_rate=asked.learning_rate)
+    return shape
+
+
+def _rates(asked: Settings, shape: Shape, steps: int, passes: float) -> Rates:
+    rates = rates_for(
+        shape.config.hidden_size,
+        kind=asked.optimizer,
+        learning_rate=asked.learning_rate,
+        steps=steps,
+        passes=passes,
+    )
     if asked.embedding_rate:
         rates = replace(rates, embedding=asked.embedding_rate)
     if asked.weight_decay is not None:
         rates = replace(rates, weight_decay=asked.weight_decay)
-    at_once = rows_at_once(shape.rows, shape.config, device)
-    speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
-    if seconds is not None and on_gpu:  # the compiler takes what training could have
-        seconds = max(seconds / 2, seconds - max(0.0, time.monotonic() - begun - AROUND_TRAINING))
-    if seconds is not None:
-        tokens = seconds * speed.tokens_per_second * ranks.workers(on_gpu) / MARGIN
-        if tokens > most:
-            say(
-                f"the text is about {most / MOST_PASSES:,.0f} tokens: after {MOST_PASSES} passes over it the run "
-                "ends, before the time is up; more text would use all of it"
-            )
-        tokens = min(tokens, most)
-    else:
-        tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
-    if not asked.batch_tokens:
-        shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (FEWEST_STEPS * context)))))
-    shape = replace(shape, rows=max(shape.rows, ranks.size))  # a row for each at least
-    steps = max(1, int(tokens / shape.step_tokens))
-    weights, trained_on = shape.config.matmul_parameters, steps * shape.step_tokens
-    law = remembered(law_key(asked))
-    plan = Plan(
-        layers=shape.config.num_layers,
-        width=shape.config.hidden_size,
-        vocab_size=shape.config.vocab_size,
-        context=context,
-        rows=shape.rows,
-        steps=steps,
-        rates=asdict(rates),
-        z_loss=asked.z_loss,
-        speed=asdict(speed),
-        seconds=seconds,
-        predicted={
-            "seconds": trained_on / (speed.tokens_per_second * ranks.workers(on_gpu)),
-            "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
-        },
-    )
-    memory = peak_memory(device)
-    if not on_gpu:
-        sample = min(reading_limit(plan, asked), TOKENIZER_SAMPLE)
-        memory += MEMORY_BESIDE + MEMORY_A_BYTE * sample
-    return replace(plan, predicted={**plan.predicted, "memory_bytes": memory})
+    return rates
 
 
 def reading_limit(plan: Plan, asked: Settings) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tercet.build.chat import Chatted, conversation_texts, learn_to_chat, read_conversations
 from tercet.build.corpus import Corpus, open_stream, prepare
 from tercet.build.initialize import initialize, look_nearby
-from tercet.build.plan import network
+from tercet.build.plan import FEW_PASSES, network
 from tercet.build.planning import (
     CHAT_SHARE,
     MARGIN,
@@ -68,7 +68,6 @@ PAIRS_IN_RUN, PAIRS_AT_END = 5, 50  # minimal pairs of each group that are compa
 COMPRESSION_SAMPLE = 2_000_000  # characters of held-out text
 HELDOUT_TOKENS = 65_536  # of the last measurement: they pin bits per byte to under 1%
 CHAT_EPOCHS = 3.0
-FEW_PASSES = 2.0  # over a text do no harm yet
 LEARNED_BY_HEART = 1.01  # times the least held-out loss, at the end of a run
 BASE_RESULT = "pretraining.json"  # of the base, before what comes after it
 RESERVE = 4.0  # seconds at the end for the checkpoint, samples and the report
