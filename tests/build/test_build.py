@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tercet.build.corpus import PIECE, open_stream, pieces, split, write_stream
 from tercet.build.initialize import CONSTANT, initialize, look_nearby
 from tercet.build.plan import LADDER, network, shape_for
-from tercet.build.planning import make_plan
+from tercet.build.planning import for_text, make_plan
 from tercet.build.pretrain import build
 from tercet.build.settings import Settings
 from tercet.build.spool import Spool
@@ -376,6 +376,9 @@ def test_text_that_is_learned_by_heart_is_told_and_the_best_weights_are_kept(
     best = min(built.history, key=lambda row: row["loss"])
     assert best["step"] < built.steps
     assert f"foreseen best at step {best['step']} of {built.steps}, and those weights are kept" in told
+    assert built.kept_step == best["step"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"those of step {best['step']:,}: after it held-out text was foreseen worse" in page
     # The last measurement is of more text, in float32.
     assert built.bits_per_byte == pytest.approx(best["bits_per_byte"], rel=0.03)
     assert built.history[-1]["bits_per_byte"] > 1.1 * built.bits_per_byte
@@ -396,20 +399,45 @@ def test_a_budget_in_minutes_passes_over_a_small_text_four_times_at_most(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a" * 60_000)
-    large = make_plan(Settings.of(text, minutes=30))  # 3,000 tokens a second, so 5 million
+    large = make_plan(Settings.of(text, minutes=30, device="cpu"))  # 3,000 tokens a second, so 5 million
     assert 0.9 < large.tokens / (4 * 60_000 / 3.3) <= 1
     assert "the text is about 18,182 tokens: after 4 passes" in capsys.readouterr().err
     # A network that so many tokens feed, and not so much time.
     assert large.width == shape_for(tokens=4 * 18_182, context=large.context).config.hidden_size
-    assert make_plan(Settings.of(text, minutes=0.4)).tokens < large.tokens
+    assert make_plan(Settings.of(text, minutes=0.4, device="cpu")).tokens < large.tokens
     assert capsys.readouterr().err == ""
     # Against learning it by heart, unless another decay is asked for.
     steps_a_pass = large.steps / (large.tokens / 18_182)
     assert large.rates["weight_decay"] == pytest.approx(min(0.2, 1 / (0.02 * 2 * steps_a_pass)), rel=0.05)
-    assert make_plan(Settings.of(text, tokens=10_000)).rates["weight_decay"] == 0
-    assert make_plan(Settings.of(text, minutes=30, weight_decay=0.0)).rates["weight_decay"] == 0
+    assert make_plan(Settings.of(text, tokens=10_000, device="cpu")).rates["weight_decay"] == 0
+    undecayed = make_plan(Settings.of(text, minutes=30, weight_decay=0.0, device="cpu"))
+    assert undecayed.rates["weight_decay"] == 0
     # Who asks for tokens gets them.
-    assert make_plan(Settings.of(text, tokens=1_000_000)).tokens > 990_000
+    assert make_plan(Settings.of(text, tokens=1_000_000, device="cpu")).tokens > 990_000
+    # Who asks for operations gets them, and a network for so many rather than hundreds of passes.
+    by_flops = make_plan(Settings.of(text, flops=1e14, device="cpu"))
+    assert by_flops.width == shape_for(flops=1e14, context=by_flops.context).config.hidden_size > large.width
+    # An hour is not a reason for a long context where the text is read in a minute.
+    assert make_plan(Settings.of(text, minutes=60, device="cpu")).context == 256
+    limited = make_plan(Settings.of(text, minutes=30, read_bytes=30_000, device="cpu"))
+    assert "--read-bytes leaves about 9,091 tokens" in capsys.readouterr().err
+    assert limited.tokens < large.tokens
+
+
+def test_a_plan_is_held_to_the_text_once_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Settings.of(
+        "builtin:python-docs", minutes=5, device="cpu"
+    )  # how much that is nobody knows before
+    plan = make_plan(asked)
+    assert plan.rates["weight_decay"] == 0
+    assert for_text(plan, asked, plan.tokens) == plan
+    capsys.readouterr()
+    short = for_text(plan, asked, plan.tokens // 10)
+    assert short.tokens == pytest.approx(0.4 * plan.tokens, rel=0.01)
+    assert short.rates["weight_decay"] > 0
+    assert "after 4 passes over them the run ends" in capsys.readouterr().err
+    by_tokens = Settings.of("builtin:python-docs", tokens=plan.tokens, device="cpu")
+    assert for_text(make_plan(by_tokens), by_tokens, plan.tokens // 10).tokens == make_plan(by_tokens).tokens
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,10 @@ def test_compiled_blocks_are_one_program_each_and_give_the_same_gradients(packed
 
 @pytest.mark.parametrize(("compiler", "compiled"), [("works", {True, False}), ("is not there", {False})])
 def test_an_accelerator_is_measured_compiled_where_that_works(
-    monkeypatch: pytest.MonkeyPatch, compiler: str, compiled: set[bool]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compiler: str,
+    compiled: set[bool],
 ) -> None:
     tried = []
 
@@ -151,6 +154,7 @@ def test_an_accelerator_is_measured_compiled_where_that_works(
     found = calibrate.measure_accelerator(model, batch, "muon", True)
     assert len(tried) == 1
     assert tried[0] is not model
+    assert ("torch.compile does not work here" in capsys.readouterr().err) == (compiler != "works")
     assert (found.compute_dtype, found.compiled in compiled) == ("bfloat16", True)
     assert not calibrate.measure_accelerator(model, batch, "muon", False).compiled
     assert len(tried) == 1

@@ -132,9 +132,13 @@ def test_muon_moves_as_on_the_cpu() -> None:
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-4)
 
 
-def run(directory: Path, steps: int, stop: int | None = None) -> dict[str, torch.Tensor]:
+def run(
+    directory: Path, steps: int, stop: int | None = None, compiled: bool = False
+) -> dict[str, torch.Tensor]:
     """Weights after ``steps``; ``stop``: the run ends by an error there, and is then gone on with."""
     model = make(replace(SHARED, max_positions=1024), GPU, BF16)
+    if compiled:
+        compile_blocks(model)
 
     def batches_at(step: int) -> list[Batch]:
         if step == stop:
@@ -146,8 +150,19 @@ def run(directory: Path, steps: int, stop: int | None = None) -> dict[str, torch
     try:
         train(model, recipe, batches_at, directory, fingerprint="x", title="test")
     except ZeroDivisionError:
-        return run(directory, steps)
+        torch._dynamo.reset()  # as in a process of its own
+        return run(directory, steps, compiled=compiled)
     return {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def test_a_compiled_run_that_was_cut_ends_alike_whatever_was_compiled_before(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    other = make(SHARED, GPU, BF16)
+    compile_blocks(other)
+    gradients(other, packed(rows=3))  # as calibration does, in another shape
+    whole = run(tmp_path / "whole", 8, compiled=True)
+    cut = run(tmp_path / "cut", 8, 3, compiled=True)
+    assert all(torch.equal(value, whole[name]) for name, value in cut.items())
 
 
 def test_a_run_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> None:

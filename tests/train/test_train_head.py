@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def test_losses_and_gradients_are_those_of_autograd(
     z = z_weight * logits.logsumexp(-1)[targets != IGNORED].square().sum()
     expected = torch.autograd.grad(0.25 * (entropy + z), (hidden, weight))
     if pieces == 6:
-        monkeypatch.setitem(head.LARGEST_LOGITS, "cpu", VOCABULARY * 5)
-    assert -(-ROWS // piece_rows(hidden.device, VOCABULARY)) == pieces
+        monkeypatch.setattr(head, "LARGEST_LOGITS", VOCABULARY * 5)
+    assert -(-ROWS // piece_rows(VOCABULARY)) == pieces
     found = head_losses(model, hidden, targets, scale=0.25, z_weight=z_weight)
     torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=0)
     torch.testing.assert_close(found.total.double(), 0.25 * (entropy + z), rtol=1e-5, atol=0)
@@ -58,6 +59,22 @@ def test_a_frozen_head_gets_no_gradient_and_what_it_reads_does() -> None:
     head_losses(model, hidden, targets).total.backward()
     assert model.lm_head.weight.grad is None
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
+def test_where_no_gradient_is_wanted_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hidden, targets = example(None)
+    wanted = []
+    kernel = head._in_place
+
+    def watched(*arguments: Any) -> Any:
+        wanted.append(arguments[-1])
+        return kernel(*arguments)
+
+    monkeypatch.setattr(head, "_in_place", watched)
+    with_gradient = head_losses(model, hidden, targets).total
+    with torch.no_grad():
+        assert head_losses(model, hidden, targets).total == with_gradient
+    assert wanted == [True, False]
 
 
 def test_in_bfloat16_a_scale_is_not_rounded() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_loss_is_the_cross_entropy_of_the_supervised_tokens() -> None:
 def test_a_head_made_in_pieces_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, pieces, batch = make_model(), make_model(), batch_of(0)
     loss_sum(whole, batch).backward()
-    monkeypatch.setitem(head.LARGEST_LOGITS, "cpu", 64 * 5)
+    monkeypatch.setattr(head, "LARGEST_LOGITS", 64 * 5)
     loss_sum(pieces, batch).backward()
     for (name, a), b in zip(whole.named_parameters(), pieces.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None
@@ -192,6 +193,23 @@ def test_the_best_weights_are_kept_and_measured_where_asked(tmp_path: Path) -> N
     assert (trained.best, trained.best_step) == (1.0, 4)
     assert all(torch.equal(value, seen[1][name]) for name, value in weights(model).items())
     assert not torch.equal(seen[1]["model.norm.weight"], seen[2]["model.norm.weight"])
+
+
+def test_a_state_without_one_of_the_weights_is_refused(tmp_path: Path) -> None:
+    tied, untied = make_model(), Transformer(replace(CONFIG, tie_embeddings=False))
+
+    def run(model: Transformer, steps: int) -> None:
+        def batches_at(step: int) -> list[Batch]:
+            if step == steps:
+                raise ZeroDivisionError
+            return [batch_of(step)]
+
+        train(model, recipe(4, save_seconds=0.0), batches_at, tmp_path, fingerprint="x", title="test")
+
+    with pytest.raises(ZeroDivisionError):
+        run(tied, 2)
+    with pytest.raises(UserError, match=r"has no lm_head.weight: another version of Tercet began this run"):
+        run(untied, 9)
 
 
 def test_the_update_is_adamw_by_hand(tmp_path: Path) -> None:

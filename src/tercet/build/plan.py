@@ -66,8 +66,8 @@ def network(layers: int, width: int, vocab_size: int, context: int) -> ModelConf
     2M tokens and four of 32 gave 1.667, and they are faster. Small networks give each query head keys and
     values of its own (1.657 against 1.667 where two share them); from width 384 on two share, which halves the
     cache (Ainslie et al. 2023, arXiv:2305.13245). The feed-forward layer is three times as wide as the model.
-    The head is not the embedding: that gave 0.021 bits per byte after 1M tokens and 0.013 after 5.5M
-    (docs/experiments.md), and costs 2% of the time.
+    The head is not the embedding: that gave 0.021 bits per byte after 1M tokens and 0.013 after 5.5M, and costs
+    4% of the time (docs/experiments.md).
     """
     head_dim = 64 if width % 64 == 0 else 32
     heads = width // head_dim
@@ -177,8 +177,9 @@ def rates_for(
 ) -> Rates:
     """Peak rates for training from scratch at ``width``; ``learning_rate`` replaces that of the matrices.
 
-    steps, passes: of the run and over the text, for Muon's weight decay: 0.1 gave 0.034 and 0.055 bits per byte
-    at four passes over 1 and 2 MB, and cost 0.028 at one over 16 MB, where it forgets ten times as much.
+    steps, passes: of the run and over the text, for Muon's weight decay: 0.1 gave 0.034 and 0.056 bits per byte
+    at four passes over 1 and 2 MB, and cost 0.028 at one over 16 MB, where it forgets ten times as much
+    (docs/experiments.md).
 
     Muon: 0.02 at every size, since its updates have the same spectral norm whatever the shape (Jordan et
     al. 2024); 0.04 did as well. Embeddings and norms: AdamW, falling with the root of the width
@@ -233,14 +234,13 @@ def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[R
         else Rule("matrices", f"AdamW, rate {rates.matrices:g}", "falls with the width"),
     ]
     if rates.weight_decay:
-        found.append(
-            Rule("weight decay", f"{rates.weight_decay:g}", "what matrices hold is of the last two passes")
-        )
+        why = "the text is seen again and again" if rates.kind == "muon" else "usual for AdamW"
+        found.append(Rule("weight decay", f"{rates.weight_decay:g}", why))
     if rates.kind == "muon":
         found.append(
             Rule(
-                "embedding and norms",
-                f"AdamW, rates {rates.embedding:g} and {rates.vectors:g}",
+                "embedding and head; norms",
+                f"AdamW, rates {rates.embedding:g}; {rates.vectors:g}",
                 "fall with the root of the width",
             )
         )

@@ -35,7 +35,7 @@ from tercet.files import fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
-from tercet.train.calibrate import Speed, calibrate
+from tercet.train.calibrate import Speed, calibrate, has_bfloat16
 from tercet.train.optimizer import Rates
 from tercet.train.ranks import Ranks
 
@@ -47,6 +47,7 @@ READ_A_SECOND, NOMINAL_FLOPS = 100_000, 1.2e11
 # What a budget in minutes leaves for training: a share goes to reading and the tokenizer, and a few seconds
 # to measuring the machine, the checkpoint and samples.
 TRAINING_SHARE, AROUND_TRAINING = 0.96, 6.0
+COMPILING = 15.0  # seconds, on a GPU; always as many, so that a plan repeats where compiled code was kept
 # Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
 # Within it a run is repeatable; beyond it the clock ends the run early.
 MARGIN = 1.04
@@ -55,8 +56,11 @@ FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
 # words of the text that the tokenizer is made from. Runs on 5 and 16 MB took 130 and 220 MB.
 MEMORY_BESIDE, MEMORY_A_BYTE = 60 << 20, 8
 # In one forward pass on a GPU: enough tokens to keep it busy, and what is kept of them for the backward pass
-# fits into half of its memory (bytes for each token, layer and dimension).
+# fits into half of its memory (bytes for each token, layer and dimension, in bfloat16 and not compiled).
 GPU_TOKENS, KEPT_BYTES = 65_536, 60
+RECIPE = (
+    2  # another number when the same budget comes to another loss: a law that was fitted before is forgotten
+)
 CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
 CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
 
@@ -118,29 +122,25 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
 
     ranks: the processes that will train; each machine among them is taken to be as fast as this one.
     """
-    begun = time.monotonic()
     ranks = ranks or Ranks()
     device = ranks.device(asked.device)
     on_gpu = device.type != "cpu"
     seconds = None
     if asked.minutes:
         whole = 60 * pretraining_minutes(asked, asked.minutes)
-        seconds = max(whole / 2, whole * TRAINING_SHARE - AROUND_TRAINING)
+        around = AROUND_TRAINING + (COMPILING if on_gpu else 0)
+        seconds = max(whole / 2, whole * TRAINING_SHARE - around)
     text = _text_tokens(asked)
     shape = _shape(asked, seconds, gpu_flops(device) if on_gpu else FIRST_GUESS_FLOPS, text)
     context, kind = shape.context, asked.optimizer
     at_once = rows_at_once(shape.rows, shape.config, device)
     speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
-    if seconds is not None and on_gpu:  # the compiler takes what training could have
-        seconds = max(seconds / 2, seconds - max(0.0, time.monotonic() - begun - AROUND_TRAINING))
     if seconds is not None:
         tokens = seconds * speed.tokens_per_second * ranks.workers(on_gpu) / MARGIN
         if tokens > MOST_PASSES * text:
-            say(
-                f"the text is about {text:,.0f} tokens: after {MOST_PASSES} passes over it the run ends, before "
-                "the time is up; more text would use all of it"
-            )
             tokens = MOST_PASSES * text
+            if text > 1:
+                say(_too_little(asked, text))
     else:
         tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
     if not asked.batch_tokens:
@@ -156,7 +156,7 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         context=context,
         rows=shape.rows,
         steps=steps,
-        rates=asdict(_rates(asked, shape, steps, trained_on / text)),
+        rates=asdict(_rates(asked, shape.config.hidden_size, steps, trained_on / text)),
         z_loss=asked.z_loss,
         speed=asdict(speed),
         seconds=seconds,
@@ -172,6 +172,25 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     return replace(plan, predicted={**plan.predicted, "memory_bytes": memory})
 
 
+def for_text(plan: Plan, asked: Settings, tokens: int) -> Plan:
+    """``plan`` when it is known that there are ``tokens`` to train on, and files' sizes said otherwise or nothing."""
+    a_step = plan.rows * plan.context
+    steps = plan.steps
+    if asked.minutes and plan.tokens > 1.1 * MOST_PASSES * tokens:
+        say(_too_little(asked, tokens))
+        steps = max(1, MOST_PASSES * tokens // a_step)
+    rates = _rates(asked, plan.width, steps, steps * a_step / tokens)
+    return replace(plan, steps=steps, rates=asdict(rates))
+
+
+def _too_little(asked: Settings, tokens: float) -> str:
+    which = "--read-bytes leaves" if asked.read_bytes is not None else "the text is"
+    return (
+        f"{which} about {tokens:,.0f} tokens: after {MOST_PASSES} passes over them the run ends, before the time "
+        "is up; more text would use all of it"
+    )
+
+
 def _text_tokens(asked: Settings) -> float:
     """How many tokens there are to train on, roughly; infinite where nothing is known before reading."""
     size = source_bytes(asked.data)
@@ -182,10 +201,11 @@ def _text_tokens(asked: Settings) -> float:
 
 def _shape(asked: Settings, seconds: float | None, pace: float, text: float) -> Shape:
     """What was asked for, and what the budget feeds where nothing was; ``text``: tokens there are."""
-    context = asked.context or max(
-        context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace),
-        CHAT_CONTEXT if asked.chat else 0,
-    )
+    most = MOST_PASSES * text if seconds is not None else math.inf
+    contexts = [context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace)]
+    if seconds is not None and most < math.inf:
+        contexts.append(context_for(seconds=None, tokens=int(most), flops=None))
+    context = asked.context or max(min(contexts), CHAT_CONTEXT if asked.chat else 0)
     if asked.layers and asked.width:
         config = network(asked.layers, asked.width, 1, context)
         vocab = asked.vocab_size or vocabulary_for(config.matmul_parameters)
@@ -198,7 +218,7 @@ def _shape(asked: Settings, seconds: float | None, pace: float, text: float) -> 
             flops=asked.flops,
             context=context,
             pace=pace,
-            most_tokens=MOST_PASSES * text,
+            most_tokens=most,
         )
         if asked.vocab_size:
             shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
@@ -211,9 +231,9 @@ def _shape(asked: Settings, seconds: float | None, pace: float, text: float) -> 
     return shape
 
 
-def _rates(asked: Settings, shape: Shape, steps: int, passes: float) -> Rates:
+def _rates(asked: Settings, width: int, steps: int, passes: float) -> Rates:
     rates = rates_for(
-        shape.config.hidden_size,
+        width,
         kind=asked.optimizer,
         learning_rate=asked.learning_rate,
         steps=steps,
@@ -242,7 +262,7 @@ def reading_limit(plan: Plan, asked: Settings) -> int:
 
 def law_key(asked: Settings) -> str:
     """What a scaling law holds for: the corpus, and how it is trained on."""
-    return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer])
+    return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer, RECIPE])
 
 
 def rows_at_once(rows: int, config: ModelConfig, device: torch.device) -> int:
@@ -255,7 +275,8 @@ def rows_at_once(rows: int, config: ModelConfig, device: torch.device) -> int:
     tokens = GPU_TOKENS
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        tokens = min(tokens, memory // 2 // (KEPT_BYTES * config.num_layers * config.hidden_size))
+        kept = KEPT_BYTES if has_bfloat16(device) else 2 * KEPT_BYTES
+        tokens = min(tokens, memory // 2 // (kept * config.num_layers * config.hidden_size))
     most = max(1, tokens // config.max_positions)
     return -(-rows // -(-rows // most))
 

@@ -24,6 +24,7 @@ from tercet.build.planning import (
     CHAT_SHARE,
     MARGIN,
     Plan,
+    for_text,
     kept_plan,
     peak_memory,
     pretraining_minutes,
@@ -33,7 +34,7 @@ from tercet.build.planning import (
 from tercet.build.report import write_build_report
 from tercet.build.settings import Settings
 from tercet.build.vocabulary import Digits, Whitespace, bytes_per_token, load_tokenizer
-from tercet.data.batches import items_at
+from tercet.data.batches import IGNORED, items_at
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.documents import read_documents, source_fingerprint
 from tercet.data.minimal_pairs import read_pairs, sample_pairs
@@ -95,6 +96,9 @@ class Built:
     steps: int
     skipped: int  # steps whose gradient was not finite or a spike, and was not applied
     history: list[dict[str, Any]]  # held-out measurements of the run
+    kept_step: int | None = (
+        None  # of which the weights are: the last, or the best where text is seen again and again
+    )
     chat: Chatted | None = None  # what made a chat model of the base; the other figures are the base's
 
 
@@ -181,7 +185,7 @@ def _prepare(
     )
     for reason, count in skipped.most_common():
         say(f"skipped {count:,}: {reason}")
-    return plan, corpus
+    return for_text(plan, asked, corpus.tokens), corpus
 
 
 def _finish(
@@ -274,13 +278,20 @@ def _pretrain(
             f"give more text or a smaller --batch-tokens"
         )
 
+    most = -(-plan.rows // ranks.size)  # rows that a process has of a step
+    at_once = rows_at_once(most, config, device)
+
     def batches_at(step: int) -> list[Batch]:
         rows = items_at(step, plan.rows, packing.rows, asked.seed)[ranks.rank :: ranks.size]
         found = []
-        at_once = rows_at_once(len(rows), config, device)
-        for begin in range(0, len(rows), at_once):
-            parts = packed_batch(stream, packing, rows[begin : begin + at_once])
-            found.append(Batch(*(None if part is None else torch.from_numpy(part) for part in parts)))  # type: ignore[arg-type]
+        for begin in range(0, most, at_once):
+            # As many parts in every process, since they wait for each other where they share the weights.
+            some = rows[begin : begin + at_once] or rows[:1]
+            parts = packed_batch(stream, packing, some)
+            batch = Batch(*(None if part is None else torch.from_numpy(part) for part in parts))  # type: ignore[arg-type]
+            if begin >= len(rows):
+                batch.targets.fill_(IGNORED)
+            found.append(batch)
         return found
 
     byte_counts = [tokenizer.byte_length(index) for index in range(config.vocab_size)]
@@ -323,8 +334,7 @@ def _pretrain(
         threads=ranks.threads(plan.speed["threads"]),
     )
     # Text that is seen again and again is learned by heart, and what is held out is then foreseen worse.
-    passes = plan.tokens / len(stream)
-    keep_best = passes > FEW_PASSES and not sharded
+    keep_best = plan.tokens > FEW_PASSES * len(stream) and not sharded
     trained = train(
         model,
         recipe,
@@ -344,8 +354,8 @@ def _pretrain(
     ):
         say(
             f"held-out text was foreseen best at step {trained.best_step} of {trained.steps}, and those weights are "
-            f"kept: {passes:.1f} passes over so little text taught this network it by heart; more text, fewer "
-            "passes or a smaller network would do better"
+            f"kept: {trained.tokens / len(stream):.1f} passes over so little text taught this network it by heart; "
+            "more text, fewer passes or a smaller network would do better"
         )
     if sharded:
         from tercet.train.sharded import whole
@@ -385,6 +395,7 @@ def _pretrain(
         steps=trained.steps,
         skipped=trained.skipped,
         history=trained.history,
+        kept_step=trained.best_step if keep_best else trained.steps,
     )
 
 

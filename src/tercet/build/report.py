@@ -49,6 +49,8 @@ def write_build_report(out: Path, built: Built, plan: Plan) -> None:
         )
     facts["predicted"] = ", ".join(comparisons)
     facts |= {rule.name: f"{rule.value} ({rule.why})" for rule in plan.rules}
+    if built.kept_step not in (None, built.steps):
+        facts["weights"] = f"those of step {built.kept_step:,}: after it held-out text was foreseen worse"
     if built.skipped:
         facts["steps left out"] = f"{built.skipped:,}, whose gradient was not finite or a spike"
     if corpus.decontamination:

@@ -23,7 +23,7 @@ def build(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run directory; the model is DIR/model.")],
     minutes: Annotated[
         float | None,
-        typer.Option(metavar="N", help="Time for everything; default 5. Size and schedule follow."),
+        typer.Option(metavar="N", help="Time for everything at most; default 5. Size and schedule follow."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens to train on instead: the same run on any machine.")

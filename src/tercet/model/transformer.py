@@ -221,6 +221,7 @@ def attends_by_document(model: Transformer) -> bool:
         and model.dtype in (torch.bfloat16, torch.float16)
         and model.config.attention_softcap is None
         and model.config.head_dim <= 256
+        and model.config.head_dim % 8 == 0
         and torch.cuda.get_device_capability(model.device) >= (8, 0)
     )
 
@@ -371,6 +372,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.compiler: str | None = None  # the backend of PyTorch's that its blocks are compiled by
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rope = RotaryEmbedding(config) if config.positions == "rope" else None

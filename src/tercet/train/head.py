@@ -17,8 +17,9 @@ from torch import Tensor
 from tercet.data.batches import IGNORED
 from tercet.model.transformer import Transformer
 
-# Numbers in a piece of logits: 256 MB in float32, and on a GPU, whose products want more rows, 512 MB in bfloat16.
-LARGEST_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}
+# Numbers in a piece of logits: 256 MB in float32, and compiled, where nothing else is of their size, 512 MB in
+# bfloat16: a GPU's products want many rows.
+LARGEST_LOGITS, LARGEST_COMPILED = 1 << 26, 1 << 28
 
 
 class Losses(NamedTuple):
@@ -47,23 +48,27 @@ def head_losses(
     *,
     scale: float = 1.0,
     z_weight: float = 0.0,
-    compiled: bool = False,
+    compiler: str | None = None,
 ) -> Losses:
     """Cross-entropy of the head's logits for ``hidden`` [M, H] against ``targets`` [M], `IGNORED` ones left out.
 
     scale: of the total, 1 / N for a mean over N tokens. Here and not afterwards, since bfloat16 would round it.
     z_weight: of log(Z)^2 with Z the softmax's normaliser, which keeps that near 1 (PaLM, Chowdhery et al.
         2022, arXiv:2204.02311).
-    compiled: what is done with a piece of logits runs as one program of PyTorch's compiler.
+    compiler: PyTorch's, by this backend, makes one program of what is done with a piece of logits.
     """
     weight, cap = model.lm_head.weight, model.config.logit_softcap
+    if (
+        not torch.is_grad_enabled()
+    ):  # a function of one's own is asked for the gradients of parameters all the same
+        hidden, weight = hidden.detach(), weight.detach()
     factor = torch.full((), scale, dtype=torch.float32, device=hidden.device)
-    return Losses(*cast(Any, _HeadLosses).apply(hidden, weight, targets, factor, z_weight, cap, compiled))
+    return Losses(*cast(Any, _HeadLosses).apply(hidden, weight, targets, factor, z_weight, cap, compiler))
 
 
-def piece_rows(device: torch.device, vocabulary: int) -> int:
+def piece_rows(vocabulary: int, compiled: bool = False) -> int:
     """Rows of a piece of logits: a power of two, so that pieces of a step are mostly alike."""
-    most = LARGEST_LOGITS.get(device.type, LARGEST_LOGITS["cpu"]) // vocabulary
+    most = (LARGEST_COMPILED if compiled else LARGEST_LOGITS) // vocabulary
     return 1 << max(0, most.bit_length() - 1)
 
 
@@ -77,15 +82,17 @@ class _HeadLosses(torch.autograd.Function):
         scale: Tensor,
         z_weight: float,
         cap: float | None,
-        compiled: bool,
+        compiler: str | None,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        kernel = _compiled() if compiled else _in_place if hidden.device.type == "cpu" else _fusible
+        kernel = _in_place if hidden.device.type == "cpu" else _fusible
+        if compiler is not None:
+            kernel = _compiled(compiler)
         head = weight.to(hidden.dtype)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if of_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
-        for begin in range(0, len(hidden), rows := piece_rows(hidden.device, len(weight))):
+        for begin in range(0, len(hidden), rows := piece_rows(len(weight), compiler is not None)):
             piece = hidden[begin : begin + rows]
             logits = F.linear(piece, head)
             found, d_logits = kernel(
@@ -176,5 +183,5 @@ def _in_place(
 
 
 @cache
-def _compiled() -> Kernel:
-    return cast(Kernel, torch.compile(_fusible, fullgraph=True))
+def _compiled(backend: str) -> Kernel:
+    return cast(Kernel, torch.compile(_fusible, backend=backend, dynamic=False, fullgraph=True))

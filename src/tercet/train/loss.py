@@ -16,6 +16,10 @@ from tercet.data.batches import IGNORED
 from tercet.model.transformer import Transformer, attends_by_document
 from tercet.train.head import Losses, head_losses
 
+# cuBLAS chooses products by the memory it has to work with, which is settled when the first is asked for: always
+# as much (4096 KiB, eight times), so that a run that is gone on with chooses alike.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 NEARLY_ALL = 0.9  # of the tokens are supervised: the others cost less than choosing
 
 
@@ -90,7 +94,7 @@ def losses_of(model: Transformer, batch: Batch, scale: float = 1.0, z_weight: fl
     asked = _moved(asked, device)
     if begins is not None:
         begins = _moved(begins, device)
-        if is_compiled(model):  # one program for any number of documents
+        if model.compiler is not None:  # one program for any number of documents
             torch._dynamo.maybe_mark_dynamic(begins, 0)
     batch = batch.to(device)
     hidden = model.hidden(
@@ -99,7 +103,7 @@ def losses_of(model: Transformer, batch: Batch, scale: float = 1.0, z_weight: fl
     targets = batch.targets.flatten()
     if choose:
         hidden, targets = hidden[asked], targets[asked]
-    return head_losses(model, hidden, targets, scale=scale, z_weight=z_weight, compiled=is_compiled(model))
+    return head_losses(model, hidden, targets, scale=scale, z_weight=z_weight, compiler=model.compiler)
 
 
 class Gradients(Protocol):
@@ -115,19 +119,17 @@ class Gradients(Protocol):
 
 
 def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
-    """Let PyTorch's compiler make one program of each block, in place, for the shape of batch they run with first.
+    """Let PyTorch's compiler make one program of each block and one of the loss, in place.
+
+    Each for one shape of batch, and anew for another: so it is the same whatever ran before, calibration or nothing.
 
     Block by block: all are alike, so that one is compiled, in seconds, and what surrounds them (rotary
     tables, masks, the loss in pieces) stays as it is. A block that is no single program (a mixture of
     experts asks how many tokens each gets) fails when it first runs.
     """
     for block in model.model.layers:
-        block.compile(backend=backend, fullgraph=True)
-
-
-def is_compiled(model: Transformer) -> bool:
-    """Whether its blocks run as programs of PyTorch's compiler."""
-    return any(block._compiled_call_impl is not None for block in model.model.layers)
+        block.compile(backend=backend, dynamic=False, fullgraph=True)
+    model.compiler = backend
 
 
 @contextmanager
@@ -158,8 +160,6 @@ def repeatable(device: torch.device) -> Iterator[None]:
         return
     debugging: Any = torch.utils.deterministic
     before, filled = torch.are_deterministic_algorithms_enabled(), debugging.fill_uninitialized_memory
-    # Without it PyTorch refuses products; read when the first of them is asked for. 4096 KiB, eight times.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     debugging.fill_uninitialized_memory = False
     try:

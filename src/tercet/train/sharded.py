@@ -28,7 +28,7 @@ from tercet.model.transformer import Transformer
 from tercet.train.loss import Batch, losses_of
 from tercet.train.optimizer import Optimizer
 from tercet.train.ranks import Ranks
-from tercet.train.state import Progressed, checked_progress
+from tercet.train.state import Progressed, check_weights, checked_progress
 
 POINTER = "state.json"  # names the directory of the last whole checkpoint, and holds how far it is
 
@@ -154,6 +154,7 @@ class ShardedState:
             metadata = filesystem.FileSystemReader(source).read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError) as problem:
             raise UserError(damaged % problem) from problem
+        check_weights(metadata.state_dict_metadata, parameters, self.path)
         tensors: dict[str, Tensor] = {}
         for key, stored in metadata.state_dict_metadata.items():
             kind, _, name = key.partition(":")

@@ -8,6 +8,7 @@ file can be replaced in one step and a directory can't.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,15 @@ class FileState:
             self.path.unlink(missing_ok=True)
 
 
+def check_weights(kept: Collection[str], parameters: Mapping[str, nn.Parameter], path: Path) -> None:
+    """Raises UserError when the state lacks a weight: an older version's network had others."""
+    missing = [name for name in parameters if f"weight:{name}" not in kept]
+    if missing:
+        raise UserError(
+            f"{path} has no {missing[0]}: another version of Tercet began this run; delete it to start again"
+        )
+
+
 def load_tensors(
     path: Path, parameters: dict[str, nn.Parameter], optimizer: Optimizer
 ) -> dict[str, Tensor] | None:
@@ -137,7 +147,9 @@ def load_tensors(
     moments: dict[str, Tensor] = {}
     best: dict[str, Tensor] = {}
     with safe_open(path, "pt") as stored, torch.no_grad():
-        for key in stored.keys():  # noqa: SIM118 - not a dictionary
+        kept = set(stored.keys())
+        check_weights(kept, parameters, path)
+        for key in kept:
             kind, _, name = key.partition(":")
             if kind == "weight":
                 parameters[name].copy_(stored.get_tensor(key))
