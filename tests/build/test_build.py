@@ -419,6 +419,14 @@ def test_a_budget_in_minutes_passes_over_a_small_text_four_times_at_most(
     assert by_flops.width == shape_for(flops=1e14, context=by_flops.context).config.hidden_size > large.width
     # An hour is not a reason for a long context where the text is read in a minute.
     assert make_plan(Settings.of(text, minutes=60, device="cpu")).context == 256
+    # Modules take long to read, and what they take is not planned for training.
+    files, builtin = (
+        make_plan(Settings.of(data, minutes=0.5, read_bytes=30_000_000, device="cpu"))
+        for data in (text, "builtin:python-docs")
+    )
+    assert builtin.seconds is not None and files.seconds is not None
+    assert files.seconds - builtin.seconds > 5
+    capsys.readouterr()
     limited = make_plan(Settings.of(text, minutes=30, read_bytes=30_000, device="cpu"))
     assert "--read-bytes leaves about 9,091 tokens" in capsys.readouterr().err
     assert limited.tokens < large.tokens

@@ -29,7 +29,7 @@ from tercet.build.plan import (
 )
 from tercet.build.scaling import remembered
 from tercet.build.settings import Settings
-from tercet.data.documents import source_bytes, source_fingerprint
+from tercet.data.documents import BUILTIN, source_bytes, source_fingerprint
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
 from tercet.model.config import ModelConfig
@@ -44,6 +44,9 @@ PLANNED_BYTES_PER_TOKEN = 3.3
 # Reading, tokenizer and encoding take a second for some three megabytes; a second of training is about so many
 # operations on two cores.
 READ_A_SECOND, NOMINAL_FLOPS = 100_000, 1.2e11
+# Bytes a second from source to tokens, tokenizer included: of files, and of modules that are parsed and searched for
+# test texts. What takes longer than its share of the time is taken from training.
+READ_FILES, READ_BUILTIN = 3e6, 1.4e6
 # What a budget in minutes leaves for training: a share goes to reading and the tokenizer, and a few seconds
 # to measuring the machine, the checkpoint and samples.
 TRAINING_SHARE, AROUND_TRAINING = 0.96, 6.0
@@ -135,19 +138,24 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     context, kind = shape.context, asked.optimizer
     at_once = rows_at_once(shape.rows, shape.config, device)
     speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
+    weights, pace = shape.config.matmul_parameters, speed.tokens_per_second * ranks.workers(on_gpu)
     if seconds is not None:
-        tokens = seconds * speed.tokens_per_second * ranks.workers(on_gpu) / MARGIN
+        tokens = seconds * pace / MARGIN
+        read = min(_reading(tokens, weights, asked), text * PLANNED_BYTES_PER_TOKEN)
+        late = read / (READ_BUILTIN if BUILTIN in asked.data else READ_FILES) - whole * (1 - TRAINING_SHARE)
+        seconds = max(seconds / 2, seconds - max(0.0, late))
+        tokens = seconds * pace / MARGIN
         if tokens > MOST_PASSES * text:
             tokens = MOST_PASSES * text
             if text > 1:
                 say(_too_little(asked, text))
     else:
-        tokens = asked.tokens or (asked.flops or 0) / (6 * shape.config.matmul_parameters)
+        tokens = asked.tokens or (asked.flops or 0) / (6 * weights)
     if not asked.batch_tokens:
         shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (FEWEST_STEPS * context)))))
     shape = replace(shape, rows=max(shape.rows, ranks.size))  # a row for each at least
     steps = max(1, int(tokens / shape.step_tokens))
-    weights, trained_on = shape.config.matmul_parameters, steps * shape.step_tokens
+    trained_on = steps * shape.step_tokens
     law = remembered(law_key(asked))
     plan = Plan(
         layers=shape.config.num_layers,
@@ -161,7 +169,7 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
         speed=asdict(speed),
         seconds=seconds,
         predicted={
-            "seconds": trained_on / (speed.tokens_per_second * ranks.workers(on_gpu)),
+            "seconds": trained_on / pace,
             "bits_per_byte": None if law is None else law.predict(6.0 * weights * trained_on),
         },
     )
@@ -253,11 +261,15 @@ def reading_limit(plan: Plan, asked: Settings) -> int:
     see the beginning of a corpus alone. The run's length is reckoned from its operations and not from
     this machine's speed: the same text is read anywhere. Twice what is needed is enough: a GPU would wait.
     """
+    weights = network(plan.layers, plan.width, plan.vocab_size, plan.context).matmul_parameters
+    return _reading(plan.tokens, weights, asked)
+
+
+def _reading(tokens: float, weights: int, asked: Settings) -> int:
     if asked.read_bytes is not None:
         return asked.read_bytes
-    once = int(plan.tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
-    weights = network(plan.layers, plan.width, plan.vocab_size, plan.context).matmul_parameters
-    return max(once, min(2 * once, int(READ_A_SECOND * 6 * weights * plan.tokens / NOMINAL_FLOPS)))
+    once = int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+    return max(once, min(2 * once, int(READ_A_SECOND * 6 * weights * tokens / NOMINAL_FLOPS)))
 
 
 def law_key(asked: Settings) -> str:
