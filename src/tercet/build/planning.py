@@ -61,9 +61,8 @@ MEMORY_BESIDE, MEMORY_A_BYTE = 60 << 20, 8
 # In one forward pass on a GPU: enough tokens to keep it busy, and what is kept of them for the backward pass
 # fits into half of its memory (bytes for each token, layer and dimension, in bfloat16 and not compiled).
 GPU_TOKENS, KEPT_BYTES = 65_536, 60
-RECIPE = (
-    2  # another number when the same budget comes to another loss: a law that was fitted before is forgotten
-)
+# Another number when the same budget comes to another loss: a law that was fitted before is forgotten.
+RECIPE = 2
 CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
 CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
 

@@ -91,7 +91,6 @@ def losses_of(model: Transformer, batch: Batch, scale: float = 1.0, z_weight: fl
     asked = (batch.targets != IGNORED).flatten().nonzero()[:, 0]
     share = len(asked) / batch.targets.numel()
     choose = share < (1 if device.type == "cpu" else NEARLY_ALL)
-    asked = _moved(asked, device)
     if begins is not None:
         begins = _moved(begins, device)
         if model.compiler is not None:  # one program for any number of documents
@@ -102,6 +101,7 @@ def losses_of(model: Transformer, batch: Batch, scale: float = 1.0, z_weight: fl
     ).flatten(0, 1)
     targets = batch.targets.flatten()
     if choose:
+        asked = _moved(asked, device)
         hidden, targets = hidden[asked], targets[asked]
     return head_losses(model, hidden, targets, scale=scale, z_weight=z_weight, compiler=model.compiler)
 
@@ -124,7 +124,7 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     Each for one shape of batch, and anew for another: so it is the same whatever ran before, calibration or nothing.
 
     Block by block: all are alike, so that one is compiled, in seconds, and what surrounds them (rotary
-    tables, masks, the loss in pieces) stays as it is. A block that is no single program (a mixture of
+    tables, masks) stays as it is. A block that is no single program (a mixture of
     experts asks how many tokens each gets) fails when it first runs.
     """
     for block in model.model.layers:

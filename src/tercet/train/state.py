@@ -147,7 +147,7 @@ def load_tensors(
     moments: dict[str, Tensor] = {}
     best: dict[str, Tensor] = {}
     with safe_open(path, "pt") as stored, torch.no_grad():
-        kept = set(stored.keys())
+        kept = list(stored.keys())
         check_weights(kept, parameters, path)
         for key in kept:
             kind, _, name = key.partition(":")
