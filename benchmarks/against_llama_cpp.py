@@ -133,7 +133,7 @@ def write_checkpoint(shape: Shape, tokenizer: str | None, directory: Path) -> No
         (directory / "tokenizer.json").write_bytes(Path(tokenizer).read_bytes())
         Tokenizer.load(directory)
     else:
-        from tercet.build.vocabulary import train_tokenizer
+        from tercet.pretrain.vocabulary import train_tokenizer
 
         text = [Path(module.__file__ or "").read_text(encoding="utf-8") for module in (argparse, statistics)]
         train_tokenizer(text, min(shape.vocab, 4096)).save(directory)

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM
 
-from tercet.build.initialize import initialize
-from tercet.build.plan import network
-from tercet.build.vocabulary import train_tokenizer
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.model.loading import load_model, save_model
 from tercet.model.transformer import Transformer
+from tercet.pretrain.initialize import initialize
+from tercet.pretrain.plan import network
+from tercet.pretrain.vocabulary import train_tokenizer
 from tercet.train.loss import Batch, loss_sum
 
 LAYERS, WIDTH, VOCAB, CONTEXT = 6, 256, 4096, 512

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from tercet.build.hardware import HARDWARE
-from tercet.build.initialize import initialize
-from tercet.build.plan import network
 from tercet.model.transformer import Transformer
+from tercet.pretrain.hardware import HARDWARE
+from tercet.pretrain.initialize import initialize
+from tercet.pretrain.plan import network
 from tercet.train.loss import Autograd, Batch, compile_blocks, repeatable
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.state import trainable

@@ -79,9 +79,9 @@ def speed_tercet(kind: str) -> float:
 
     import torch
 
-    from tercet.build.initialize import initialize
-    from tercet.build.plan import network
     from tercet.model.transformer import Transformer
+    from tercet.pretrain.initialize import initialize
+    from tercet.pretrain.plan import network
     from tercet.train.loss import Batch, gradients_of
     from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 
@@ -298,7 +298,7 @@ def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows:
     """The Trainer for ``minutes``; its number of steps comes from timing a few first, for the cosine."""
     import torch
 
-    from tercet.build.vocabulary import train_tokenizer
+    from tercet.pretrain.vocabulary import train_tokenizer
 
     tokenizer = train_tokenizer(texts, 4096)
     end = tokenizer.eos_id

@@ -78,7 +78,7 @@ def test_every_directory_is_a_room_of_the_design() -> None:
     [
         ("engine", "from tercet.prompt.llm import LLM"),
         ("engine", "def f():\n    import tercet.train.loop"),
-        ("tune", "from tercet.build.plan import Shape"),
+        ("tune", "from tercet.pretrain.plan import Shape"),
         ("model", "from tercet import data"),
         (None, "from tercet.model.config import ModelConfig"),
         ("prompt", "from . import llm"),

@@ -83,7 +83,7 @@ def test_a_task_gives_its_test_texts() -> None:
     Path("task.yaml").write_text(
         "name: t\ndata: rows.jsonl\nprompt: 'Label this: {text}'\ntarget: label\nlabels: [a, b]\n"
     )
-    from tercet.climb.task import Task
+    from tercet.evaluate.task import Task
 
     held_out = Task.load("task.yaml").test_texts
     assert held_out

@@ -8,7 +8,7 @@ import pytest
 from tiny_model import write_model
 
 from tercet.cli import main as cli
-from tercet.climb.statistics import wilson_interval
+from tercet.evaluate.statistics import wilson_interval
 
 ROWS = [("dogs run", "dogs runs", "verbs"), ("two mats", "two mat", "nouns"), ("a cat", "a cats", "nouns")]
 
@@ -87,7 +87,7 @@ def test_without_the_harness_the_extra_is_named(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "tercet.climb.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "tercet.evaluate.lm_eval", raising=False)
     assert cli.main(["eval", model, "--lm-eval", "arc_easy"]) == 2
     assert "(lm_eval is not installed): pip install 'tercet[lm-eval]'" in capsys.readouterr().err
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.build.corpus import train_tokenizer
 from tercet.cli.main import main as cli
 from tercet.model.checkpoint import open_tensors, read_safetensors
 from tercet.model.stream import Spec, stream_tensors
 from tercet.model.tokenizer import Tokenizer
+from tercet.pretrain.corpus import train_tokenizer
 from tiny_checkpoints import CASES, Make, reload, save_theirs
 
 TEXT = "Once upon a time there was a king, and the king had 3 daughters.\n\n"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tercet.build.pretrain import build
-from tercet.build.scaling import Law
 from tercet.cli.main import main
+from tercet.pretrain.pretrain import build
+from tercet.pretrain.scaling import Law
 
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32"]
 
@@ -59,7 +59,7 @@ def test_tiny_runs_predict_the_loss_of_a_larger_one(
     ]
     corpus.write_text("".join(json.dumps({"text": source}) + "\n" for source in sources))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("tercet.build.plan.LADDER", ((1, 32), (2, 32)))
+    monkeypatch.setattr("tercet.pretrain.plan.LADDER", ((1, 32), (2, 32)))
     arguments = ["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32"]
     assert main([*arguments, "--fit", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -74,13 +74,13 @@ def test_tiny_runs_are_measured_on_the_same_text(
 ) -> None:
     """Each once held out a part of what it had itself read, and a larger budget seemed to reach less."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("tercet.build.plan.LADDER", ((1, 32), (2, 32)))
+    monkeypatch.setattr("tercet.pretrain.plan.LADDER", ((1, 32), (2, 32)))
     for module in (
         "estimate",
         "pretrain",
     ):  # as if the corpus were so large that a short run reads less of it
         monkeypatch.setattr(
-            f"tercet.build.{module}.reading_limit",
+            f"tercet.pretrain.{module}.reading_limit",
             lambda plan, asked: asked.read_bytes or 30_000 + plan.tokens // 10,
         )
     texts: list[tuple[int, int]] = []
@@ -90,8 +90,8 @@ def test_tiny_runs_are_measured_on_the_same_text(
         texts.append((made.corpus.bytes, made.corpus.heldout_bytes))
         return made
 
-    monkeypatch.setattr("tercet.build.estimate.build", watched)
-    monkeypatch.setattr("tercet.build.estimate.fit", lambda points: Law(0.0, 1.0, 0.1, tuple(points)))
+    monkeypatch.setattr("tercet.pretrain.estimate.build", watched)
+    monkeypatch.setattr("tercet.pretrain.estimate.fit", lambda points: Law(0.0, 1.0, 0.1, tuple(points)))
     assert main(["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32", "--fit"]) == 0
     assert len(texts) == 4 and len(set(texts)) == 1
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fake_openai_server import FakeServer, chunk, error, spoken, stream
 
+from tercet.data.conversation import ContextOverflow
 from tercet.errors import UserError
 from tercet.prompt.chat import HELP, ChatSession
 from tercet.prompt.llm import LLM
-from tercet.prompt.messages import ContextOverflow
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ from fake_openai_server import (
     usage_chunk,
 )
 
+from tercet.data.conversation import ContextOverflow
 from tercet.engine.request import Sampling
 from tercet.errors import UserError
+from tercet.prompt.hosted import BatchError
 from tercet.prompt.llm import LLM
-from tercet.prompt.messages import ContextOverflow
-from tercet.prompt.openai_client import BatchError
 
 HELLO = [{"role": "user", "content": "hi"}]
 

@@ -10,11 +10,11 @@ import torch
 import transformers
 from tiny_model import CONTEXT, write_model
 
+from tercet.data.conversation import ContextOverflow
 from tercet.engine.request import Sampling
 from tercet.errors import UserError
 from tercet.prompt.chat import ChatSession
 from tercet.prompt.llm import LLM
-from tercet.prompt.messages import ContextOverflow
 
 HELLO = [{"role": "system", "content": "S"}, {"role": "user", "content": "hé"}]
 

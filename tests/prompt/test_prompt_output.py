@@ -19,8 +19,8 @@ from tercet.engine.constraint import Constraints, GrammarError
 from tercet.engine.engine import Engine
 from tercet.engine.request import Completion, Delta, FinishReason, Request, Usage
 from tercet.errors import UserError
+from tercet.prompt.hosted import BatchError
 from tercet.prompt.llm import LLM
-from tercet.prompt.openai_client import BatchError
 from tercet.prompt.output import OutputError
 
 HELLO = [{"role": "user", "content": "hi"}]

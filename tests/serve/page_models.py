@@ -202,7 +202,7 @@ def scripted_models(delay: float = 0.0) -> Models:
 def main(port: int, database: str, delay: float) -> None:
     from tercet.serve.launch import bind, run
     from tercet.serve.settings import Settings
-    from tercet.serve.store import Store
+    from tercet.serve.web.store import Store
 
     run(scripted_models(delay), Settings(port=port), Store(database), bind("127.0.0.1", port))
 

@@ -116,7 +116,7 @@ def test_without_a_limit_an_answer_may_fill_the_context(client: openai.OpenAI) -
 
 
 def test_null_is_the_default_of_every_field(tiny_url: str) -> None:
-    from tercet.serve.chat_completions import ChatBody
+    from tercet.serve.api.chat_completions import ChatBody
 
     nothing = {name: None for name in ChatBody.model_fields if name not in ("model", "messages")}
     body = {"model": "tiny", "messages": HI, **nothing, "max_tokens": 2}

@@ -14,7 +14,7 @@ pytest.importorskip("tenacity", reason="lm-eval's clients of servers need lm-eva
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tercet.climb.lm_eval import evaluate_lm_eval, load_local
+from tercet.evaluate.lm_eval import evaluate_lm_eval, load_local
 
 WORDS = [
     "the",

@@ -17,7 +17,7 @@ from running_server import Running, local_model, serve_models
 from tercet.engine.request import Request, Sampling
 from tercet.serve.models import Models, Served
 from tercet.serve.settings import Settings, hash_key
-from tercet.serve.store import Store
+from tercet.serve.web.store import Store
 
 Json = dict[str, Any]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tercet.serve.render import BlockStream, render, sanitize
+from tercet.serve.web.render import BlockStream, render, sanitize
 
 
 class Seen(HTMLParser):

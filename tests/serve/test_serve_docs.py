@@ -9,7 +9,7 @@ import httpx2 as httpx
 import typer
 
 from tercet.cli.serve import serve
-from tercet.serve.chat_completions import ChatBody
+from tercet.serve.api.chat_completions import ChatBody
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
 

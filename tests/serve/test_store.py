@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tercet.errors import UserError
-from tercet.serve.chat_export import as_json, as_markdown, preference_pairs
-from tercet.serve.records import Details, address
-from tercet.serve.store import NotThere, Store
+from tercet.serve.web.chat_export import as_json, as_markdown, preference_pairs
+from tercet.serve.web.records import Details, address
+from tercet.serve.web.store import NotThere, Store
 
 
 @pytest.fixture
@@ -325,7 +325,7 @@ def test_a_comparison_in_a_deleted_conversation_does_not_keep_the_store_from_ope
 
 WRITER = """
 import sys, time
-from tercet.serve.store import Store
+from tercet.serve.web.store import Store
 store = Store(sys.argv[1])
 one = store.create()
 question = store.add(one.id, None, "user", "count")
@@ -362,7 +362,7 @@ def test_what_came_of_an_answer_survives_a_kill_and_is_marked(path: Path) -> Non
 
 def test_two_processes_write_at_the_same_time(path: Path) -> None:
     program = (
-        "import sys\nfrom tercet.serve.store import Store\nstore = Store(sys.argv[1])\n"
+        "import sys\nfrom tercet.serve.web.store import Store\nstore = Store(sys.argv[1])\n"
         "one = store.create()\n"
         "for n in range(60): store.add(one.id, store.conversation(one.id).leaf, 'user', sys.argv[2] + str(n))\n"
     )
@@ -524,7 +524,7 @@ def test_a_place_that_can_not_be_written_to_is_told_in_a_line(tmp_path: Path) ->
 
 
 def test_a_writer_that_waits_too_long_is_told_in_a_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tercet.serve.database.PATIENCE", 0.1)
+    monkeypatch.setattr("tercet.serve.web.database.PATIENCE", 0.1)
     store = Store(path)
     with sqlite3.connect(path, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -13,8 +13,8 @@ from tercet.engine.constraint import Constraints, Grammar
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.tool_formats import ToolFormat, tool_format
-from tercet.serve.tool_parser import Answer, ToolParser, gather
+from tercet.serve.tools.formats import ToolFormat, tool_format
+from tercet.serve.tools.parser import Answer, ToolParser, gather
 
 SPECIAL = {
     "hermes": ("<tool_call>", "</tool_call>"),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
-from tercet.serve.tool_formats import ToolFormat
-from tercet.serve.tool_parser import Answer, CallDelta, Piece, ToolParser, gather
+from tercet.serve.tools.formats import ToolFormat
+from tercet.serve.tools.parser import Answer, CallDelta, Piece, ToolParser, gather
 
 NAMES = ("weather", "f")
 FORMS = {

@@ -10,7 +10,7 @@ import tool_templates as templates
 
 from tercet.engine.constraint import Grammar
 from tercet.serve.errors import APIError
-from tercet.serve.tools import MAX_TOOLS, Wanted, plan_tools, read_tools, template_messages
+from tercet.serve.tools.binding import MAX_TOOLS, Wanted, plan_tools, read_tools, template_messages
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 HERMES = templates.tokenizer_with(templates.HERMES)

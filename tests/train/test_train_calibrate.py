@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.build.plan import network
 from tercet.errors import UserError
 from tercet.model.device import find_device
 from tercet.model.transformer import Transformer
+from tercet.pretrain.plan import network
 from tercet.train import calibrate
 from tercet.train.calibrate import Speed
 from tercet.train.loss import Autograd, Batch, compile_blocks

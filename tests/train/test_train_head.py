@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tercet.build.plan import network
 from tercet.data.batches import IGNORED
 from tercet.model.transformer import Transformer
+from tercet.pretrain.plan import network
 from tercet.train import head
 from tercet.train.head import Kernel, head_losses, piece_rows
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tercet.build.plan import network
 from tercet.errors import UserError
 from tercet.model.transformer import Transformer
+from tercet.pretrain.plan import network
 from tercet.train.optimizer import Optimizer, Rates
 from tercet.train.ranks import Ranks
 from tercet.train.sharded import ShardedState
@@ -34,8 +34,8 @@ SCRIPT = textwrap.dedent(
     from pathlib import Path
     import torch
     from safetensors.torch import save_file
-    from tercet.build.initialize import initialize
-    from tercet.build.plan import network
+    from tercet.pretrain.initialize import initialize
+    from tercet.pretrain.plan import network
     from tercet.model.transformer import Transformer
     from tercet.train.loop import Recipe, train
     from tercet.train.loss import Batch

@@ -96,8 +96,8 @@ def build(
     json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Build a model from raw text: tokenizer, network, training, checkpoint, report."""
-    from tercet.build.pretrain import build as run
     from tercet.files import dump_json
+    from tercet.pretrain.pretrain import build as run
     from tercet.progress import duration, say
 
     built = run(

@@ -36,8 +36,8 @@ def climb(
     json: Annotated[bool, typer.Option("--json", help="Print report.json on standard output.")] = False,
 ) -> None:
     """Climb the ladder: baselines, prompting, tuning and building, measured on one task."""
-    from tercet.climb.climb import climb as run
     from tercet.files import dump_json
+    from tercet.ladder.climb import climb as run
     from tercet.prompt.llm import LLM
     from tercet.prompt.prices import parse_price
 

@@ -64,9 +64,9 @@ def curate(
     """Curate raw text: filter, mask, remove copies and test texts, mix, shuffle, write parquet."""
     from dataclasses import asdict
 
-    from tercet.build.curate.mixture import parse_weight
-    from tercet.build.curate.pipeline import curate as run
-    from tercet.build.curate.report import share, size
+    from tercet.curation.mixture import parse_weight
+    from tercet.curation.pipeline import curate as run
+    from tercet.curation.report import share, size
     from tercet.files import dump_json
     from tercet.progress import duration, say
 
@@ -117,12 +117,12 @@ def _number(text: str) -> tuple[str, float]:
 
 def _test_texts(names: Sequence[str]) -> Mapping[str, Sequence[str]]:
     """The test texts of tasks (YAML files and built-in ones) and of other files."""
-    from tercet.build.curate.contamination import read_test_texts
+    from tercet.curation.contamination import read_test_texts
 
     texts: dict[str, Sequence[str]] = {}
     for name in names:
         if name.startswith("builtin:") or Path(name).suffix.lower() in (".yaml", ".yml"):
-            from tercet.climb.task import Task
+            from tercet.evaluate.task import Task
 
             texts[name] = Task.load(name).test_texts
         else:

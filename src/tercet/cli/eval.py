@@ -10,8 +10,8 @@ import typer
 from tercet.cli import options
 
 if TYPE_CHECKING:
-    from tercet.climb.minimal_pairs import PairResult
-    from tercet.climb.result import RungResult
+    from tercet.evaluate.minimal_pairs import PairResult
+    from tercet.ladder.result import RungResult
 
 EXAMPLE = "tercet eval runs/mine builtin:docs-routing --split dev"
 
@@ -53,9 +53,9 @@ def eval(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model on a task: its score with a 95% interval, latency, tokens and cost."""
-    from tercet.climb.evaluate import evaluate, load_task, run_lm_eval
-    from tercet.climb.minimal_pairs import PairTask, evaluate_pairs
     from tercet.errors import UserError
+    from tercet.evaluate.evaluate import evaluate, load_task, run_lm_eval
+    from tercet.evaluate.minimal_pairs import PairTask, evaluate_pairs
 
     of_task = {"--shots": shots, "--split": split, "--tuned": tuned, "--seed": seed, "--price": price}
     of_harness = {"--include-path": include_path, "--limit": limit, "--chat-template": chat_template or None}

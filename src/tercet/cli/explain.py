@@ -47,7 +47,7 @@ def explain(
     Surprise is -log2 of a token's probability, in bits: 0 for a certain one, 1 for one chance in two.
     """
     from tercet.cli.prompt import standard_input
-    from tercet.prompt.messages import check_text, conversation
+    from tercet.data.conversation import check_text, conversation
 
     if not 1 <= top <= 20:
         raise UserError(f"--top is {top}; it must be from 1 to 20")

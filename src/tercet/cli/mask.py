@@ -14,7 +14,7 @@ def print_masks(
     """Print the first examples: what the loss covers in green in a terminal, in ⟦ ⟧ elsewhere."""
     from tercet.data.examples import prepare, show_mask
     from tercet.data.rows import read_rows
-    from tercet.tune.sft import checked_limit, checked_policy, load_for_tuning, resolve
+    from tercet.finetune.sft import checked_limit, checked_policy, load_for_tuning, resolve
 
     directory = resolve(ref)
     rows = read_rows(data)

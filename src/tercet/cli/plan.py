@@ -11,7 +11,7 @@ import typer
 from tercet.errors import UserError
 
 if TYPE_CHECKING:
-    from tercet.build.estimate import Estimate
+    from tercet.pretrain.estimate import Estimate
 
 EXAMPLE = "tercet plan build --data builtin:python-docs --minutes 30 --fit"
 
@@ -43,8 +43,8 @@ def plan(
     """Say what a build would be: shape, tokens, time, memory, cost and expected loss."""
     if level != "build":
         raise UserError(f"tercet plan knows build, not {level!r}")
-    from tercet.build.estimate import estimate
     from tercet.files import dump_json
+    from tercet.pretrain.estimate import estimate
 
     prices = _prices(price or [])
     found = estimate(
@@ -67,7 +67,7 @@ def plan(
 
 
 def _prices(given: list[str]) -> dict[str, float]:
-    from tercet.build.hardware import HARDWARE
+    from tercet.pretrain.hardware import HARDWARE
 
     found = {}
     for one in given:

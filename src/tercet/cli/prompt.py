@@ -58,8 +58,8 @@ def prompt(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Ask a model once. A chat model answers, a base model continues the text."""
+    from tercet.data.conversation import check_text, conversation
     from tercet.engine.constraint import GrammarError
-    from tercet.prompt.messages import check_text, conversation
 
     asked = check_text(_asked(text, template, var or []), "the prompt")
     fields = options.sampling_fields(
@@ -192,7 +192,7 @@ def _asked(text: str | None, template: Path | None, variables: list[str]) -> str
         if text is None:
             raise UserError("nothing to ask: give TEXT (- reads standard input) or --template FILE")
         return text
-    from tercet.prompt.template import Template
+    from tercet.data.template import Template
 
     values = {} if text is None else {"text": text}
     for variable in variables:

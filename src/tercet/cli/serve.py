@@ -14,7 +14,7 @@ from tercet.errors import UserError
 
 if TYPE_CHECKING:
     from tercet.serve.models import Models
-    from tercet.serve.store import Store
+    from tercet.serve.web.store import Store
 
 EXAMPLE = "tercet serve runs/mine --adapter mine-support=runs/tuned --port 8000"
 
@@ -132,7 +132,7 @@ def serve(
 
 
 def _store(models: Models, data: Path | None) -> Store:
-    from tercet.serve.store import Store
+    from tercet.serve.web.store import Store
 
     try:
         return Store(None if data is None else data / "chat.db")

@@ -68,8 +68,8 @@ def tune(
     """Fine-tune a model on your examples: an adapter (LoRA) or all weights."""
     from tercet.errors import UserError
     from tercet.files import dump_json
+    from tercet.finetune.sft import tune as run
     from tercet.progress import duration, say
-    from tercet.tune.sft import tune as run
 
     if show_mask:
         from tercet.cli.mask import print_masks

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tercet.data.conversation import ContextOverflow, Message, check_messages, check_text
 from tercet.engine.request import Completion
 from tercet.errors import UserError
 from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt
-from tercet.prompt.messages import ContextOverflow, Message, check_messages, check_text
 
 HELP = {
     "/system [TEXT]": "set the system message for the answers to come; without TEXT show it",

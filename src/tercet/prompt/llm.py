@@ -14,19 +14,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from tercet.data.conversation import Message, check_messages, check_text, conversation
 from tercet.engine.constraint import Grammar
 from tercet.engine.request import Completion, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import parse_reference
-from tercet.prompt.messages import Message, check_messages, check_text, conversation
 from tercet.prompt.output import OPTIONS, Output, OutputError, wanted_output
 from tercet.prompt.prices import Price, as_price, known_price
 
 if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
     from tercet.prompt.explain import Explanation
+    from tercet.prompt.hosted import OpenAIModel
     from tercet.prompt.local import LocalModel
-    from tercet.prompt.openai_client import OpenAIModel
     from tercet.prompt.output import Schema
 
 Prompt = str | Sequence[Message]
@@ -164,7 +164,7 @@ class LLM:
                 raise UserError(
                     f"dtype, device, quantize, threads and speculation are for local models; {text} runs on its server"
                 )
-            from tercet.prompt.openai_client import OpenAIModel
+            from tercet.prompt.hosted import OpenAIModel
 
             self._hosted = OpenAIModel(
                 self.reference,
@@ -306,7 +306,7 @@ class LLM:
         output = wanted_output(schema, regex, choices, grammar)
         if not checked:
             return []
-        from tercet.prompt.openai_client import BatchError
+        from tercet.prompt.hosted import BatchError
 
         completions: Sequence[Completion | None]
         failures: dict[int, str] = {}

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from tercet.data.conversation import ContextOverflow, Message
 from tercet.engine.constraint import Grammar
 from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import Reference
 from tercet.prompt.explain import Step, steps_read
-from tercet.prompt.messages import ContextOverflow, Message
 
 Prompt = str | list[Message]
 

@@ -19,7 +19,7 @@ from tercet.serve.security import Guard
 from tercet.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from tercet.serve.store import Store
+    from tercet.serve.web.store import Store
 
 CORS_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version", "anthropic-beta")
 
@@ -56,7 +56,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
     add_error_handlers(app)
     _add_routes(app)
     if store is not None:
-        from tercet.serve.page_api import add_page
+        from tercet.serve.web.page_api import add_page
 
         add_page(app, store, models)
     # The last that is added is the outermost.
@@ -74,15 +74,14 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
 
 
 def _add_routes(app: FastAPI) -> None:
-    from tercet.serve import (
+    from tercet.serve import metrics, security
+    from tercet.serve.api import (
         anthropic_messages,
         chat_completions,
         completions,
         embeddings,
-        metrics,
         model_list,
         responses,
-        security,
         tokens,
     )
 

@@ -17,9 +17,9 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from tercet.data.conversation import ContextOverflow
 from tercet.engine.engine import QueueFull
 from tercet.errors import UserError
-from tercet.prompt.messages import ContextOverflow
 
 log = logging.getLogger("tercet.serve")
 

@@ -31,7 +31,7 @@ from tercet.serve.settings import Settings, hash_key
 from tercet.serve.worker import Worker
 
 if TYPE_CHECKING:
-    from tercet.serve.store import Store
+    from tercet.serve.web.store import Store
 
 KEEP_ALIVE = 30  # seconds that an idle connection stays open for its client's next request
 SHORTEST_KEY = 8

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from tercet.data.conversation import check_text
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
-from tercet.prompt.messages import check_text
 from tercet.serve.errors import APIError, from_user_error
 from tercet.serve.worker import Worker
 

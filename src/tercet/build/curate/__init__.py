@@ -1,3 +1,0 @@
-"""Raw text into a corpus: rules, copies, test texts, mixtures, shards."""
-
-PRESETS = ("none", "light", "web")  # sets of rules; `tercet.build.curate.filters` says which

@@ -1,0 +1,288 @@
+"""Curation: raw text into a corpus. Read, filter, mask, take out copies and test texts, mix, shuffle, write.
+
+`curate` runs the stages (`filtering`, `matching`, `writing`) one after the other. Each leaves whole files
+and markers below ``OUT/.work``, so the same command goes on where a killed one stopped; the directory goes
+when ``OUT/data`` and the report are there.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tercet.curation import filtering, matching, writing
+from tercet.curation.contamination import read_test_texts
+from tercet.curation.dedup import BANDS, ROWS, MinHash
+from tercet.curation.filtering import Group
+from tercet.curation.mixture import Weight
+from tercet.curation.report import Account, account, write_report
+from tercet.curation.work import Settings, Work
+from tercet.curation.workers import Workers, open_workers, usable_cores
+from tercet.data.documents import Document, read_documents, source_fingerprint
+from tercet.errors import UserError, check_seed
+from tercet.files import fingerprint, read_json, write_json
+from tercet.progress import Progress, say
+from tercet.run_directory import open_run
+
+_FORMAT = 1  # of what the stages leave: a run of another format is not gone on with
+
+
+@dataclass(frozen=True)
+class Curated:
+    """What came of it. Sizes in bytes are of UTF-8 text.
+
+    Attributes:
+        data: the directory of the shards.
+        dropped: documents by reason.
+        seconds: of the process that finished the work.
+        bytes_per_second: text read in a second; None where the run was resumed.
+    """
+
+    data: str
+    report: str
+    shards: int
+    documents: int
+    bytes: int
+    documents_read: int
+    bytes_read: int
+    dropped: dict[str, int]
+    skipped: dict[str, int]
+    seconds: float
+    bytes_per_second: float | None
+
+
+def curate(
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    preset: str = "web",
+    languages: Sequence[str] | None = None,
+    rules: Mapping[str, float] | None = None,
+    mask_personal_data: bool = False,
+    near_duplicates: bool = True,
+    bands: int = BANDS,
+    rows: int = ROWS,
+    decontaminate: Mapping[str, Sequence[str]] | Sequence[str | Path] = (),
+    weights: Mapping[str, Weight | float] | None = None,
+    seed: int = 0,
+    shard_mb: float = 100,
+    processes: int | None = None,
+    engine: str = "local",
+) -> Curated:
+    """Curate ``data`` into parquet shards ``out/data`` and a report. The same command resumes it.
+
+    The output is the same for any number of processes and on either engine.
+
+    Args:
+        data: as `tercet.data.documents.read_documents` takes it.
+        preset, languages, rules: which rules drop documents: see `tercet.curation.filters.Rules`.
+        near_duplicates: whether MinHash looks for near-copies, with ``bands`` of ``rows`` values. Exact
+            copies (but for white space) go in any case; the first in the order of ``data`` stays.
+        decontaminate: test texts by the name of their set, or files of them (`read_test_texts`).
+        weights: of sources, as they are named in ``data``: a factor, or a `Weight` that is a share.
+        shard_mb: megabytes of text in a shard, about.
+        processes: how many work; by default as many as there are cores.
+        engine: ``local``, or ``ray`` for Ray Data, where ``data`` and ``out`` must be at the same paths
+            on all machines.
+
+    Raises:
+        UserError: wrong arguments, unreadable data, a full disk, or ``out`` holds something else.
+    """
+    names = [str(data)] if isinstance(data, str | Path) else [str(source) for source in data]
+    out = Path(out)
+    check_seed(seed)
+    processes = usable_cores() if processes is None else processes
+    for option, value in (("--processes", processes), ("--bands", bands), ("--rows", rows)):
+        if value < 1:
+            raise UserError(f"{option} is {value}; it must be at least 1")
+    if not 0 < shard_mb <= 1000:
+        raise UserError(f"--shard-mb is {shard_mb:g}; it must be above 0 and at most 1000")
+    tests = _test_texts(decontaminate)
+    settings = Settings(
+        preset=preset,
+        languages=None if languages is None else tuple(languages),
+        rules=tuple(sorted((rules or {}).items())),
+        mask_personal_data=mask_personal_data,
+        minhash=MinHash(bands, rows, seed=seed) if near_duplicates else None,
+        tests=fingerprint(tests) if tests else None,
+        weights=_checked_weights(weights or {}, names),
+        seed=seed,
+        shard_bytes=max(1, round(shard_mb * 1e6)),
+    )
+    filtering.rules_of(settings)  # what is wrong with them is told before anything is written
+    read_documents(names)  # and so is a path that isn't there
+    config = {
+        "data": names,
+        **asdict(settings),
+        "test_texts": {name: len(texts) for name, texts in tests.items()},
+    }
+    key = fingerprint([_FORMAT, source_fingerprint(names), config])
+    with open_run(out, "curate", key, _plain(config)):
+        finished = _finished(out)
+        if finished is not None:
+            say(f"{out} holds this corpus already")
+            return finished
+        say(f"writing to {out}; if this is stopped, the same command goes on from there")
+        return _run(out, Work(out / ".work", settings), names, tests, processes, engine)
+
+
+def _run(
+    out: Path, work: Work, data: list[str], tests: dict[str, Sequence[str]], processes: int, engine: str
+) -> Curated:
+    started = time.monotonic()
+    resumed = work.directory.is_dir()
+    if tests:
+        write_json(work.path("tests.json"), tests)
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, action: Callable[[], Any]) -> Any:
+        begin = time.monotonic()
+        result = action()
+        seconds[stage] = round(time.monotonic() - begin, 3)
+        return result
+
+    with open_workers(engine, processes) as workers:
+        timed("read and filter", lambda: _read(work, data, workers))
+        timed("duplicates", lambda: matching.find_duplicates(work))
+        count = read_json(work.path("plan.json"))["shards"]
+        timed("take out and mix", lambda: _scatter(work, workers))
+        timed("write", lambda: _write(work, out / "data", count, workers))
+    result = account(
+        work, out / "data", data, tests, seconds=time.monotonic() - started, stages=seconds, resumed=resumed
+    )
+    write_report(result, out)
+    shutil.rmtree(work.directory, ignore_errors=True)
+    return _curated(result, out)
+
+
+def _read(work: Work, data: Sequence[str], workers: Workers) -> None:
+    groups = [
+        group
+        for group in (Group(number, (source,)) for number, source in enumerate(data))
+        if not filtering.group_is_done(work, group)
+    ]
+    with Progress("reading and filtering", _expected_bytes(data) / 1e6, "MB") as bar:
+        if workers.remote:
+            sizes: Iterator[int] = workers.map(partial(filtering.filter_group, work), groups)
+        else:
+            sizes = _read_here(work, groups, workers)
+        for size in sizes:
+            bar.total = max(bar.total, (bar.completed + size / 1e6) * 1.01)
+            bar.advance(size / 1e6)
+
+
+def _read_here(work: Work, groups: Iterable[Group], workers: Workers) -> Iterator[int]:
+    """This process reads, one document after the other, and the workers filter: one large file keeps all busy."""
+    read: deque[tuple[Group, int, Counter[str]]] = (
+        deque()
+    )  # groups read to their end, their parts not all done
+    done: Counter[int] = Counter()
+    order: deque[int] = deque()
+
+    def parts() -> Iterator[tuple[str, list[Document]]]:
+        for group in groups:
+            skipped: Counter[str] = Counter()
+            number = -1
+            for number, documents in enumerate(filtering.batches(read_documents(group.sources, skipped))):
+                order.append(group.number)
+                done_already = filtering.part_is_read(work, group.part(number))
+                yield group.part(number), [] if done_already else documents
+            read.append((group, number + 1, skipped))
+
+    def finish() -> None:
+        while read and done[read[0][0].number] == read[0][1]:
+            group, count, skipped = read.popleft()
+            filtering.finish_group(work, group, count, skipped)
+
+    for size in workers.map(partial(filtering.filter_batch, work), parts()):
+        done[order.popleft()] += 1
+        finish()
+        yield size
+    finish()
+
+
+def _scatter(work: Work, workers: Workers) -> None:
+    pieces = writing.scatter_pieces(work)
+    with Progress("taking out copies", len(work.parts()), "parts") as bar:
+        for _ in workers.map(partial(writing.scatter_part, work), pieces):
+            bar.advance()
+
+
+def _write(work: Work, directory: Path, count: int, workers: Workers) -> None:
+    with Progress("writing shards", count, "shards") as bar:
+        for _ in workers.map(partial(writing.write_shard, work, directory, count), range(count)):
+            bar.advance()
+
+
+def _test_texts(given: Mapping[str, Sequence[str]] | Sequence[str | Path]) -> dict[str, Sequence[str]]:
+    if isinstance(given, Mapping):
+        return {name: list(texts) for name, texts in given.items()}
+    if isinstance(given, str | Path):
+        given = [given]
+    return {str(path): read_test_texts(path) for path in given}
+
+
+def _checked_weights(
+    weights: Mapping[str, Weight | float], data: Sequence[str]
+) -> tuple[tuple[str, Weight], ...]:
+    checked = []
+    for source, weight in weights.items():
+        # The built-in corpus names its own sources; they are known when it has been read.
+        if source not in data and not any(name.startswith("builtin:") for name in data):
+            raise UserError(f"--weight {source}: there is no such source; the sources are {', '.join(data)}")
+        weight = weight if isinstance(weight, Weight) else Weight(float(weight))
+        if not math.isfinite(weight.value) or weight.value < 0:
+            raise UserError(f"--weight {source}: {weight.value} is no factor; it must be 0 or more")
+        checked.append((source, weight))
+    return tuple(sorted(checked, key=lambda pair: pair[0]))
+
+
+def _expected_bytes(data: Iterable[str]) -> float:
+    """About how much text there is: packed text is a third of its size. For the bar only."""
+    total = 0.0
+    for source in data:
+        path = Path(source)
+        files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+        for file in files:
+            packed = file.suffix.lower() in (".gz", ".zst", ".zip", ".parquet")
+            total += (3 if packed else 1) * (file.stat().st_size if file.is_file() else 0)
+    return total
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: YAML has no others."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _finished(out: Path) -> Curated | None:
+    """The result of a run that was finished, if all of its files are there."""
+    if not (out / "report.json").is_file() or not (out / "report.html").is_file():
+        return None
+    result: Account = read_json(out / "report.json")
+    whole = all((out / "data" / shard["file"]).is_file() for shard in result["shards"])
+    return _curated(result, out) if whole else None
+
+
+def _curated(result: Account, out: Path) -> Curated:
+    return Curated(
+        data=str(out / "data"),
+        report=str(out / "report.html"),
+        shards=len(result["shards"]),
+        documents=result["written"]["documents"],
+        bytes=result["written"]["bytes"],
+        documents_read=result["read"]["documents"],
+        bytes_read=result["read"]["bytes"],
+        dropped={row["reason"]: row["documents"] for row in result["dropped"]},
+        skipped=result["skipped"],
+        seconds=result["seconds"],
+        bytes_per_second=result["bytes_per_second"],
+    )

@@ -1,0 +1,186 @@
+"""The last stages: each part's documents to their shards (without copies and test texts), then each shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tercet.curation import mixture, shards
+from tercet.curation.contamination import Suspects
+from tercet.curation.hashing import word_hashes
+from tercet.curation.tally import EXAMPLES, Tally, example, excerpt
+from tercet.curation.work import Work
+from tercet.data.decontaminate import Counts, Decontaminator
+from tercet.data.documents import Document
+from tercet.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A part to be divided among the shards.
+
+    Attributes:
+        kept, exact: of each document of the part, whether it stays, and whether it is an exact copy.
+        duplicates: of each, how many copies of it go.
+        shown: the documents (by place in the part, with the number among all) that the report shows.
+    """
+
+    part: str
+    shards: int
+    factors: Mapping[str, float]
+    kept: NDArray[np.bool_]
+    exact: NDArray[np.bool_]
+    duplicates: NDArray[np.int64]
+    shown: Mapping[int, int]
+
+
+def scatter_pieces(work: Work) -> Iterator[Scatter]:
+    """What there is to scatter, in order."""
+    plan = read_json(work.path("plan.json"))
+    first = np.load(work.path("duplicates") / "first.npy")
+    exact = np.load(work.path("duplicates") / "exact.npy")
+    copies = np.bincount(first, minlength=len(first)) - 1 if len(first) else np.zeros(0, dtype=np.int64)
+    kept = first == np.arange(len(first))
+    shown = {place for pair in plan["copies"] for place in pair}
+    shown.update(place for cluster in plan["clusters"] for place in cluster["members"])
+    starts = plan["starts"]
+    for part, start, end in zip(work.parts(), starts[:-1], starts[1:], strict=True):
+        if work.path(f"{part}.scattered.json").is_file():
+            continue
+        here = {place - start: place for place in shown if start <= place < end}
+        piece = slice(start, end)
+        yield Scatter(
+            part,
+            plan["shards"],
+            plan["factors"],
+            kept[piece],
+            exact[piece],
+            np.maximum(copies[piece], 0),
+            here,
+        )
+
+
+def scatter_part(work: Work, piece: Scatter) -> int:
+    """Drop copies, take out test texts, apply the weights, divide among the shards; the bytes that went out."""
+    tally, seed = Tally(), work.settings.seed
+    source_path = work.path(f"{piece.part}.arrow")
+    table = shards.read_part(source_path)
+    shown = {
+        str(number): {"id": table["id"][place].as_py(), "text": excerpt(table["text"][place].as_py())}
+        for place, number in piece.shown.items()
+    }
+    _drop_copies(tally, table, piece)
+    table = table.append_column("duplicates", pa.array(piece.duplicates)).filter(pa.array(piece.kept))
+    table, cleaning = _without_tests(work, tally, table)
+    copies = _copies(tally, table, piece.factors, seed)
+    tables, keys = [], []
+    for copy in range(int(copies.max(initial=0))):
+        chosen = table.filter(pa.array(copies > copy))
+        tables.append(chosen.append_column("copy", pa.array(np.full(len(chosen), copy))))
+        keys.append(mixture.order_keys(chosen["id"].to_pylist(), copy, seed))
+        for row in chosen.group_by("source").aggregate([("bytes", "count"), ("bytes", "sum")]).to_pylist():
+            tally.went_out(row["source"], row["bytes_count"], row["bytes_sum"])
+    written = pa.concat_tables(tables).select(shards.SHARD.names) if tables else shards.SHARD.empty_table()
+    order = np.concatenate(keys) if keys else np.zeros(0, dtype=np.uint64)
+    shards.write_scattered(work.path(f"{piece.part}.scattered"), written, order, piece.shards)
+    write_json(
+        work.path(f"{piece.part}.scattered.json"),
+        {"tally": tally.to_json(), "shown": shown, "decontamination": cleaning},
+    )
+    source_path.unlink(missing_ok=True)  # its text is in the scattered part now
+    return sum(amount.bytes for amount in tally.written.values())
+
+
+def _drop_copies(tally: Tally, table: pa.Table, piece: Scatter) -> None:
+    gone = np.flatnonzero(~piece.kept)
+    sources = table["source"].take(pa.array(gone)).to_pylist()
+    sizes = table["bytes"].take(pa.array(gone)).to_pylist()
+    for place, source, size in zip(gone.tolist(), sources, sizes, strict=True):
+        reason = "exact duplicate" if piece.exact[place] else "near-duplicate"
+        tally.drop("duplicates", reason, source, size)
+
+
+def _without_tests(work: Work, tally: Tally, table: pa.Table) -> tuple[pa.Table, dict[str, Any] | None]:
+    """The documents without what matches a test text, and an account of it."""
+    removed = np.zeros(len(table), dtype=np.int64)
+    if work.settings.tests is None:
+        return table.append_column("passages_removed", pa.array(removed)), None
+    suspects, decontaminator = _decontamination(work.path("tests.json"), work.settings.tests)
+    decontaminator.counts = Counts()
+    texts, stays = table["text"].to_pylist(), np.ones(len(table), dtype=bool)
+    for place in np.flatnonzero(suspects(texts)).tolist():
+        row = table.slice(place, 1).to_pylist()[0]
+        document, passages = decontaminator.clean(Document(texts[place], row["source"], row["id"]))
+        removed[place] = len(passages)
+        if document is None:
+            stays[place] = False
+            told = example(row["id"], texts[place], passages[0].reason)
+            tally.drop("decontamination", "nothing but test texts", row["source"], row["bytes"], told)
+        else:
+            texts[place] = document.text
+    if removed.any():
+        table = table.set_column(0, "text", pa.array(texts, pa.string()))
+        sizes = [len(text.encode("utf-8")) for text in texts]
+        table = table.set_column(table.column_names.index("bytes"), "bytes", pa.array(sizes))
+        words = np.diff(word_hashes(texts)[1])
+        table = table.set_column(table.column_names.index("words"), "words", pa.array(words))
+    table = table.append_column("passages_removed", pa.array(removed)).filter(pa.array(stays))
+    counts = decontaminator.counts
+    account = {
+        "documents_touched": counts.documents_touched,
+        "documents_dropped": counts.documents_dropped,
+        "passages_removed": counts.passages_removed,
+        "characters_removed": counts.characters_removed,
+        "tests_matched": sorted(counts.tests_matched),
+        "examples": [
+            {
+                "id": one.document,
+                "text": excerpt(one.passage),
+                "detail": f"{one.reason}: {excerpt(one.test_text)}",
+            }
+            for one in counts.examples[:EXAMPLES]
+        ],
+    }
+    return table, account
+
+
+@lru_cache(maxsize=1)
+def _decontamination(path: Path, fingerprint: str) -> tuple[Suspects, Decontaminator]:
+    del fingerprint  # tells apart what the same path held
+    texts = [text for texts in read_json(path).values() for text in texts]
+    return Suspects(texts), Decontaminator(texts)
+
+
+def _copies(tally: Tally, table: pa.Table, factors: Mapping[str, float], seed: int) -> NDArray[np.int64]:
+    """How often each document is written."""
+    sources = np.array(table["source"].to_pylist(), dtype=object)
+    ids = table["id"].to_pylist()
+    result = np.ones(len(sources), dtype=np.int64)
+    for source in dict.fromkeys(sources.tolist()):
+        if factors[source] != 1:
+            places = np.flatnonzero(sources == source)
+            result[places] = mixture.copies(factors[source], [ids[place] for place in places], seed)
+    for place in np.flatnonzero(result == 0).tolist():
+        row = table.slice(place, 1).to_pylist()[0]
+        told = example(row["id"], row["text"], f"weight {factors[row['source']]:g}")
+        tally.drop("mixture", "left out by its weight", row["source"], row["bytes"], told)
+    return result
+
+
+def write_shard(work: Work, directory: Path, count: int, shard: int) -> None:
+    """Shard ``shard`` of ``count``, if it isn't there."""
+    path = directory / shard_name(shard, count)
+    if not path.is_file():
+        shards.write_shard(path, [work.path(f"{part}.scattered") for part in work.parts()], shard)
+
+
+def shard_name(shard: int, count: int) -> str:
+    """As the Hub names the files of a data set."""
+    return f"train-{shard:05d}-of-{count:05d}.parquet"

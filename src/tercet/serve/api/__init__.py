@@ -1,0 +1,1 @@
+"""OpenAI's and Anthropic's protocols, one file an endpoint."""

@@ -1,0 +1,258 @@
+"""What a request to Anthropic's Messages API says, as a conversation of chat completions and settings.
+
+Blocks of text, calls and results are read; images, documents, thinking and Anthropic's own tools are
+refused. Marks for Anthropic's prompt cache change no answer and are taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tercet.engine.constraint import Grammar
+from tercet.engine.request import Sampling
+from tercet.serve.api.chat_messages import PART_SEPARATOR
+from tercet.serve.api.fields import SMALLEST_TOP_P, Body
+from tercet.serve.api.response_format import checked_schema
+from tercet.serve.errors import APIError
+from tercet.serve.tools.binding import Wanted, check_distinct, check_named, make_function
+
+Json = dict[str, Any]
+_TOOL_KEYS = (
+    "type",
+    "name",
+    "description",
+    "input_schema",
+    "strict",
+    "cache_control",
+    "eager_input_streaming",
+)
+
+
+class InputMessage(Body):
+    """One turn; ``content`` is a text or a list of blocks."""
+
+    role: Literal["user", "assistant"]
+    content: str | list[dict[str, Any]]
+
+
+class ToolChoice(Body):
+    """``tool_choice``."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class JSONFormat(Body):
+    """``output_config.format``."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    """``output_config``: a form for the answer; models here know no degrees of effort."""
+
+    format: JSONFormat | None = None
+    effort: None = None
+
+
+class Thinking(Body):
+    """``thinking``: models here have no switch for it, so that only "disabled" can be asked for."""
+
+    type: Literal["disabled"]
+
+
+class Metadata(Body):
+    """``metadata``: who asked."""
+
+    user_id: str | None = None
+
+
+class CountRequest(Body):
+    """The body of ``POST /v1/messages/count_tokens``."""
+
+    model: str
+    messages: Annotated[list[InputMessage], Field(min_length=1)]
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: ToolChoice | None = None
+    output_config: OutputConfig | None = None
+    thinking: Thinking | None = None
+    cache_control: dict[str, Any] | None = None
+
+    def conversation(self) -> list[Json]:
+        """The messages as those of chat completions."""
+        found: list[Json] = []
+        if self.system:
+            found.append({"role": "system", "content": _texts(self.system, "system")})
+        for number, message in enumerate(self.messages):
+            for one in _turns(message, f"messages.{number}"):
+                _join(one, found)
+        if found[-1]["role"] == "assistant":
+            # Generating after it would be another answer, not the rest of this one.
+            raise _wrong(
+                f"messages.{len(self.messages) - 1}.role",
+                "is assistant; beginnings of answers (prefill) can't be continued here, so that the last "
+                "message must be the user's",
+            )
+        return found
+
+    def wanted(self) -> Wanted:
+        """The tools and how they may be called."""
+        functions = []
+        for number, tool in enumerate(self.tools or []):
+            where = f"tools.{number}"
+            if tool.get("type") not in (None, "custom"):
+                raise _wrong(f"{where}.type", f"is {tool['type']!r:.60}; only tools of your own can be used")
+            for key in tool:
+                if key not in _TOOL_KEYS and tool[key]:
+                    raise _wrong(f"{where}.{key}", "is not supported here")
+            schema = tool.get("input_schema")
+            if schema is None:
+                raise _wrong(f"{where}.input_schema", "is missing")
+            functions.append(
+                make_function(
+                    tool.get("name"),
+                    tool.get("description"),
+                    schema,
+                    tool.get("strict"),
+                    where,
+                    "input_schema",
+                )
+            )
+        check_distinct(functions)
+        choice = self.tool_choice
+        if choice is None:
+            return Wanted(tuple(functions))
+        parallel = not choice.disable_parallel_tool_use
+        if choice.type == "tool":
+            only = check_named(choice.name, functions, "tool_choice.name")
+            return Wanted(tuple(functions), "required", only, parallel)
+        if choice.name is not None:
+            raise _wrong("tool_choice.name", "goes only with the type tool")
+        if choice.type == "any":
+            if not functions:
+                raise _wrong("tool_choice.type", "is any, and there are no tools")
+            return Wanted(tuple(functions), "required", None, parallel)
+        return Wanted(tuple(functions), choice.type, None, parallel)
+
+    async def form(self) -> Grammar | None:
+        """The grammar of the answer's text. APIError 400 for a schema that can't be enforced."""
+        wanted = self.output_config and self.output_config.format
+        if not wanted:
+            return None
+        return await checked_schema(wanted.schema_, "output_config.format.schema")
+
+
+class MessageRequest(CountRequest):
+    """The body of ``POST /v1/messages``."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    stop_sequences: list[Annotated[str, Field(min_length=1)]] | None = None
+    stream: bool | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        """The engine's settings; Anthropic's default temperature is 1."""
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_p=1.0 if self.top_p is None else max(float(self.top_p), SMALLEST_TOP_P),
+            top_k=self.top_k or 0,
+            stop=tuple(self.stop_sequences or ()),
+        )
+
+
+def _turns(message: InputMessage, where: str) -> list[Json]:
+    """One turn as messages: its results come first, each a message of its own."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    results: list[Json] = []
+    calls: list[Json] = []
+    texts: list[str] = []
+    for number, block in enumerate(message.content):
+        place = f"{where}.content.{number}"
+        kind = block.get("type")
+        if kind == "text":
+            texts.append(_string(block, "text", place))
+        elif kind == "tool_use" and message.role == "assistant":
+            calls.append(_call(block, place))
+        elif kind == "tool_result" and message.role == "user":
+            results.append(_result(block, place))
+        else:
+            raise _wrong(
+                f"{place}.type",
+                f"is {kind!r:.60}; a message of the {message.role} is made of text and "
+                f"{'tool_use' if message.role == 'assistant' else 'tool_result'} here",
+            )
+    content = PART_SEPARATOR.join(texts)
+    if calls:
+        return [{"role": "assistant", "content": content or None, "tool_calls": calls}]
+    return [*results, *([{"role": message.role, "content": content}] if texts or not results else [])]
+
+
+def _call(block: Mapping[str, Any], where: str) -> Json:
+    given = block.get("input")
+    if not isinstance(given, dict):
+        raise _wrong(f"{where}.input", "must be an object")
+    function = {"name": _string(block, "name", where), "arguments": json.dumps(given, ensure_ascii=False)}
+    return {"id": _string(block, "id", where), "type": "function", "function": function}
+
+
+def _result(block: Mapping[str, Any], where: str) -> Json:
+    content = block.get("content")
+    text = "" if content is None else _texts(content, f"{where}.content")
+    if block.get("is_error"):  # chat templates have no place for it
+        text = f"Error: {text}"
+    return {"role": "tool", "tool_call_id": _string(block, "tool_use_id", where), "content": text}
+
+
+def _texts(content: object, where: str) -> str:
+    """A string, or the text of blocks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise _wrong(where, "must be a string or a list of blocks")
+    texts = []
+    for number, block in enumerate(content):
+        place = f"{where}.{number}"
+        if not isinstance(block, dict):
+            raise _wrong(place, "must be an object")
+        if block.get("type") != "text":
+            raise _wrong(f"{place}.type", f"is {block.get('type')!r:.60}; models here read text only")
+        texts.append(_string(block, "text", place))
+    return PART_SEPARATOR.join(texts)
+
+
+def _join(message: Json, messages: list[Json]) -> None:
+    """Consecutive turns of one role are one turn, as Anthropic documents it."""
+    last = messages[-1] if messages else None
+    if last is None or last["role"] != message["role"] or message["role"] in ("tool", "system"):
+        messages.append(message)
+        return
+    parts = [part for part in (last["content"], message["content"]) if part]
+    last["content"] = (
+        PART_SEPARATOR.join(parts) or None if message["role"] == "assistant" else PART_SEPARATOR.join(parts)
+    )
+    if "tool_calls" in message:
+        last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
+
+
+def _string(block: Mapping[str, Any], key: str, where: str) -> str:
+    value = block.get(key)
+    if not isinstance(value, str):
+        raise _wrong(f"{where}.{key}", "is missing" if value is None else "must be a string")
+    return value
+
+
+def _wrong(param: str, what: str) -> APIError:
+    return APIError(400, f"{param} {what}", param=param, code="invalid_value")

@@ -1,0 +1,298 @@
+"""/v1/chat/completions: a conversation's next message, whole or as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from tercet.engine.request import Completion, Sampling
+from tercet.serve.api.chat_messages import Message, check_names, template_form
+from tercet.serve.api.fields import (
+    SamplingBody,
+    answer_limit,
+    new_id,
+    refuse,
+    total_usage,
+    unsupported,
+)
+from tercet.serve.api.generation import Step, steps
+from tercet.serve.api.hosted import pass_on
+from tercet.serve.api.logprobs import Aligned, Placed, chat_logprobs
+from tercet.serve.api.response_format import ResponseFormat, wanted_form
+from tercet.serve.errors import APIError
+from tercet.serve.models import Models, Served
+from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
+from tercet.serve.tools.binding import ToolPlan, plan_tools, read_tools, template_messages
+from tercet.serve.tools.parser import CallDelta, Piece, gather
+
+router = APIRouter()
+
+_REFUSED = {
+    "audio": "the models here read and write text",
+    "functions": "it is deprecated; use tools",
+    "function_call": "it is deprecated; use tool_choice",
+    "moderation": "nothing here moderates",
+    "web_search_options": "nothing here searches the web",
+}
+# What the renderer itself gives to a template, or is called with.
+_OWN = ("messages", "tools", "documents", "add_generation_prompt", "template", "special_tokens", "self")
+
+
+class ChatBody(SamplingBody):
+    """OpenAI's request. What stands below ``Without effect`` changes no output by its nature."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text", "audio"]] | None = None
+    reasoning_effort: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    # Not OpenAI's: variables for the chat template, as vLLM calls them.
+    chat_template_kwargs: dict[str, Any] | None = None
+    # Without effect
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    # Refused
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    moderation: Any = None
+    web_search_options: Any = None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One request, ready for the engine."""
+
+    served: Served
+    tokens: list[int]
+    samplings: list[Sampling]
+    plan: ToolPlan
+    id: str
+    created: int
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return self.samplings[0].logprobs is not None
+
+
+@router.post("/v1/chat/completions", responses=STREAMED)
+async def chat_completions(request: Request, body: ChatBody) -> Response:
+    """The next message of a conversation."""
+    models: Models = request.app.state.models
+    served = models.get(body.model)
+    body.check_stream()
+    if served.hosted is not None:
+        return await pass_on(request, served, "/chat/completions", body)
+    chat = await prepare(served, body)
+    if body.stream:
+        return await event_stream(request, _chunks(chat, body.usage_chunk))
+    return JSONResponse(await while_connected(request, _whole(chat)))
+
+
+# The request
+
+
+async def prepare(served: Served, body: ChatBody) -> Chat:
+    """Check everything and render the prompt. APIError 400 for all that is not honoured."""
+    refuse(body, _REFUSED)
+    _check_modes(body)
+    worker = served.worker
+    form = await wanted_form(body.response_format)
+    wanted = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form)
+    if body.logprobs and plan.form is not None:
+        raise unsupported(
+            "logprobs", "not together with tools, whose calls are no text; leave one of them out"
+        )
+    variables = _template_variables(served, body)
+
+    def render() -> list[int]:
+        messages = template_messages(template_form(body.messages), served.tokenizer)
+        check_names(served, messages, plan.tools)
+        return served.prompt_tokens(messages, plan.tools, **variables)
+
+    # Rendering and encoding a long conversation takes a while; nobody else shall wait for it.
+    tokens = await asyncio.to_thread(render)
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    limit = answer_limit(served, tokens, asked)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    samplings = [body.sampling(served, limit, logprobs, number) for number in range(body.n or 1)]
+    if len(samplings) > worker.engine.max_waiting:
+        raise APIError(
+            400,
+            f"n is {body.n}; this server takes {worker.engine.max_waiting} at most",
+            param="n",
+            code="invalid_value",
+        )
+    return Chat(served, tokens, samplings, plan, new_id("chatcmpl"), int(time.time()))
+
+
+def _check_modes(body: ChatBody) -> None:
+    if body.modalities is not None and body.modalities != ["text"]:
+        raise unsupported("modalities", "the models here write text")
+    if body.verbosity not in (None, "medium"):
+        raise unsupported("verbosity", "no model here knows it; ask for short or long answers in the prompt")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise APIError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+
+
+def _template_variables(served: Served, body: ChatBody) -> dict[str, Any]:
+    """What the chat template gets beside messages and tools. APIError for what it would not look at."""
+    variables = dict(body.chat_template_kwargs or {})
+    templates = "\n".join(served.tokenizer.templates.values())
+    for name in variables:
+        if name in _OWN or not re.search(rf"\b{re.escape(name)}\b", templates):
+            raise unsupported(
+                f"chat_template_kwargs.{name:.60}", "this model's chat template has no such variable"
+            )
+    if body.reasoning_effort is not None:
+        if "reasoning_effort" not in templates:
+            raise unsupported("reasoning_effort", "this model's chat template does not know it")
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    return variables
+
+
+# The answer
+
+
+async def _whole(chat: Chat) -> dict[str, Any]:
+    pieces: list[list[Piece]] = [[] for _ in chat.samplings]
+    aligned = [Aligned() for _ in chat.samplings]
+    logprobs: list[list[Placed]] = [[] for _ in chat.samplings]
+    done: dict[int, Completion] = {}
+    async with aclosing(steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=True)) as found:
+        async for step in found:
+            pieces[step.index] += step.pieces
+            if chat.with_logprobs:
+                logprobs[step.index] += _aligned(aligned[step.index], step)
+            if step.completion is not None:
+                done[step.index] = step.completion
+    choices = []
+    for index, ones in enumerate(pieces):
+        answer = gather(ones)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in answer.calls
+            ]
+        choices.append(
+            {
+                "index": index,
+                "message": message,
+                "logprobs": chat_logprobs(logprobs[index], chat.served.tokenizer)
+                if chat.with_logprobs
+                else None,
+                "finish_reason": finish_reason(done[index], bool(answer.calls)),
+            }
+        )
+    return {
+        "id": chat.id,
+        "object": "chat.completion",
+        "created": chat.created,
+        "model": chat.served.name,
+        "system_fingerprint": chat.served.fingerprint,
+        "service_tier": "default",
+        "choices": choices,
+        "usage": _usage(chat, done),
+    }
+
+
+async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
+    """The events of a stream: for each choice its role, its pieces, its end."""
+    aligned = [Aligned() for _ in chat.samplings]
+    called = [False] * len(chat.samplings)
+    done: dict[int, Completion] = {}
+
+    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return event(_chunk(chat, [choice], usage_chunk))
+
+    opening = b"".join(
+        chunk(index, {"role": "assistant", "content": ""}) for index in range(len(chat.samplings))
+    )
+    async with aclosing(steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=False)) as found:
+        async for step in found:
+            parts, opening = [opening] if opening else [], b""
+            tokens = _aligned(aligned[step.index], step) if chat.with_logprobs else []
+            logprobs = chat_logprobs(tokens, chat.served.tokenizer) if tokens else None
+            for piece in step.pieces:
+                called[step.index] |= isinstance(piece, CallDelta)
+                parts.append(chunk(step.index, _delta(piece), logprobs))
+                logprobs = None
+            if step.completion is not None:
+                done[step.index] = step.completion
+                reason = finish_reason(step.completion, called[step.index])
+                parts.append(chunk(step.index, {}, logprobs, reason))
+            if parts:
+                yield b"".join(parts)
+    last = b""
+    if usage_chunk:
+        last = event(_chunk(chat, [], True) | {"usage": _usage(chat, done)})
+    yield last + DONE
+
+
+def _chunk(chat: Chat, choices: list[dict[str, Any]], usage_chunk: bool) -> dict[str, Any]:
+    head = {
+        "id": chat.id,
+        "object": "chat.completion.chunk",
+        "created": chat.created,
+        "model": chat.served.name,
+        "system_fingerprint": chat.served.fingerprint,
+        "choices": choices,
+    }
+    return head | {"usage": None} if usage_chunk else head
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    if isinstance(piece, str):
+        return {"content": piece}
+    call: dict[str, Any] = {"index": piece.index}
+    if piece.id is not None:  # once only: clients join what they get
+        call |= {"id": piece.id, "type": "function"}
+    function = {"arguments": piece.arguments}
+    if piece.name is not None:
+        function = {"name": piece.name, **function}
+    return {"tool_calls": [{**call, "function": function}]}
+
+
+def _aligned(aligned: Aligned, step: Step) -> list[Placed]:
+    text = "".join(piece for piece in step.pieces if isinstance(piece, str))
+    return aligned.push(text, step.logprobs or (), step.completion is not None)
+
+
+def finish_reason(completion: Completion, called: bool) -> str:
+    """``tool_calls`` only where the model ended by itself: what was cut off is ``length``."""
+    return "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
+
+
+def _usage(chat: Chat, done: dict[int, Completion]) -> dict[str, Any]:
+    usages = [done[index].usage for index in range(len(chat.samplings))]
+    return total_usage(len(chat.tokens), usages, each=len(usages))

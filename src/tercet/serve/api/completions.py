@@ -1,0 +1,301 @@
+"""/v1/completions: texts that go on, one for each prompt or several, and how likely the prompts are (``echo``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from tercet.engine.engine import Engine
+from tercet.engine.request import Completion, TokenLogprob, Usage
+from tercet.engine.request import Request as EngineRequest
+from tercet.serve.api.embeddings import parts
+from tercet.serve.api.fields import SamplingBody, answer_limit, new_id, total_usage, unsupported
+from tercet.serve.api.hosted import pass_on
+from tercet.serve.api.logprobs import Aligned, CompletionLogprobs, Placed, token_offsets
+from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
+from tercet.serve.errors import APIError
+from tercet.serve.models import Models, Served
+from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
+
+router = APIRouter()
+
+MAX_TOKENS = 16  # where a request says nothing, as at OpenAI
+MAX_PROMPTS = 1024
+SCORE_TOKENS = 1024  # scored between two turns of the engine, so that streams go on meanwhile
+
+
+class CompletionsBody(SamplingBody):
+    """OpenAI's request."""
+
+    prompt: Prompts | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    suffix: str | None = None
+
+
+@dataclass
+class Prompt:
+    """One prompt as it is read, and as it is shown where it is echoed.
+
+    offsets: where each of its tokens begins in ``text``.
+    """
+
+    tokens: list[int]
+    text: str = ""
+    names: list[tuple[str, bytes]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    scores: list[TokenLogprob | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, ready for the engine: ``drawn`` answers to each prompt, of which ``n`` are shown."""
+
+    served: Served
+    body: CompletionsBody
+    prompts: list[Prompt]
+    requests: list[EngineRequest]  # none where no token is asked for
+    n: int
+    drawn: int
+    id: str = field(default_factory=lambda: new_id("cmpl"))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def usage(self) -> int:
+        """Tokens of all prompts."""
+        return sum(len(one.tokens) for one in self.prompts)
+
+
+@router.post("/v1/completions", responses=STREAMED)
+async def completions(request: Request, body: CompletionsBody) -> Response:
+    """What comes after each prompt."""
+    models: Models = request.app.state.models
+    served = models.get(body.model)
+    body.check_stream()
+    if served.hosted is not None:
+        return await pass_on(request, served, "/completions", body)
+    job = await prepare(served, body)
+    if body.stream:
+        return await event_stream(request, _chunks(job))
+    return JSONResponse(await while_connected(request, _whole(job)))
+
+
+# The request
+
+
+async def prepare(served: Served, body: CompletionsBody) -> Job:
+    """Check everything and encode the prompts. APIError 400 for all that is not honoured."""
+    if body.suffix:
+        raise unsupported("suffix", "the models here go on with texts, they don't fill gaps")
+    n = body.n or 1
+    drawn = body.best_of or n
+    if drawn < n:
+        raise _wrong("best_of", f"is {drawn}, and n is {n}; it must be as many at least")
+    if drawn > n and body.stream:
+        raise _wrong("best_of", "is more than n, and which are best is known at the end; leave out stream")
+    given = prompt_list("" if body.prompt is None else body.prompt)
+    if len(given) > MAX_PROMPTS:
+        raise _wrong("prompt", f"has {len(given)} prompts; at most {MAX_PROMPTS} are taken at once")
+    encoded = await encode_prompts(served, given, "prompt", begin=True)
+    prompts = [Prompt(tokens) for tokens in encoded]
+    if body.echo:
+        for prompt, text in zip(prompts, given, strict=True):
+            _show(served, prompt, text)
+    return Job(served, body, prompts, _requests(served, body, prompts, drawn), n, drawn)
+
+
+def _requests(
+    served: Served, body: CompletionsBody, prompts: Sequence[Prompt], drawn: int
+) -> list[EngineRequest]:
+    asked = MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if not asked:
+        return []
+    # Which of several is best is told by their log-probabilities.
+    logprobs = 0 if body.logprobs is None and drawn > (body.n or 1) else body.logprobs
+    most = served.worker.engine.max_waiting
+    if len(prompts) * drawn > most:
+        raise _wrong("prompt", f"asks for {len(prompts) * drawn} texts; this server takes {most} at once")
+    return [
+        EngineRequest(
+            tuple(prompt.tokens),
+            body.sampling(served, answer_limit(served, prompt.tokens, asked), logprobs, number),
+            adapter=served.adapter,
+        )
+        for prompt in prompts
+        for number in range(drawn)
+    ]
+
+
+def _show(served: Served, prompt: Prompt, given: str | list[int]) -> None:
+    """What an echo needs: the prompt's text, and where in it each token stands."""
+    prompt.names = served.worker.engine.token_pieces(prompt.tokens)
+    if isinstance(given, str):
+        prompt.text = given
+        tokens, spans = served.tokenizer.encode_with_offsets(given)
+        if tokens == prompt.tokens:
+            reached = 0
+            for start, end in spans:
+                prompt.offsets.append(max(start, reached if end == 0 else start))
+                reached = max(reached, end)
+            return
+    text, prompt.offsets = token_offsets([data for _, data in prompt.names])
+    prompt.text = given if isinstance(given, str) else text
+
+
+def _wrong(param: str, what: str) -> APIError:
+    return APIError(400, f"{param} {what}", param=param, code="invalid_value")
+
+
+async def _score(job: Job) -> None:
+    """How likely each token of the prompts is, where that is asked for."""
+    if not job.body.echo or job.body.logprobs is None:
+        return
+    top, served = job.body.logprobs, job.served
+    scores: list[list[TokenLogprob | None]] = []
+    for part in parts([one.tokens for one in job.prompts], SCORE_TOKENS):
+
+        def read(engine: Engine, part: Sequence[list[int]] = part) -> list[list[TokenLogprob | None]]:
+            return engine.prompt_logprobs(part, top, adapter=served.adapter)
+
+        scores += await served.worker.run(read)
+    for prompt, found in zip(job.prompts, scores, strict=True):
+        prompt.scores = found
+    if not job.requests and served.worker.meter is not None:
+        served.worker.meter.read(served.adapter, job.usage)
+
+
+# The answer
+
+
+async def _whole(job: Job) -> dict[str, Any]:
+    await _score(job)
+    done = await job.served.worker.generate(job.requests) if job.requests else []
+    choices = []
+    for place, prompt in enumerate(job.prompts):
+        answers: list[Completion | None] = [*done[place * job.drawn : (place + 1) * job.drawn]]
+        if not job.requests:
+            answers = [None] * job.n
+        elif job.drawn > job.n:
+            answers = sorted(answers, key=_mean_logprob, reverse=True)[: job.n]
+        choices += [_choice(job, prompt, answer) for answer in answers]
+    return {
+        "id": job.id,
+        "object": "text_completion",
+        "created": job.created,
+        "model": job.served.name,
+        "system_fingerprint": job.served.fingerprint,
+        "choices": [{"index": index, **choice} for index, choice in enumerate(choices)],
+        "usage": total_usage(job.usage, [one.usage for one in done], job.drawn),
+    }
+
+
+def _mean_logprob(answer: Completion | None) -> float:
+    """By OpenAI's rule: the highest log-probability per token."""
+    logprobs = answer.logprobs if answer is not None else None
+    return sum(one.logprob for one in logprobs) / len(logprobs) if logprobs else 0.0
+
+
+def _choice(job: Job, prompt: Prompt, answer: Completion | None) -> dict[str, Any]:
+    echoed = _echo(job, prompt)
+    text = "" if answer is None else answer.text
+    logprobs = echoed.logprobs
+    if logprobs is not None and answer is not None:
+        tokens = Aligned(silent=True).push(answer.text, answer.logprobs or (), ended=True)
+        _add(job, logprobs, tokens, len(echoed.text))
+    return {
+        "text": echoed.text + text,
+        "logprobs": None if logprobs is None else logprobs.body(),
+        "finish_reason": "length" if answer is None else answer.finish_reason,
+    }
+
+
+@dataclass(frozen=True)
+class _Echo:
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+def _echo(job: Job, prompt: Prompt) -> _Echo:
+    """What comes before the answer: the prompt, where it is echoed."""
+    wanted = job.body.logprobs is not None
+    logprobs = CompletionLogprobs.empty() if wanted else None
+    if not job.body.echo:
+        return _Echo("", logprobs)
+    if logprobs is not None:
+        tokenizer = job.served.tokenizer
+        for score, (name, data), offset in zip(prompt.scores, prompt.names, prompt.offsets, strict=True):
+            if score is None:
+                logprobs.add_first(name, data, offset)
+            else:
+                logprobs.add_token(score, tokenizer, offset, job.body.logprobs)
+    return _Echo(prompt.text, logprobs)
+
+
+def _add(job: Job, logprobs: CompletionLogprobs, tokens: Sequence[Placed], begin: int) -> None:
+    """Tokens of an answer that begins at ``begin`` of its choice's text."""
+    for one in tokens:
+        logprobs.add_token(one.token, job.served.tokenizer, begin + one.start, job.body.logprobs)
+
+
+async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
+    await _score(job)
+    echoed = [_echo(job, prompt) for prompt in job.prompts for _ in range(job.n)]
+    usage_chunk = job.body.usage_chunk
+    usages: dict[int, Usage] = {}
+
+    def chunk(index: int, text: str, logprobs: CompletionLogprobs | None, reason: str | None) -> bytes:
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": None if logprobs is None else logprobs.body(),
+            "finish_reason": reason,
+        }
+        return event(_chunk(job, [choice]) | ({"usage": None} if usage_chunk else {}))
+
+    opening = b""
+    if job.body.echo or not job.requests:
+        reason = None if job.requests else "length"
+        opening = b"".join(chunk(index, one.text, one.logprobs, reason) for index, one in enumerate(echoed))
+    if not job.requests:
+        yield opening
+    else:
+        aligned = [Aligned(silent=True) for _ in echoed]
+        async with aclosing(job.served.worker.stream(job.requests)) as deltas:
+            async for delta in deltas:
+                ended = delta.completion is not None
+                logprobs = None
+                if job.body.logprobs is not None:
+                    tokens = aligned[delta.index].push(delta.text, delta.logprobs or (), ended)
+                    logprobs = CompletionLogprobs.empty()
+                    _add(job, logprobs, tokens, len(echoed[delta.index].text))
+                reason = None
+                if delta.completion is not None:
+                    reason = delta.completion.finish_reason
+                    usages[delta.index] = delta.completion.usage
+                yield opening + chunk(delta.index, delta.text, logprobs, reason)
+                opening = b""
+    last = b""
+    if usage_chunk:
+        every = [usages[index] for index in sorted(usages)]
+        last = event(_chunk(job, []) | {"usage": total_usage(job.usage, every, job.drawn)})
+    yield last + DONE
+
+
+def _chunk(job: Job, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "object": "text_completion",
+        "created": job.created,
+        "model": job.served.name,
+        "system_fingerprint": job.served.fingerprint,
+        "choices": choices,
+    }

@@ -1,0 +1,118 @@
+"""/v1/embeddings: a vector of length 1 for each text."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from pydantic import Field
+
+from tercet.engine.engine import Engine
+from tercet.serve.api.fields import Body
+from tercet.serve.api.hosted import pass_on
+from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
+from tercet.serve.errors import APIError
+from tercet.serve.models import Models, Served
+from tercet.serve.streaming import while_connected
+
+router = APIRouter()
+
+MAX_INPUTS = 2048  # as at OpenAI
+TURN_TOKENS = 2048  # read between two turns of the engine, so that streams go on meanwhile
+
+
+class EmbeddingsBody(Body):
+    """OpenAI's request."""
+
+    model: str
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request, body: EmbeddingsBody) -> Response:
+    """The mean of what the head reads, as float32 numbers: a list, or their bytes in base64."""
+    models: Models = request.app.state.models
+    served = models.get(body.model)
+    if served.hosted is not None:
+        if body.encoding_format is None:  # null is "float", whatever the other server thinks
+            body.encoding_format = "float"
+        return await pass_on(request, served, "/embeddings", body)
+    prompts = prompt_list(body.input)
+    if len(prompts) > MAX_INPUTS:
+        raise APIError(
+            400,
+            f"input has {len(prompts)} texts; at most {MAX_INPUTS} are taken at once",
+            param="input",
+            code="invalid_value",
+        )
+    tokens = await encode_prompts(served, prompts, "input", begin=False)
+    vectors = await while_connected(request, embed(served, tokens))
+    if body.dimensions is not None:
+        vectors = shortened(vectors, body.dimensions)
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+                for index, vector in enumerate(vectors)
+            ],
+            "model": served.name,
+            "usage": {"prompt_tokens": sum(map(len, tokens)), "total_tokens": sum(map(len, tokens))},
+        }
+    )
+
+
+async def embed(served: Served, prompts: Sequence[list[int]]) -> NDArray[np.float32]:
+    """Vectors [N, H], a few texts at a time."""
+    worker = served.worker
+    found: list[NDArray[np.float32]] = []
+    for part in parts(prompts, TURN_TOKENS):
+
+        def read(engine: Engine, part: Sequence[list[int]] = part) -> NDArray[np.float32]:
+            return engine.embed(part, adapter=served.adapter)
+
+        found.append(await worker.run(read))
+    if worker.meter is not None:
+        worker.meter.read(served.adapter, sum(map(len, prompts)))
+    return np.concatenate(found)
+
+
+def parts(prompts: Sequence[list[int]], most: int) -> Iterator[Sequence[list[int]]]:
+    """The prompts in order, some at a time: ``most`` tokens together, or one longer prompt alone."""
+    begin, size = 0, 0
+    for place, prompt in enumerate(prompts):
+        if place > begin and size + len(prompt) > most:
+            yield prompts[begin:place]
+            begin, size = place, 0
+        size += len(prompt)
+    yield prompts[begin:]
+
+
+def shortened(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
+    """The first ``dimensions`` of each vector, of length 1 again. APIError 400 where there are fewer."""
+    size = vectors.shape[1]
+    if dimensions > size:
+        raise APIError(
+            400,
+            f"dimensions is {dimensions}; this model's vectors have {size}",
+            param="dimensions",
+            code="invalid_value",
+        )
+    cut = vectors[:, :dimensions]
+    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    scaled: NDArray[np.float32] = (cut / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+    return scaled
+
+
+def _encoded(vector: NDArray[np.float32], form: str | None) -> Any:
+    if form == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()

@@ -1,0 +1,65 @@
+"""From a checked conversation to an answer as it comes: what all protocols of chats have in common."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from tercet.engine.request import Completion, Request, Sampling, TokenLogprob
+from tercet.serve.models import Served
+from tercet.serve.tools.binding import ToolPlan, template_messages
+from tercet.serve.tools.parser import Piece
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is new of one choice. The last step of a choice has its ``completion``.
+
+    pieces: content and tool calls, in order; logprobs: of the tokens that have come, where asked for.
+    """
+
+    index: int
+    pieces: list[Piece]
+    logprobs: list[TokenLogprob] | None
+    completion: Completion | None = None
+
+
+def chat_tokens(served: Served, messages: Sequence[Mapping[str, Any]], plan: ToolPlan) -> list[int]:
+    """The prompt of a conversation, earlier calls and tools included. APIError 400 as `prompt_tokens`."""
+    return served.prompt_tokens(template_messages(messages, served.tokenizer), plan.tools)
+
+
+def content(pieces: Sequence[Piece]) -> str:
+    """What of an answer's pieces is no call."""
+    return "".join(piece for piece in pieces if isinstance(piece, str))
+
+
+async def steps(
+    served: Served,
+    tokens: Sequence[int],
+    samplings: Sequence[Sampling],
+    plan: ToolPlan,
+    *,
+    whole: bool,
+) -> AsyncGenerator[Step, None]:
+    """One answer for each of ``samplings``, as they come; closing the iterator ends them in the engine.
+
+    whole: nobody looks before the end, so that a malformed call can be content to its last character.
+
+    Raises:
+        QueueFull, UserError: with the first step, as `Worker.stream`.
+    """
+    requests = [
+        Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings
+    ]
+    parsers = [plan.parser(whole=whole) for _ in requests]
+    async with aclosing(served.worker.stream(requests)) as deltas:
+        async for delta in deltas:
+            parser = parsers[delta.index]
+            pieces = parser.push(delta)
+            if delta.completion is not None:
+                pieces += parser.finish()
+            if pieces or delta.logprobs or delta.completion is not None:
+                yield Step(delta.index, pieces, delta.logprobs, delta.completion)

@@ -1,0 +1,103 @@
+"""Answers of a model behind another server, for protocols that only this one speaks.
+
+The conversation goes there as a chat completion, and what comes back are the same steps as those of a
+model here. So an Anthropic client can use any server of OpenAI's protocol.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+
+from tercet.engine.request import Completion, FinishReason, Usage
+from tercet.serve.api.generation import Step
+from tercet.serve.api.hosted import bad_gateway, chat_chunks
+from tercet.serve.models import Served
+from tercet.serve.tools.binding import Wanted
+from tercet.serve.tools.parser import CallDelta, Piece
+
+Json = dict[str, Any]
+
+
+def chat_payload(
+    served: Served,
+    messages: Sequence[Json],
+    wanted: Wanted,
+    max_tokens: int | None,
+    fields: Mapping[str, Any],
+) -> Json:
+    """The body of a chat completion. ``fields``: more of them, under its names; None: not sent."""
+    assert served.hosted is not None
+    payload: Json = {"messages": list(messages), **fields}
+    limit = "max_completion_tokens" if served.hosted.reference.kind == "openai" else "max_tokens"
+    payload[limit] = max_tokens
+    if wanted.functions:
+        payload["tools"] = []
+        for one in wanted.functions:
+            tool = one.for_template()
+            if one.strict:
+                tool["function"]["strict"] = True
+            payload["tools"].append(tool)
+        payload["tool_choice"] = (
+            wanted.mode if wanted.only is None else {"type": "function", "function": {"name": wanted.only}}
+        )
+        if not wanted.parallel:
+            payload["parallel_tool_calls"] = False
+    return {name: value for name, value in payload.items() if value is not None}
+
+
+async def hosted_steps(request: Request, served: Served, payload: Json) -> AsyncGenerator[Step, None]:
+    """The answer as it comes; the last step has a completion without text or tokens.
+
+    Raises:
+        APIError: what the other server said, or 502 where it said nothing that can be understood.
+    """
+    began = time.perf_counter()
+    usage, reason = Usage(0, 0), None
+    begun: set[int] = set()  # calls
+    async with aclosing(chat_chunks(request, served, payload)) as chunks:
+        async for chunk in chunks:
+            usage = _usage(chunk.get("usage")) or usage
+            try:
+                choices = chunk.get("choices") or []
+                pieces = [piece for choice in choices for piece in _pieces(choice.get("delta") or {}, begun)]
+                reason = next(
+                    (choice["finish_reason"] for choice in choices if choice.get("finish_reason")), reason
+                )
+            except (AttributeError, KeyError, TypeError) as problem:
+                raise bad_gateway("the model's server did not answer in OpenAI's protocol") from problem
+            if pieces:
+                yield Step(0, pieces, None)
+    if reason is None:
+        raise bad_gateway("the model's server ended in the middle of the answer")
+    if reason == "content_filter":
+        raise bad_gateway("the content filter of the model's server stopped the answer")
+    ended: FinishReason = "length" if reason == "length" else "stop"
+    yield Step(0, [], None, Completion("", [], None, usage, ended, time.perf_counter() - began))
+
+
+def _pieces(delta: Mapping[str, Any], begun: set[int]) -> list[Piece]:
+    text = delta.get("content") or delta.get("refusal")
+    pieces: list[Piece] = [str(text)] if text else []
+    for call in delta.get("tool_calls") or []:
+        index, function = int(call["index"]), call.get("function") or {}
+        first = index not in begun
+        begun.add(index)
+        name = str(function.get("name") or "") if first else None
+        arguments = str(function.get("arguments") or "")
+        pieces.append(
+            CallDelta(index, str(call.get("id") or f"call_{index}") if first else None, name, arguments)
+        )
+    return pieces
+
+
+def _usage(reported: object) -> Usage | None:
+    if not isinstance(reported, dict):
+        return None
+    counts = [reported.get(name) for name in ("prompt_tokens", "completion_tokens")]
+    read, written = (count if isinstance(count, int) else 0 for count in counts)
+    return Usage(read, written)

@@ -1,0 +1,81 @@
+"""Prompts that are no conversations: a text or tokens, one or many, as OpenAI's older endpoints take them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from pydantic import Field, WrapValidator
+from pydantic_core import PydanticCustomError
+
+from tercet.data.conversation import check_text
+from tercet.errors import UserError
+from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.models import Served
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1)]
+TokenLists = Annotated[list[Tokens], Field(min_length=1)]
+
+
+def _one_of_four(value: Any, handler: Any) -> Any:
+    try:
+        return handler(value)
+    except ValueError:
+        raise PydanticCustomError(
+            "prompts", "must be a string, a list of strings, a list of token ids or a list of such lists"
+        ) from None
+
+
+Prompts = Annotated[str | Texts | Tokens | TokenLists, WrapValidator(_one_of_four)]
+
+
+def prompt_list(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """Each prompt by itself."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = prompts
+    return [several] if isinstance(several[0], int) else several
+
+
+async def encode_prompts(
+    served: Served, prompts: list[str | list[int]], param: str, *, begin: bool
+) -> list[list[int]]:
+    """Tokens of each prompt, special ones included.
+
+    begin: whether an empty text is one that begins with the tokenizer's BOS, or else its EOS: a new
+        document. Otherwise it is refused, as it always is where there are neither.
+
+    Raises:
+        APIError: 400; a prompt is empty, too long, or has tokens that the model doesn't know.
+    """
+    return await asyncio.to_thread(lambda: [_encode(served, one, param, begin) for one in prompts])
+
+
+def _encode(served: Served, prompt: str | list[int], param: str, begin: bool) -> list[int]:
+    tokenizer = served.tokenizer
+    if isinstance(prompt, str):
+        try:
+            tokens = tokenizer.encode(check_text(prompt, param))
+        except UserError as problem:
+            raise from_user_error(problem, param) from problem
+        if not prompt and not begin:
+            tokens = []  # BOS alone is no text
+        elif not tokens:
+            first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+            tokens = [] if first is None else [first]
+    else:
+        tokens = prompt
+        size = served.worker.engine.backend.vocab_size
+        if max(tokens) >= size:
+            raise APIError(
+                400,
+                f"{param} has token {max(tokens)}; the model knows 0 to {size - 1}",
+                param=param,
+                code="invalid_value",
+            )
+    if not tokens:
+        raise APIError(400, f"{param} holds an empty text", param=param, code="invalid_value")
+    served.check_length(tokens, param)
+    return tokens

@@ -1,0 +1,230 @@
+"""What a request to OpenAI's Responses API says, as a conversation and settings.
+
+Nothing is stored here, so that everything which would need a stored response is refused, and so is
+every field that would change the answer and can't be honoured. Fields about billing, caches and abuse
+change none and are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tercet.engine.constraint import Grammar
+from tercet.engine.request import Sampling
+from tercet.serve.api.chat_messages import PART_SEPARATOR
+from tercet.serve.api.fields import SMALLEST_TOP_P, Body, unsupported
+from tercet.serve.api.response_format import checked_schema
+from tercet.serve.errors import APIError
+
+Json = dict[str, Any]
+LOGPROBS = "message.output_text.logprobs"
+# Nothing here produces what these would include.
+_VACUOUS = (
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+)
+# Fields that would need what this server has not, and what to do.
+_REFUSED = {
+    "previous_response_id": "responses are not stored here; send the whole conversation as input",
+    "conversation": "conversations are not stored here; send the whole conversation as input",
+    "prompt": "prompts are not stored here; send instructions and input",
+    "background": "responses are not stored here, so that none can be fetched later; use stream",
+    "context_management": "conversations are not compacted here; shorten input",
+    "moderation": "there is no moderation here",
+}
+
+
+class TextFormat(Body):
+    """The form of the answer's text."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class TextConfig(Body):
+    """``text``."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Reasoning(Body):
+    """``reasoning``: models here have no switch for it, so that only none can be asked for."""
+
+    effort: Literal["none"] | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class StreamOptions(Body):
+    """``stream_options``."""
+
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseRequest(Body):
+    """The body of ``POST /v1/responses``."""
+
+    model: str
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    text: TextConfig | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of built-in tools, which there are none of
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    truncation: Literal["disabled"] | None = None
+    reasoning: Reasoning | None = None
+    store: Literal[False] | None = None
+    # No effect on the answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    # Refused when set.
+    previous_response_id: str | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    background: bool | None = None
+    context_management: list[Any] | None = None
+    moderation: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """APIError 400 for what is asked for in vain."""
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise unsupported(name, reason)
+        for number, name in enumerate(self.include or []):
+            if name != LOGPROBS and name not in _VACUOUS:
+                raise _wrong(f"include[{number}]", f"is {name!r:.60}, which is nothing that can be included")
+        if self.top_logprobs is not None and not self.wants_logprobs:
+            raise _wrong("top_logprobs", f"needs {LOGPROBS} in include")
+        if self.wants_logprobs and self.tools:
+            raise unsupported("include", f"{LOGPROBS} not together with tools, whose calls are no text")
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        """The engine's settings; OpenAI's default temperature is 1."""
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_p=1.0 if self.top_p is None else max(float(self.top_p), SMALLEST_TOP_P),
+            logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+        )
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probability of each token is asked for."""
+        return LOGPROBS in (self.include or [])
+
+    @property
+    def format(self) -> TextFormat:
+        """``text.format``, or plain text."""
+        return (self.text and self.text.format) or TextFormat()
+
+    async def form(self) -> Grammar | None:
+        """The grammar of the answer's text. APIError 400 for a schema that can't be enforced."""
+        wanted = self.format
+        if wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return await checked_schema({"type": "object"}, "text.format")
+        for name, value in (("name", wanted.name), ("schema", wanted.schema_)):
+            if value is None:
+                raise _missing(f"text.format.{name}")
+        return await checked_schema(wanted.schema_ or {}, "text.format.schema")
+
+    def messages(self) -> list[Json]:
+        """The conversation as messages of chat completions."""
+        opening = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*opening, {"role": "user", "content": self.input}]
+        found: list[Json] = []
+        for number, item in enumerate(self.input):
+            _add(item, f"input[{number}]", found)
+        return [*opening, *found]
+
+
+def _add(item: Mapping[str, Any], where: str, messages: list[Json]) -> None:
+    """Put an item of the input behind ``messages``; calls become part of the assistant's message."""
+    kind = item.get("type") or ("message" if "role" in item else None)
+    if kind is None:
+        raise _missing(f"{where}.type")
+    if kind == "message":
+        role = item.get("role")
+        if role not in ("user", "assistant", "system", "developer"):
+            raise _wrong(f"{where}.role", f"is {role!r:.60}; it is user, assistant, system or developer")
+        messages.append({"role": role, "content": _text(item.get("content"), f"{where}.content")})
+    elif kind == "function_call":
+        name, call_id, arguments = (_string(item, key, where) for key in ("name", "call_id", "arguments"))
+        call = {
+            "id": call_id,
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None})
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        text = _text(item.get("output"), f"{where}.output")
+        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": text})
+    else:
+        raise _wrong(
+            f"{where}.type",
+            f"is {kind!r:.60}; it is message, function_call or function_call_output here",
+            "unsupported_value",
+        )
+
+
+def _text(content: object, where: str) -> str:
+    """A string, or the text of typed parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise _wrong(where, "must be a string or a list of parts")
+    texts = []
+    for number, part in enumerate(content):
+        place = f"{where}[{number}]"
+        if not isinstance(part, dict):
+            raise _wrong(place, "must be an object")
+        kind = part.get("type")
+        if kind not in ("input_text", "output_text", "text", "refusal"):
+            raise _wrong(f"{place}.type", f"is {kind!r:.60}; models here read text only", "unsupported_value")
+        texts.append(_string(part, "refusal" if kind == "refusal" else "text", place))
+    return PART_SEPARATOR.join(texts)
+
+
+def _string(entry: Mapping[str, Any], key: str, where: str) -> str:
+    value = entry.get(key)
+    if value is None:
+        raise _missing(f"{where}.{key}")
+    if not isinstance(value, str):
+        raise _wrong(f"{where}.{key}", "must be a string", "invalid_type")
+    return value
+
+
+def _wrong(param: str, what: str, code: str = "invalid_value") -> APIError:
+    return APIError(400, f"{param} {what}", param=param, code=code)
+
+
+def _missing(param: str) -> APIError:
+    return APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")

@@ -1,0 +1,114 @@
+"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them and lm-eval asks for them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from tercet.data.conversation import check_text
+from tercet.errors import UserError
+from tercet.serve.api.chat_messages import Message, template_form
+from tercet.serve.api.fields import Body
+from tercet.serve.api.prompts import TokenId
+from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.models import Models, Served
+from tercet.serve.tools.binding import template_messages
+
+router = APIRouter()
+
+
+class TokenizeBody(Body):
+    """A text or a conversation; ``model``: the first one that is served, where it is left out."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Body):
+    """Tokens."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+def _served(request: Request, name: str | None) -> Served:
+    models: Models = request.app.state.models
+    return models.default if name is None else models.get(name)
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request, body: TokenizeBody) -> Response:
+    """Token ids of a text (special tokens included unless refused), or of a rendered conversation."""
+    served = _served(request, body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise APIError(
+            400, "give a prompt or messages, one of them", param="prompt", code="missing_required_parameter"
+        )
+    if body.messages is not None and body.add_special_tokens is not None:
+        raise APIError(
+            400,
+            "add_special_tokens is for a prompt; a chat template has its own",
+            param="add_special_tokens",
+            code="invalid_value",
+        )
+    tokens = await asyncio.to_thread(_encode, served, body)
+    found: dict[str, Any] = {
+        "count": len(tokens),
+        "max_model_len": served.max_context,
+        "tokens": tokens,
+        "token_strs": None,
+    }
+    if body.return_token_strs:
+        found["token_strs"] = [served.tokenizer.token_text(token) for token in tokens]
+    return JSONResponse(found)
+
+
+def _encode(served: Served, body: TokenizeBody) -> list[int]:
+    if body.messages is not None:
+        return served.prompt_tokens(template_messages(template_form(body.messages), served.tokenizer))
+    try:
+        text = check_text(body.prompt, "prompt")
+    except UserError as problem:
+        raise from_user_error(problem, "prompt") from problem
+    return served.tokenizer.encode(text, special=body.add_special_tokens is not False)
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request, body: DetokenizeBody) -> Response:
+    """The text of tokens, special ones as they are written."""
+    served = _served(request, body.model)
+    size = served.tokenizer.vocab_size
+    if body.tokens and max(body.tokens) >= size:
+        raise APIError(
+            400,
+            f"tokens has {max(body.tokens)}; the tokenizer knows 0 to {size - 1}",
+            param="tokens",
+            code="invalid_value",
+        )
+    text = await asyncio.to_thread(served.tokenizer.decode, body.tokens, False)
+    return JSONResponse({"prompt": text})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request, model: Annotated[str | None, Query()] = None) -> Response:
+    """Named tokens and the chat template."""
+    served = _served(request, model)
+    tokenizer = served.tokenizer
+    return JSONResponse(
+        {
+            "tokenizer_class": str(tokenizer.config.get("tokenizer_class", "PreTrainedTokenizerFast")),
+            "vocab_size": tokenizer.vocab_size,
+            "max_model_len": served.max_context,
+            "bos_token": tokenizer.named_tokens.get("bos_token"),
+            "eos_token": tokenizer.named_tokens.get("eos_token"),
+            "pad_token": tokenizer.named_tokens.get("pad_token"),
+            "chat_template": tokenizer.chat_template,
+        }
+    )

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tercet.data.fewshot import Example, ShotSelector, choose, few_shot_messages, few_shot_text, separator
+from tercet.errors import UserError
+
+TRAIN = [Example(f"text {number}", "spam" if number % 5 == 0 else "ham") for number in range(50)]
+LABELS = ["ham", "spam"]
+
+
+def test_balanced_shots_take_the_labels_in_turn() -> None:
+    shots = choose(TRAIN, 6, LABELS, seed=1)
+    assert Counter(shot.target for shot in shots) == {"ham": 3, "spam": 3}
+    assert len(set(shots)) == 6
+    assert set(shots) <= set(TRAIN)
+
+
+def test_a_label_that_runs_out_leaves_its_turns_to_the_others() -> None:
+    train = [*[Example(f"h{n}", "ham") for n in range(8)], Example("s", "spam")]
+    assert Counter(shot.target for shot in choose(train, 6, LABELS)) == {"ham": 5, "spam": 1}
+
+
+def test_the_seed_alone_decides() -> None:
+    assert choose(TRAIN, 6, LABELS, seed=3) == choose(TRAIN, 6, LABELS, seed=3)
+    assert len({tuple(choose(TRAIN, 6, LABELS, seed=seed)) for seed in range(5)}) == 5
+
+
+def test_open_tasks_draw_from_all_examples() -> None:
+    train = [Example(str(n), f"answer {n}") for n in range(10)]
+    assert len(set(choose(train, 4, seed=2))) == 4
+
+
+def test_similar_shots_are_the_nearest_with_the_nearest_last() -> None:
+    train = [
+        Example("open a network socket to a server", "network"),
+        Example("parse the date and time of day", "time"),
+        Example("listen on a socket of the network", "network"),
+        Example("bake bread in an oven", "food"),
+    ]
+    selector = ShotSelector(train, 2, method="similar")
+    shots = selector.choose("listen on a network socket")
+    assert [shot.input for shot in shots] == [
+        "open a network socket to a server",
+        "listen on a socket of the network",
+    ]
+    assert selector.choose("what time of day")[-1].target == "time"
+
+
+def test_similar_works_on_texts_of_one_character_and_on_empty_ones() -> None:
+    train = [Example("好", "a"), Example("", "b"), Example("坏", "c")]
+    assert choose(train, 1, method="similar", query="好")[0].target == "a"
+    assert len(choose(train, 3, method="similar", query="")) == 3
+
+
+def test_what_cannot_be_chosen_is_refused() -> None:
+    with pytest.raises(UserError, match="9 shots from 3 train examples"):
+        choose(TRAIN[:3], 9, LABELS)
+    with pytest.raises(UserError, match="balanced and similar"):
+        choose(TRAIN, 2, method="best")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="for a query"):
+        choose(TRAIN, 2, method="similar")
+    with pytest.raises(UserError, match="'spam', which is not among"):
+        choose(TRAIN, 2, ["ham", "eggs"])
+
+
+def test_the_text_for_a_base_model_ends_open_with_the_query() -> None:
+    shots = [Example("Text: a\nLabel:", "ham"), Example("Text: b\nLabel:\n", "spam")]
+    assert few_shot_text(shots, "Text: c\nLabel:", "Sort these.") == (
+        "Sort these.\n\nText: a\nLabel: ham\n\nText: b\nLabel:\nspam\n\nText: c\nLabel:"
+    )
+    assert few_shot_text([], "Text: c\nLabel:") == "Text: c\nLabel:"
+    assert separator("Label:") == " "
+    assert separator("Label:\n") == ""
+
+
+def test_the_conversation_for_a_chat_model_shows_shots_as_exchanges() -> None:
+    assert few_shot_messages([Example("a?", "b")], "c?", "Be brief.") == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c?"},
+    ]

@@ -1,0 +1,112 @@
+"""The rule that recommends a rung, and that results survive being written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tercet.errors import UserError
+from tercet.ladder.result import RULE, Difference, Level, Prediction, Report, RungResult, Step, recommend
+
+
+def rung(name: str, score: float, level: Level = "tune", **gains: tuple[float, float, float]) -> RungResult:
+    """gains: to each cheaper rung (low, high, p)."""
+    differences = [
+        Difference(to, (low + high) / 2, low, high, p, "McNemar exact")
+        for to, (low, high, p) in gains.items()
+    ]
+    return RungResult(name, level, score=score, low=score - 0.05, high=score + 0.05, differences=differences)
+
+
+def test_a_dearer_rung_must_be_better_beyond_chance() -> None:
+    ladder = [
+        rung("majority", 0.3, "baseline"),
+        rung("tfidf", 0.8, "baseline", majority=(0.4, 0.6, 0.0001)),
+        rung("lora", 0.82, majority=(0.4, 0.6, 0.0001), tfidf=(-0.01, 0.05, 0.2)),
+    ]
+    name, reason = recommend(ladder)
+    assert name == "tfidf"
+    assert "80.0%" in reason and "50.0 points above majority" in reason and "lora, adds 2.0 points" in reason
+
+
+def test_it_is_compared_with_the_rung_held_so_far_not_with_the_best_before() -> None:
+    # b is a little better than a, c a little better than b, and c measurably better than a.
+    ladder = [
+        rung("a", 0.70),
+        rung("b", 0.72, a=(-0.01, 0.05, 0.2)),
+        rung("c", 0.75, a=(0.01, 0.09, 0.01), b=(-0.01, 0.07, 0.1)),
+    ]
+    assert recommend(ladder)[0] == "c"
+
+
+def test_an_interval_above_zero_is_not_enough_for_a_handful_of_examples() -> None:
+    # 3 against 0 of 3 examples: the bootstrap's interval is [1, 1], McNemar's p is 0.25.
+    assert recommend([rung("a", 0.0), rung("b", 1.0, a=(1.0, 1.0, 0.25))])[0] == "a"
+
+
+def test_failed_rungs_are_passed_over() -> None:
+    ladder = [
+        RungResult("majority", "baseline", "failed", reason="no"),
+        rung("a", 0.5),
+        RungResult("b", "tune", "failed", reason="no"),
+        rung("c", 0.9, a=(0.2, 0.6, 0.001)),
+    ]
+    assert recommend(ladder)[0] == "c"
+
+
+def test_nothing_beats_majority_is_said() -> None:
+    name, reason = recommend(
+        [rung("majority", 0.9, "baseline"), rung("lora", 0.89, majority=(-0.03, 0.01, 0.5))]
+    )
+    assert name == "majority"
+    assert "nothing here beats always giving the commonest answer" in reason
+
+
+def test_one_rung_or_none_is_said() -> None:
+    broken = RungResult("lora", "tune", "failed", reason="no memory")
+    assert recommend([rung("tfidf", 0.8), broken]) == (
+        "tfidf", "tfidf is the only rung that succeeded (80.0%); nothing stands beside it.",
+    )  # fmt: skip
+    name, reason = recommend([broken])
+    assert name is None and "No rung succeeded" in reason
+
+
+def test_the_rule_says_what_is_done() -> None:
+    assert "cheapest" in RULE and "95% interval" in RULE and "0.05" in RULE and "tie" in RULE
+
+
+def test_a_report_is_equal_after_json() -> None:
+    gain = Difference("majority", 0.5, 0.4, 0.6, 0.001, "McNemar exact")
+    result = RungResult(
+        "lora", "tune", score=0.8, low=0.7, high=0.9, differences=[gain], difference=gain, cost_per_thousand=0.2,
+        details={"rank": 16, "targets": ["q_proj"]}, predictions="rungs/lora/predictions.jsonl",
+    )  # fmt: skip
+    failed = RungResult("full", "tune", "failed", reason="out of memory")
+    report = Report(
+        "t", 3, "accuracy", 10, 5, 5, [result, failed], "lora", "because", labels=["a", "b"], base={"tokens": 5},
+        decontamination={"removed": 2}, machine={"cores": 2}, versions={"tercet": "0"}, notes=["n"],
+        next_steps=[Step("w", "c")],
+    )  # fmt: skip
+    again = Report.from_json(json.loads(json.dumps(report.to_json())))
+    assert again == report
+    prediction = Prediction("id", "text", "target", 1.0, 3, 0.1, None)
+    assert Prediction.from_json(json.loads(json.dumps(prediction.to_json()))) == prediction
+
+
+def test_results_that_contradict_themselves_are_refused() -> None:
+    scored: dict[str, Any] = {"score": 1.0, "low": 1.0, "high": 1.0}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"level": "tune"}, "is ok but has no score"),
+        ({"level": "tune", "status": "failed"}, "failed without a reason"),
+        ({"level": "hill", **scored}, "level is 'hill'"),
+        ({"level": "tune", "status": "maybe", **scored}, "status is 'maybe'"),
+    ]
+    for fields, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            RungResult("a", **fields)
+    with pytest.raises(UserError, match="failed without a reason"):
+        RungResult.from_json({"name": "a", "level": "tune", "status": "failed"})
+    with pytest.raises(UserError, match="a prediction has no field 'score'"):
+        Prediction.from_json({"id": "1", "text": "", "target": ""})

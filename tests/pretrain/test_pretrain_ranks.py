@@ -1,0 +1,68 @@
+"""A build in two processes, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from tercet.errors import UserError
+from tercet.pretrain.pretrain import build
+
+SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32", "--batch-tokens", "256"]
+# The measured speed of a busy machine must not decide in what type it computes.
+START = (
+    "import tercet.train.calibrate as calibrate\n"
+    "calibrate._measure = lambda *a: calibrate.Speed(3_000.0, 'float32', 1)\n"
+    "import runpy\n"
+    "runpy.run_module('tercet', run_name='__main__')\n"
+)
+
+
+def run(path: Path, count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    (path / "start.py").write_text(START)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run(
+        [*launch, str(path / "start.py"), "build", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ["the", "small", "red", "cat", "dog", "runs", "sleeps", "under", "tree", "house"]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 90))}) + "\n" for _ in range(200)))
+    common = ["--data", str(text), "--tokens", "20000", *SHAPE]
+    done = run(tmp_path, 2, [*common, "--parallel", "fsdp", "--out", str(tmp_path / "two"), "--json"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)  # of the first process alone
+    one = build(
+        text,
+        tmp_path / "one",
+        tokens=20_000,
+        layers=1,
+        width=32,
+        vocab_size=300,
+        context=32,
+        batch_tokens=256,
+    )
+    assert two["bits_per_byte"] == pytest.approx(one.bits_per_byte, rel=1e-3)
+    assert two["tokens"] == one.tokens
+    assert AutoModelForCausalLM.from_pretrained(two["model"]).num_parameters() == one.parameters
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        path.name for path in (tmp_path / "one").iterdir()
+    }
+    wrong = run(tmp_path, 2, [*common[:2], "--tokens", "-1", "--out", str(tmp_path / "three")])
+    assert wrong.returncode != 0 and "--tokens is -1" in wrong.stderr
+    with pytest.raises(UserError, match="--parallel is for several processes"):
+        build(text, tmp_path / "four", tokens=20_000, parallel="ddp")
