@@ -29,6 +29,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def size(count: float) -> str:
+    """Return a number of bytes for people, as ``12 kB`` or ``3.4 MB``: decimal units, as disks are sold."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.1f} {unit}" if value < 9.95 and unit != "B" else f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
 class Progress:
     """Work with a known total: ``with Progress("training", 1000, "tokens") as bar: bar.advance(10)``.
 

@@ -66,9 +66,9 @@ def curate(
 
     from tercet.curation.mixture import parse_weight
     from tercet.curation.pipeline import curate as run
-    from tercet.curation.report import share, size
+    from tercet.curation.report import share
     from tercet.files import dump_json
-    from tercet.progress import duration, say
+    from tercet.progress import duration, say, size
 
     made = run(
         data,

@@ -13,7 +13,7 @@ from tercet.curation.tally import EXAMPLES, Amount, Tally, total
 from tercet.curation.work import Work
 from tercet.curation.writing import shard_name
 from tercet.files import read_json, write_atomic, write_json
-from tercet.progress import duration
+from tercet.progress import duration, size
 
 Account = dict[str, Any]
 
@@ -172,16 +172,6 @@ def page(result: Account) -> str:
     environment.filters.update(size=size, duration=duration)
     environment.globals["share"] = share
     return environment.get_template("report.html.jinja").render(report=result)
-
-
-def size(count: float) -> str:
-    """``12 kB``, ``3.4 MB``: decimal units, as disks are sold."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.1f} {unit}" if value < 9.95 and unit != "B" else f"{value:.0f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
 
 
 def share(part: float, whole: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.files import read_json, write_atomic, write_json
 from tercet.ladder.result import Prediction, Report, RungResult
-from tercet.progress import duration
+from tercet.progress import duration, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -248,7 +248,7 @@ def table(report: Report) -> Table:
                 p_value(rung.difference.p) if rung.difference else "",
                 seconds(rung.latency_p50),
                 duration(rung.setup_seconds),
-                size(rung.size_bytes),
+                "" if rung.size_bytes is None else size(rung.size_bytes),
             ]
             cells += [money(rung.cost_per_thousand)] if has_cost else []
         else:
@@ -281,18 +281,6 @@ def seconds(value: float | None) -> str:
     if value < 0.01:
         return f"{1000 * value:.2g} ms" if value >= 5e-5 else "< 0.1 ms"
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s" if value < 60 else duration(value)
-
-
-def size(count: int | None) -> str:
-    """``12 kB``, ``3.4 MB``: decimal units, as disks are sold."""
-    if count is None:
-        return ""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.1f} {unit}" if value < 9.95 and unit != "B" else f"{value:.0f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"
 
 
 def money(dollars: float | None) -> str:
