@@ -442,7 +442,7 @@ def test_a_mistake_in_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
         ({"processes": 0}, "--processes is 0"),
         ({"bands": 0}, "--bands is 0"),
         ({"shard_mb": 0}, "--shard-mb is 0"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"seed": -1}, "`seed` is -1"),
         ({"weights": {"books": 2.0}}, "--weight books: there is no such source"),
         ({"decontaminate": ["nowhere.jsonl"]}, "nowhere.jsonl"),
     ],

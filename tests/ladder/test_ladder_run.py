@@ -257,7 +257,7 @@ def test_a_killed_climb_goes_on_and_gives_the_same_numbers(
         ({"rungs": []}, "no rung to climb"),
         ({"minutes": 0}, "--minutes is 0"),
         ({"minutes": float("inf")}, "--minutes is inf"),
-        ({"seed": -1}, "--seed is -1; it must be from 0 to"),
+        ({"seed": -1}, "`seed` is -1; it must be from 0 to"),
         ({"model": "nowhere/at/all"}, "no model at nowhere/at/all"),
     ],
 )

@@ -7,7 +7,6 @@ stay or go whole; lines are never cut out of them.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from tercet.curation import PRESETS
 from tercet.curation.language import Languages
 from tercet.curation.personal_data import mask_personal_data
 from tercet.curation.text_statistics import STOP_WORDS, Counts, Words, count, duplicate_grams, top_gram
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 
 __all__ = ["PRESETS", "Dropped", "Rules", "mask_personal_data"]
 
@@ -226,5 +225,5 @@ def _names() -> list[str]:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, _names(), n=1)
+    near = nearest(name, _names())
     return f" (did you mean {near[0]}?)" if near else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.files import parse_jsonl
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
@@ -87,7 +86,7 @@ def nearest_file(path: Path) -> str:
     """``; did you mean X?`` where the directory holds a name like this one, else nothing."""
     if not path.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
+    near = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.files import read_text
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -81,7 +80,7 @@ class Template:
             return
         faults = []
         if missing:
-            near = difflib.get_close_matches(missing[0], available, n=1)
+            near = nearest(missing[0], available)
             hint = f" (did you mean {{{near[0]}}}?)" if near else ""
             faults.append(f"no value for {_names(missing)}{hint}")
         if unused:

@@ -15,7 +15,6 @@ Importing this needs the extra ``lm-eval``.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import sys
 import time
@@ -37,7 +36,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tercet.engine.request import Request, Sampling
 from tercet.engine.scoring import Continuation
 from tercet.engine.scoring import evaluate as score
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.model.reference import parse_reference
 from tercet.progress import Progress
 from tercet.prompt.local import LocalModel
@@ -308,7 +307,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Task
     manager = TaskManager(include_path=path)
     for task in tasks:
         if task not in manager.all_tasks and not Path(task).is_file():
-            near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+            near = nearest(task, manager.all_tasks, limit=3)
             hint = (
                 f"did you mean {', '.join(near)}?" if near else "--include-path names a directory of your own"
             )

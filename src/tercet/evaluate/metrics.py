@@ -7,7 +7,6 @@ macro-F1 the numbers are the scores themselves and the aggregate is their mean.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import re
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.evaluate import statistics
 from tercet.evaluate.json_schema import canonical, check_schema, conforms, parse_json
 
@@ -218,7 +217,7 @@ def load_metric(
     if name == "regex" and "pattern" in options:
         return _from_pattern(options["pattern"], where)
     if name not in _PLAIN:
-        near = difflib.get_close_matches(name, METRICS, n=1)
+        near = nearest(name, METRICS)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(f"{where} {name!r} is unknown{hint} The metrics are {', '.join(METRICS)}")
     score, binary = _PLAIN[name]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.files import read_text
 
 # Field: the types it may have, and how messages call them.
@@ -94,7 +93,7 @@ class TaskFile:
         unknown = [name for name in self.values if name not in fields]
         if unknown:
             raise UserError(
-                f"{self.at(unknown[0])}: unknown field {unknown[0]!r}; {nearest(unknown[0], list(fields))}"
+                f"{self.at(unknown[0])}: unknown field {unknown[0]!r}; {field_hint(unknown[0], list(fields))}"
             )
         for name, value in self.values.items():
             kinds, words = fields[name]
@@ -118,7 +117,7 @@ class TaskFile:
         for key in data:
             if key not in _DATA_FIELDS:
                 raise UserError(
-                    f"{where}: data has no field {key!r}; {nearest(str(key), list(_DATA_FIELDS))}"
+                    f"{where}: data has no field {key!r}; {field_hint(str(key), list(_DATA_FIELDS))}"
                 )
         if "path" in data:
             if "train" in data:
@@ -171,9 +170,9 @@ class TaskFile:
         return [str(label) for label in value]
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def field_hint(name: str, known: Sequence[str]) -> str:
     """``did you mean X?`` or else all there are."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = nearest(name, known)
     return f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
 
 
@@ -215,7 +214,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(problem).split())}") from problem
     for key in value:
         if not isinstance(key, str):
-            raise UserError(f"{path}: unknown field {key!r}; {nearest(str(key), list(_EXAMPLES))}")
+            raise UserError(f"{path}: unknown field {key!r}; {field_hint(str(key), list(_EXAMPLES))}")
     lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
     return value, lines
 

@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 
 Kind = Literal["checkpoint", "adapter", "hub", "openai", "anthropic", "http", "transformers"]
 GRAMMAR = (
@@ -142,9 +141,7 @@ def _provider(text: str, scheme: str, name: str) -> Reference:
         if scheme == "anthropic":
             return Reference("anthropic", text, name=name, base_url=ANTHROPIC_URL)
         return Reference("openai", text, name=name, base_url=os.environ.get("OPENAI_BASE_URL") or OPENAI_URL)
-    near = difflib.get_close_matches(
-        scheme.lower(), ["openai", "anthropic", "transformers", "http", "https"], n=1, cutoff=0.5
-    )
+    near = nearest(scheme.lower(), ["openai", "anthropic", "transformers", "http", "https"])
     meant = ""
     if near:
         meant = (
@@ -177,7 +174,7 @@ def _nearest(text: str) -> str:
     # A run is offered by its own short name: runs/mine rather than runs/mine/model.
     runs = [found.parent if found.name == "model" else found for found in models_under("runs")]
     candidates = list(dict.fromkeys(str(entry) for entry in [*beside, *runs]))
-    near = difflib.get_close_matches(text.rstrip("/"), candidates, n=3, cutoff=0.5) or candidates[:3]
+    near = nearest(text.rstrip("/"), candidates, limit=3) or candidates[:3]
     return f"; nearest: {', '.join(near)}" if near else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from tercet.data.conversation import ContextOverflow, Message, check_messages, check_text
 from tercet.engine.request import Completion
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt
 
@@ -127,7 +126,7 @@ class ChatSession:
             "/exit": lambda _: Reply(leave=True),
         }
         if name not in actions:
-            near = difflib.get_close_matches(name, actions, n=1, cutoff=0.5)
+            near = nearest(name, actions)
             raise UserError(
                 f"there is no {name}; {f'did you mean {near[0]}?' if near else '/help lists the commands'}"
             )

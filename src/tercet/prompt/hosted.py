@@ -7,7 +7,6 @@ sent, what came back and what went wrong, each mistake in one line.
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tercet.data.conversation import ContextOverflow, Message
 from tercet.engine.request import Completion, FinishReason, Score, TokenLogprob, Usage
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.model.reference import Reference
 from tercet.prompt.output import Output
 
@@ -399,7 +398,7 @@ class OpenAIModel:
             names = self._served()
         except UserError:
             return ""
-        near = difflib.get_close_matches(self.model, names, n=3, cutoff=0.4) or names[:3]
+        near = nearest(self.model, names, limit=3) or names[:3]
         return f"; nearest: {', '.join(near)}" if near else ""
 
     def _said(self, problem: Any) -> str:

@@ -9,7 +9,6 @@ llm.generate("A person:", schema=Person).parsed  # Person: a pydantic class
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from tercet.data.conversation import Message, check_messages, check_text, conversation
 from tercet.engine.constraint import Grammar
 from tercet.engine.request import Completion, Sampling, Score
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.model.reference import parse_reference
 from tercet.prompt.output import OPTIONS, Output, OutputError, wanted_output
 from tercet.prompt.prices import Price, as_price, known_price
@@ -430,7 +429,7 @@ def _settings(sampling: Sampling | None, fields: dict[str, Any]) -> dict[str, An
     """All fields of the Sampling that is meant, checked. UserError names the nearest of a wrong one."""
     for name in fields:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(name, [*_FIELDS, *OPTIONS], n=1, cutoff=0.5)
+            near = nearest(name, [*_FIELDS, *OPTIONS])
             meant = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"there is no sampling setting {name!r}{meant} (settings: {', '.join(_FIELDS)})")
     merged = dataclasses.replace(sampling or Sampling(), **fields)

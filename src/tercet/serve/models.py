@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tercet.data.conversation import check_text
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError, from_user_error
 from tercet.serve.worker import Worker
@@ -142,7 +141,7 @@ class Models:
         found = self._by_name.get(name)
         if found is not None:
             return found
-        near = difflib.get_close_matches(name[:200], self._by_name, n=3, cutoff=0.4)
+        near = nearest(name, self._by_name, limit=3)
         there = near or list(self._by_name)[:5]
         raise APIError(
             404,
