@@ -1,12 +1,20 @@
-"""What the processor can do, and numbers as bits: what both sides of a kernel need, without numba."""
+"""The machine this process runs on: its processor, cores and memory. Imports neither torch nor numba."""
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import llvmlite.binding as llvm
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 
 @functools.cache
@@ -34,6 +42,50 @@ def has_half() -> bool:
     """Whether float16 converts in hardware."""
     machine = platform.machine().lower()
     return machine in ("arm64", "aarch64") or "f16c" in host_features()
+
+
+def processor_name() -> str:
+    """Return the processor's model name, as far as the operating system knows it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def allowed_cores() -> set[int]:
+    """Return the numbers of the hardware threads that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def available_cores() -> int:
+    """Count the hardware threads that this process may use: containers and taskset allow fewer than there are."""
+    return len(allowed_cores())
+
+
+def peak_memory(device: torch.device | None = None) -> int:
+    """Return the largest memory that this process has used so far, in bytes.
+
+    Args:
+        device: A CUDA device: the memory that PyTorch allocated on it. Otherwise the resident set, which
+            includes mapped weights.
+    """
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    # On Linux, getrusage also counts the memory of the process that started this one, so read the
+    # kernel's own account first.
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def bits(value: float) -> int:

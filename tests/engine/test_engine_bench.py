@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -173,16 +171,6 @@ def _seconds(array: np.ndarray) -> float:
     begun = bench.time.perf_counter()
     array.copy()
     return bench.time.perf_counter() - begun
-
-
-def test_the_most_memory_counts_what_was_freed_again_and_nothing_of_the_parent() -> None:
-    size = 1 << 28
-    before = bench.peak_memory()
-    np.ones(size, np.uint8).sum()
-    assert max(before, size) <= bench.peak_memory() <= before + size + (1 << 25)
-    program = "from tercet.engine.bench import peak_memory; print(peak_memory())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert 1 << 23 < int(done.stdout) < size
 
 
 def test_threads_reach_libraries_that_are_loaded_and_those_that_are_not(

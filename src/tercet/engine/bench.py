@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from tercet.engine.backend import Backend, Chunk, split_calls
-from tercet.engine.cpu.pool import available_cores
 from tercet.engine.engine import Engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
+from tercet.host import available_cores, peak_memory
 
 QUANTIZATIONS = ("int8", "int4", "bf16", "none")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -328,20 +328,6 @@ def threads_of(backend: Any) -> int:
         return int(own)
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch else available_cores()
-
-
-def peak_memory() -> int:
-    """The most memory this process has had so far (resident set, mapped weights included), in bytes."""
-    # Linux' getrusage also counts what the process that started this one had, so the kernel's own
-    # account of this one's memory comes first.
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def memory_bandwidth(threads: int) -> float:

@@ -67,7 +67,7 @@ def load_engine(
     backend: Backend
     if (device or _device_without_torch()) == "cpu":
         from tercet.engine.cpu.load import load_cpu_backend
-        from tercet.engine.cpu.pool import available_cores
+        from tercet.host import available_cores
 
         if threads is not None and not 1 <= threads <= available_cores():
             raise UserError(f"threads is {threads}; this machine has {available_cores()} cores for it to use")

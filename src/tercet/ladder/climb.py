@@ -319,7 +319,7 @@ def _report(
     import torch
 
     from tercet import __version__
-    from tercet.train.calibrate import available_cores, processor
+    from tercet.host import available_cores, processor_name
 
     recommended, reason = recommend(results)
     base = _base_facts(out) or None
@@ -331,7 +331,7 @@ def _report(
         description=task.description, prompt=task.prompt.text, labels=task.labels,
         decontamination={name: value for name, value in counts.items() if isinstance(value, int)},
         base=base,
-        machine={"processor": processor(), "cores": available_cores(), "system": platform.platform()},
+        machine={"processor": processor_name(), "cores": available_cores(), "system": platform.platform()},
         versions={
             "tercet": __version__, "python": sys.version.split()[0], "torch": torch.__version__,
             "scikit-learn": sklearn.__version__, "numpy": np.__version__,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from tercet.data.documents import BUILTIN, source_bytes, source_fingerprint
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
+from tercet.host import peak_memory
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.pretrain.corpus import TOKENIZER_SAMPLE
@@ -305,11 +304,3 @@ def gpu_flops(device: torch.device) -> float:
         matrix @ matrix
     torch.accelerator.synchronize(device)
     return UTILISATION * 10 * 2 * size**3 / (time.monotonic() - begun)
-
-
-def peak_memory(device: torch.device | None = None) -> int:
-    """The most memory this process has had so far, in bytes: resident, or on its GPU."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024

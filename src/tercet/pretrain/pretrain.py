@@ -24,6 +24,7 @@ from tercet.data.packing import batch as packed_batch
 from tercet.data.packing import pack
 from tercet.errors import UserError
 from tercet.files import atomic_directory, fingerprint, read_json, write_json
+from tercet.host import peak_memory
 from tercet.model.config import ModelConfig
 from tercet.model.device import find_device
 from tercet.model.loading import save_model
@@ -39,7 +40,6 @@ from tercet.pretrain.planning import (
     Plan,
     for_text,
     kept_plan,
-    peak_memory,
     pretraining_minutes,
     reading_limit,
     rows_at_once,

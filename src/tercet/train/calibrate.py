@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import time
 from contextlib import suppress
 from copy import deepcopy
@@ -22,6 +21,7 @@ import torch
 
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
+from tercet.host import available_cores, processor_name
 from tercet.model.transformer import Transformer
 from tercet.progress import say
 from tercet.train.loss import Batch, compile_blocks, gradients_of, repeatable
@@ -56,22 +56,6 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet"
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def available_cores() -> int:
-    """Cores this process may use (containers and taskset allow fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def use_all_cores() -> None:
     """The thread count that measuring is done with, whatever training chose before."""
     torch.set_num_threads(available_cores())
@@ -96,7 +80,7 @@ def calibrate(
             rows,
             time_steps,
             kind,
-            processor(),
+            processor_name(),
             available_cores(),
             torch.__version__,
             *([] if model.device.type == "cpu" else [device_name(model.device)]),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.native import function
+from tercet.host import allowed_cores
 
 PATIENCE = 30_000  # turns of waiting before a thread sleeps: one to two milliseconds
 LEAST = 0.25  # uneven work alone makes many threads wait this fraction
@@ -25,19 +26,10 @@ ENOUGH, LONG = 6, 0.05  # steps, or seconds, before a judgement
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds until a thread is asked back
 
 
-def _allowed() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
-def available_cores() -> int:
-    """Hardware threads that this process may use."""
-    return len(_allowed())
-
-
 def physical_cores() -> int:
     """Cores this process may use, two hardware threads of one core counted once."""
     siblings = set()
-    for cpu in _allowed():
+    for cpu in allowed_cores():
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         try:
             siblings.add(path.read_text().strip())
