@@ -27,6 +27,19 @@ class UserError(ValueError):
     """
 
 
+class ContextOverflow(UserError):
+    """A prompt that is longer than the model's context. Prompts are never cut off silently.
+
+    Attributes:
+        tokens: length of the prompt; None where a hosted model's server did not report it.
+        limit: the model's context length in tokens; None likewise.
+    """
+
+    def __init__(self, message: str, tokens: int | None = None, limit: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens, self.limit = tokens, limit
+
+
 def nearest(name: str, names: Iterable[str], limit: int = 1) -> list[str]:
     """Return at most ``limit`` of ``names`` that ``name`` may have been meant to be, the most similar first.
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from fake_openai_server import FakeServer, chunk, error, spoken, stream
 
-from tercet.data.conversation import ContextOverflow
-from tercet.errors import UserError
+from tercet.errors import ContextOverflow, UserError
 from tercet.prompt.chat import HELP, ChatSession
 from tercet.prompt.llm import LLM
 

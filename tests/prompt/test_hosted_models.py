@@ -21,9 +21,8 @@ from fake_openai_server import (
     usage_chunk,
 )
 
-from tercet.data.conversation import ContextOverflow
 from tercet.engine.request import Sampling
-from tercet.errors import UserError
+from tercet.errors import ContextOverflow, UserError
 from tercet.prompt.hosted import BatchError
 from tercet.prompt.llm import LLM
 
@@ -48,7 +47,7 @@ def test_an_answer_with_its_usage(server: FakeServer, llm: LLM) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.cost) == (11, 2, None)
     assert answer.seconds > 0
     assert server.seen[0].path == "/v1/chat/completions"
-    assert (llm.is_local, llm.has_chat_template, llm.max_tokens_context) == (False, True, None)
+    assert (llm.is_local, llm.has_chat_template, llm.context_length) == (False, True, None)
 
 
 def test_only_what_was_set_is_sent(server: FakeServer, llm: LLM) -> None:

@@ -10,9 +10,8 @@ import torch
 import transformers
 from tiny_model import CONTEXT, write_model
 
-from tercet.data.conversation import ContextOverflow
 from tercet.engine.request import Sampling
-from tercet.errors import UserError
+from tercet.errors import ContextOverflow, UserError
 from tercet.prompt.chat import ChatSession
 from tercet.prompt.llm import LLM
 
@@ -50,7 +49,7 @@ def greedy(reference: tuple[Any, Any], ids: list[int], count: int) -> list[int]:
 
 def test_what_a_local_model_knows_of_itself(chat: LLM, base: LLM, chat_directory: Path) -> None:
     assert (chat.is_local, chat.has_chat_template, base.has_chat_template) == (True, True, False)
-    assert chat.max_tokens_context == CONTEXT
+    assert chat.context_length == CONTEXT
     assert chat.directory == chat_directory
     assert chat.name == str(chat_directory.parent)
 
@@ -69,6 +68,30 @@ def test_chat_renders_the_template_and_adds_no_second_bos(chat: LLM, reference: 
     assert ids.count(0) == 1
     assert answer.usage.prompt_tokens == len(ids) == chat.count_tokens(HELLO)
     assert answer.tokens == greedy(reference, ids, 12)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_developer_message_is_a_system_message_on_a_chatml_model(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "model", chat=True)
+    (directory / "chat_template.jinja").write_text(CHATML)
+    llm = LLM(directory, device="cpu", quantize="none")
+    by_system, by_developer = (
+        [{"role": role, "content": "S"}, {"role": "user", "content": "hi"}]
+        for role in ("system", "developer")
+    )
+    expected = llm.chat(by_system, temperature=0, max_tokens=8)
+    answer = llm.chat(by_developer, temperature=0, max_tokens=8)
+    assert (answer.tokens, answer.usage) == (expected.tokens, expected.usage)
+    assert llm.score(by_developer, "yes") == llm.score(by_system, "yes")
+    (directory / "chat_template.jinja").write_text(CHATML + "{# developer #}")
+    knows_developers = LLM(directory, device="cpu", quantize="none")
+    longer = len("developer") - len("system")
+    assert knows_developers.count_tokens(by_developer) == expected.usage.prompt_tokens + longer
 
 
 def test_a_stream_is_the_same_answer_in_pieces(chat: LLM) -> None:
@@ -121,9 +144,9 @@ def test_a_model_without_a_template_says_so_and_how_to_use_it(base: LLM) -> None
 
 
 def test_what_does_not_fit_is_refused_with_counts_and_never_cut(chat: LLM) -> None:
-    with pytest.raises(ContextOverflow, match=rf"conversation is 1\d\d tokens, and .* takes {CONTEXT}"):
+    with pytest.raises(ContextOverflow, match=rf"conversation has 1\d\d tokens; .* takes at most {CONTEXT}"):
         chat.chat([{"role": "user", "content": "x" * 100}])
-    with pytest.raises(ContextOverflow, match="prompt is 101 tokens"):
+    with pytest.raises(ContextOverflow, match="prompt has 101 tokens"):
         chat.batch(["fits", "x" * 100])
     assert chat.generate("x" * (CONTEXT - 2), max_tokens=50).usage.completion_tokens <= 2
 
@@ -167,6 +190,6 @@ def test_a_chat_that_no_longer_fits_keeps_its_messages(chat: LLM) -> None:
     session = ChatSession(chat, max_tokens=10, seed=1)
     "".join(session.say("a" * 40))
     before = list(session.messages)
-    with pytest.raises(ContextOverflow, match=rf"takes {CONTEXT} .*; /undo .*, /clear"):
+    with pytest.raises(ContextOverflow, match=rf"takes at most {CONTEXT}, .*; /undo .*, /clear"):
         "".join(session.say("b" * 60))
     assert session.messages == before

@@ -11,10 +11,6 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
-class ContextOverflow(UserError):
-    """The prompt does not fit into the model's context. Nothing is ever cut off silently."""
-
-
 def check_text(text: object, what: str) -> str:
     """``text`` when it is a string that UTF-8 can express; UserError otherwise.
 

@@ -39,6 +39,11 @@ class Reader:
         """Tokens of prompt and output together that the model takes."""
         return self.backend.max_positions
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and output together that both the model and the key/value cache take."""
+        return min(self.max_positions, self.pool.num_pages * self.pool.page_size)
+
     # Adapters
 
     def add_adapter(self, name: str, directory: str | Path) -> None:

@@ -90,7 +90,7 @@ class TercetLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that the model takes."""
-        return self.local.max_tokens_context
+        return self.local.context_length
 
     @cached_property
     def _prefix(self) -> str:

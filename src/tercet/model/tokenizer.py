@@ -237,10 +237,11 @@ class Tokenizer:
         """
         from tercet.model.chat_template import render_template
 
-        chosen = self._template(template, tools is not None)
+        chosen = self.template_text(template, tools=tools is not None)
         return render_template(chosen, messages, tools, add_generation_prompt, self.named_tokens, **variables)
 
-    def _template(self, template: str | None, tools: bool) -> str:
+    def template_text(self, template: str | None = None, *, tools: bool = False) -> str:
+        """The template that `render` chooses. UserError where there is none."""
         if template is not None:
             return self.templates.get(template, template)
         if tools and "tool_use" in self.templates:

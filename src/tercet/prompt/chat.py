@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tercet.data.conversation import ContextOverflow, Message, check_messages, check_text
+from tercet.data.conversation import Message, check_messages, check_text
 from tercet.engine.request import Completion
-from tercet.errors import UserError, nearest
+from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt
 

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from tercet.data.conversation import ContextOverflow, Message
+from tercet.data.conversation import Message
 from tercet.engine.request import Completion, FinishReason, Score, TokenLogprob, Usage
-from tercet.errors import UserError, nearest
+from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.reference import Reference
 from tercet.prompt.output import Output
 

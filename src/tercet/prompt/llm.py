@@ -192,9 +192,9 @@ class LLM:
         return self._local is None or self._local.has_chat_template
 
     @property
-    def max_tokens_context(self) -> int | None:
-        """How many tokens prompt and answer may have together; None where a server doesn't tell."""
-        return self._local.max_tokens_context if self._local else None
+    def context_length(self) -> int | None:
+        """How many tokens prompt and answer may have together; None for a hosted model."""
+        return self._local.context_length if self._local else None
 
     @property
     def directory(self) -> Path | None:

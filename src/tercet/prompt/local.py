@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tercet.data.conversation import ContextOverflow, Message
+from tercet.data.conversation import Message
+from tercet.data.prompt_tokens import check_context, conversation_text
 from tercet.engine.constraint import Grammar
 from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling, Score
@@ -56,9 +57,9 @@ class LocalModel:
         return self.tokenizer.chat_template is not None
 
     @property
-    def max_tokens_context(self) -> int:
+    def context_length(self) -> int:
         """Tokens of prompt and answer together."""
-        return self.engine.max_positions
+        return self.engine.context_length
 
     def batch(
         self, prompts: Sequence[Prompt], sampling: Sampling, constraint: Grammar | None = None
@@ -103,9 +104,10 @@ class LocalModel:
 
     def count_tokens(self, prompt: Prompt) -> int:
         """How many tokens the model reads for a prompt, special tokens included."""
-        return len(self._tokens(prompt))
+        return len(self.encode(prompt))
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids that the model reads for a prompt."""
         text, special = self._text(prompt)
         return self.tokenizer.encode(text, special=special)
 
@@ -118,24 +120,20 @@ class LocalModel:
                 f"{self.reference.text} has no chat template (a base model), so it cannot chat; "
                 "use generate to continue text, or tune it on conversations"
             )
-        return self.tokenizer.render(prompt, add_generation_prompt=True), False
+        return conversation_text(self.tokenizer, prompt), False
 
     def _request(self, prompt: Prompt, sampling: Sampling, constraint: Grammar | None) -> Request:
         return Request(tuple(self._fitting_tokens(prompt)), sampling, constraint)
 
     def _fitting_tokens(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens; UserError where there are none, or more than the model takes."""
-        tokens = self._tokens(prompt)
+        tokens = self.encode(prompt)
         if not tokens:
             raise UserError(
                 "the prompt is empty, and this model has no token to begin a text with; write something"
             )
-        if len(tokens) > self.max_tokens_context:
-            what = "prompt" if isinstance(prompt, str) else "conversation"
-            raise ContextOverflow(
-                f"the {what} is {len(tokens)} tokens, and {self.reference.text} takes "
-                f"{self.max_tokens_context} with the answer"
-            )
+        kind = "prompt" if isinstance(prompt, str) else "conversation"
+        check_context(tokens, self.context_length, kind, self.reference.text)
         return tokens
 
 

@@ -17,9 +17,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from tercet.data.conversation import ContextOverflow
 from tercet.engine.engine import QueueFull
-from tercet.errors import UserError
+from tercet.errors import ContextOverflow, UserError
 
 log = logging.getLogger("tercet.serve")
 
@@ -82,8 +81,15 @@ def from_user_error(problem: UserError, param: str | None = None) -> APIError:
     """The API's form of a mistake that the engine, the tokenizer or a model's server found."""
     if isinstance(problem, QueueFull):
         return queue_full(str(problem))
-    code = "context_length_exceeded" if isinstance(problem, ContextOverflow) else "invalid_value"
-    return APIError(400, str(problem), param=param, code=code)
+    if not isinstance(problem, ContextOverflow):
+        return APIError(400, str(problem), param=param, code="invalid_value")
+    message = str(problem)
+    if problem.limit is not None and param is not None:  # OpenAI's words: some clients search for them
+        message = (
+            f"This model's maximum context length is {problem.limit} tokens. However, your {param} resulted in "
+            f"{problem.tokens} tokens. Please reduce the length of the {param}."
+        )
+    return APIError(400, message, param=param, code="context_length_exceeded")
 
 
 def queue_full(message: str) -> APIError:

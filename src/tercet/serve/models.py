@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tercet.data.conversation import check_text
-from tercet.errors import UserError, nearest
+from tercet.data.prompt_tokens import check_context, conversation_tokens
+from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError, from_user_error
 from tercet.serve.worker import Worker
@@ -51,12 +51,9 @@ class Served:
         return self.worker.engine.tokenizer_of(self.adapter)
 
     @property
-    def max_context(self) -> int | None:
-        """Tokens of prompt and answer together; None where another server knows."""
-        if self.local is None:
-            return None
-        engine = self.local.engine
-        return min(engine.max_positions, engine.pool.num_pages * engine.pool.page_size)
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer together; None for a hosted model."""
+        return None if self.local is None else self.local.engine.context_length
 
     @property
     def has_chat_template(self) -> bool:
@@ -86,7 +83,6 @@ class Served:
         Raises:
             APIError: 400; no template, one that refuses the messages, or a prompt that is too long.
         """
-        tokenizer = self.tokenizer
         if not self.has_chat_template:
             raise APIError(
                 400,
@@ -94,34 +90,23 @@ class Served:
                 param="messages",
                 code="unsupported_model",
             )
-        if "developer" not in (tokenizer.chat_template or ""):
-            messages = [
-                {**one, "role": "system"} if one.get("role") == "developer" else one for one in messages
-            ]
         try:
-            text = tokenizer.render(messages, tools=tools, add_generation_prompt=True, **template_variables)
-            check_text(text, "the conversation")
+            tokens = conversation_tokens(self.tokenizer, messages, tools, **template_variables)
         except UserError as problem:
             raise from_user_error(problem, "messages") from problem
-        tokens = tokenizer.encode(text, special=False)
         self.check_length(tokens, "messages")
         return tokens
 
     def check_length(self, tokens: Sequence[int], param: str) -> None:
         """APIError 400 ``context_length_exceeded`` for a prompt that leaves no room for an answer."""
-        most = self.max_context
-        if most is not None and len(tokens) > most:
-            raise APIError(
-                400,
-                f"This model's maximum context length is {most} tokens. However, your {param} resulted in "
-                f"{len(tokens)} tokens. Please reduce the length of the {param}.",
-                param=param,
-                code="context_length_exceeded",
-            )
+        try:
+            check_context(tokens, self.context_length, param, self.name)
+        except ContextOverflow as problem:
+            raise from_user_error(problem, param) from problem
 
     def answer_room(self, tokens: Sequence[int]) -> int:
         """Tokens that an answer to this prompt may have: the last of them is never read, so needs no room."""
-        return (self.max_context or 0) - len(tokens) + 1
+        return (self.context_length or 0) - len(tokens) + 1
 
 
 class Models:

@@ -39,9 +39,9 @@ class Answerer:
         if llm.has_chat_template:
             self.ending = _end_of_turn(llm)
         self.room: int | None = None
-        if llm.max_tokens_context is not None:
+        if llm.context_length is not None:
             self.room = answer_room(
-                task, llm.max_tokens_context, llm.count_tokens, labels_scored=self.scores_labels
+                task, llm.context_length, llm.count_tokens, labels_scored=self.scores_labels
             )
 
     @property

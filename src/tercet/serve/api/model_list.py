@@ -16,7 +16,7 @@ def model_object(one: Served) -> dict[str, Any]:
     """A model as OpenAI lists it; ``max_model_len`` as vLLM does, where it is known."""
     found: dict[str, Any] = {"id": one.name, "object": "model", "created": one.created, "owned_by": "tercet"}
     if one.local is not None:
-        found["max_model_len"] = one.max_context
+        found["max_model_len"] = one.context_length
     return found
 
 

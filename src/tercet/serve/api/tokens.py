@@ -61,7 +61,7 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
     tokens = await asyncio.to_thread(_encode, served, body)
     found: dict[str, Any] = {
         "count": len(tokens),
-        "max_model_len": served.max_context,
+        "max_model_len": served.context_length,
         "tokens": tokens,
         "token_strs": None,
     }
@@ -105,7 +105,7 @@ async def tokenizer_info(request: Request, model: Annotated[str | None, Query()]
         {
             "tokenizer_class": str(tokenizer.config.get("tokenizer_class", "PreTrainedTokenizerFast")),
             "vocab_size": tokenizer.vocab_size,
-            "max_model_len": served.max_context,
+            "max_model_len": served.context_length,
             "bos_token": tokenizer.named_tokens.get("bos_token"),
             "eos_token": tokenizer.named_tokens.get("eos_token"),
             "pad_token": tokenizer.named_tokens.get("pad_token"),

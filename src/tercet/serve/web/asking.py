@@ -81,7 +81,7 @@ def _fields(settings: Mapping[str, Any]) -> Json:
 
 def _within(sampling: Sampling, served: Served, read: Sequence[object]) -> Sampling:
     """With the probabilities that are kept, and no more tokens than the context leaves after ``read``."""
-    room = max(1, (served.max_context or 0) - len(read) + 1)
+    room = max(1, (served.context_length or 0) - len(read) + 1)
     return dataclasses.replace(sampling, logprobs=TOP, max_tokens=min(sampling.max_tokens, room))
 
 
@@ -115,7 +115,7 @@ def make_plan(
         tokens = served.tokenizer.encode("".join(content for _, content in history))
         if not tokens:
             raise UserError("write something first: this model has no token that begins a text")
-        room = served.max_context or 0
+        room = served.context_length or 0
         if len(tokens) > room:
             raise UserError(f"the text has {len(tokens)} tokens, and {served.name} takes {room}")
     else:
@@ -160,7 +160,7 @@ def go_on_plan(
     else:
         prefix.append(_picked(served, details.tokens[position], prefix, token, stop_ids))
     fields = _fields(message.settings)
-    room = served.max_context or 0
+    room = served.context_length or 0
     ended = bool(prefix) and prefix[-1]["id"] in stop_ids
     if not ended and len(details.prompt) + len(prefix) > room:
         raise UserError(

@@ -192,7 +192,7 @@ def _describe(one: Served) -> Json:
         "name": one.name,
         "local": one.local is not None,
         "chats": one.local is None or one.has_chat_template,
-        "context": one.max_context,
+        "context": one.context_length,
     }
 
 
