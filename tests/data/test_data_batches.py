@@ -20,17 +20,25 @@ def test_passes_come_in_different_orders() -> None:
 
 def test_targets_are_the_next_tokens_and_padding_hides_no_stop_token() -> None:
     pad = stop = 9
-    a = Encoded((1, 2, 3, stop), (False, False, True, True))
-    b = Encoded((4, 5), (True, True))
+    a = Encoded.of((1, 2, 3, stop), (False, False, True, True))
+    b = Encoded.of((4, 5), (True, True))
     tokens, targets = padded([a, b], pad)
     assert tokens.tolist() == [[1, 2, 3], [4, pad, pad]]
     assert targets.tolist() == [[IGNORED, 3, stop], [5, IGNORED, IGNORED]]
     assert a.count == 2 and b.count == 1  # nothing predicts the first token
 
 
+def test_an_example_takes_five_bytes_a_token_also_after_truncation() -> None:
+    example = Encoded.of(range(1000), [True] * 1000)
+    assert (example.ids.nbytes, example.supervised.nbytes) == (4000, 1000)
+    short = example.truncated(10)
+    assert short.ids.tolist() == list(range(10)) and short.count == 9
+    assert short.ids.base is None and short.supervised.base is None
+
+
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(8, 64))
 def test_pieces_hold_every_example_within_the_budget(lengths: list[int], budget: int) -> None:
-    examples = [Encoded(tuple(range(100 * i, 100 * i + n)), (True,) * n) for i, n in enumerate(lengths)]
+    examples = [Encoded.of(tuple(range(100 * i, 100 * i + n)), (True,) * n) for i, n in enumerate(lengths)]
     pieces = micro_batches(examples, -1, budget)
     assert all(len(tokens) == 1 or tokens.shape[0] * (tokens.shape[1] + 1) <= budget for tokens, _ in pieces)
     targets = sorted(int(t) for _, piece in pieces for t in piece.ravel() if t != IGNORED)

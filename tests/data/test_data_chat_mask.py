@@ -75,7 +75,7 @@ def trained_on(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[lis
         example = encode_spans(tokenizer, rendered.text, [(s.start, s.end) for s in rendered.spans])
         runs: list[list[int]] = []
         inside = False
-        for token, supervised in zip(example.ids, example.supervised, strict=True):
+        for token, supervised in zip(example.ids.tolist(), example.supervised.tolist(), strict=True):
             if supervised and not inside:
                 runs.append([])
             if supervised:
@@ -172,7 +172,9 @@ def test_whatever_is_said_the_supervised_tokens_spell_the_answers(
     for rendered in mask_conversation(tokenizer, messages):
         example = encode_spans(tokenizer, rendered.text, [(s.start, s.end) for s in rendered.spans])
         kept = [
-            token for token, supervised in zip(example.ids, example.supervised, strict=True) if supervised
+            token
+            for token, supervised in zip(example.ids.tolist(), example.supervised.tolist(), strict=True)
+            if supervised
         ]
         wanted = "".join(rendered.text[s.start : s.end] for s in rendered.spans)
         text = tokenizer.decode(kept, skip_special=False)

@@ -304,6 +304,6 @@ def test_plain_rows_begin_as_a_prompt_does_at_inference(tokenizer: Tokenizer) ->
         )
         [example] = prepare([{"prompt": "7 red is", "completion": " red"}], with_bos, 32).examples
         plain = tokenizer.encode("7 red is red", special=False)
-        assert example.ids == (bos, *plain, 0), "one BOS, one stop token"
-        assert example.supervised[0] is False and example.supervised[-1] is True
+        assert example.ids.tolist() == [bos, *plain, 0], "one BOS, one stop token"
+        assert not example.supervised[0] and example.supervised[-1]
         assert show_mask(example, with_bos)[-1] == (" red<|endoftext|>", True)

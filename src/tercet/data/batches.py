@@ -34,17 +34,29 @@ def items_at(step: int, per_step: int, count: int, seed: int) -> list[int]:
     return chosen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """One training example: token ids, and for each whether the loss is over it."""
+    """One training example: token ids, and for each whether the loss is over it.
 
-    ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
+    Arrays, because all examples stay in memory during training: 5 bytes a token.
+    """
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, ids: Sequence[int], supervised: Sequence[bool]) -> Encoded:
+        """Make an example of ids and a mask of the same length."""
+        return cls(np.array(ids, np.int32), np.array(supervised, np.bool_))
 
     @property
     def count(self) -> int:
         """Tokens the loss is over: supervised ones that have a predecessor to predict them from."""
-        return sum(self.supervised[1:])
+        return int(np.count_nonzero(self.supervised[1:]))
+
+    def truncated(self, length: int) -> Encoded:
+        """Return the first ``length`` tokens, as copies: a view would keep the whole example in memory."""
+        return Encoded(self.ids[:length].copy(), self.supervised[:length].copy())
 
 
 def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
@@ -56,9 +68,9 @@ def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
     tokens = np.full((len(examples), width), pad_id, dtype=np.int64)
     targets = np.full((len(examples), width), IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
-        ids = np.asarray(example.ids, dtype=np.int64)
-        tokens[row, : len(ids) - 1] = ids[:-1]
-        targets[row, : len(ids) - 1] = np.where(np.asarray(example.supervised[1:]), ids[1:], IGNORED)
+        length = len(example.ids) - 1
+        tokens[row, :length] = example.ids[:-1]
+        targets[row, :length] = np.where(example.supervised[1:], example.ids[1:], IGNORED)
     return tokens, targets
 
 

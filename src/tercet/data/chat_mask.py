@@ -147,4 +147,4 @@ def encode_spans(
             place += 1
         inside = place < len(ordered) and start < ordered[place][1] and end > ordered[place][0]
         supervised.append(inside and end > start)
-    return Encoded(tuple(ids), tuple(supervised))
+    return Encoded.of(ids, supervised)

@@ -92,8 +92,8 @@ def prepare(
                     continue
                 prepared.truncated_rows += 1
                 prepared.truncated_tokens += len(example.ids) - max_tokens
-                prepared.stops_cut += example.supervised[-1]
-                example = Encoded(example.ids[:max_tokens], example.supervised[:max_tokens])
+                prepared.stops_cut += int(example.supervised[-1])
+                example = example.truncated(max_tokens)
             if not example.count:
                 prepared.dropped["nothing left to train on"] += 1
                 continue
@@ -163,7 +163,7 @@ def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:
 def show_mask(example: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The example's text in runs that are, or are not, trained on: what ``tercet tune --show-mask`` prints."""
     runs: list[tuple[list[int], bool]] = []
-    for token, supervised in zip(example.ids, example.supervised, strict=True):
+    for token, supervised in zip(example.ids.tolist(), example.supervised.tolist(), strict=True):
         if not runs or runs[-1][1] != supervised:
             runs.append(([], supervised))
         runs[-1][0].append(token)
