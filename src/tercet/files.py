@@ -183,3 +183,8 @@ def fingerprint(value: Any) -> str:
     """16 hexadecimal digits that are equal exactly when the JSON forms of two values are."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def cache_directory() -> Path:
+    """Return the directory of what can be computed again: ``$XDG_CACHE_HOME/tercet``, or ``~/.cache/tercet``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet"

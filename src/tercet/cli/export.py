@@ -34,13 +34,13 @@ def export(
     """Write a model for llama.cpp (gguf), or for transformers and vLLM (hf); adapters are merged."""
     from tercet.files import dump_json
     from tercet.model.export import export as run
-    from tercet.progress import duration, say
+    from tercet.progress import duration, say, size
 
     done = run(ref, format, out, type)
     for note in done.notes:
         say(f"note: {note}")
     say(
-        f"{done.path}: {done.parameters:,} parameters as {done.type}, {size_text(done.bytes)}, "
+        f"{done.path}: {done.parameters:,} parameters as {done.type}, {size(done.bytes)}, "
         f"in {duration(done.seconds)}"
     )
     say(f"next: {next_command(done.format, done.path)}")
@@ -56,11 +56,3 @@ def next_command(format: str, path: str) -> str:
     if format == "gguf":
         return f"llama-cli -m {quoted} -p 'Once upon a time' -n 64 --temp 0"
     return f"tercet prompt {quoted} 'Once upon a time'"
-
-
-def size_text(count: int) -> str:
-    """``12.3 MB``: decimal, as disks are sold."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"

@@ -193,15 +193,15 @@ def load(reference: str, quantize: str | None = None, threads: int | None = None
         UserError: it is a hosted model, or holds none that can be loaded.
     """
     from tercet.engine.load import load_engine, load_transformers_engine
-    from tercet.model.hub import fetch
     from tercet.model.reference import parse_reference
+    from tercet.model.source import directory_of
 
     found = parse_reference(reference)
     if not found.is_local:
         raise UserError(
             f"{reference} is a hosted model: its speed is its server's; bench measures local ones"
         )
-    directory = found.path if found.path is not None else fetch(found.name, found.revision)
+    directory = directory_of(found)
     if found.kind == "transformers":
         if quantize is not None:
             raise UserError("--quantize is for models of our own network; transformers: runs them as stored")

@@ -12,13 +12,11 @@ from tercet.engine.backend import Backend
 from tercet.engine.cpu import QUANTIZATIONS, Quantization
 from tercet.engine.engine import Engine
 from tercet.errors import UserError
-from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
-from tercet.model.adapter_config import AdapterConfig, is_adapter, read_adapter_config
+from tercet.model.adapter_config import is_adapter
 from tercet.model.checkpoint import read_stop_ids
 from tercet.model.device import find_device
-from tercet.model.hub import fetch
-from tercet.model.reference import HUB_NAME
-from tercet.model.tokenizer import TOKENIZER, Tokenizer
+from tercet.model.source import Source, source_in
+from tercet.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -57,13 +55,12 @@ def load_engine(
             option does not fit it.
     """
     directory = Path(directory)
-    adapter = directory if is_adapter(directory) else None
-    if adapter and adapters:
+    if adapters and is_adapter(directory):
         raise UserError(
             f"{directory} is an adapter, merged into its base when it is loaded; name the base, and add this "
             "adapter beside the others"
         )
-    base = _find_base(directory, read_adapter_config(directory)) if adapter else directory
+    source = source_in(directory)
     backend: Backend
     if (device or _device_without_torch()) == "cpu":
         from tercet.engine.cpu.load import load_cpu_backend
@@ -71,16 +68,16 @@ def load_engine(
 
         if threads is not None and not 1 <= threads <= available_cores():
             raise UserError(f"threads is {threads}; this machine has {available_cores()} cores for it to use")
-        backend = load_cpu_backend(base, adapter, _quantization(dtype, quantize), threads)
+        backend = load_cpu_backend(source.base, source.adapter, _quantization(dtype, quantize), threads)
     else:
         for name, value in (("quantize", quantize), ("threads", threads)):
             if value is not None:
                 raise UserError(
                     f"{name} is for models that run on a CPU; add device='cpu', or leave {name} out"
                 )
-        backend = _torch_backend(base, adapter, dtype, device)
-    tokenizer = Tokenizer.load(directory if (directory / TOKENIZER).is_file() else base)
-    engine = Engine(backend, tokenizer, _stop_ids(directory, base, tokenizer), speculation=speculation)
+        backend = _torch_backend(source.base, source.adapter, dtype, device)
+    tokenizer = Tokenizer.load(source.tokenizer)
+    engine = Engine(backend, tokenizer, _stop_ids(source, tokenizer), speculation=speculation)
     for name, path in (adapters or {}).items():
         engine.add_adapter(name, path)
     return engine
@@ -100,7 +97,7 @@ def load_transformers_engine(
     where = find_device(device)
     backend = load_transformers(directory, _dtype(dtype, where), where)
     tokenizer = Tokenizer.load(directory)
-    return Engine(backend, tokenizer, _stop_ids(directory, directory, tokenizer), reuse_prefixes=False)
+    return Engine(backend, tokenizer, _stop_ids(Source(directory), tokenizer), reuse_prefixes=False)
 
 
 def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: str | None) -> Backend:
@@ -140,28 +137,9 @@ def _device_without_torch() -> str | None:
     return "cpu"
 
 
-def _find_base(adapter: Path, config: AdapterConfig) -> Path:
-    """The directory of an adapter's base model. Raises UserError when there is none."""
-    name = config.base_model
-    if not name:
-        raise UserError(
-            f"{adapter / ADAPTER_CONFIG}: field 'base_model_name_or_path' is empty; write the base's path"
-        )
-    for path in (adapter / name, Path(name)):  # an absolute name stays itself
-        if path.is_dir():
-            return path
-    if HUB_NAME.fullmatch(name):
-        return fetch(name, config.revision)
-    raise UserError(
-        f"{adapter / ADAPTER_CONFIG}: the base model {name} is not a directory here; "
-        "download it, or correct field 'base_model_name_or_path'"
-    )
-
-
-def _stop_ids(directory: Path, base: Path, tokenizer: Tokenizer) -> list[int]:
+def _stop_ids(source: Source, tokenizer: Tokenizer) -> list[int]:
     """What the checkpoint names and the tokenizer's own: chat models often name one in each place."""
-    own = (directory / "generation_config.json").is_file()
-    named = read_stop_ids(directory if own else base)
+    named = read_stop_ids(source.generation)
     return list(named) if tokenizer.eos_id is None else [*named, tokenizer.eos_id]
 
 

@@ -17,9 +17,9 @@ from tercet.files import atomic_directory, fingerprint, read_json, read_text, wr
 from tercet.model.adapter import AdapterConfig, add_lora, merge_lora, save_adapter
 from tercet.model.checkpoint import read_config, read_generation_config, weights_identity
 from tercet.model.device import find_device
-from tercet.model.hub import fetch
 from tercet.model.loading import load_model, save_model
 from tercet.model.reference import parse_reference
+from tercet.model.source import directory_of
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
@@ -105,7 +105,7 @@ def resolve(reference: str | Path) -> Path:
         )
     if not found.is_local:
         raise UserError(f"{reference} is a hosted model: its weights are not here to be tuned")
-    return found.path if found.path is not None else fetch(found.name, found.revision)
+    return directory_of(found)
 
 
 def checked_policy(name: str) -> OverLength:

@@ -12,14 +12,12 @@ from numpy.typing import NDArray
 
 from tercet.errors import UserError
 from tercet.files import atomic_directory, write_json
-from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
-from tercet.model.adapter_config import read_adapter_config
 from tercet.model.checkpoint import read_generation_config, read_stop_ids
 from tercet.model.families import FAMILIES, config_to_hf
 from tercet.model.gguf import TYPES as GGUF_TYPES
 from tercet.model.gguf import write_gguf
-from tercet.model.hub import fetch
-from tercet.model.reference import HUB_NAME, Reference, parse_reference
+from tercet.model.reference import Reference, parse_reference
+from tercet.model.source import Source, directory_of, source_in
 from tercet.model.stream import Spec, stream_tensors
 from tercet.model.tensor_names import TensorRule
 from tercet.model.tokenizer import TOKENIZER, Tokenizer
@@ -30,26 +28,6 @@ FORMATS = ("hf", "gguf")
 _CHUNK = 1 << 22  # values rounded at once, so that what lies between stays small
 # --type to safetensors' name and config.json's.
 HF_TYPES = {"f32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16")}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's files are. adapter: merged into the weights of ``base``; its files come first."""
-
-    base: Path
-    adapter: Path | None
-
-    @property
-    def tokenizer(self) -> Path:
-        """The directory whose tokenizer the model uses."""
-        own = self.adapter is not None and (self.adapter / TOKENIZER).is_file()
-        return self.adapter if own and self.adapter is not None else self.base
-
-    @property
-    def generation(self) -> Path:
-        """The directory whose generation_config.json the model uses."""
-        own = self.adapter is not None and (self.adapter / "generation_config.json").is_file()
-        return self.adapter if own and self.adapter is not None else self.base
 
 
 @dataclass(frozen=True)
@@ -97,7 +75,12 @@ def export(reference: str, format: str, out: str | Path, type: str | None = None
     if format == "gguf":
         type = type or "f16"
         written = write_gguf(
-            weights, Tokenizer.load(source.tokenizer), stop_ids(source), out, type, _name(reference, found)
+            weights,
+            Tokenizer.load(source.tokenizer),
+            read_stop_ids(source.generation),
+            out,
+            type,
+            _name(reference, found),
         )
         size, architecture, tokenizer = out.stat().st_size, written.architecture, written.pre_tokenizer
         tensors, context = written.tensors, written.context_length
@@ -145,43 +128,17 @@ def _short(dtype: str) -> str:
     return next((short for short, (name, _) in HF_TYPES.items() if name == dtype), "f32")
 
 
-def find_source(found: Reference) -> Source:
-    """The files of a model that is here or on the Hub; an adapter's base is found from its configuration.
+def find_source(reference: Reference) -> Source:
+    """Return the files of a model that is on this machine or on the Hub.
 
     Raises:
-        UserError: the model runs elsewhere, or it or its base is not there.
+        UserError: the model is not a checkpoint or adapter, or it or its base cannot be found.
     """
-    if found.kind == "hub":
-        directory = fetch(found.name, found.revision)
-        adapter = (directory / ADAPTER_CONFIG).is_file() and not (directory / "config.json").is_file()
-    elif found.kind in ("checkpoint", "adapter") and found.path is not None:
-        directory, adapter = found.path, found.kind == "adapter"
-    else:
-        raise UserError(f"{found.text} can't be exported: only checkpoints and adapters that are files can")
-    return Source(_base_of(directory), directory) if adapter else Source(directory, None)
-
-
-def _base_of(adapter: Path) -> Path:
-    config = read_adapter_config(adapter)
-    name = config.base_model
-    if not name:
+    if reference.kind not in ("checkpoint", "adapter", "hub"):
         raise UserError(
-            f"{adapter / ADAPTER_CONFIG}: field 'base_model_name_or_path' is empty; write the base's path"
+            f"{reference.text} can't be exported: only checkpoints and adapters that are files can"
         )
-    for path in (adapter / name, Path(name)):  # an absolute name stays itself
-        if path.is_dir():
-            return path
-    if HUB_NAME.fullmatch(name):
-        return fetch(name, config.revision)
-    raise UserError(
-        f"{adapter / ADAPTER_CONFIG}: the base model {name} is not a directory here; "
-        "download it, or correct field 'base_model_name_or_path'"
-    )
-
-
-def stop_ids(source: Source) -> tuple[int, ...]:
-    """Every token that ends a generation, by the checkpoint's files."""
-    return read_stop_ids(source.generation)
+    return source_in(directory_of(reference))
 
 
 def check_free(out: Path, format: str) -> None:

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tercet.errors import UserError
-from tercet.files import read_json, write_json
-from tercet.train.calibrate import cache_directory
+from tercet.files import cache_directory, read_json, write_json
 
 EXPONENTS = np.linspace(0.03, 0.5, 95)  # those found for language models lie between 0.05 and 0.35
 

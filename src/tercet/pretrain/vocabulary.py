@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-from tercet.model.hub import fetch_tokenizer
 from tercet.model.reference import parse_reference
+from tercet.model.source import tokenizer_directory_of
 from tercet.model.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -88,7 +88,4 @@ def load_tokenizer(reference: str) -> Tokenizer:
     Raises:
         UserError: there is none.
     """
-    found = parse_reference(reference)
-    if found.path is not None:
-        return Tokenizer.load(found.path)
-    return Tokenizer.load(fetch_tokenizer(found.name, found.revision))
+    return Tokenizer.load(tokenizer_directory_of(parse_reference(reference)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 from tercet.data.conversation import Message
@@ -13,6 +12,7 @@ from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import Reference
+from tercet.model.source import directory_of
 from tercet.prompt.explain import Step, steps_read
 
 Prompt = str | list[Message]
@@ -135,12 +135,3 @@ class LocalModel:
         kind = "prompt" if isinstance(prompt, str) else "conversation"
         check_context(tokens, self.context_length, kind, self.reference.text)
         return tokens
-
-
-def directory_of(reference: Reference) -> Path:
-    """Where a local model's files are; fetched from the Hub where the reference is a name there."""
-    if reference.path is not None:
-        return reference.path
-    from tercet.model.hub import fetch
-
-    return fetch(reference.name, reference.revision)

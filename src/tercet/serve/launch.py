@@ -22,6 +22,7 @@ from tercet.errors import UserError
 from tercet.files import read_text
 from tercet.model.adapter_config import is_adapter, read_adapter_config
 from tercet.model.reference import Reference, parse_reference
+from tercet.model.source import base_directories
 from tercet.prompt.llm import LLM
 from tercet.prompt.local import LocalModel
 from tercet.serve.app import make_app
@@ -145,8 +146,9 @@ def _base_of(directory: Path, local: Sequence[tuple[LocalModel, Worker]]) -> Wor
     """The engine of the base that an adapter names; the only one there is, whatever it names."""
     if len(local) == 1:
         return local[0][1]
-    named = read_adapter_config(directory).base_model or ""
-    paths = {path.resolve() for path in (directory / named, Path(named)) if path.is_dir()}
+    config = read_adapter_config(directory)
+    named = config.base_model or ""
+    paths = {path.resolve() for path in base_directories(directory, config)}
     for model, worker in local:
         if model.directory.resolve() in paths or model.reference.name == named:
             return worker

@@ -9,7 +9,6 @@ on the same machine plans the same run.
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import suppress
 from copy import deepcopy
@@ -20,7 +19,7 @@ from statistics import median
 import torch
 
 from tercet.errors import UserError
-from tercet.files import fingerprint, read_json, write_json
+from tercet.files import cache_directory, fingerprint, read_json, write_json
 from tercet.host import available_cores, processor_name
 from tercet.model.transformer import Transformer
 from tercet.progress import say
@@ -49,11 +48,6 @@ class Speed:
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.compute_dtype == "bfloat16" else torch.float32
-
-
-def cache_directory() -> Path:
-    """Where measurements are kept: ``$XDG_CACHE_HOME/tercet``, by default ``~/.cache/tercet``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet"
 
 
 def use_all_cores() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tercet.engine.cpu.backend import CPUBackend
 from tercet.engine.cpu.layout import layout
 from tercet.engine.cpu.pack import Bytes, pack, read_packed
 from tercet.errors import UserError
-from tercet.files import fingerprint, replaced_when_complete
+from tercet.files import cache_directory, fingerprint, replaced_when_complete
 from tercet.model.adapter_config import read_adapter_config
 from tercet.model.checkpoint import weights_identity
 from tercet.model.weights import Weights
@@ -54,13 +53,12 @@ def _kept_in(
     weights: Weights, directory: str | Path, adapter: str | Path | None, quantization: Quantization
 ) -> Path:
     """The file for these weights in this form."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet" / "packed"
     sources = [
         (str(Path(one).resolve()), weights_identity(one)) for one in (directory, adapter) if one is not None
     ]
     merged = None if adapter is None else asdict(read_adapter_config(adapter))
     name = fingerprint([FORMAT, quantization, sources, asdict(weights.config), merged])
-    return home / f"{name}.bin"
+    return cache_directory() / "packed" / f"{name}.bin"
 
 
 def _keep(path: Path, memory: Bytes) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import llvmlite.binding as llvm
 
 from tercet.errors import UserError
-from tercet.files import write_atomic
+from tercet.files import cache_directory, write_atomic
 from tercet.host import host_features
 from tercet.progress import say
 
@@ -46,9 +46,8 @@ def _directory() -> Path:
     ):
         digest.update(part.encode())
     home = os.environ.get(DIRECTORY_VARIABLE)
-    if home is None:
-        home = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet" / "kernels")
-    return Path(home) / digest.hexdigest()[:16]
+    directory = cache_directory() / "kernels" if home is None else Path(home)
+    return directory / digest.hexdigest()[:16]
 
 
 @functools.cache
