@@ -11,7 +11,7 @@ import pytest
 from tercet import files
 from tercet.errors import UserError
 from tercet.files import atomic_directory, locked, read_json, read_jsonl, write_atomic, write_json
-from tercet.progress import duration, size
+from tercet.progress import duration
 from tercet.run_directory import open_run
 
 
@@ -120,8 +120,3 @@ def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
 )
 def test_durations_are_for_people(seconds: float, words: str) -> None:
     assert duration(seconds) == words
-
-
-def test_sizes_have_decimal_units() -> None:
-    counts = [0, 999, 12_345, 3_400_000, 5_200_000_000]
-    assert [size(count) for count in counts] == ["0 B", "999 B", "12 kB", "3.4 MB", "5.2 GB"]
