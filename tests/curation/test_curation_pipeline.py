@@ -24,7 +24,7 @@ from tercet.curation.mixture import Weight, copies, factors, order_keys, parse_w
 from tercet.curation.pipeline import Curated, curate
 from tercet.curation.tally import Tally
 from tercet.data.decontaminate import Decontaminator
-from tercet.data.documents import Document
+from tercet.data.document import Document
 from tercet.errors import UserError
 
 TEST = "Which of these nine planets is the one that has the largest number of moons?"

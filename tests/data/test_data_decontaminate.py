@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.data.decontaminate import Decontaminator, passages, words
-from tercet.data.documents import Document
+from tercet.data.document import Document
 
 TEST = "Return the longest common prefix of the given list of path names, or an empty string."
 

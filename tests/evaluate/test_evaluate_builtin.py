@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from tercet.data.decontaminate import Decontaminator
-from tercet.data.documents import Document
+from tercet.data.document import Document
 from tercet.evaluate.builtin import AREAS, MASK, area_of, docs_routing_rows, first_paragraph, mask_module
 from tercet.evaluate.task import Task
 

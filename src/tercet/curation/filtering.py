@@ -15,7 +15,8 @@ from tercet.curation.filters import Rules, mask_personal_data
 from tercet.curation.hashing import word_hashes
 from tercet.curation.tally import Tally, example
 from tercet.curation.work import Settings, Work
-from tercet.data.documents import Document, read_documents
+from tercet.data.document import Document
+from tercet.data.documents import read_documents
 from tercet.files import read_json, write_json
 
 PART_CHARACTERS = 8_000_000  # of text: what a process works on at once

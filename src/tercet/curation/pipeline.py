@@ -25,7 +25,8 @@ from tercet.curation.mixture import Weight
 from tercet.curation.report import Account, account, write_report
 from tercet.curation.work import Settings, Work
 from tercet.curation.workers import Workers, open_workers, usable_cores
-from tercet.data.documents import Document, read_documents, source_fingerprint
+from tercet.data.document import Document
+from tercet.data.documents import read_documents, source_fingerprint
 from tercet.errors import UserError, check_seed
 from tercet.files import fingerprint, read_json, write_json
 from tercet.progress import Progress, say

@@ -18,7 +18,7 @@ from tercet.curation.hashing import word_hashes
 from tercet.curation.tally import EXAMPLES, Tally, example, excerpt
 from tercet.curation.work import Work
 from tercet.data.decontaminate import Counts, Decontaminator
-from tercet.data.documents import Document
+from tercet.data.document import Document
 from tercet.files import read_json, write_json
 
 

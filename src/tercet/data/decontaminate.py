@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from tercet.data.documents import Document
+from tercet.data.document import Document
 
 N = 5
 SHARE = 0.5

@@ -14,38 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tercet.data import python_docs
 from tercet.data.byte_streams import PACKED, Fault, Origin, file_origin, unpacked_name, zip_members
-from tercet.data.document_files import END_OF_TEXT as END_OF_TEXT
+from tercet.data.document import Document
 from tercet.data.document_files import READERS
+from tercet.data.python_docs import BUILTIN
 from tercet.data.rows import nearest_file
 from tercet.errors import UserError
 from tercet.files import fingerprint
 from tercet.progress import say
 
-BUILTIN = "builtin:python-docs"
 HUB = "hub:"
 TOLD = 3  # faults of a kind that are told one by one; the others are counted
 _ARCHIVE = ".zip"
 UNPACKED = 2.8  # times as large is text as what it was packed to
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text.
-
-    Attributes:
-        text: the text, with ``\\n`` line ends.
-        source: the group it is counted under: the source as the user named it, or ``stdlib/json``.
-        id: where exactly it stands: ``path:line`` (row for tables), or the module.
-        offset: the byte of the (unpacked) file at which it, or its row, begins; None for tables.
-        licence: as the row names it, in ``license``, ``licence`` or in a ``meta`` or ``metadata`` object.
-    """
-
-    text: str
-    source: str
-    id: str
-    offset: int | None = None
-    licence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +66,6 @@ def source_fingerprint(sources: Iterable[str]) -> str:
     Files count by path, size and time of change; the built-in corpus by the versions of Python and
     of every installed package.
     """
-    from tercet.data import python_docs
-
     found: list[Any] = []
     for source in _checked(sources):
         if source == BUILTIN:
@@ -172,8 +152,6 @@ def _known() -> str:
 def _documents(sources: list[_Source], skipped: Counter[str]) -> Iterator[Document]:
     for source in sources:
         if source.name == BUILTIN:
-            from tercet.data import python_docs
-
             yield from python_docs.iterate(skipped=skipped)
             continue
         any_text = False

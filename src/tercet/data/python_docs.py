@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tercet.data.documents import Document
+from tercet.data.document import Document
 from tercet.files import fingerprint
 
-NAME = "builtin:python-docs"
+BUILTIN = "builtin:python-docs"
 Kind = Literal["docstrings", "source", "all"]
 
 # Tests repeat the code that they test; vendored trees repeat other packages.
@@ -268,4 +268,4 @@ def _source_documents(files: list[ModuleFile], skipped: Counter[str]) -> Iterato
 def corpus_fingerprint() -> str:
     """What the corpus depends on, without reading it: the Python and the installed versions."""
     packages = sorted({f"{found.name} {found.version}" for found in importlib.metadata.distributions()})
-    return fingerprint([NAME, sys.version, packages])
+    return fingerprint([BUILTIN, sys.version, packages])

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.data.decontaminate import Decontaminator
-from tercet.data.documents import Document
+from tercet.data.document import Document
 from tercet.errors import UserError
 from tercet.files import atomic_directory, read_json, write_json
 from tercet.model.tokenizer import Tokenizer

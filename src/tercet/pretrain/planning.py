@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tercet.data.documents import BUILTIN, source_bytes, source_fingerprint
+from tercet.data.documents import source_bytes, source_fingerprint
+from tercet.data.python_docs import BUILTIN
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
 from tercet.host import peak_memory
