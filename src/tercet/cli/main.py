@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from tercet.cli.command import in_options
 from tercet.errors import UserError
 
 # In the order --help shows them.
@@ -47,7 +48,7 @@ def _version(wanted: bool) -> None:
 
 def _top(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Prompt, tune or build a large language model, and measure which one your task needs."""
@@ -97,12 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    # Only the command that is asked for is imported; --help and a mistyped name need all.
+    # Import only the requested command; --help and a mistyped name need all of them.
     named = arguments[0] if arguments else ""
-    command = typer.main.get_command(application([named] if named in COMMANDS else COMMANDS))
+    group = typer.main.get_command(application([named] if named in COMMANDS else COMMANDS))
     try:
-        with command.make_context("tercet", arguments or ["--help"]) as context:
-            command.invoke(context)
+        with group.make_context("tercet", arguments or ["--help"]) as context:
+            group.invoke(context)
+    except UserError as problem:
+        parameters = group.commands[named].params if named in COMMANDS else []  # type: ignore[attr-defined]
+        return _fail(in_options(str(problem), parameters))
     except typer.Exit as leaving:
         return leaving.exit_code
     except typer.Abort:

@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.curation.hashing import Hashes, gram_hashes, mixed, word_hashes
+from tercet.curation.settings import BANDS, ROWS
 
 NGRAM = 5
-BANDS = 14
-ROWS = 8
 _SORTED_AT_ONCE = 4_000_000  # hashes: 32 MB and their order as much again
 _WHITE_SPACE = b" \t\n\r\v\f"
 

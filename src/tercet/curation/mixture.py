@@ -8,39 +8,13 @@ seed and its id alone: the same in every run, on every machine, with any number 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tercet.curation.hashing import Hashes
+from tercet.curation.weights import Weight
 from tercet.errors import UserError
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A source's part in the mixture: a factor, or, where ``share`` is true, a share from 0 to 1."""
-
-    value: float
-    share: bool = False
-
-
-def parse_weight(text: str) -> tuple[str, Weight]:
-    """``SOURCE=2``, ``SOURCE=0.25`` or ``SOURCE=30%``. UserError when it is none of these."""
-    source, equals, number = text.rpartition("=")
-    share = number.endswith("%")
-    try:
-        value = float(number.removesuffix("%"))
-    except ValueError:
-        value = math.nan
-    if not equals or not source or not math.isfinite(value) or value < 0:
-        raise UserError(
-            f"--weight {text}: write SOURCE=FACTOR or SOURCE=PERCENT%, such as books=2 or web=30%"
-        )
-    if share and not 0 < value <= 100:
-        raise UserError(f"--weight {text}: a share is above 0% and at most 100%")
-    return source, Weight(value / 100 if share else value, share)
 
 
 def factors(weights: Mapping[str, Weight], sizes: Mapping[str, int]) -> dict[str, float]:

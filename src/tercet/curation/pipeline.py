@@ -19,18 +19,20 @@ from typing import Any
 
 from tercet.curation import filtering, matching, writing
 from tercet.curation.contamination import read_test_texts
-from tercet.curation.dedup import BANDS, ROWS, MinHash
+from tercet.curation.dedup import MinHash
 from tercet.curation.filtering import Group
-from tercet.curation.mixture import Weight
 from tercet.curation.report import Account, account, write_report
+from tercet.curation.settings import CurateSettings
+from tercet.curation.weights import Weight
 from tercet.curation.work import Settings, Work
 from tercet.curation.workers import Workers, open_workers, usable_cores
 from tercet.data.document import Document
 from tercet.data.documents import read_documents, source_fingerprint
-from tercet.errors import UserError, check_seed
+from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
 from tercet.progress import Progress, say
 from tercet.run_directory import open_run
+from tercet.settings import keyword_form
 
 _FORMAT = 1  # of what the stages leave: a run of another format is not gone on with
 
@@ -59,63 +61,42 @@ class Curated:
     bytes_per_second: float | None
 
 
-def curate(
-    data: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    preset: str = "web",
-    languages: Sequence[str] | None = None,
-    rules: Mapping[str, float] | None = None,
-    mask_personal_data: bool = False,
-    near_duplicates: bool = True,
-    bands: int = BANDS,
-    rows: int = ROWS,
-    decontaminate: Mapping[str, Sequence[str]] | Sequence[str | Path] = (),
-    weights: Mapping[str, Weight | float] | None = None,
-    seed: int = 0,
-    shard_mb: float = 100,
-    processes: int | None = None,
-    engine: str = "local",
-) -> Curated:
-    """Curate ``data`` into parquet shards ``out/data`` and a report. The same command resumes it.
+def curate_with(requested: CurateSettings) -> Curated:
+    """Curate raw text into parquet shards ``out/data`` and a report. The same call resumes an interrupted run.
 
-    The output is the same for any number of processes and on either engine.
+    The parameters are the fields of `CurateSettings`. The output is the same for any number of processes and
+    on either engine.
 
-    Args:
-        data: as `tercet.data.documents.read_documents` takes it.
-        preset, languages, rules: which rules drop documents: see `tercet.curation.filters.Rules`.
-        near_duplicates: whether MinHash looks for near-copies, with ``bands`` of ``rows`` values. Exact
-            copies (but for white space) go in any case; the first in the order of ``data`` stays.
-        decontaminate: test texts by the name of their set, or files of them (`read_test_texts`).
-        weights: of sources, as they are named in ``data``: a factor, or a `Weight` that is a share.
-        shard_mb: megabytes of text in a shard, about.
-        processes: how many work; by default as many as there are cores.
-        engine: ``local``, or ``ray`` for Ray Data, where ``data`` and ``out`` must be at the same paths
-            on all machines.
+    - ``data`` is what `tercet.data.documents.read_documents` takes.
+    - ``preset``, ``languages`` and ``rules`` decide which rules drop documents (`tercet.curation.filters.Rules`).
+    - Exact copies, which differ in white space only, are always removed; the first in the order of ``data``
+      stays. With ``near_duplicates`` MinHash removes near-copies too.
+    - ``decontaminate`` holds test texts by the name of their set, or files of them (`read_test_texts`).
+    - ``weights`` are by the name of a source in ``data``: a factor, or a `Weight` that is a share.
+    - With ``engine="ray"``, ``data`` and ``out`` must be at the same paths on all machines.
+
+    Returns:
+        The paths of corpus and report, and what was read, dropped and written.
 
     Raises:
-        UserError: wrong arguments, unreadable data, a full disk, or ``out`` holds something else.
+        UserError: wrong settings, unreadable data, a full disk, or ``out`` holds something else.
     """
-    names = [str(data)] if isinstance(data, str | Path) else [str(source) for source in data]
-    out = Path(out)
-    check_seed(seed)
-    processes = usable_cores() if processes is None else processes
-    for option, value in (("--processes", processes), ("--bands", bands), ("--rows", rows)):
-        if value < 1:
-            raise UserError(f"{option} is {value}; it must be at least 1")
-    if not 0 < shard_mb <= 1000:
-        raise UserError(f"--shard-mb is {shard_mb:g}; it must be above 0 and at most 1000")
-    tests = _test_texts(decontaminate)
+    names = requested.sources
+    out = Path(requested.out)
+    processes = usable_cores() if requested.processes is None else requested.processes
+    tests = _test_texts(requested.decontaminate)
     settings = Settings(
-        preset=preset,
-        languages=None if languages is None else tuple(languages),
-        rules=tuple(sorted((rules or {}).items())),
-        mask_personal_data=mask_personal_data,
-        minhash=MinHash(bands, rows, seed=seed) if near_duplicates else None,
+        preset=requested.preset,
+        languages=None if requested.languages is None else tuple(requested.languages),
+        rules=tuple(sorted((requested.rules or {}).items())),
+        mask_personal_data=requested.mask_personal_data,
+        minhash=MinHash(requested.bands, requested.rows, seed=requested.seed)
+        if requested.near_duplicates
+        else None,
         tests=fingerprint(tests) if tests else None,
-        weights=_checked_weights(weights or {}, names),
-        seed=seed,
-        shard_bytes=max(1, round(shard_mb * 1e6)),
+        weights=_checked_weights(requested.weights or {}, names),
+        seed=requested.seed,
+        shard_bytes=max(1, round(requested.shard_mb * 1e6)),
     )
     filtering.rules_of(settings)  # what is wrong with them is told before anything is written
     read_documents(names)  # and so is a path that isn't there
@@ -131,7 +112,10 @@ def curate(
             say(f"{out} holds this corpus already")
             return finished
         say(f"writing to {out}; if this is stopped, the same command goes on from there")
-        return _run(out, Work(out / ".work", settings), names, tests, processes, engine)
+        return _run(out, Work(out / ".work", settings), names, tests, processes, requested.engine)
+
+
+curate = keyword_form(CurateSettings, curate_with, "curate")
 
 
 def _run(
@@ -237,10 +221,10 @@ def _checked_weights(
     for source, weight in weights.items():
         # The built-in corpus names its own sources; they are known when it has been read.
         if source not in data and not any(name.startswith("builtin:") for name in data):
-            raise UserError(f"--weight {source}: there is no such source; the sources are {', '.join(data)}")
+            raise UserError(f"`weights` names {source!r}, which is no source; the sources are {', '.join(data)}")
         weight = weight if isinstance(weight, Weight) else Weight(float(weight))
         if not math.isfinite(weight.value) or weight.value < 0:
-            raise UserError(f"--weight {source}: {weight.value} is no factor; it must be 0 or more")
+            raise UserError(f"`weights` gives {source!r} the factor {weight.value}; it must be 0 or more")
         checked.append((source, weight))
     return tuple(sorted(checked, key=lambda pair: pair[0]))
 

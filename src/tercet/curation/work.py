@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tercet.curation.dedup import MinHash
-from tercet.curation.mixture import Weight
+from tercet.curation.weights import Weight
 
 
 @dataclass(frozen=True)

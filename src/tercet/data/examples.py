@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from tercet.data.batches import Encoded
 from tercet.data.chat_mask import Message, Rendered, Span, encode_spans, mask_conversation
+from tercet.data.rows import OverLength
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
-
-OverLength = Literal["drop", "truncate", "error"]
 
 # ChatML, for a base model that has no template of its own but has ChatML's markers as single tokens.
 CHATML = (

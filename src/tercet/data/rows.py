@@ -9,10 +9,12 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tercet.errors import UserError, nearest
 from tercet.files import parse_jsonl
+
+OverLength = Literal["drop", "truncate", "error"]  # what happens to a row with too many tokens
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 _SUFFIXES = {"ndjson": "jsonl", "tab": "tsv", "pq": "parquet"}

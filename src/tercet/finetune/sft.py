@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
-from tercet.data.examples import CHATML, OverLength, prepare
+from tercet.data.examples import CHATML, prepare
 from tercet.data.rows import read_rows
-from tercet.errors import UserError, check_seed
+from tercet.errors import UserError
 from tercet.files import atomic_directory, fingerprint, read_json, read_text, write_json
+from tercet.finetune.settings import Rows, TuneSettings
 from tercet.model.adapter import AdapterConfig, add_lora, merge_lora, save_adapter
 from tercet.model.checkpoint import read_config, read_generation_config, weights_identity
 from tercet.model.device import find_device
@@ -24,46 +25,10 @@ from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
+from tercet.settings import keyword_form
 from tercet.train.loop import STATE, Trained
 from tercet.train.report import write_training_report
 from tercet.train.supervised import Supervision, ending_with, fine_tune, full_rate, hold_out
-
-Method = Literal["lora", "full"]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Settings of a run. Rates left at None follow from the size of the model."""
-
-    method: Method = "lora"
-    epochs: float = 3.0
-    batch_size: int = 16  # examples an optimizer step
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    rank: int | None = None  # None: 16
-    alpha: float | None = None  # None: twice the rank
-    rank_stabilised: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
-    max_tokens: int | None = None  # longest example; None: what the model can read, at most 2048
-    over_length: OverLength = "drop"
-    minutes: float | None = None  # fewer steps than the epochs ask for where they would take longer
-    merge: bool = False  # write a merged checkpoint instead of an adapter
-    device: str | None = None  # cuda, cuda:1, mps, cpu; None: the first of those that is there
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in ("lora", "full"):
-            raise UserError(f"method is {self.method!r}; it must be lora or full")
-        checked_policy(self.over_length)
-        for name in ("epochs", "batch_size", "learning_rate", "rank", "alpha", "max_tokens", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a positive number")
-        adapter = self.merge or self.rank_stabilised or self.alpha is not None or self.rank is not None
-        if self.method == "full" and adapter:
-            raise UserError(
-                "--rank, --alpha, --rslora and --merge belong to --method lora; full tuning has no adapter"
-            )
-        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -108,20 +73,11 @@ def resolve(reference: str | Path) -> Path:
     return directory_of(found)
 
 
-def checked_policy(name: str) -> OverLength:
-    """The policy for over-long examples called ``name``. UserError when there is no such policy."""
-    for policy in get_args(OverLength):
-        if name == policy:
-            found: OverLength = policy
-            return found
-    raise UserError(f"--over-length is {name!r}; it must be drop, truncate or error")
-
-
 def checked_limit(directory: Path, max_tokens: int | None) -> int:
     """The longest example allowed: ``max_tokens``, by default what the model reads but at most 2048."""
     positions = read_config(directory).max_positions
     if max_tokens is not None and max_tokens > positions:
-        raise UserError(f"--max-tokens is {max_tokens}, but {directory} reads at most {positions}")
+        raise UserError(f"`max_tokens` is {max_tokens}, but {directory} reads at most {positions}")
     return max_tokens or min(2048, positions)
 
 
@@ -140,7 +96,7 @@ def load_for_tuning(
     if conversational and not tokenizer.chat_template:
         if tokenizer.id_of("<|im_start|>") is None or tokenizer.id_of("<|im_end|>") is None:
             raise UserError(
-                f"{directory} has no chat template; pass one with --chat-template FILE, "
+                f"{directory} has no chat template; pass one with `chat_template`, "
                 f"or give prompt and completion instead of messages"
             )
         say("the model has no chat template: using ChatML, whose markers its tokenizer knows")
@@ -148,53 +104,37 @@ def load_for_tuning(
     return tokenizer
 
 
-def tune(
-    model: str | Path,
-    data: str | Path | Sequence[dict[str, Any]],
-    out: str | Path,
-    *,
-    dev: str | Path | Sequence[dict[str, Any]] | None = None,
-    chat_template: str | Path | None = None,
-    **settings: Any,
-) -> Tuned:
-    """Fine-tune the checkpoint directory ``model`` on ``data`` and write the result to ``out/model``.
+def tune_with(settings: TuneSettings) -> Tuned:
+    """Fine-tune a model on rows of examples and write the result to ``out/model``.
 
-    data, dev: a file or rows in the forms `tercet.data.examples.render_row` lists. Without ``dev`` a
-        twentieth of the examples is held out. The weights with the lowest held-out loss are kept.
-    settings: fields of `Tuning`.
+    The parameters are the fields of `TuneSettings`. `tercet.data.examples.render_row` lists the forms of a row.
+    Without ``dev`` a twentieth of the examples is held out. The weights with the lowest held-out loss are kept.
+    An interrupted run resumes with the same call.
+
+    Returns:
+        The tuned model's path, its held-out loss and the account of the rows.
 
     Raises:
-        UserError: bad data or settings; ``out`` belongs to another run.
-        KeyboardInterrupt: stopped; the same call goes on from there.
+        UserError: bad data or settings, or ``out`` belongs to another run.
+        KeyboardInterrupt: interrupted; the same call resumes the run.
     """
-    known = Tuning.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise UserError(f"tune has no setting {name!r}; it has {', '.join(known)}")
-    tuning = Tuning(**settings)
-    device = find_device(tuning.device)
-    out = Path(out)
-    source = resolve(model)
-    rows = _rows(data)
-    dev_rows = None if dev is None else _rows(dev)
-    tokenizer = load_for_tuning(source, chat_template, rows)
-    asked = {
-        "model": str(source),
-        "data": str(data) if isinstance(data, str | Path) else "rows given in Python",
-        "dev": str(dev) if isinstance(dev, str | Path) else None,
-        "chat_template": str(chat_template) if chat_template else None,
-        **asdict(tuning),
-    }
-    key = fingerprint([asked, rows, dev_rows, weights_identity(source), tokenizer.fingerprint])
-    with open_run(out, "tune", key, asked):
+    device = find_device(settings.device)
+    out = Path(settings.out)
+    source = resolve(settings.model)
+    rows = _rows(settings.data)
+    dev_rows = None if settings.dev is None else _rows(settings.dev)
+    tokenizer = load_for_tuning(source, settings.chat_template, rows)
+    config = settings.to_config(source)
+    key = fingerprint([config, rows, dev_rows, weights_identity(source), tokenizer.fingerprint])
+    with open_run(out, "tune", key, config):
         if (out / "result.json").is_file():
-            say(f"{out} is finished already; delete it or choose another --out to tune again")
+            say(f"{out} is finished already; delete it or choose another `out` to tune again")
             return Tuned(**read_json(out / "result.json"))
-        base = str(model) if parse_reference(str(model)).kind == "hub" else str(source.resolve())
-        return _run(source, base, tokenizer, rows, dev_rows, out, tuning, device, key)
+        base = str(settings.model) if parse_reference(str(settings.model)).kind == "hub" else str(source.resolve())
+        return _run(source, base, tokenizer, rows, dev_rows, out, settings, device, key)
 
 
-def _rows(data: str | Path | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(data: str | Path | Rows) -> list[dict[str, Any]]:
     return read_rows(data) if isinstance(data, str | Path) else list(data)
 
 
@@ -205,34 +145,34 @@ def _run(
     rows: list[dict[str, Any]],
     dev_rows: list[dict[str, Any]] | None,
     out: Path,
-    tuning: Tuning,
+    settings: TuneSettings,
     device: torch.device,
     key: str,
 ) -> Tuned:
     model = load_model(source, dtype=torch.float32, trainable=True)
-    limit = checked_limit(source, tuning.max_tokens)
-    prepared = prepare(rows, tokenizer, limit, tuning.over_length)
+    limit = checked_limit(source, settings.max_tokens)
+    prepared = prepare(rows, tokenizer, limit, settings.over_length)
     if dev_rows is None:
-        examples, held = hold_out(prepared.examples, tuning.seed)
+        examples, held = hold_out(prepared.examples, settings.seed)
     else:
         examples, held = prepared.examples, prepare(dev_rows, tokenizer, limit, "truncate").examples
     for line in prepared.account():
         say(line)
 
     adapter: AdapterConfig | None = None
-    if tuning.method == "lora":
-        rank = tuning.rank or 16
+    if settings.method == "lora":
+        rank = settings.rank or 16
         adapter = AdapterConfig(
             r=rank,
-            alpha=tuning.alpha or 2 * rank,
-            use_rslora=tuning.rank_stabilised,
+            alpha=settings.alpha or 2 * rank,
+            use_rslora=settings.rank_stabilised,
             base_model=base,
         )
-        add_lora(model, adapter, tuning.seed)
+        add_lora(model, adapter, settings.seed)
     model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rate = tuning.learning_rate or learning_rate_for(parameters, tuning.method)
+    rate = settings.learning_rate or learning_rate_for(parameters, settings.method)
 
     trained = fine_tune(
         model,
@@ -240,21 +180,21 @@ def _run(
         held,
         out,
         Supervision(
-            tuning.epochs,
-            tuning.batch_size,
+            settings.epochs,
+            settings.batch_size,
             rate,
-            tuning.weight_decay,
-            minutes=tuning.minutes,
-            seed=tuning.seed,
+            settings.weight_decay,
+            minutes=settings.minutes,
+            seed=settings.seed,
         ),
         pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
         key=key,
-        title=f"tuning ({tuning.method})",
+        title=f"tuning ({settings.method})",
     )
-    _write(model, source, tokenizer, prepared.stops, out, adapter, tuning)
+    _write(model, source, tokenizer, prepared.stops, out, adapter, settings)
     tuned = Tuned(
         model=str(out / "model"),
-        method=tuning.method,
+        method=settings.method,
         steps=trained.steps,
         tokens=trained.tokens,
         seconds=round(trained.seconds, 2),
@@ -278,11 +218,11 @@ def _write(
     stops: set[str],
     out: Path,
     adapter: AdapterConfig | None,
-    tuning: Tuning,
+    settings: TuneSettings,
 ) -> None:
     generation = ending_with(stops, tokenizer, read_generation_config(source))
     with atomic_directory(out / "model") as directory:
-        if adapter is not None and not tuning.merge:
+        if adapter is not None and not settings.merge:
             save_adapter(model, directory, adapter)
             write_json(directory / "generation_config.json", generation)
         else:
@@ -302,3 +242,6 @@ def _report(out: Path, tuned: Tuned, trained: Trained, source: Path, rate: float
         "time": duration(tuned.seconds),
     }
     write_training_report(out, title="Tuned", facts=facts, history=trained.history, heldout="loss")
+
+
+tune = keyword_form(TuneSettings, tune_with, "tune")

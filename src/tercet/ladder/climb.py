@@ -142,18 +142,21 @@ def _ladder(
 
     @cache
     def base() -> Path:
-        from tercet.pretrain.pretrain import build
+        from tercet.pretrain.pretrain import pretrain
+        from tercet.pretrain.settings import BuildSettings
 
         if failed:
             raise UserError(f"the base could not be built: {failed[0]}")
         try:
-            made = build(
-                task.corpus,
-                out / "base",
-                minutes=minutes * shares["base"],
-                context=CONTEXT,
-                seed=seed,
-                exclude=task.test_texts,
+            made = pretrain(
+                BuildSettings(
+                    task.corpus,
+                    out / "base",
+                    minutes=minutes * shares["base"],
+                    context=CONTEXT,
+                    seed=seed,
+                    exclude=task.test_texts,
+                )
             )
         except Exception as problem:
             failed.append(_one_line(problem))

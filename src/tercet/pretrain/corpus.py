@@ -22,8 +22,9 @@ from tercet.data.document import Document
 from tercet.errors import UserError
 from tercet.files import atomic_directory, read_json, write_json
 from tercet.model.tokenizer import Tokenizer
+from tercet.pretrain.settings import Digits, Whitespace
 from tercet.pretrain.spool import Spool
-from tercet.pretrain.vocabulary import RAREST_MERGE, Digits, Whitespace, train_tokenizer
+from tercet.pretrain.vocabulary import RAREST_MERGE, train_tokenizer
 from tercet.progress import Progress, say
 
 TOKENIZER_SAMPLE = 20_000_000  # bytes a tokenizer is trained on; merges change little beyond

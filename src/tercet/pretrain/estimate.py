@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from tercet.model.transformer import Transformer
 from tercet.pretrain.hardware import HARDWARE
 from tercet.pretrain.plan import network
 from tercet.pretrain.planning import PLANNED_BYTES_PER_TOKEN, Plan, law_key, make_plan, reading_limit
-from tercet.pretrain.pretrain import build
+from tercet.pretrain.pretrain import pretrain
 from tercet.pretrain.scaling import Law, Point, fit, keep, remembered
-from tercet.pretrain.settings import Settings
+from tercet.pretrain.settings import BuildSettings, EstimateSettings
 from tercet.progress import say
+from tercet.settings import keyword_form
 
 FRACTIONS = (1 / 48, 1 / 24, 1 / 12, 1 / 6)  # of the budget: a third of its time in all
 
@@ -50,33 +50,24 @@ class Estimate:
     law: dict[str, Any] | None
 
 
-def estimate(
-    data: Sequence[str | Path] | str | Path,
-    *,
-    fit_law: bool = False,
-    prices: dict[str, float] | None = None,
-    **settings: Any,
-) -> Estimate:
-    """What ``build(data, out, **settings)`` would be: shape, tokens, time, memory, cost, expected loss.
+def estimate_with(asked: EstimateSettings) -> Estimate:
+    """Estimate a build before it is made: shape, tokens, time, memory, cost and expected loss.
 
-    Measures this machine for a few seconds and reads as much of the corpus as the run would.
-
-    settings: as `build` takes them.
-    fit_law: train four tiny models on budgets of 1/48 to 1/6 of the asked one and fit a scaling law,
-        which is kept for this corpus. prices: dollars an hour, by names of `HARDWARE`.
+    Measures this machine for a few seconds and reads as much of the corpus as the build would. With ``fit``,
+    trains four tiny models on budgets of 1/48 to 1/6 of the requested one and fits a scaling law, which is
+    kept for this corpus.
 
     Raises:
-        UserError: bad data or settings, or runs that no law can be fitted to.
+        UserError: bad data or settings, or runs to which no law can be fitted.
     """
-    asked = Settings.of(data, **settings)
     plan = make_plan(asked)
     config = network(plan.layers, plan.width, plan.vocab_size, plan.context)
     flops = 6.0 * config.matmul_parameters * plan.tokens
     law = remembered(law_key(asked))
-    if fit_law:
+    if asked.fit:
         law = _fitted(asked, flops, reading_limit(plan, asked))
     size, complete = _size(asked, plan)
-    prices = prices or {}
+    prices = asked.prices or {}
     return Estimate(
         layers=plan.layers,
         width=plan.width,
@@ -110,11 +101,11 @@ def estimate(
     )
 
 
-def _size(asked: Settings, plan: Plan) -> tuple[int, bool]:
+def _size(asked: EstimateSettings, plan: Plan) -> tuple[int, bool]:
     """Bytes of text, counted until there are enough for the run; and whether that was all."""
     enough = reading_limit(plan, asked)
     size = 0
-    for document in read_documents(asked.data):
+    for document in read_documents(asked.sources):
         size += len(document.text.encode())
         if size >= enough:
             return size, False
@@ -126,21 +117,26 @@ def _parameters(config: ModelConfig) -> int:
         return sum(parameter.numel() for parameter in Transformer(config).parameters())
 
 
-def _fitted(asked: Settings, flops: float, read_bytes: int) -> Law:
+def _fitted(asked: EstimateSettings, flops: float, read_bytes: int) -> Law:
     """From tiny runs that read the text of the large one: what each holds out, and is measured on, is the same."""
     points = []
-    names = ("context", "optimizer", "seed")
     for number, fraction in enumerate(FRACTIONS, start=1):
         say(f"tiny run {number} of {len(FRACTIONS)}: {fraction * flops:.2g} operations")
         with tempfile.TemporaryDirectory() as directory:
-            made = build(
-                asked.data,
+            tiny = BuildSettings(
+                asked.sources,
                 Path(directory) / "run",
                 flops=fraction * flops,
                 read_bytes=read_bytes,
-                **{name: getattr(asked, name) for name in names},
+                context=asked.context,
+                optimizer=asked.optimizer,
+                seed=asked.seed,
             )
+            made = pretrain(tiny)
         points.append(Point(6.0 * made.matmul_parameters * made.tokens, made.bits_per_byte))
     law = fit(points)
     keep(law_key(asked), law)
     return law
+
+
+estimate = keyword_form(EstimateSettings, estimate_with, "estimate")

@@ -33,7 +33,7 @@ from tercet.pretrain.plan import (
     vocabulary_for,
 )
 from tercet.pretrain.scaling import remembered
-from tercet.pretrain.settings import Settings
+from tercet.pretrain.settings import PretrainSettings
 from tercet.progress import duration, say
 from tercet.train.calibrate import Speed, calibrate, has_bfloat16
 from tercet.train.optimizer import Rates
@@ -94,12 +94,12 @@ class Plan:
         return rules_of(config, self.rows, self.steps, Rates(**self.rates))
 
 
-def pretraining_minutes(asked: Settings, minutes: float) -> float:
+def pretraining_minutes(asked: PretrainSettings, minutes: float) -> float:
     """Of ``minutes``, those that are not the chat stage's."""
     return minutes * (1 - CHAT_SHARE) if asked.chat else minutes
 
 
-def kept_plan(out: Path, asked: Settings, ranks: Ranks) -> Plan:
+def kept_plan(out: Path, asked: PretrainSettings, ranks: Ranks) -> Plan:
     """The plan of this run, made once and kept."""
     path = out / "plan.json"
     if path.is_file():
@@ -119,7 +119,7 @@ def kept_plan(out: Path, asked: Settings, ranks: Ranks) -> Plan:
     return plan
 
 
-def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
+def make_plan(asked: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     """Shape, steps and rates for what was asked of `build`; measures this machine.
 
     ranks: the processes that will train; each machine among them is taken to be as fast as this one.
@@ -141,7 +141,9 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     if seconds is not None:
         tokens = seconds * pace / MARGIN
         read = min(_reading(tokens, weights, asked), text * PLANNED_BYTES_PER_TOKEN)
-        late = read / (READ_BUILTIN if BUILTIN in asked.data else READ_FILES) - whole * (1 - TRAINING_SHARE)
+        late = read / (READ_BUILTIN if BUILTIN in asked.sources else READ_FILES) - whole * (
+            1 - TRAINING_SHARE
+        )
         seconds = max(seconds / 2, seconds - max(0.0, late))
         tokens = seconds * pace / MARGIN
         if tokens > MOST_PASSES * text:
@@ -179,7 +181,7 @@ def make_plan(asked: Settings, ranks: Ranks | None = None) -> Plan:
     return replace(plan, predicted={**plan.predicted, "memory_bytes": memory})
 
 
-def for_text(plan: Plan, asked: Settings, tokens: int) -> Plan:
+def for_text(plan: Plan, asked: PretrainSettings, tokens: int) -> Plan:
     """``plan`` when it is known that there are ``tokens`` to train on, and files' sizes said otherwise or nothing."""
     a_step = plan.rows * plan.context
     steps = plan.steps
@@ -190,23 +192,23 @@ def for_text(plan: Plan, asked: Settings, tokens: int) -> Plan:
     return replace(plan, steps=steps, rates=asdict(rates))
 
 
-def _too_little(asked: Settings, tokens: float) -> str:
-    which = "--read-bytes leaves" if asked.read_bytes is not None else "the text is"
+def _too_little(asked: PretrainSettings, tokens: float) -> str:
+    which = "`read_bytes` leaves" if asked.read_bytes is not None else "the text is"
     return (
         f"{which} about {tokens:,.0f} tokens: after {MOST_PASSES} passes over them the run ends, before the time "
         "is up; more text would use all of it"
     )
 
 
-def _text_tokens(asked: Settings) -> float:
+def _text_tokens(asked: PretrainSettings) -> float:
     """How many tokens there are to train on, roughly; infinite where nothing is known before reading."""
-    size = source_bytes(asked.data)
+    size = source_bytes(asked.sources)
     if asked.read_bytes is not None:
         size = min(asked.read_bytes, size or asked.read_bytes)
     return math.inf if size is None else max(1, size) / PLANNED_BYTES_PER_TOKEN
 
 
-def _shape(asked: Settings, seconds: float | None, pace: float, text: float) -> Shape:
+def _shape(asked: PretrainSettings, seconds: float | None, pace: float, text: float) -> Shape:
     """What was asked for, and what the budget feeds where nothing was; ``text``: tokens there are."""
     most = MOST_PASSES * text if seconds is not None else math.inf
     contexts = [context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace)]
@@ -232,13 +234,13 @@ def _shape(asked: Settings, seconds: float | None, pace: float, text: float) -> 
     if asked.batch_tokens:
         if asked.batch_tokens < context:
             raise UserError(
-                f"--batch-tokens is {asked.batch_tokens}; a step has at least one sequence of {context} tokens"
+                f"`batch_tokens` is {asked.batch_tokens}; a step has at least one sequence of {context} tokens"
             )
         shape = replace(shape, rows=asked.batch_tokens // context)
     return shape
 
 
-def _rates(asked: Settings, width: int, steps: int, passes: float) -> Rates:
+def _rates(asked: PretrainSettings, width: int, steps: int, passes: float) -> Rates:
     rates = rates_for(
         width,
         kind=asked.optimizer,
@@ -253,7 +255,7 @@ def _rates(asked: Settings, width: int, steps: int, passes: float) -> Rates:
     return rates
 
 
-def reading_limit(plan: Plan, asked: Settings) -> int:
+def reading_limit(plan: Plan, asked: PretrainSettings) -> int:
     """Bytes of text that are read: enough to train on once, or as many as cost a few hundredths of the run.
 
     Text beyond what is trained on is not wasted: steps are drawn from all of it, so that a run does not
@@ -264,16 +266,16 @@ def reading_limit(plan: Plan, asked: Settings) -> int:
     return _reading(plan.tokens, weights, asked)
 
 
-def _reading(tokens: float, weights: int, asked: Settings) -> int:
+def _reading(tokens: float, weights: int, asked: PretrainSettings) -> int:
     if asked.read_bytes is not None:
         return asked.read_bytes
     once = int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
     return max(once, min(2 * once, int(READ_A_SECOND * 6 * weights * tokens / NOMINAL_FLOPS)))
 
 
-def law_key(asked: Settings) -> str:
+def law_key(asked: PretrainSettings) -> str:
     """What a scaling law holds for: the corpus, and how it is trained on."""
-    return fingerprint([source_fingerprint(asked.data), asked.context, asked.optimizer, RECIPE])
+    return fingerprint([source_fingerprint(asked.sources), asked.context, asked.optimizer, RECIPE])
 
 
 def rows_at_once(rows: int, config: ModelConfig, device: torch.device) -> int:

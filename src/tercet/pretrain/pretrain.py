@@ -6,11 +6,11 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -45,8 +45,8 @@ from tercet.pretrain.planning import (
     rows_at_once,
 )
 from tercet.pretrain.report import write_build_report
-from tercet.pretrain.settings import Settings
-from tercet.pretrain.vocabulary import Digits, Whitespace, bytes_per_token, load_tokenizer
+from tercet.pretrain.settings import BuildSettings
+from tercet.pretrain.vocabulary import bytes_per_token, load_tokenizer
 from tercet.progress import say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed
@@ -102,38 +102,41 @@ class Built:
     chat: Chatted | None = None  # what made a chat model of the base; the other figures are the base's
 
 
-def build(
-    data: Sequence[str | Path] | str | Path, out: str | Path, *, exclude: Sequence[str] = (), **settings: Any
-) -> Built:
-    """Train a tokenizer and a Qwen3-shaped network on ``data`` and write them to ``out/model``.
+Clean = Callable[[BuildSettings, Path], Sequence[str]]
 
-    data: files, directories or ``builtin:python-docs``.
-    exclude: texts, and near-copies of them, that are removed from the corpus (a locked test split).
-    settings: the fields of `Settings`; ``minutes=5`` is the default budget.
+
+def pretrain(asked: BuildSettings, clean: Clean | None = None) -> Built:
+    """Train a tokenizer and a Qwen3-shaped network and write them to ``out/model``; `tercet.build` calls this.
+
+    Args:
+        asked: the settings.
+        clean: curates the data into a directory and returns the sources to train on; called when the setting
+            ``curate`` is not None.
 
     Raises:
-        UserError: bad data or settings; ``out`` belongs to another run.
-        KeyboardInterrupt: stopped; the same call goes on from there.
+        UserError: bad data, or ``out`` belongs to another run.
+        KeyboardInterrupt: interrupted; the same call resumes the run.
     """
-    asked = Settings.of(data, **settings)
-    out = Path(out)
+    out = Path(asked.out)
     begun = time.monotonic()
     if asked.pairs:
-        read_pairs(asked.pairs)  # what is wrong with them is told before anything is done
+        read_pairs(asked.pairs)  # report a mistake in them before any work
     others = {name: load_tokenizer(name) for name in asked.compare_tokenizers}
     conversations = read_conversations(asked.chat) if asked.chat else []
-    key = fingerprint([asdict(asked), source_fingerprint(asked.data), list(exclude), conversations])
+    key = fingerprint(
+        [asked.to_config(), source_fingerprint(asked.sources), list(asked.exclude), conversations]
+    )
     with open_ranks() as ranks:
         if asked.parallel is not None and not ranks.launched:
             raise UserError(
-                "--parallel is for several processes: torchrun --nproc-per-node N -m tercet build ..."
+                "`parallel` is for several processes: torchrun --nproc-per-node N -m tercet build ..."
             )
         with open_run(out, "build", key, asked.to_config()) if ranks.first else nullcontext():
             if ranks.first_then_all((out / "result.json").is_file):
-                say(f"{out} is finished already; delete it or choose another --out to build again")
+                say(f"{out} is finished already; delete it or choose another `out` to build again")
                 return read_result(out / "result.json")
             plan, corpus = ranks.first_then_all(
-                lambda: _prepare(out, asked, ranks, conversations, exclude, key)
+                lambda: _prepare(out, asked, ranks, conversations, key, clean)
             )
             if plan.rows < ranks.size:
                 raise UserError(
@@ -157,29 +160,28 @@ def build(
 
 def _prepare(
     out: Path,
-    asked: Settings,
+    asked: BuildSettings,
     ranks: Ranks,
     conversations: list[dict[str, Any]],
-    exclude: Sequence[str],
     key: str,
+    clean: Clean | None,
 ) -> tuple[Plan, Corpus]:
     """The plan and the corpus of a run: made, or found in its directory."""
     plan = kept_plan(out, asked, ranks)
-    sources = list(asked.data)
+    sources: Sequence[str] = asked.sources
     if asked.curate is not None:
-        from tercet.curation.pipeline import curate
-
-        sources = [curate(sources, out / "curated", preset=asked.curate, seed=asked.seed).data]
+        assert clean is not None
+        sources = clean(asked, out / "curated")
     skipped: Counter[str] = Counter()
     corpus = prepare(
         read_documents(sources, skipped),
         out / "corpus",
         planned_vocabulary=plan.vocab_size,
         vocab_size=asked.vocab_size,
-        digits=cast(Digits, asked.digits),
-        whitespace=cast(Whitespace, asked.whitespace),
+        digits=asked.digits,
+        whitespace=asked.whitespace,
         limit=reading_limit(plan, asked),
-        decontaminator=Decontaminator(exclude) if exclude else None,
+        decontaminator=Decontaminator(asked.exclude) if asked.exclude else None,
         vocabulary=conversation_texts(conversations),
         key=key,
     )
@@ -193,7 +195,7 @@ def _finish(
     plan: Plan,
     conversations: list[dict[str, Any]],
     others: dict[str, Tokenizer],
-    asked: Settings,
+    asked: BuildSettings,
     key: str,
     begun: float,
 ) -> Built:
@@ -222,7 +224,7 @@ def _finish(
     return built
 
 
-def state_of(out: Path, asked: Settings, ranks: Ranks) -> FileState | ShardedState:
+def state_of(out: Path, asked: BuildSettings, ranks: Ranks) -> FileState | ShardedState:
     """Where a run keeps what it needs to go on."""
     if asked.parallel == "fsdp":
         from tercet.train.sharded import ShardedState
@@ -248,7 +250,7 @@ def _pretrain(
     directory: Path,
     plan: Plan,
     corpus: Corpus,
-    asked: Settings,
+    asked: BuildSettings,
     key: str,
     deadline: float | None,
     ranks: Ranks,
@@ -275,7 +277,7 @@ def _pretrain(
     if packing.rows < plan.rows:
         raise UserError(
             f"the corpus has {len(stream):,} tokens, fewer than one step of {plan.rows} x {plan.context}; "
-            f"give more text or a smaller --batch-tokens"
+            f"give more text or a smaller `batch_tokens`"
         )
 
     most = -(-plan.rows // ranks.size)  # rows that a process has of a step

@@ -1,121 +1,269 @@
-"""What can be asked of a build, and what makes no sense."""
+"""The settings of a build: what can be chosen, its defaults, and which choices contradict each other."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from tercet.curation import PRESETS
 from tercet.errors import UserError, check_seed
-from tercet.pretrain.vocabulary import DIGITS, SPECIAL_TOKENS, WHITESPACE
-from tercet.train.optimizer import Kind
+from tercet.pretrain.hardware import HARDWARE
+from tercet.settings import check_choice, check_positive, setting, settings
 
+Sources = str | Path | Sequence[str | Path]
+Optimizer = Literal["muon", "adamw"]
+Digits = Literal["one", "three", "all"]
+Whitespace = Literal["word", "apart"]
+Parallel = Literal["ddp", "fsdp"]
+Rules = Literal["none", "light", "web"]
+
+END_OF_TEXT = "<|endoftext|>"
+# ChatML's markers are reserved from the start, so that a chat model can be tuned from any base.
+SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+HEAD_SIZE = 32  # dimensions of an attention head
+DEFAULT_MINUTES = 5.0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A build. One budget decides its length; what is None follows from it (`build.plan`)."""
+def parse_prices(pairs: Sequence[str]) -> dict[str, float]:
+    """Return dollars an hour by the name of the hardware, from texts such as ``h100=2.50``."""
+    prices = {}
+    for pair in pairs:
+        name, _, amount = pair.partition("=")
+        try:
+            prices[name.lower()] = float(amount)
+        except ValueError:
+            raise UserError(f"`prices` is given {pair!r}; write NAME=DOLLARS, such as h100=2.50") from None
+    return prices
 
-    data: tuple[str, ...]  # files, directories or builtin:python-docs
-    minutes: float | None = None  # for everything; size, steps and schedule follow
-    tokens: int | None = None  # to train on: the same run on any machine
-    flops: float | None = None  # of training, 6 a matrix weight and token: the same run on any machine
-    layers: int | None = None
-    width: int | None = None
-    vocab_size: int | None = None
-    digits: str = "one"  # of a number that may be one token: one, three, all
-    whitespace: str = "word"  # joined to the word behind it, or apart
-    compare_tokenizers: tuple[str, ...] = ()  # whose compression is measured on the held-out text
-    context: int | None = None  # tokens the model reads at once
-    batch_tokens: int | None = None  # an optimizer step
-    optimizer: Kind = "muon"  # for the matrices of the blocks
-    learning_rate: float | None = None  # peak, of the matrices; AdamW: of everything
-    embedding_rate: float | None = None
-    weight_decay: float | None = None
-    device: str | None = None  # cuda, cuda:1, mps, cpu; None: the first of those that is there
-    parallel: str | None = None  # under torchrun: ddp (None), or fsdp, where processes share the weights
-    curate: str | None = None  # the rules of a first stage that cleans the data; None: as it is
-    pairs: tuple[str, ...] = ()  # files of minimal pairs (BLiMP's form) that the network is measured on
-    chat: str | None = None  # a file of conversations: the last stage makes a chat model of the base
-    chat_epochs: float | None = None  # passes over them; None: 3
-    read_bytes: int | None = None  # of text at most; None: what the budget has use for
-    z_loss: float = 0.0  # weight of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)
-    seed: int = 0  # of weights and data order
 
-    @staticmethod
-    def of(data: Sequence[str | Path] | str | Path, **settings: Any) -> Settings:
-        """Checked settings; a budget of five minutes where none is given.
+@settings
+class PretrainSettings:
+    """What decides a pre-training run. One budget decides its length; `tercet.pretrain.plan` derives what is None.
 
-        Raises:
-            UserError: something that can't be.
-        """
-        sources = (data,) if isinstance(data, str | Path) else tuple(data)
-        known = {field.name for field in fields(Settings)} - {"data"}
-        if unknown := set(settings) - known:
-            raise UserError(
-                f"build has no setting {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}"
-            )
-        if settings.get("chat") is not None:
-            settings["chat"] = str(settings["chat"])
-        for several in ("compare_tokenizers", "pairs"):
-            settings[several] = tuple(map(str, settings.get(several) or ()))
-        found = Settings(tuple(map(str, sources)), **settings)
-        if found.minutes is None and found.tokens is None and found.flops is None:
-            return Settings(**{**asdict(found), "minutes": 5.0})
-        return found
+    Raises:
+        UserError: a value out of its range, or settings that contradict each other.
+    """
+
+    data: Sources = setting(
+        help="File, directory, Hub data set or builtin:python-docs; may be repeated.",
+        metavar="PATH",
+        type=list[str],
+        kw_only=False,
+    )
+    minutes: float | None = setting(
+        default=None,
+        metavar="N",
+        help="Time budget for the whole build; default 5. Size and schedule are derived from it.",
+    )
+    tokens: int | None = setting(
+        default=None, metavar="N", help="Budget in training tokens instead: the same run on any machine."
+    )
+    flops: float | None = setting(
+        default=None,
+        metavar="N",
+        help="Budget in floating point operations instead, such as 1e15: the same run on any machine.",
+    )
+    layers: int | None = setting(default=None, metavar="N", help="Number of layers; needs the width too.")
+    width: int | None = setting(
+        default=None, metavar="N", help="Hidden size; needs the number of layers too."
+    )
+    vocab_size: int | None = setting(default=None, metavar="N", help="Number of tokens in the vocabulary.")
+    digits: Digits = setting(
+        default="one", metavar="one|three|all", help="Digits of a number that one token may hold."
+    )
+    whitespace: Whitespace = setting(
+        default="word", metavar="word|apart", help="Join a space to the next word, or keep it apart."
+    )
+    context: int | None = setting(
+        default=None, metavar="N", help="Context length in tokens; default: derived from the budget."
+    )
+    batch_tokens: int | None = setting(default=None, metavar="N", help="Tokens in an optimizer step.")
+    optimizer: Optimizer = setting(
+        default="muon", metavar="muon|adamw", help="Optimizer of the matrices in the transformer blocks."
+    )
+    learning_rate: float | None = setting(
+        default=None, metavar="R", help="Peak learning rate of the matrices (with AdamW: of all weights)."
+    )
+    embedding_rate: float | None = setting(
+        default=None, metavar="R", help="Peak learning rate of the embedding."
+    )
+    weight_decay: float | None = setting(default=None, metavar="W", help="Weight decay of the matrices.")
+    z_loss: float = setting(
+        default=0.0,
+        metavar="W",
+        help="Weight of the z-loss, which keeps the softmax's normaliser near 1 (PaLM: 1e-4).",
+    )
+    read_bytes: int | None = setting(
+        default=None, metavar="N", help="Bytes of text to read at most; default: what the budget can use."
+    )
+    chat: str | Path | None = setting(
+        default=None,
+        metavar="FILE",
+        type=Path,
+        help="Conversations ({messages}) to tune the base model on, so that it answers.",
+    )
+    device: str | None = setting(
+        default=None, metavar="D", help="cuda, cuda:1, mps or cpu; default: a GPU if the machine has one."
+    )
+    seed: int = setting(default=0, metavar="N", help="Seed of the initial weights and of the data order.")
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise UserError("no data given; name files, directories or builtin:python-docs")
+        self._normalise()
+        self._check_budget()
+        self._check_values()
+        self._check_shape()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen; this is part of its construction
+
+    def _normalise(self) -> None:
+        data = (self.data,) if isinstance(self.data, str | Path) else tuple(self.data)
+        self._set("data", tuple(str(source) for source in data))
+        if self.chat is not None:
+            self._set("chat", str(self.chat))
+        if self.minutes is None and self.tokens is None and self.flops is None:
+            self._set("minutes", DEFAULT_MINUTES)
+
+    def _check_budget(self) -> None:
+        if not self.sources:
+            raise UserError("`data` is empty; name files, directories or builtin:python-docs")
         if sum(budget is not None for budget in (self.minutes, self.tokens, self.flops)) > 1:
-            raise UserError("give one of --minutes, --tokens and --flops: each decides how long the run is")
-        positive = (
-            "minutes", "tokens", "flops", "layers", "width", "vocab_size", "context", "batch_tokens",
-            "learning_rate", "embedding_rate", "chat_epochs", "read_bytes",
+            raise UserError(
+                "give only one of `minutes`, `tokens` and `flops`: each decides how long the run is"
+            )
+
+    def _check_values(self) -> None:
+        check_positive(
+            self, "minutes", "tokens", "flops", "layers", "width", "vocab_size", "context", "batch_tokens",
+            "learning_rate", "embedding_rate", "read_bytes",
         )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"{_option(name)} is {value}; it must be a positive number")
         for name in ("weight_decay", "z_loss"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise UserError(f"{_option(name)} is {value}; it must be from 0 to below 1")
-        if self.optimizer not in ("muon", "adamw"):
-            raise UserError(f"--optimizer is {self.optimizer!r}; it must be muon or adamw")
+                raise UserError(f"`{name}` is {value}; it must be at least 0 and below 1")
+        for name, choices in (("optimizer", Optimizer), ("digits", Digits), ("whitespace", Whitespace)):
+            check_choice(self, name, get_args(choices))
         if self.optimizer == "adamw" and self.embedding_rate is not None:
-            raise UserError("--embedding-rate belongs to --optimizer muon; AdamW has one rate for everything")
-        for name, allowed in (("digits", DIGITS), ("whitespace", WHITESPACE)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{_option(name)} is {getattr(self, name)!r}; choose {', '.join(allowed)}")
-        if self.parallel not in (None, "ddp", "fsdp"):
-            raise UserError(f"--parallel is {self.parallel!r}; it must be ddp or fsdp")
-        if self.curate not in (None, *PRESETS):
-            raise UserError(f"--curate is {self.curate!r}; choose {', '.join(PRESETS)}")
-        if self.chat_epochs is not None and self.chat is None:
-            raise UserError("--chat-epochs belongs to --chat DATA, which is not given")
-        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(
-                f"--vocab-size is {self.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: a token for each "
-                f"of the 256 bytes and {len(SPECIAL_TOKENS)} special ones"
+                "`embedding_rate` needs `optimizer=muon`; AdamW has one learning rate for all weights"
             )
-        if self.width is not None and (self.width < 32 or self.width % 32):
-            raise UserError(
-                f"--width is {self.width}; it must be a multiple of 32, the size of an attention head"
-            )
-        if (self.layers is None) != (self.width is None):
-            raise UserError("give layers and width together: one without the other is no shape")
         check_seed(self.seed)
 
+    def _check_shape(self) -> None:
+        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
+            raise UserError(
+                f"`vocab_size` is {self.vocab_size}; it must be at least {SMALLEST_VOCABULARY}: one token for each "
+                f"of the 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
+            )
+        if self.width is not None and self.width % HEAD_SIZE:
+            raise UserError(
+                f"`width` is {self.width}; it must be a multiple of {HEAD_SIZE}, the size of an attention head"
+            )
+        if (self.layers is None) != (self.width is None):
+            raise UserError("give `layers` and `width` together: one alone does not decide the shape")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data as a tuple of paths and references."""
+        assert isinstance(self.data, tuple)
+        return tuple(str(source) for source in self.data)
+
     def to_config(self) -> dict[str, Any]:
-        """For config.yaml."""
-        lists = {name: list(getattr(self, name)) for name in ("compare_tokenizers", "pairs")}
-        return {**asdict(self), "data": list(self.data), **lists}
+        """Return the settings with lists for tuples, as config.yaml holds them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+@settings
+class BuildSettings(PretrainSettings):
+    """The settings of `tercet.build`: a pre-training run with its stages before and after, and its directory.
+
+    Raises:
+        UserError: a value out of its range, or settings that contradict each other.
+    """
+
+    out: str | Path = setting(
+        help="Run directory; the model is written to DIR/model.", metavar="DIR", type=Path, kw_only=False
+    )
+    compare_tokenizers: Sequence[str] = setting(
+        default=(),
+        metavar="REF",
+        option="--compare-tokenizer",
+        type=list[str],
+        help="Report the compression of this model's tokenizer beside the new one; may be repeated.",
+    )
+    parallel: Parallel | None = setting(
+        default=None,
+        metavar="ddp|fsdp",
+        help="Under torchrun: each process holds all weights (ddp, the default), or a shard of them (fsdp).",
+    )
+    curate: Rules | None = setting(
+        default=None,
+        metavar="RULES",
+        help="Clean the data first: none (remove copies only), light or web rules.",
+    )
+    pairs: Sequence[str | Path] = setting(
+        default=(),
+        metavar="PATH",
+        type=list[str],
+        help="Minimal pairs (sentence_good, sentence_bad) to measure grammar on; may be repeated.",
+    )
+    chat_epochs: float | None = setting(
+        default=None, metavar="N", help="Number of epochs over the conversations; default 3."
+    )
+    exclude: Sequence[str] = setting(
+        default=(),
+        hidden=True,
+        help="Texts to remove from the corpus together with near-copies of them (a locked test split).",
+    )
+
+    def _normalise(self) -> None:
+        super()._normalise()
+        for name in ("compare_tokenizers", "pairs", "exclude"):
+            self._set(name, tuple(str(value) for value in getattr(self, name)))
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        check_positive(self, "chat_epochs")
+        for name, choices in (("parallel", Parallel), ("curate", Rules)):
+            if getattr(self, name) is not None:
+                check_choice(self, name, get_args(choices))
+        if self.chat_epochs is not None and self.chat is None:
+            raise UserError("`chat_epochs` needs `chat`, the file of conversations")
+
+    def to_config(self) -> dict[str, Any]:
+        """Return what decides the result, without the directory and the excluded texts."""
+        config = super().to_config()
+        del config["out"], config["exclude"]
+        return config
+
+
+@settings
+class EstimateSettings(PretrainSettings):
+    """The settings of `tercet.pretrain.estimate.estimate`: a pre-training run, and what to find out about it.
+
+    Raises:
+        UserError: a value out of its range, or settings that contradict each other.
+    """
+
+    fit: bool = setting(
+        default=False,
+        help="Train four tiny models, and predict the loss with the scaling law fitted to them.",
+    )
+    prices: Mapping[str, float] | None = setting(
+        default=None,
+        metavar="NAME=DOLLARS",
+        option="--price",
+        type=list[str],
+        parse=parse_prices,
+        help="Price of an hour of h100, h200, a100, l4 or 4090, for the cost; may be repeated.",
+    )
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        for name in self.prices or ():
+            if name not in HARDWARE:
+                raise UserError(f"`prices` names {name!r}; known names are {', '.join(HARDWARE)}")

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
 
 from tercet.model.reference import parse_reference
 from tercet.model.source import tokenizer_directory_of
 from tercet.model.tokenizer import Tokenizer
+from tercet.pretrain.settings import END_OF_TEXT, SPECIAL_TOKENS, Digits, Whitespace
 
-END_OF_TEXT = "<|endoftext|>"
-# ChatML's markers are reserved from the start, so that a chat model can be tuned from any base.
-SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 # A token that the corpus hardly holds is never learned: with a vocabulary that follows from the budget, merges
 # that occur more rarely than this in the sample are not made.
 RAREST_MERGE = 16
-
-Digits = Literal["one", "three", "all"]
-Whitespace = Literal["word", "apart"]
-DIGITS: tuple[str, ...] = get_args(Digits)
-WHITESPACE: tuple[str, ...] = get_args(Whitespace)
 
 
 def word_pattern(digits: Digits = "one", whitespace: Whitespace = "word") -> str:
