@@ -9,27 +9,82 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tercet.compose import build as build
+    from tercet.curation.pipeline import Curated as Curated
     from tercet.curation.pipeline import curate as curate
+    from tercet.curation.settings import CurateSettings as CurateSettings
+    from tercet.data.conversation import ContextOverflow as ContextOverflow
+    from tercet.engine.request import Completion as Completion
     from tercet.engine.request import Sampling as Sampling
+    from tercet.engine.request import Score as Score
     from tercet.errors import UserError as UserError
     from tercet.evaluate.task import Task as Task
+    from tercet.finetune.settings import TuneSettings as TuneSettings
+    from tercet.finetune.sft import Tuned as Tuned
     from tercet.finetune.sft import tune as tune
     from tercet.ladder.climb import climb as climb
-    from tercet.pretrain.pretrain import build as build
+    from tercet.ladder.result import Report as Report
+    from tercet.ladder.settings import ClimbSettings as ClimbSettings
+    from tercet.pretrain.pretrain import Built as Built
+    from tercet.pretrain.settings import BuildSettings as BuildSettings
+    from tercet.prompt.hosted import BatchError as BatchError
+    from tercet.prompt.hosted import HostedError as HostedError
     from tercet.prompt.llm import LLM as LLM
-
-__all__ = ["LLM", "Sampling", "Task", "UserError", "__version__", "build", "climb", "curate", "tune"]
+    from tercet.prompt.output import OutputError as OutputError
 
 _MODULES = {
+    # Use a model.
     "LLM": "tercet.prompt.llm",
     "Sampling": "tercet.engine.request",
-    "Task": "tercet.evaluate.task",
-    "UserError": "tercet.errors",
-    "build": "tercet.pretrain.pretrain",
-    "climb": "tercet.ladder.climb",
-    "curate": "tercet.curation.pipeline",
+    "Completion": "tercet.engine.request",
+    "Score": "tercet.engine.request",
+    # Make one, and measure which one a task needs: function, settings, result.
+    "build": "tercet.compose",
+    "BuildSettings": "tercet.pretrain.settings",
+    "Built": "tercet.pretrain.pretrain",
     "tune": "tercet.finetune.sft",
+    "TuneSettings": "tercet.finetune.settings",
+    "Tuned": "tercet.finetune.sft",
+    "curate": "tercet.curation.pipeline",
+    "CurateSettings": "tercet.curation.settings",
+    "Curated": "tercet.curation.pipeline",
+    "climb": "tercet.ladder.climb",
+    "ClimbSettings": "tercet.ladder.settings",
+    "Report": "tercet.ladder.result",
+    "Task": "tercet.evaluate.task",
+    # Mistakes; the others are subclasses of UserError.
+    "UserError": "tercet.errors",
+    "ContextOverflow": "tercet.data.conversation",
+    "OutputError": "tercet.prompt.output",
+    "BatchError": "tercet.prompt.hosted",
+    "HostedError": "tercet.prompt.hosted",
 }
+
+__all__ = [
+    "LLM",
+    "BatchError",
+    "BuildSettings",
+    "Built",
+    "ClimbSettings",
+    "Completion",
+    "ContextOverflow",
+    "CurateSettings",
+    "Curated",
+    "HostedError",
+    "OutputError",
+    "Report",
+    "Sampling",
+    "Score",
+    "Task",
+    "TuneSettings",
+    "Tuned",
+    "UserError",
+    "__version__",
+    "build",
+    "climb",
+    "curate",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ A setting's name, default and help are written once, as a field of the dataclass
 
     tune = keyword_form(TuneSettings, tune_with, "tune")    # tune(model, *, epochs=3.0)
 
-`tercet.cli.command` makes the options ``REF`` and ``--epochs`` of the same class.
+`tercet.cli.command` makes the options ``REF`` and ``--epochs`` of the same class. A module of settings does
+not postpone the evaluation of annotations, so that signatures hold types instead of their names.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ import dataclasses
 import functools
 import inspect
 import math
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING
 from typing import Any, ParamSpec, TypeVar, dataclass_transform
 
-from tercet.errors import UserError
+from tercet.errors import UserError, nearest
 
 Class = TypeVar("Class")
 Parameters = ParamSpec("Parameters")
@@ -106,21 +106,19 @@ def keyword_form(
         check_names(name, kwargs, signature.parameters)
         return run(make(*args, **kwargs))
 
-    signature = inspect.signature(make, eval_str=True)
+    signature = inspect.signature(make)
     call.__name__ = call.__qualname__ = name
     vars(call)["__signature__"] = signature.replace(return_annotation=run.__annotations__.get("return"))
     return call
 
 
-def check_names(function: str, keywords: typing.Iterable[str], known: typing.Iterable[str]) -> None:
-    """Raise UserError for the first keyword that ``function`` does not know, with the nearest that it does."""
-    import difflib
-
+def check_names(function: str, keywords: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UserError for the first keyword that ``function`` does not know; the message names the nearest."""
     known = list(known)
     for name in keywords:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean `{nearest[0]}`?" if nearest else f"; it has {', '.join(known)}"
+            matches = nearest(name, known)
+            hint = f"; did you mean `{matches[0]}`?" if matches else f"; it has {', '.join(known)}"
             raise UserError(f"{function} has no setting `{name}`{hint}")
 
 
@@ -132,7 +130,7 @@ def check_positive(settings: object, *names: str) -> None:
             raise UserError(f"`{name}` is {value}; it must be a positive number")
 
 
-def check_choice(settings: object, name: str, choices: typing.Iterable[str]) -> None:
+def check_choice(settings: object, name: str, choices: Iterable[str]) -> None:
     """Raise UserError unless the named setting is one of ``choices``."""
     choices, value = list(choices), getattr(settings, name)
     if value not in choices:

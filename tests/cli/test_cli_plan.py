@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tercet.cli.main import main
-from tercet.pretrain.pretrain import build
+from tercet.compose import build, build_with
 from tercet.pretrain.scaling import Law
+from tercet.pretrain.settings import BuildSettings
 
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32"]
 
@@ -85,12 +86,12 @@ def test_tiny_runs_are_measured_on_the_same_text(
         )
     texts: list[tuple[int, int]] = []
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        made = build(*args, **kwargs)
+    def watched(settings: BuildSettings) -> Any:
+        made = build_with(settings)
         texts.append((made.corpus.bytes, made.corpus.heldout_bytes))
         return made
 
-    monkeypatch.setattr("tercet.pretrain.estimate.build", watched)
+    monkeypatch.setattr("tercet.pretrain.estimate.pretrain", watched)
     monkeypatch.setattr("tercet.pretrain.estimate.fit", lambda points: Law(0.0, 1.0, 0.1, tuple(points)))
     assert main(["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32", "--fit"]) == 0
     assert len(texts) == 4 and len(set(texts)) == 1

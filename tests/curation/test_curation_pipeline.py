@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from tercet.curation import filtering, shards
 from tercet.curation.contamination import Suspects, read_test_texts
-from tercet.curation.mixture import Weight, copies, factors, order_keys, parse_weight
+from tercet.curation.mixture import copies, factors, order_keys
 from tercet.curation.pipeline import Curated, curate
 from tercet.curation.tally import Tally
+from tercet.curation.weights import Weight, parse_weight
 from tercet.data.decontaminate import Decontaminator
 from tercet.data.document import Document
 from tercet.errors import UserError

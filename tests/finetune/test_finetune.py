@@ -17,12 +17,14 @@ from tercet.engine.backend import Chunk
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
-from tercet.finetune.sft import Tuning, learning_rate_for, tune
+from tercet.finetune.settings import TuneSettings
+from tercet.finetune.sft import learning_rate_for, tune
 from tercet.model.config import ModelConfig
 from tercet.model.loading import load_model, save_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.pretrain.initialize import initialize
+from tercet.settings import options_of
 
 COLOURS = ["red", "green", "blue", "black"]
 ROWS: list[dict[str, Any]] = [
@@ -229,16 +231,18 @@ def test_a_prompt_given_as_messages_trains_on_the_completion_only(tokenizer: Tok
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"method": "qlora"}, "method is 'qlora'; it must be lora or full"),
-        ({"epochs": 0}, "--epochs is 0; it must be a positive number"),
-        ({"learning_rate": float("nan")}, "--learning-rate is nan"),
-        ({"over_length": "cut"}, "--over-length is 'cut'; it must be drop, truncate or error"),
-        ({"method": "full", "merge": True}, "belong to --method lora"),
+        ({"method": "qlora"}, "`method` is 'qlora'; choose lora, full"),
+        ({"epochs": 0}, "`epochs` is 0; it must be a positive number"),
+        ({"learning_rate": float("nan")}, "`learning_rate` is nan"),
+        ({"weight_decay": -0.1}, "`weight_decay` is -0.1; it must be a finite number of at least 0"),
+        ({"over_length": "cut"}, "`over_length` is 'cut'; choose drop, truncate, error"),
+        ({"method": "full", "merge": True}, "`merge` needs `method=lora`; full tuning has no adapter"),
+        ({"method": "full", "rank": 8, "alpha": 8}, "`rank` and `alpha` need `method=lora`"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
-        Tuning(**settings)
+        TuneSettings("model", "rows.jsonl", "out", **settings)
 
 
 def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Path) -> None:
@@ -250,7 +254,8 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
         "over_length": {"over_length": "truncate", "max_tokens": 5}, "minutes": {"minutes": 1e-9},
         "merge": {"merge": True}, "device": {"device": "cuda:9"}, "seed": {"seed": 1},
     }  # fmt: skip
-    assert set(changed) == set(Tuning.__dataclass_fields__), "a new setting needs a line here"
+    inputs = {"model", "data", "out", "dev", "chat_template"}
+    assert set(changed) == set(options_of(TuneSettings)) - inputs, "a new setting needs a line here"
 
     def product(settings: dict[str, Any], name: str) -> bytes:
         rows = [*ROWS[:23], {"prompt": "12 green is", "completion": " green green green"}]

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tercet.compose import build
 from tercet.errors import UserError
 from tercet.model.loading import save_model
 from tercet.model.transformer import Transformer
@@ -27,8 +28,7 @@ from tercet.pretrain.corpus import PIECE, open_stream, pieces, split, write_stre
 from tercet.pretrain.initialize import CONSTANT, initialize, look_nearby
 from tercet.pretrain.plan import LADDER, network, shape_for
 from tercet.pretrain.planning import for_text, make_plan
-from tercet.pretrain.pretrain import build
-from tercet.pretrain.settings import Settings
+from tercet.pretrain.settings import PretrainSettings
 from tercet.pretrain.spool import Spool
 from tercet.pretrain.vocabulary import bytes_per_token, train_tokenizer
 from tercet.train.loop import STATE
@@ -106,7 +106,7 @@ def test_a_killed_build_ends_bit_for_bit_as_one_that_was_not(
     built: Path, corpus: Path, tmp_path: Path
 ) -> None:
     script = (
-        "import sys; from tercet.pretrain.pretrain import build\n"
+        "import sys; from tercet import build\n"
         "import tercet.train.calibrate as calibrate\n"
         "calibrate._measure = lambda *a: calibrate.Speed(3_000.0, 'float32', 1)\n"
         "import tercet.train.loop as loop, dataclasses\n"
@@ -399,41 +399,41 @@ def test_a_budget_in_minutes_passes_over_a_small_text_four_times_at_most(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a" * 60_000)
-    large = make_plan(Settings.of(text, minutes=30, device="cpu"))  # 3,000 tokens a second, so 5 million
+    large = make_plan(PretrainSettings(text, minutes=30, device="cpu"))  # 3,000 tokens a second, so 5 million
     assert 0.9 < large.tokens / (4 * 60_000 / 3.3) <= 1
     assert "the text is about 18,182 tokens: after 4 passes" in capsys.readouterr().err
     # A network that so many tokens feed, and not so much time.
     assert large.width == shape_for(tokens=4 * 18_182, context=large.context).config.hidden_size
-    assert make_plan(Settings.of(text, minutes=0.4, device="cpu")).tokens < large.tokens
+    assert make_plan(PretrainSettings(text, minutes=0.4, device="cpu")).tokens < large.tokens
     assert capsys.readouterr().err == ""
     # Against learning it by heart, unless another decay is asked for.
     steps_a_pass = large.steps / (large.tokens / 18_182)
     assert large.rates["weight_decay"] == pytest.approx(min(0.2, 1 / (0.02 * 2 * steps_a_pass)), rel=0.05)
-    assert make_plan(Settings.of(text, tokens=10_000, device="cpu")).rates["weight_decay"] == 0
-    undecayed = make_plan(Settings.of(text, minutes=30, weight_decay=0.0, device="cpu"))
+    assert make_plan(PretrainSettings(text, tokens=10_000, device="cpu")).rates["weight_decay"] == 0
+    undecayed = make_plan(PretrainSettings(text, minutes=30, weight_decay=0.0, device="cpu"))
     assert undecayed.rates["weight_decay"] == 0
     # Who asks for tokens gets them.
-    assert make_plan(Settings.of(text, tokens=1_000_000, device="cpu")).tokens > 990_000
+    assert make_plan(PretrainSettings(text, tokens=1_000_000, device="cpu")).tokens > 990_000
     # Who asks for operations gets them, and a network for so many rather than hundreds of passes.
-    by_flops = make_plan(Settings.of(text, flops=1e14, device="cpu"))
+    by_flops = make_plan(PretrainSettings(text, flops=1e14, device="cpu"))
     assert by_flops.width == shape_for(flops=1e14, context=by_flops.context).config.hidden_size > large.width
     # An hour is not a reason for a long context where the text is read in a minute.
-    assert make_plan(Settings.of(text, minutes=60, device="cpu")).context == 256
+    assert make_plan(PretrainSettings(text, minutes=60, device="cpu")).context == 256
     # Modules take long to read, and what they take is not planned for training.
     files, builtin = (
-        make_plan(Settings.of(data, minutes=0.5, read_bytes=30_000_000, device="cpu"))
+        make_plan(PretrainSettings(data, minutes=0.5, read_bytes=30_000_000, device="cpu"))
         for data in (text, "builtin:python-docs")
     )
     assert builtin.seconds is not None and files.seconds is not None
     assert files.seconds - builtin.seconds > 5
     capsys.readouterr()
-    limited = make_plan(Settings.of(text, minutes=30, read_bytes=30_000, device="cpu"))
+    limited = make_plan(PretrainSettings(text, minutes=30, read_bytes=30_000, device="cpu"))
     assert "--read-bytes leaves about 9,091 tokens" in capsys.readouterr().err
     assert limited.tokens < large.tokens
 
 
 def test_a_plan_is_held_to_the_text_once_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = Settings.of(
+    asked = PretrainSettings(
         "builtin:python-docs", minutes=5, device="cpu"
     )  # how much that is nobody knows before
     plan = make_plan(asked)
@@ -444,7 +444,7 @@ def test_a_plan_is_held_to_the_text_once_it_is_read(capsys: pytest.CaptureFixtur
     assert short.tokens == pytest.approx(0.4 * plan.tokens, rel=0.01)
     assert short.rates["weight_decay"] > 0
     assert "after 4 passes over them the run ends" in capsys.readouterr().err
-    by_tokens = Settings.of("builtin:python-docs", tokens=plan.tokens, device="cpu")
+    by_tokens = PretrainSettings("builtin:python-docs", tokens=plan.tokens, device="cpu")
     assert for_text(make_plan(by_tokens), by_tokens, plan.tokens // 10).tokens == make_plan(by_tokens).tokens
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tercet.compose import build
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
-from tercet.pretrain.pretrain import build
 
 SMALL = {"layers": 2, "width": 64, "vocab_size": 300, "context": 64, "batch_tokens": 512}
 QUESTIONS = {"colour": "red", "animal": "cat", "number": "two"}
@@ -96,7 +96,7 @@ def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
     code = (
         "import dataclasses, sys, time; import tercet.train.calibrate as calibrate\n"
         "import tercet.train.loop as loop, tercet.train.state as state, tercet.train.supervised as supervised\n"
-        "from tercet.pretrain.pretrain import build\n"
+        "from tercet import build\n"
         "calibrate._measure = lambda *a: calibrate.Speed(3_000.0, 'float32', 1)\n"
         "train, save = loop.train, state.save_state\n"
         "supervised.train = lambda model, recipe, *a, **k: train(\n"

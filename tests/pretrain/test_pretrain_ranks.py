@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tercet.compose import build
 from tercet.errors import UserError
-from tercet.pretrain.pretrain import build
 
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32", "--batch-tokens", "256"]
 # The measured speed of a busy machine must not decide in what type it computes.

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tercet.compose import build
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.pretrain.initialize import initialize
 from tercet.pretrain.plan import network
-from tercet.pretrain.pretrain import build
 from tercet.train import loss as loss_module
 from tercet.train.loop import Recipe, train
 from tercet.train.loss import Autograd, Batch, compile_blocks, losses_of

@@ -1,54 +1,28 @@
-"""``tercet climb TASK``: measure every level on one task and say which one is worth it."""
+"""``tercet climb TASK``: measure every level on one task, and report which one is worth it."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated
-
-import typer
+from dataclasses import replace
 
 from tercet.cli import options
+from tercet.cli.command import Json, command
+from tercet.ladder.settings import ClimbSettings
 
 EXAMPLE = "tercet climb builtin:docs-routing --minutes 10"
 
 
-def climb(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="Task file (YAML) or builtin:docs-routing.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="REF",
-            help="Model for the prompt and tune rungs; without it a base is built first.",
-        ),
-    ] = None,
-    rungs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,C", help="Rungs to climb: majority,tfidf,zero-shot,few-shot,lora,full,scratch."
-        ),
-    ] = None,
-    minutes: Annotated[float, typer.Option(metavar="N", help="Time for everything.")] = 10.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same numbers.")] = 0,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default runs/TASK.")] = None,
-    price: options.PriceOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print report.json on standard output.")] = False,
-) -> None:
-    """Climb the ladder: baselines, prompting, tuning and building, measured on one task."""
+@command(ClimbSettings)
+def climb(settings: ClimbSettings, price: options.PriceOption = None, json: Json = False) -> None:
+    """Measure baselines, prompting, tuning and building on one task."""
+    from tercet.errors import UserError
     from tercet.files import dump_json
-    from tercet.ladder.climb import climb as run
-    from tercet.prompt.llm import LLM
-    from tercet.prompt.prices import parse_price
+    from tercet.ladder.climb import climb_with
 
-    llm = None
-    if model is not None:
-        llm = LLM(model, price=parse_price(price) if price is not None else None)
+    if isinstance(settings.model, str):
+        settings = replace(settings, model=options.load_llm(settings.model, price=price))
     elif price is not None:
-        from tercet.errors import UserError
-
-        raise UserError("--price is of the model given with --model; there is none")
-    names = None if rungs is None else [name.strip() for name in rungs.split(",") if name.strip()]
-    report = run(task, model=llm, rungs=names, minutes=minutes, seed=seed, out=out)
+        raise UserError("`price` is the price of the model given with `model`; there is none")
+    report = climb_with(settings)
     if json:
         sys.stdout.write(dump_json(report.to_json()))

@@ -26,13 +26,17 @@ _SETTING = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
 def command(
-    settings_class: Callable[..., Any], *, only: Collection[str] | None = None
+    settings_class: Callable[..., Any],
+    *,
+    only: Collection[str] | None = None,
+    optional: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that gives a command one option for each setting of ``settings_class``.
 
     Args:
         settings_class: a class made by `tercet.settings.settings`.
         only: the names of the settings to offer; None: all that are not hidden.
+        optional: the names of required settings that the command line may leave out; they are None then.
     """
     described = options_of(settings_class)  # type: ignore[arg-type]  # a class is callable
     offered = {
@@ -40,18 +44,24 @@ def command(
         for name, option in described.items()
         if not option.hidden and (only is None or name in only)
     }
-    fields = inspect.signature(settings_class, eval_str=True).parameters
+    fields = inspect.signature(settings_class).parameters
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
 
         def call(**values: Any) -> None:
-            settings = {name: _value(values.pop(name), offered[name]) for name in offered}
-            run(settings_class(**{k: v for k, v in settings.items() if v is not _OMITTED}), **values)
+            given = {name: _value(values.pop(name), option) for name, option in offered.items()}
+            chosen = {name: value for name, value in given.items() if value is not _OMITTED}
+            run(settings_class(**(dict.fromkeys(optional) | chosen)), **values)
 
-        parameters = [_parameter(fields[name], option) for name, option in offered.items()]
+        parameters = [
+            _parameter(fields[name].replace(default=None) if name in optional else fields[name], option)
+            for name, option in offered.items()
+        ]
         call.__name__, call.__doc__ = run.__name__, run.__doc__
-        vars(call)["__signature__"] = inspect.Signature([*parameters, *(p.replace(kind=_KEYWORD) for p in own)])
+        vars(call)["__signature__"] = inspect.Signature(
+            [*parameters, *(p.replace(kind=_KEYWORD) for p in own)]
+        )
         return call
 
     return decorate
@@ -63,9 +73,10 @@ _OMITTED: Any = object()
 
 def _parameter(field: inspect.Parameter, option: Option) -> inspect.Parameter:
     kind = field.annotation if option.type is None else option.type
-    several = get_origin(kind) is list
     default = field.default
-    if several and default is not inspect.Parameter.empty:
+    if default is not inspect.Parameter.empty and option.parse is not None:
+        default = False if kind is bool else None
+    elif get_origin(kind) is list and default is not inspect.Parameter.empty:
         default = None
     if default is None and option.type is not None:
         kind = kind | None

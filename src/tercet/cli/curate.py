@@ -1,122 +1,58 @@
-"""``tercet curate``: raw text into a corpus to build from."""
+"""``tercet curate``: clean raw text into a corpus to build from."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from tercet.cli.command import Json, command
+from tercet.curation.settings import CurateSettings
+
+if TYPE_CHECKING:
+    from tercet.curation.pipeline import Curated
 
 EXAMPLE = "tercet curate --data corpus/ --data books.jsonl.gz --weight books.jsonl.gz=2 --out runs/corpus"
 
 
-def curate(
-    data: Annotated[
-        list[str],
-        typer.Option("--data", metavar="PATH", help="File, directory or Hub data set; may be repeated."),
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run directory; the corpus is DIR/data.")],
-    rules: Annotated[
-        str, typer.Option("--rules", metavar="PRESET", help="Quality rules: none, light or web.")
-    ] = "web",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=N", help="Change a number of a rule; may be repeated."),
-    ] = None,
-    language: Annotated[
-        list[str] | None,
-        typer.Option("--language", metavar="CODE", help="Keep only this language; may be repeated."),
-    ] = None,
-    mask_personal_data: Annotated[
-        bool, typer.Option("--mask-personal-data", help="Replace e-mail addresses, numbers and the like.")
-    ] = False,
-    near_duplicates: Annotated[
-        bool, typer.Option(help="Take out near-copies too; exact ones go in any case.")
-    ] = True,
-    bands: Annotated[int, typer.Option(metavar="N", help="MinHash bands: more find more near-copies.")] = 14,
-    rows: Annotated[int, typer.Option(metavar="N", help="Values in a band: more are stricter.")] = 8,
-    decontaminate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK",
-            help="Take out the test texts of a task, or of a file (text, prompt or question); may be repeated.",
-        ),
-    ] = None,
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SOURCE=W",
-            help="How often a source is written (2, 0.5), or its share of the corpus (30%); may be repeated.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the order and the sample.")] = 0,
-    shard_mb: Annotated[float, typer.Option(metavar="N", help="Megabytes of text in a file.")] = 100,
-    processes: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes; as many as cores by default.")
-    ] = None,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Work on Ray Data: the cluster of RAY_ADDRESS, or this machine.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
-) -> None:
+@command(CurateSettings)
+def curate(settings: CurateSettings, json: Json = False) -> None:
     """Curate raw text: filter, mask, remove copies and test texts, mix, shuffle, write parquet."""
-    from dataclasses import asdict
-
-    from tercet.curation.mixture import parse_weight
-    from tercet.curation.pipeline import curate as run
-    from tercet.curation.report import share
+    from tercet.curation.pipeline import curate_with
     from tercet.files import dump_json
+
+    tests = _test_texts([str(name) for name in settings.decontaminate])
+    curated = curate_with(replace(settings, decontaminate=tests))
+    _show(curated)
+    if json:
+        sys.stdout.write(dump_json(asdict(curated)))
+
+
+def _show(curated: Curated) -> None:
+    from tercet.curation.report import share
     from tercet.progress import duration, say, size
 
-    made = run(
-        data,
-        out,
-        preset=rules,
-        languages=language or None,
-        rules=dict(_number(text) for text in set_ or ()),
-        mask_personal_data=mask_personal_data,
-        near_duplicates=near_duplicates,
-        bands=bands,
-        rows=rows,
-        decontaminate=_test_texts(decontaminate or ()),
-        weights=dict(parse_weight(text) for text in weight or ()),
-        seed=seed,
-        shard_mb=shard_mb,
-        processes=processes,
-        engine="ray" if ray else "local",
-    )
-    for reason, documents in made.dropped.items():
-        say(f"  {documents:>9,}  {share(documents, made.documents_read):>6}  {reason}")
-    for reason, count in made.skipped.items():
+    for reason, documents in curated.dropped.items():
+        say(f"  {documents:>9,}  {share(documents, curated.documents_read):>6}  {reason}")
+    for reason, count in curated.skipped.items():
         say(f"  {count:>9,}  not read: {reason}")
-    rate = f", {size(made.bytes_per_second)}/s" if made.bytes_per_second else ""
+    rate = f", {size(curated.bytes_per_second)}/s" if curated.bytes_per_second else ""
     say(
-        f"{made.documents:,} of {made.documents_read:,} documents, {size(made.bytes)} of {size(made.bytes_read)} "
-        f"in {duration(made.seconds)}{rate}"
+        f"kept {curated.documents:,} of {curated.documents_read:,} documents, {size(curated.bytes)} of "
+        f"{size(curated.bytes_read)}, in {duration(curated.seconds)}{rate}"
     )
-    if not made.documents:
-        say("nothing is left; the report says which rules took it")
+    if not curated.documents:
+        say("no document is left; the report says which rules dropped them")
     say(
-        f"corpus: {made.data}   report: {made.report}   next: tercet build --data {made.data} --out runs/mine"
+        f"corpus: {curated.data}   report: {curated.report}   "
+        f"next: tercet build --data {curated.data} --out runs/mine"
     )
-    if json:
-        sys.stdout.write(dump_json(asdict(made)))
-
-
-def _number(text: str) -> tuple[str, float]:
-    from tercet.errors import UserError
-
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise UserError(f"--set {text}: write NAME=NUMBER") from None
 
 
 def _test_texts(names: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    """The test texts of tasks (YAML files and built-in ones) and of other files."""
+    """Return the test texts of tasks (YAML files and built-in ones) and of other files, by name."""
     from tercet.curation.contamination import read_test_texts
 
     texts: dict[str, Sequence[str]] = {}

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tercet.finetune.settings import TuneSettings
 
 SHOWN = 3  # examples
 
 
-def print_masks(
-    ref: str, data: Path, max_tokens: int | None, over_length: str, chat_template: Path | None
-) -> None:
-    """Print the first examples: what the loss covers in green in a terminal, in ⟦ ⟧ elsewhere."""
+def print_masks(settings: TuneSettings) -> None:
+    """Print the first examples, with what the loss covers in green in a terminal, and in ⟦ ⟧ elsewhere."""
     from tercet.data.examples import prepare, show_mask
-    from tercet.data.rows import read_rows
-    from tercet.finetune.sft import checked_limit, checked_policy, load_for_tuning, resolve
+    from tercet.finetune.sft import checked_limit, load_for_tuning, read_examples, resolve
 
-    directory = resolve(ref)
-    rows = read_rows(data)
-    tokenizer = load_for_tuning(directory, chat_template, rows)
-    policy = checked_policy(over_length)
-    prepared = prepare(rows, tokenizer, checked_limit(directory, max_tokens), policy)
+    directory = resolve(settings.model)
+    rows = read_examples(settings.data)
+    tokenizer = load_for_tuning(directory, settings.chat_template, rows)
+    limit = checked_limit(directory, settings.max_tokens)
+    prepared = prepare(rows, tokenizer, limit, settings.over_length)
     colour = sys.stdout.isatty()
     for number, example in enumerate(prepared.examples[:SHOWN], start=1):
         print(f"--- example {number}: {len(example.ids)} tokens, {example.count} trained on")

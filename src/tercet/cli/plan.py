@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tercet.errors import UserError
+from tercet.cli.command import Json, command
+from tercet.pretrain.settings import EstimateSettings
 
 if TYPE_CHECKING:
     from tercet.pretrain.estimate import Estimate
@@ -16,94 +17,58 @@ if TYPE_CHECKING:
 EXAMPLE = "tercet plan build --data builtin:python-docs --minutes 30 --fit"
 
 
+# The settings that change an estimate.
+ESTIMATED = (
+    "data", "minutes", "tokens", "flops", "layers", "width", "vocab_size", "context", "batch_tokens", "optimizer",
+    "learning_rate", "embedding_rate", "weight_decay", "read_bytes", "chat", "device", "fit", "prices",
+)  # fmt: skip
+
+
+@command(EstimateSettings, only=ESTIMATED)
 def plan(
+    settings: EstimateSettings,
     level: Annotated[str, typer.Argument(metavar="build", help="What to plan.")],
-    data: Annotated[list[str], typer.Option("--data", metavar="PATH", help="As for tercet build.")],
-    minutes: Annotated[float | None, typer.Option(metavar="N", help="Budget in minutes; default 5.")] = None,
-    tokens: Annotated[int | None, typer.Option(metavar="N", help="Budget in tokens instead.")] = None,
-    flops: Annotated[float | None, typer.Option(metavar="N", help="Budget in operations instead.")] = None,
-    layers: Annotated[int | None, typer.Option(metavar="N", help="Layers, with --width.")] = None,
-    width: Annotated[int | None, typer.Option(metavar="N", help="Hidden size, with --layers.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(metavar="N", help="Tokens in the vocabulary.")] = None,
-    context: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens the model reads at once; default: by the budget.")
-    ] = None,
-    read_bytes: Annotated[
-        int | None, typer.Option(metavar="N", help="Bytes of text to read at most, as for tercet build.")
-    ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Train four tiny models and predict the loss from them.")
-    ] = False,
-    price: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DOLLARS", help="An hour of h100, h200, a100, l4 or 4090, for the cost."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
-    """Say what a build would be: shape, tokens, time, memory, cost and expected loss."""
+    """Estimate a build before it is made: shape, tokens, time, memory, cost and expected loss."""
+    from tercet.errors import UserError
+    from tercet.files import dump_json
+    from tercet.pretrain.estimate import estimate_with
+
     if level != "build":
         raise UserError(f"tercet plan knows build, not {level!r}")
-    from tercet.files import dump_json
-    from tercet.pretrain.estimate import estimate
-
-    prices = _prices(price or [])
-    found = estimate(
-        data,
-        minutes=minutes,
-        tokens=tokens,
-        flops=flops,
-        layers=layers,
-        width=width,
-        vocab_size=vocab_size,
-        context=context,
-        read_bytes=read_bytes,
-        fit_law=fit,
-        prices=prices,
-    )
+    estimate = estimate_with(settings)
     if json:
-        sys.stdout.write(dump_json(asdict(found)))
+        sys.stdout.write(dump_json(asdict(estimate)))
     else:
-        _show(found)
+        _show(estimate)
 
 
-def _prices(given: list[str]) -> dict[str, float]:
-    from tercet.pretrain.hardware import HARDWARE
-
-    found = {}
-    for one in given:
-        name, _, amount = one.partition("=")
-        try:
-            found[name.lower()] = float(amount)
-        except ValueError:
-            raise UserError(f"--price {one}: give NAME=DOLLARS, for example h100=2.50") from None
-        if name.lower() not in HARDWARE:
-            raise UserError(f"--price {one}: known names are {', '.join(HARDWARE)}")
-    return found
-
-
-def _show(found: Estimate) -> None:
+def _show(estimate: Estimate) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from tercet.progress import duration
 
     table = Table(box=None, show_header=False)
-    for rule in found.rules:
+    for rule in estimate.rules:
         table.add_row(rule["name"], f"{rule['value']}\n[dim]{rule['why']}[/dim]")
-    size = f"{found.corpus_bytes / 1e6:,.1f} MB"
-    whole = f"{size}, about {found.passes:.2f} passes over it"
-    table.add_row("corpus", whole if found.corpus_complete else f"more than the {size} that are enough")
-    table.add_row("here", f"{duration(found.seconds)} of training at {found.tokens_per_second:,.0f} tokens/s")
-    table.add_row("memory", f"{found.memory_bytes / 1e6:,.0f} MB at the peak")
-    if found.bits_per_byte is None:
+    size = f"{estimate.corpus_bytes / 1e6:,.1f} MB"
+    whole = f"{size}, about {estimate.passes:.2f} epochs"
+    table.add_row("corpus", whole if estimate.corpus_complete else f"more than {size}, which is enough")
+    table.add_row(
+        "here", f"{duration(estimate.seconds)} of training at {estimate.tokens_per_second:,.0f} tokens/s"
+    )
+    table.add_row("memory", f"{estimate.memory_bytes / 1e6:,.0f} MB at the peak")
+    if estimate.bits_per_byte is None:
         table.add_row("expected", "no scaling law is known for this corpus; --fit makes one")
     else:
-        error = found.law["error"] if found.law else 0.0
+        error = estimate.law["error"] if estimate.law else 0.0
         table.add_row(
             "expected",
-            f"{found.bits_per_byte:.3f} bits per byte (the law misses its own points by {100 * error:.1f}%)",
+            f"{estimate.bits_per_byte:.3f} bits per byte (the law misses its own points by {100 * error:.1f}%)",
         )
-    for one in found.hardware:
-        cost = "" if one["cost"] is None else f", ${one['cost']:,.2f}"
-        table.add_row(one["name"], f"{duration(one['seconds'])}{cost}")
+    for hardware in estimate.hardware:
+        cost = "" if hardware["cost"] is None else f", ${hardware['cost']:,.2f}"
+        table.add_row(hardware["name"], f"{duration(hardware['seconds'])}{cost}")
     Console(highlight=False).print(table)

@@ -8,6 +8,7 @@ seed and its id alone: the same in every run, on every machine, with any number 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np

@@ -221,7 +221,9 @@ def _checked_weights(
     for source, weight in weights.items():
         # The built-in corpus names its own sources; they are known when it has been read.
         if source not in data and not any(name.startswith("builtin:") for name in data):
-            raise UserError(f"`weights` names {source!r}, which is no source; the sources are {', '.join(data)}")
+            raise UserError(
+                f"`weights` names {source!r}, which is no source; the sources are {', '.join(data)}"
+            )
         weight = weight if isinstance(weight, Weight) else Weight(float(weight))
         if not math.isfinite(weight.value) or weight.value < 0:
             raise UserError(f"`weights` gives {source!r} the factor {weight.value}; it must be 0 or more")

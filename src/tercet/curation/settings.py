@@ -1,7 +1,5 @@
 """The settings of a curation: what can be chosen, its defaults, and the forms that values may have."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -92,8 +90,10 @@ class CurateSettings:
     )
     engine: Engine = setting(
         default="local",
-        metavar="local|ray",
-        help="Run on this machine, or on Ray Data: the cluster of RAY_ADDRESS, or this machine.",
+        option="--ray",
+        type=bool,
+        parse=lambda ray: "ray" if ray else "local",
+        help="Run on Ray Data: on the cluster of RAY_ADDRESS, or on this machine.",
     )
 
     def __post_init__(self) -> None:

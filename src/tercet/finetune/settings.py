@@ -1,7 +1,6 @@
 """The settings of a fine-tuning run: what can be chosen, its defaults, and which choices contradict each other."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,7 +53,9 @@ class TuneSettings:
     )
     weight_decay: float = setting(default=0.0, metavar="W", help="Weight decay of AdamW.")
     rank: int | None = setting(default=None, metavar="N", help="Rank of the adapter; default 16.")
-    alpha: float | None = setting(default=None, metavar="A", help="Alpha of the adapter; default twice the rank.")
+    alpha: float | None = setting(
+        default=None, metavar="A", help="Alpha of the adapter; default twice the rank."
+    )
     # Kalajdzievski 2023, arXiv:2312.03732
     rank_stabilised: bool = setting(
         default=False, option="--rslora", help="Scale the adapter by alpha / sqrt(rank) (rsLoRA)."
@@ -79,9 +80,13 @@ class TuneSettings:
     def __post_init__(self) -> None:
         check_choice(self, "method", get_args(Method))
         check_choice(self, "over_length", get_args(OverLength))
-        check_positive(self, "epochs", "batch_size", "learning_rate", "rank", "alpha", "max_tokens", "minutes")
-        if not 0 <= self.weight_decay < 1:
-            raise UserError(f"`weight_decay` is {self.weight_decay}; it must be at least 0 and below 1")
+        check_positive(
+            self, "epochs", "batch_size", "learning_rate", "rank", "alpha", "max_tokens", "minutes"
+        )
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise UserError(
+                f"`weight_decay` is {self.weight_decay}; it must be a finite number of at least 0"
+            )
         if self.method == "full":
             adapter = {
                 "rank": self.rank,
@@ -92,9 +97,7 @@ class TuneSettings:
             given = [f"`{name}`" for name, value in adapter.items() if value is not None]
             if given:
                 verb = "needs" if len(given) == 1 else "need"
-                raise UserError(
-                    f"{' and '.join(given)} {verb} `method=lora`; full tuning has no adapter"
-                )
+                raise UserError(f"{' and '.join(given)} {verb} `method=lora`; full tuning has no adapter")
         check_seed(self.seed)
 
     def to_config(self, source: Path) -> dict[str, Any]:

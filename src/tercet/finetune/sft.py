@@ -121,8 +121,8 @@ def tune_with(settings: TuneSettings) -> Tuned:
     device = find_device(settings.device)
     out = Path(settings.out)
     source = resolve(settings.model)
-    rows = _rows(settings.data)
-    dev_rows = None if settings.dev is None else _rows(settings.dev)
+    rows = read_examples(settings.data)
+    dev_rows = None if settings.dev is None else read_examples(settings.dev)
     tokenizer = load_for_tuning(source, settings.chat_template, rows)
     config = settings.to_config(source)
     key = fingerprint([config, rows, dev_rows, weights_identity(source), tokenizer.fingerprint])
@@ -130,11 +130,15 @@ def tune_with(settings: TuneSettings) -> Tuned:
         if (out / "result.json").is_file():
             say(f"{out} is finished already; delete it or choose another `out` to tune again")
             return Tuned(**read_json(out / "result.json"))
-        base = str(settings.model) if parse_reference(str(settings.model)).kind == "hub" else str(source.resolve())
+        base = (
+            str(settings.model)
+            if parse_reference(str(settings.model)).kind == "hub"
+            else str(source.resolve())
+        )
         return _run(source, base, tokenizer, rows, dev_rows, out, settings, device, key)
 
 
-def _rows(data: str | Path | Rows) -> list[dict[str, Any]]:
+def read_examples(data: str | Path | Rows) -> list[dict[str, Any]]:
     return read_rows(data) if isinstance(data, str | Path) else list(data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shlex
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tercet.errors import UserError, check_seed
+from tercet.errors import UserError
 from tercet.evaluate.measure import measure_rung
 from tercet.evaluate.task import Task
 from tercet.files import fingerprint, read_json, read_jsonl, write_atomic, write_json, write_jsonl
@@ -27,15 +26,16 @@ from tercet.ladder.rungs.base import Rung, Setting
 from tercet.ladder.rungs.baselines import Majority, TfidfLogistic
 from tercet.ladder.rungs.prompting import FewShot, ZeroShot
 from tercet.ladder.rungs.tuning import Tuned, local_start, untrained
+from tercet.ladder.settings import ClimbSettings
 from tercet.model.checkpoint import weights_identity
 from tercet.progress import duration, say
 from tercet.run_directory import open_run
+from tercet.settings import keyword_form
 from tercet.train.calibrate import use_all_cores
 
 if TYPE_CHECKING:
     from tercet.prompt.llm import LLM
 
-LADDER = ("majority", "tfidf", "zero-shot", "few-shot", "lora", "full", "scratch")
 
 # Shares of the minutes. What is left over goes to the prompting rungs, measuring and the report.
 WITHOUT_MODEL = {"base": 0.5, "lora": 0.12, "full": 0.12, "scratch": 0.12}
@@ -56,40 +56,28 @@ class Ladder:
     base: Callable[[], Path] | None = None  # builds the base, when no model was given
 
 
-def climb(
-    task: Task | str | Path,
-    *,
-    model: LLM | str | Path | None = None,
-    rungs: Sequence[str] | None = None,
-    minutes: float = 10.0,
-    seed: int = 0,
-    out: str | Path | None = None,
-) -> Report:
-    """Measure the levels on ``task`` and write ``report.html`` and ``report.json`` to ``out``.
+def climb_with(settings: ClimbSettings) -> Report:
+    """Measure every level on one task and write ``report.html`` and ``report.json`` to ``out``.
 
-    model: an LLM or a model reference, for the prompt and tune rungs; without it a base is built on
-        the task's corpus first, and used for them.
-    rungs: which of `LADDER` to climb; default all.
-    minutes: for everything, of which training gets the most.
-    out: default ``runs/NAME``; an unfinished climb found there goes on.
+    The parameters are the fields of `ClimbSettings`. Training gets most of the time budget. A rung that fails
+    is reported, and the climb continues with the next. The same call resumes an interrupted climb.
+
+    Returns:
+        The report: scores with intervals, differences between rungs, cost and the recommendation.
 
     Raises:
-        UserError: a wrong task, rung or setting. A rung that fails is reported and the rest go on.
-        KeyboardInterrupt: stopped; the same call goes on from there.
+        UserError: a wrong task, model or setting.
+        KeyboardInterrupt: interrupted; the same call resumes the climb.
     """
     from tercet.prompt.llm import LLM
 
-    if not isinstance(task, Task):
-        task = Task.load(task)
-    names = _checked_names(rungs)
-    check_seed(seed)
-    if not (minutes > 0 and math.isfinite(minutes)):
-        raise UserError(f"--minutes is {minutes}; it must be a positive number")
-    llm = model if model is None or isinstance(model, LLM) else LLM(model)
-    out = Path(out) if out is not None else Path("runs") / task.name
+    task = settings.task if isinstance(settings.task, Task) else Task.load(settings.task)
+    names, minutes, seed = settings.rung_names, settings.minutes, settings.seed
+    llm = LLM(settings.model) if isinstance(settings.model, str | Path) else settings.model
+    out = Path(settings.out) if settings.out is not None else Path("runs") / task.name
     asked = {
         "task": task.reference or task.name, "definition": task.summary(), "model": llm.name if llm is not None else None,
-        "rungs": list(names), "minutes": minutes, "seed": seed,
+        "rungs": names, "minutes": minutes, "seed": seed,
     }  # fmt: skip
     key = fingerprint([asked, task.fingerprint, None if llm is None else _identity(llm)])
     with open_run(out, "climb", key, asked):
@@ -110,15 +98,7 @@ def climb(
     return report
 
 
-def _checked_names(rungs: Sequence[str] | None) -> list[str]:
-    if rungs is None:
-        return list(LADDER)
-    for name in rungs:
-        if name not in LADDER:
-            raise UserError(f"there is no rung {name!r}; the ladder has {', '.join(LADDER)}")
-    if not rungs:
-        raise UserError(f"no rung to climb; the ladder has {', '.join(LADDER)}")
-    return [name for name in LADDER if name in rungs]
+climb = keyword_form(ClimbSettings, climb_with, "climb")
 
 
 def _announce(task: Task, out: Path) -> None:

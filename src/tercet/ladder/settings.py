@@ -1,10 +1,8 @@
 """The settings of a climb: the task, the model, the rungs and the time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tercet.errors import UserError, check_seed, nearest
 from tercet.settings import check_positive, setting, settings
@@ -30,14 +28,14 @@ class ClimbSettings:
         UserError: a rung that does not exist, or a value out of its range.
     """
 
-    task: Task | str | Path = setting(
+    task: "Task | str | Path" = setting(
         metavar="TASK",
         argument=True,
         type=str,
         kw_only=False,
         help="Task file (YAML), or builtin:docs-routing.",
     )
-    model: LLM | str | Path | None = setting(
+    model: "LLM | str | Path | None" = setting(
         default=None,
         metavar="REF",
         type=str,

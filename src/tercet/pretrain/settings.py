@@ -1,7 +1,5 @@
 """The settings of a build: what can be chosen, its defaults, and which choices contradict each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tercet.data.fewshot import few_shot_text, separator
 from tercet.errors import UserError
 from tercet.evaluate.task import Example, Task
+from tercet.finetune.settings import Method
 from tercet.ladder.result import Level
 from tercet.ladder.rungs.base import Answer, Setting, directory_size
 from tercet.ladder.rungs.fitting import answer_room, fitted_input
@@ -68,7 +69,7 @@ class Tuned:
         name: str,
         start: Callable[[], Path],
         *,
-        method: str,
+        method: Method,
         epochs: float,
         level: Level = "tune",
         **settings: Any,
