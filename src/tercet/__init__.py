@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tercet.curation.pipeline import Curated as Curated
     from tercet.curation.pipeline import curate as curate
     from tercet.curation.settings import CurateSettings as CurateSettings
-    from tercet.data.conversation import ContextOverflow as ContextOverflow
+    from tercet.errors import ContextOverflow as ContextOverflow
     from tercet.engine.request import Completion as Completion
     from tercet.engine.request import Sampling as Sampling
     from tercet.engine.request import Score as Score
@@ -54,7 +54,7 @@ _MODULES = {
     "Task": "tercet.evaluate.task",
     # Mistakes; the others are subclasses of UserError.
     "UserError": "tercet.errors",
-    "ContextOverflow": "tercet.data.conversation",
+    "ContextOverflow": "tercet.errors",
     "OutputError": "tercet.prompt.output",
     "BatchError": "tercet.prompt.hosted",
     "HostedError": "tercet.prompt.hosted",

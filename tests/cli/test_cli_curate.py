@@ -102,7 +102,7 @@ def test_a_task_gives_its_test_texts() -> None:
     [
         (["--data", "nothing"], "there is no file or directory nothing"),
         (["--data", "a.jsonl", "--weight", "a.jsonl"], "SOURCE=FACTOR"),
-        (["--data", "a.jsonl", "--weight", "b=2"], "no such source"),
+        (["--data", "a.jsonl", "--weight", "b=2"], "--weight names 'b', which is no source"),
         (["--data", "a.jsonl", "--set", "words"], "NAME=NUMBER"),
         (["--data", "a.jsonl", "--decontaminate", "b.yaml"], "no task file b.yaml"),
         (["--data", "a.jsonl", "--processes", "many"], "--processes"),
