@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from tercet.curation.pipeline import Curated as Curated
     from tercet.curation.pipeline import curate as curate
     from tercet.curation.settings import CurateSettings as CurateSettings
-    from tercet.errors import ContextOverflow as ContextOverflow
     from tercet.engine.request import Completion as Completion
     from tercet.engine.request import Sampling as Sampling
     from tercet.engine.request import Score as Score
+    from tercet.errors import ContextOverflow as ContextOverflow
     from tercet.errors import UserError as UserError
     from tercet.evaluate.task import Task as Task
     from tercet.finetune.settings import TuneSettings as TuneSettings
