@@ -12,8 +12,8 @@ import random
 import time
 from pathlib import Path
 
-from tercet.engine.constraint import Grammar
 from tercet.engine.engine import Engine, QueueFull
+from tercet.engine.grammar import Grammar
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 

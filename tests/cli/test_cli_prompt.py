@@ -146,7 +146,7 @@ def test_an_answer_that_was_cut_off_is_shown_and_is_an_error(
         (["--schema", "list.json"], "list.json holds a list; a JSON Schema is an object"),
         (["--schema", "list.json", "--regex", "a"], "--schema and --regex are given"),
         (["--regex", "a"], "takes a schema and no regex"),
-        (["--regex", ""], "regex is ''"),
+        (["--regex", ""], "is ''; it must be a string that is not empty"),
         (["--choices", "a,b"], "takes a schema and no choices"),
         (["--choices", "a,,b"], "--choices is 'a,,b'"),
         (["--grammar", "gone.lark"], "gone.lark"),

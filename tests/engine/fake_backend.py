@@ -53,7 +53,7 @@ class FakeBackend:
 
     def _rows(self, chunks: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """The logits at each wanted place."""
-        adapters = [chunk.adapter for chunk in chunks for _ in chunk.wanted]
+        adapters = [chunk.adapter for chunk in chunks for _ in chunk.outputs]
         # Tests put a function of the history alone in the place of `logits`.
         return [
             self.logits(history, adapter) if adapter else self.logits(history)
@@ -76,8 +76,8 @@ class FakeBackend:
             assert end <= len(chunk.pages) * self.page_size
             assert all(0 <= page < self.num_pages for page in chunk.pages)
             assert len(set(chunk.pages)) == len(chunk.pages)
-            assert list(chunk.wanted) == sorted(set(chunk.wanted))
-            assert all(0 <= place < len(chunk.tokens) for place in chunk.wanted)
+            assert list(chunk.outputs) == sorted(set(chunk.outputs))
+            assert all(0 <= place < len(chunk.tokens) for place in chunk.outputs)
             mine = set(chunk.pages[chunk.start // self.page_size : -(-end // self.page_size)])
             assert not mine & written, "two sequences write to one page"
             written |= mine
@@ -93,7 +93,7 @@ class FakeBackend:
         found = []
         for chunk in chunks:
             stored = self.slots[list(chunk.pages)].reshape(-1, 3)
-            for place in chunk.wanted:
+            for place in chunk.outputs:
                 here = stored[: chunk.start + place + 1]
                 assert (here[:, 1] == np.arange(len(here))).all(), "a slot holds another position"
                 assert (here[:, 2] == chunk.adapter).all(), "a slot was computed with another adapter"

@@ -13,7 +13,9 @@ import tokenizers
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from tercet.engine.constraint import COMPILED, JSON_LAYOUT, Constraints, Grammar, GrammarError, Matcher
+from tercet.engine.constraint import COMPILED, Constraints, Matcher
+from tercet.engine.grammar import Grammar, GrammarError
+from tercet.engine.json_schema import JSON_LAYOUT
 from tercet.engine.text import TokenBytes
 from tercet.model.tokenizer import Tokenizer
 
@@ -415,15 +417,15 @@ def test_a_wrong_grammar_is_told_in_one_line(grammar: Grammar, message: str) -> 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Grammar.json_schema(True), "schema is a bool; it must be a JSON Schema as a dict"),  # type: ignore[arg-type]
-        (lambda: Grammar.json_schema({"enum": [{1, 2}]}), "schema can't be written as JSON"),
-        (lambda: Grammar.regex(""), "regex is ''; it must be a string that is not empty"),
-        (lambda: Grammar.regex("\udcff"), "regex is not valid Unicode text"),
-        (lambda: Grammar.choices("yes"), "choices must be a list of strings"),
-        (lambda: Grammar.choices([]), "choices must be a list of strings"),
-        (lambda: Grammar.choices(["a", ""]), r"choices\[1\] is ''"),
-        (lambda: Grammar.choices(["a", 3]), r"choices\[1\] is 3"),  # type: ignore[list-item]
-        (lambda: Grammar.lark(None), "grammar is None"),  # type: ignore[arg-type]
+        (lambda: Grammar.json_schema(True), "`schema` is a bool; it must be a JSON Schema as a dict"),  # type: ignore[arg-type]
+        (lambda: Grammar.json_schema({"enum": [{1, 2}]}), "`schema` can't be written as JSON"),
+        (lambda: Grammar.regex(""), "`regex` is ''; it must be a string that is not empty"),
+        (lambda: Grammar.regex("\udcff"), "`regex` is not valid Unicode text"),
+        (lambda: Grammar.choices("yes"), "`choices` must be a list of strings"),
+        (lambda: Grammar.choices([]), "`choices` must be a list of strings"),
+        (lambda: Grammar.choices(["a", ""]), r"`choices\[1\]` is ''"),
+        (lambda: Grammar.choices(["a", 3]), r"`choices\[1\]` is 3"),  # type: ignore[list-item]
+        (lambda: Grammar.lark(None), "`grammar` is None"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_grammar_at_all(build: Callable[[], Grammar], message: str) -> None:

@@ -17,8 +17,8 @@ from lora import CASES, logits_of, make_adapter
 from safetensors.torch import load_file, save_file
 
 from tercet.engine.backend import Chunk
-from tercet.engine.constraint import Grammar
 from tercet.engine.engine import Engine
+from tercet.engine.grammar import Grammar
 from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling
 from tercet.engine.torch_backend import TorchBackend

@@ -57,7 +57,7 @@ class FakeBackend:
         assert len(pages) == len(set(pages)), "a page that is written to belongs to one sequence"
         self.calls.append(list(chunks))
         self.clock.now += PER_CALL + PER_TOKEN * sum(len(chunk.tokens) for chunk in chunks)
-        return np.zeros((sum(len(chunk.wanted) for chunk in chunks), VOCAB), np.float32)
+        return np.zeros((sum(len(chunk.outputs) for chunk in chunks), VOCAB), np.float32)
 
     def release(self, sequence: int) -> None:
         del self.held[sequence]
@@ -98,8 +98,8 @@ def test_speeds_are_tokens_over_the_time_that_feeding_took(engine: Any) -> None:
 def test_logits_are_wanted_only_where_a_token_would_be_drawn(engine: Any) -> None:
     bench.measure(engine, SETTINGS)
     calls = engine.backend.calls[: len(engine.backend.calls) // 3]
-    assert [[chunk.wanted for chunk in call] for call in calls[:4]] == [[[]], [[3], []], [[7], []], [[11]]]
-    assert all(chunk.wanted == [0] for call in calls[4:] for chunk in call)
+    assert [[chunk.outputs for chunk in call] for call in calls[:4]] == [[[]], [[3], []], [[7], []], [[11]]]
+    assert all(chunk.outputs == [0] for call in calls[4:] for chunk in call)
 
 
 def test_no_prompt_comes_twice_so_that_no_kept_prefix_helps(engine: Any) -> None:

@@ -11,9 +11,9 @@ from fake_backend import FakeBackend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tercet.engine.continuations import Continuation, score_continuations
 from tercet.engine.engine import Engine, QueueFull
 from tercet.engine.request import Completion, Delta, Request, Sampling
-from tercet.engine.scoring import Continuation, evaluate
 from tercet.engine.speculative import Drafter, DraftModel
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
@@ -202,8 +202,8 @@ def test_scores_do_not_depend_on_the_room(
     handle = engine.submit(Request((1, 2, 3) * 8, GREEDY))
     for _ in range(3):
         engine.step()
-    evaluate(backend, engine.pool, before, engine._make_room)
-    evaluate(backend, engine.pool, continuations, engine._make_room)
+    score_continuations(backend, engine.pool, before, engine._make_room)
+    score_continuations(backend, engine.pool, continuations, engine._make_room)
     for one in continuations:
         wanted = []
         for place in range(one.begin, len(one.tokens)):
@@ -288,7 +288,7 @@ def test_what_can_never_fit_is_refused_in_one_line(byte_level: Tokenizer) -> Non
     ):
         engine.submit(Request((1,) * 10, GREEDY))
     with pytest.raises(UserError, match="has 22 tokens; the cache holds 20"):
-        evaluate(engine.backend, engine.pool, [Continuation(0, [1] * 22, 1)])
+        score_continuations(engine.backend, engine.pool, [Continuation(0, [1] * 22, 1)])
 
 
 def test_who_is_sent_back_while_a_turn_is_planned_is_not_fed(byte_level: Tokenizer) -> None:

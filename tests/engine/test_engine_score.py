@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.engine.backend import Chunk
+from tercet.engine.continuations import Continuation, score_continuations
 from tercet.engine.engine import Engine
-from tercet.engine.scoring import Continuation, evaluate
 from tercet.engine.torch_backend import TorchBackend
 from tercet.errors import UserError
 from tercet.model.loading import load_model
@@ -131,7 +131,7 @@ def test_greedy_means_that_greedy_decoding_writes_it(make_engine: Make, byte_lev
         best = int(engine.backend.model(torch.tensor([whole]))[0, -1].argmax())  # type: ignore[attr-defined]
     other = (best + 1) % 300
     pieces = [Continuation(0, [*whole, token], len(whole)) for token in (best, other)]
-    evaluate(engine.backend, engine.pool, pieces)
+    score_continuations(engine.backend, engine.pool, pieces)
     assert [piece.is_greedy for piece in pieces] == [True, False]
 
 
@@ -174,7 +174,7 @@ def continuations(draw: st.DrawFn) -> list[Continuation]:
 def test_sharing_changes_no_score(make_engine: Make, pieces: list[Continuation], room: int) -> None:
     """Each equals a forward pass of its own, whatever is shared and however small the cache."""
     engine = make_engine(room=room)
-    evaluate(engine.backend, engine.pool, pieces)
+    score_continuations(engine.backend, engine.pool, pieces)
     for piece in pieces:
         assert piece.logprobs == pytest.approx(by_hand(engine, piece.tokens, piece.begin), abs=1e-5)
 
@@ -189,7 +189,7 @@ def test_a_prompt_may_fill_the_model_while_others_go_on(make_engine: Make) -> No
         Continuation(1, [6, 7, 8, 9], 2),
         Continuation(1, [6, 7, 9, 9], 2),
     ]
-    evaluate(engine.backend, engine.pool, pieces)
+    score_continuations(engine.backend, engine.pool, pieces)
     for piece in pieces:
         assert piece.logprobs == pytest.approx(by_hand(engine, piece.tokens, piece.begin), abs=1e-5)
 

@@ -164,4 +164,4 @@ def test_long_chunks_are_cut_to_calls_in_order() -> None:
         [(1, 11, 1), (2, 0, 1)],
         [(3, 0, 1)],
     ]
-    assert [[list(one.wanted) for one in call] for call in calls] == [[[1], [0, 2]], [[]], [[0], []], [[0]]]
+    assert [[list(one.outputs) for one in call] for call in calls] == [[[1], [0, 2]], [[]], [[0], []], [[0]]]

@@ -15,8 +15,9 @@ from fake_openai_server import FakeServer, completion, error, spoken
 from pydantic import BaseModel, Field, field_validator
 from tiny_model import write_model
 
-from tercet.engine.constraint import Constraints, GrammarError
+from tercet.engine.constraint import Constraints
 from tercet.engine.engine import Engine
+from tercet.engine.grammar import GrammarError
 from tercet.engine.request import Completion, Delta, FinishReason, Request, Usage
 from tercet.errors import UserError
 from tercet.prompt.hosted import BatchError
@@ -180,7 +181,7 @@ def test_the_prompt_is_as_it_was_written(directory: Path) -> None:
     [
         ({"schema": {"properties": {"a": {"type": "integr"}}}}, "schema.properties.a: Invalid type: integr"),
         ({"regex": "(?=a)b"}, r"regex '\(\?=a\)b' can't be used: look-around"),
-        ({"choices": "yes"}, "choices must be a list"),
+        ({"choices": "yes"}, "`choices` must be a list"),
         ({"grammar": "start: x"}, "grammar: line 1, column 8: unknown name"),
         ({"schema": '{"type": "string"}'}, "must be a pydantic BaseModel class or a JSON Schema as a dict"),
         ({"schema": Pet(kind="cat", legs=4)}, "must be a pydantic BaseModel class"),

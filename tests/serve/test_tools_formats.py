@@ -9,7 +9,8 @@ import pytest
 import tool_templates as templates
 from pydantic import BaseModel, Field
 
-from tercet.engine.constraint import Constraints, Grammar
+from tercet.engine.constraint import Constraints
+from tercet.engine.grammar import Grammar
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
 from tercet.model.tokenizer import Tokenizer

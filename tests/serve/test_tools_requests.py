@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tool_templates as templates
 
-from tercet.engine.constraint import Grammar
+from tercet.engine.grammar import Grammar
 from tercet.serve.errors import APIError
 from tercet.serve.tools.binding import MAX_TOOLS, Wanted, plan_tools, read_tools, template_messages
 

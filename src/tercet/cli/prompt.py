@@ -59,7 +59,7 @@ def prompt(
 ) -> None:
     """Ask a model once. A chat model answers, a base model continues the text."""
     from tercet.data.conversation import check_text, conversation
-    from tercet.engine.constraint import GrammarError
+    from tercet.engine.grammar import GrammarError
 
     asked = check_text(_asked(text, template, var or []), "the prompt")
     fields = options.sampling_fields(

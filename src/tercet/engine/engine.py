@@ -19,9 +19,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from tercet.engine.backend import Backend, Chunk
-from tercet.engine.reader import Reader, prompt_name
 from tercet.engine.request import Completion, Delta, Request
 from tercet.engine.running import Running
+from tercet.engine.scorer import Scorer, prompt_name
 from tercet.engine.speculative import Ask, Drafter, DraftModel, PromptLookup, check_same_vocabulary
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class QueueFull(UserError):
     """As many requests wait as may; the one that was submitted is not among them."""
 
 
-class Engine(Reader):
+class Engine(Scorer):
     """Generates from and scores with one model. Not for several threads at once.
 
     stop_ids: tokens that end an output (end of text, end of turn).
@@ -231,7 +231,7 @@ class Engine(Reader):
             one.turn, one.pages.computed = turn, min(chunk.start + len(chunk.tokens), len(one.tokens))
         at = 0
         for one, chunk in plan:
-            rows, at = logits[at : at + len(chunk.wanted)], at + len(chunk.wanted)
+            rows, at = logits[at : at + len(chunk.outputs)], at + len(chunk.outputs)
             try:
                 if len(rows):
                     one.pages.computed += one.take(rows)

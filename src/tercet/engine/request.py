@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tercet.errors import UserError
 
 if TYPE_CHECKING:
-    from tercet.engine.constraint import Grammar
+    from tercet.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
 

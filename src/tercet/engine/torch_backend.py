@@ -103,15 +103,15 @@ class TorchBackend:
 
     def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
         """Final hidden states [places, H] of the wanted places, in order of chunks."""
-        first = np.cumsum([0, *(len(chunk.wanted) for chunk in chunks)]).tolist()
+        first = np.cumsum([0, *(len(chunk.outputs) for chunk in chunks)]).tolist()
         config = self.model.config
         found = torch.empty(first[-1], config.hidden_size, dtype=self.model.dtype, device=self.model.device)
         for numbers in self._passes(chunks):
             hidden = self._pass([chunks[number] for number in numbers])
-            rows = [row for row, number in enumerate(numbers) for _ in chunks[number].wanted]
+            rows = [row for row, number in enumerate(numbers) for _ in chunks[number].outputs]
             if rows:
-                places = [place for number in numbers for place in chunks[number].wanted]
-                into = [first[number] + n for number in numbers for n in range(len(chunks[number].wanted))]
+                places = [place for number in numbers for place in chunks[number].outputs]
+                into = [first[number] + n for number in numbers for n in range(len(chunks[number].outputs))]
                 found[self._index(into)] = hidden[self._index(rows), self._index(places)].to(found.dtype)
         return found
 

@@ -98,7 +98,7 @@ class TransformersBackend:
         rows = [
             _numpy(part)
             for chunk in chunks
-            for part in self._logits(chunk.sequence, chunk.tokens, chunk.start, chunk.wanted)
+            for part in self._logits(chunk.sequence, chunk.tokens, chunk.start, chunk.outputs)
         ]
         return np.concatenate(rows) if rows else np.zeros((0, self.vocab_size), np.float32)
 
@@ -111,7 +111,7 @@ class TransformersBackend:
         likeliest: list[Tensor] = []
         place = 0
         for chunk in chunks:
-            for part in self._logits(chunk.sequence, chunk.tokens, chunk.start, chunk.wanted):
+            for part in self._logits(chunk.sequence, chunk.tokens, chunk.start, chunk.outputs):
                 logits = part.float()
                 asked = targets[place : place + len(logits)]
                 place += len(logits)
@@ -137,7 +137,7 @@ class TransformersBackend:
             sequence = self._rewound(chunk.sequence, chunk.start)
             sequence.tokens.extend(chunk.tokens)
             sequence.cache = None
-            places = [chunk.start + index for index in chunk.wanted]
+            places = [chunk.start + index for index in chunk.outputs]
             rows.append(self._states(sequence.tokens)[places])
         return _numpy(torch.cat(rows))
 

@@ -33,9 +33,8 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from tercet.engine.continuations import Continuation, score_continuations
 from tercet.engine.request import Request, Sampling
-from tercet.engine.scoring import Continuation
-from tercet.engine.scoring import evaluate as score
 from tercet.errors import UserError, nearest
 from tercet.model.reference import parse_reference
 from tercet.progress import Progress
@@ -126,7 +125,7 @@ class TercetLM(TemplateLM):
         with Progress("lm-eval: log-probabilities", len(pieces), "requests") as bar:
             for start in range(0, len(pieces), CALL):
                 some = pieces[start : start + CALL]
-                score(engine.backend, engine.pool, some)
+                score_continuations(engine.backend, engine.pool, some)
                 bar.advance(len(some))
         answers = [(math.fsum(one.logprobs), one.is_greedy) for one in pieces]
         for (text, *_tokens), answer in zip(requests, answers, strict=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tercet.data.conversation import Message, check_messages, check_text, conversation
-from tercet.engine.constraint import Grammar
+from tercet.engine.grammar import Grammar
 from tercet.engine.request import Completion, Sampling, Score
 from tercet.errors import UserError, nearest
 from tercet.model.reference import parse_reference

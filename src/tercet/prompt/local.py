@@ -7,7 +7,7 @@ from typing import Literal
 
 from tercet.data.conversation import Message
 from tercet.data.prompt_tokens import check_context, conversation_text
-from tercet.engine.constraint import Grammar
+from tercet.engine.grammar import Grammar
 from tercet.engine.load import load_engine, load_transformers_engine
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError

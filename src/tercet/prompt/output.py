@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from tercet.engine.constraint import Grammar, GrammarError
+from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion
 from tercet.errors import UserError
 

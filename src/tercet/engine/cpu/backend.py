@@ -334,7 +334,7 @@ class CPUBackend:
             for first in range(4 * fours, count):
                 self._tiles[tile] = (number, first, 1)
                 tile += 1
-            wanted += [row + index for index in chunk.wanted]
+            wanted += [row + index for index in chunk.outputs]
             row, longest = end, max(longest, start + count)
         self._table[at.TOKENS], self._table[at.TILES] = row, tile
         if self._adapters:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tercet.engine.constraint import Grammar, GrammarError
+from tercet.engine.grammar import Grammar, GrammarError
 from tercet.serve.api.fields import Body
 from tercet.serve.errors import APIError
 

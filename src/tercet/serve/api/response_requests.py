@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tercet.engine.constraint import Grammar
+from tercet.engine.grammar import Grammar
 from tercet.engine.request import Sampling
 from tercet.serve.api.chat_messages import PART_SEPARATOR
 from tercet.serve.api.fields import SMALLEST_TOP_P, Body, unsupported

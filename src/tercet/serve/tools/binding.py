@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tercet.engine.constraint import Grammar, GrammarError
+from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion, Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError

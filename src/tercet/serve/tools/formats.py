@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tercet.engine.constraint import Grammar
+from tercet.engine.grammar import Grammar
 from tercet.errors import UserError
 from tercet.model.chat_template import render_template
 from tercet.model.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from fake_backend import FakeBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tercet.engine import reading
+from tercet.engine import prompt_outputs
 from tercet.engine.engine import Engine
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
@@ -132,7 +132,7 @@ def test_prompts_that_cannot_be_read_are_refused(make_engine: MakeEngine) -> Non
         engine.prompt_logprobs([[5], []])
     with pytest.raises(UserError, match="has token 300"):
         engine.prompt_logprobs([[5, 300]])
-    with pytest.raises(UserError, match="top is -1"):
+    with pytest.raises(UserError, match="`top` is -1"):
         engine.prompt_logprobs([[5]], -1)
     with pytest.raises(UserError, match="has 41 tokens to be read; the cache holds 40"):
         make_engine(room=40).prompt_logprobs([[5] * 42])
@@ -189,7 +189,7 @@ def test_few_logits_are_in_memory_at_once(make_engine: MakeEngine, monkeypatch: 
     engine = make_engine()
     prompts = random_prompts(5, 60, 300)
     expected = engine.prompt_logprobs(prompts, 2)
-    monkeypatch.setattr(reading, "LOGIT_VALUES", 7 * 300)
+    monkeypatch.setattr(prompt_outputs, "LOGIT_VALUES", 7 * 300)
     rows: list[int] = []
     feed = engine.backend.feed
     monkeypatch.setattr(
