@@ -1,4 +1,4 @@
-"""Every test has caches of its own, and training plans that do not depend on how busy the machine is."""
+"""Settings of all tests: caches of their own, training plans independent of the machine's load, no deadlines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from tercet.train import calibrate
@@ -13,13 +14,18 @@ from tercet.train import calibrate
 if TYPE_CHECKING:
     from tiny_checkpoints import Make
 
-# Compiled kernels alone are kept from run to run, for subprocesses too: making them takes fifteen seconds.
+# A test passes or fails in the same way each time: its examples follow from its name, and a busy machine
+# may take as long as it needs for one of them.
+hypothesis.settings.register_profile("tercet", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tercet")
+
+# Only compiled kernels are kept between runs, and shared with subprocesses: compiling them takes 15 seconds.
 os.environ.setdefault("TERCET_KERNELS", str(Path(__file__).parents[1] / ".pytest_cache" / "kernels"))
 
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Caches in a directory that goes away with the tests."""
+    """Return a cache directory that is deleted with the tests' other files."""
     directory = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
     return directory
@@ -27,14 +33,14 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """``make("llama", attention_bias=True)``: a model of transformers, and the directory it is saved in."""
-    from tiny_checkpoints import save_theirs
+    """``make("llama", attention_bias=True)`` returns a transformers model and the directory it is saved in."""
+    from tiny_checkpoints import save_random
 
-    def build(family: str, **fields: Any) -> tuple[Any, Path]:
-        directory = tmp_path / f"theirs-{family}"
-        return save_theirs(directory, family, **fields), directory
+    def make_checkpoint(family: str, **fields: Any) -> tuple[Any, Path]:
+        directory = tmp_path / f"transformers-{family}"
+        return save_random(directory, family, **fields), directory
 
-    return build
+    return make_checkpoint
 
 
 MEASURE = calibrate._measure
@@ -42,11 +48,11 @@ MEASURE = calibrate._measure
 
 @pytest.fixture
 def real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the test of calibration itself."""
+    """Let a test of calibration measure the machine."""
     monkeypatch.setattr(calibrate, "_measure", MEASURE)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def a_machine_of_known_speed() -> None:
-    """Calibration answers at once, and always the same; its own tests call the real one."""
+def constant_speed() -> None:
+    """Let calibration return a constant at once."""
     calibrate._measure = lambda *_: calibrate.Speed(3_000.0, "float32", 1)

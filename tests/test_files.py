@@ -1,4 +1,4 @@
-"""Files are complete or not there; a directory belongs to one run and one process."""
+"""Files are complete or absent; a directory belongs to one run and one process."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_a_directory_takes_its_place_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_directory_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "model"
     with atomic_directory(path) as directory:
         (directory / "a").write_text("1")
@@ -57,7 +57,7 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path: Path) -> No
         )
     assert "another tercet process is writing to" in second.stdout
     with locked(tmp_path):
-        pass  # it goes with the block
+        pass  # the lock ends with the block
 
 
 def test_a_run_owns_its_directory(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_run_owns_its_directory(tmp_path: Path) -> None:
     leftover = out / ".model.0123.tmp"
     leftover.mkdir()
     with open_run(out, "build", "key", {"minutes": 1}):
-        assert not leftover.exists(), "what a killed process left is removed"
+        assert not leftover.exists(), "the files of a killed process are removed"
     assert "minutes: 1" in (out / "config.yaml").read_text()
     for command, key in (("build", "other"), ("tune", "key")):
         with pytest.raises(UserError, match="other data or settings"), open_run(out, command, key, {}):
@@ -100,7 +100,7 @@ def test_a_broken_line_is_named(tmp_path: Path, content: bytes, line: str) -> No
         read_jsonl(tmp_path / "x.jsonl")
 
 
-def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
+def test_json_refuses_infinity(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(tmp_path / "x.json", {"a": float("inf")})
     write_json(tmp_path / "x.json", {"ä": 0.1})
@@ -108,7 +108,7 @@ def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [
         (0.04, "0.0 s"),
         (3, "3 s"),
@@ -118,5 +118,5 @@ def test_json_has_no_word_for_infinity(tmp_path: Path) -> None:
         (float("inf"), "unknown time"),
     ],
 )
-def test_durations_are_for_people(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+def test_durations_have_a_readable_unit(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

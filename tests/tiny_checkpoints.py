@@ -1,4 +1,4 @@
-"""Small random checkpoints, made by transformers: the reference that the network is held against."""
+"""Small random checkpoints made by transformers, the reference that Tercet's network is compared with."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# What some families need beyond that, their defaults being too large for the rest.
-MORE: dict[str, dict[str, Any]] = {
+# Further fields that some families need, because their defaults do not fit these sizes.
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "pad_token_id": 0, "query_pre_attn_scalar": 5},
     "gemma3_text": {"head_dim": 8, "pad_token_id": 0, "query_pre_attn_scalar": 5},
     "phi3": {"pad_token_id": 0, "original_max_position_embeddings": 16},
@@ -44,7 +44,7 @@ GEMMA3_ROPE = {
 }
 TWO_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
-# Every family, and what its configurations may ask for.
+# Every family with each variant that its configuration can select.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama: every head its own keys": ("llama", {"num_key_value_heads": None}),
@@ -144,21 +144,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 Make = Callable[..., tuple[Any, Path]]
 
 
-def save_theirs(directory: Path, family: str, **fields: Any) -> Any:
-    """A model of transformers with random weights, saved in ``directory``."""
-    sizes = GPT2_SIZES if family == "gpt2" else SIZES | MORE.get(family, {})
+def save_random(directory: Path, family: str, **fields: Any) -> Any:
+    """Save a transformers model with random weights in ``directory`` and return it."""
+    sizes = GPT2_SIZES if family == "gpt2" else SIZES | FAMILY_FIELDS.get(family, {})
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **{**sizes, **fields})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: ones and zeros hide mistakes
+        for (
+            parameter
+        ) in model.parameters():  # norms and biases too: their initial ones and zeros would hide mistakes
             parameter.normal_(std=0.3)
     model.save_pretrained(directory)
     return model
 
 
 def reload(directory: Path) -> Any:
-    """What transformers makes of a directory; it must not miss or ignore any weight."""
+    """Load a directory with transformers and check that it neither misses nor ignores a weight."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     return model.eval()

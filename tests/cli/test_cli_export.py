@@ -16,7 +16,7 @@ from tercet.model.checkpoint import open_tensors, read_safetensors
 from tercet.model.stream import Spec, stream_tensors
 from tercet.model.tokenizer import Tokenizer
 from tercet.pretrain.corpus import train_tokenizer
-from tiny_checkpoints import CASES, Make, reload, save_theirs
+from tiny_checkpoints import CASES, Make, reload, save_random
 
 TEXT = "Once upon a time there was a king, and the king had 3 daughters.\n\n"
 
@@ -31,7 +31,7 @@ def checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """A run directory's model, shaped and named as ``tercet build`` does it."""
     directory = tmp_path / "mine" / "model"
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    save_theirs(
+    save_random(
         directory, "qwen3", vocab_size=tokenizer.vocab_size, head_dim=8, tie_word_embeddings=True, **ids
     )
     tokenizer.save(directory)

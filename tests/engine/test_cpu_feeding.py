@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tercet.engine.cpu.backend import LOGIT_ROWS, MAX_CHUNKS, CPUBackend
 from tercet.engine.cpu.pool import Crew
 from tercet.engine.cpu.table import PAGE
-from tiny_checkpoints import GEMMA3_ROPE, LONGROPE, TWO_WINDOWS, YARN, Make, reload, save_theirs
+from tiny_checkpoints import GEMMA3_ROPE, LONGROPE, TWO_WINDOWS, YARN, Make, reload, save_random
 
 LENGTH = 210  # three pages and a part
 
@@ -144,7 +144,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for name, (family, fields) in FAMILIES.items():
         found[name] = tmp_path_factory.mktemp("checkpoints") / name
-        save_theirs(found[name], family, **{"max_position_embeddings": 256, **fields})
+        save_random(found[name], family, **{"max_position_embeddings": 256, **fields})
     return found
 
 

@@ -20,7 +20,7 @@ from tercet.model import gguf as gguf_module
 from tercet.model.export import export
 from tercet.model.gguf_tokenizer import SINGLE, TRIPLES, pre_tokenizer_name
 from tercet.model.tokenizer import Tokenizer
-from tiny_checkpoints import CASES, LONGROPE, YARN, save_theirs
+from tiny_checkpoints import CASES, LONGROPE, YARN, save_random
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -79,7 +79,7 @@ def checkpoint(tmp_path: Path, ours: Tokenizer) -> Write:
     def write(family: str, tokenizer: Tokenizer = ours, **fields: Any) -> tuple[Any, Path]:
         directory = tmp_path / "model"
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-        model = save_theirs(directory, family, **{"vocab_size": ROWS, **ids, **fields})
+        model = save_random(directory, family, **{"vocab_size": ROWS, **ids, **fields})
         tokenizer.save(directory)
         return model, directory
 
