@@ -82,7 +82,7 @@ def test_json_is_one_object_and_nothing_else(
 
 
 def test_one_line_says_what_the_limit_is() -> None:
-    assert "28.8 GB/s, so at most 200.0 tokens/s: this is 50% of that" in limit(REPORT)
+    assert "28.8 GB/s, so the limit is 200.0 tokens/s, and this run reached 50% of it" in limit(REPORT)
     several = dataclasses.replace(REPORT, batch=8, fraction_of_limit=None)
     assert "for all 8 sequences" in limit(several)
     assert "on the CPU only" in limit(dataclasses.replace(several, bandwidth_bytes_per_second=None))

@@ -128,7 +128,7 @@ def test_an_interrupt_that_a_library_swallows_still_stops_the_answer(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(server: FakeServer, tmp_path: Path) -> None:
+def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(server: FakeServer, tmp_path: Path) -> None:
     endless = [chunk(f"{number} ") for number in range(200_000)]
     server.script.extend([spoken("Hey"), stream(*endless, chunk(finish="stop"), usage_chunk(), DONE)])
     terminal = Terminal(server.reference)
@@ -139,10 +139,10 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(server: FakeServer, tmp_path: 
     terminal.type("count\n")
     terminal.wait_for("20 21 22")
     terminal.interrupt()
-    terminal.wait_for("(stopped; what came is kept")
+    terminal.wait_for("(stopped; the text is kept")
     terminal.wait_for("> ")
     terminal.interrupt()
-    terminal.wait_for("(Ctrl-D or /exit leaves)")
+    terminal.wait_for("(Ctrl-D or /exit ends the chat)")
     terminal.type("/undo\n")
     terminal.wait_for("took back: count")
     terminal.wait_for("> ")
@@ -173,5 +173,5 @@ def test_without_a_reference_the_newest_model_under_runs_is_taken(
     assert main(["prompt", "runs/new", "Once upon a time", "--max-tokens", "5", "--seed", "1"]) == 0
     assert capsys.readouterr().out == continued
     assert main(["prompt", "runs/new", "hi", "--system", "S"]) == 2
-    assert "no place for --system" in capsys.readouterr().err
+    assert "so --system has no place" in capsys.readouterr().err
     assert main(["chat", "runs/new", "--system", "S"]) == 2

@@ -71,7 +71,7 @@ def test_options_that_would_do_nothing_are_refused(
 
 def test_a_task_must_be_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", model]) == 2
-    assert "name a task: a YAML file, builtin:docs-routing, or --lm-eval" in capsys.readouterr().err
+    assert "TASK is missing; give a YAML file, builtin:docs-routing, or --lm-eval" in capsys.readouterr().err
 
 
 def test_a_hosted_model_has_no_minimal_pairs(

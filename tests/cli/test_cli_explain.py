@@ -66,12 +66,12 @@ def test_the_terminal_shows_tokens_alternatives_and_the_next(
     assert main(["explain", str(models["base"]), "a b", "--max-tokens", "2", "--top", "3"]) == 0
     shown = capsys.readouterr().out
     for part in (
-        "What it reads",
+        "Prompt",
         '" "',
         "bits",
-        "What may come next",
+        "Candidates for the next token",
         "█",
-        "What it writes",
+        "Answer",
         "mean surprise",
     ):
         assert part in shown

@@ -51,7 +51,7 @@ def test_json_is_one_object_and_nothing_else(server: FakeServer, capsys: pytest.
         "finish_reason": "length",
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "cost": None},
     }
-    assert "cut at the token limit" in shown.err
+    assert "stopped at the token limit" in shown.err
     assert "$" not in shown.err
 
 
@@ -72,10 +72,10 @@ def test_a_template_takes_its_fields_from_var_and_text(server: FakeServer) -> No
     [
         (["--template", "ask.txt"], "no value for {language}"),
         (["--template", "ask.txt", "--var", "language=x", "--var", "langage=x"], "nothing uses {langage}"),
-        (["--template", "ask.txt", "--var", "language"], "must be K=V"),
+        (["--template", "ask.txt", "--var", "language"], "write K=V, such as"),
         (["--template", "ask.txt", "--var", "language=x", "--var", "language=y"], "given twice"),
         (["hi", "--template", "ask.txt", "--var", "language=x"], "nothing uses {text}"),
-        (["hi", "--var", "language=x"], "there is none"),
+        (["hi", "--var", "language=x"], "--var needs --template FILE"),
         (["--template", "gone.txt"], "gone.txt"),
         (["hi", "--price", "1"], "--price is '1'"),
         (["hi", "--top-p", "2"], "top_p is 2"),
@@ -144,7 +144,7 @@ def test_an_answer_that_was_cut_off_is_shown_and_is_an_error(
         (["--schema", "gone.json"], "gone.json"),
         (["--schema", "broken.json"], "broken.json:1:10 is not valid JSON"),
         (["--schema", "list.json"], "list.json holds a list; a JSON Schema is an object"),
-        (["--schema", "list.json", "--regex", "a"], "--schema and --regex are given"),
+        (["--schema", "list.json", "--regex", "a"], "--schema and --regex contradict each other"),
         (["--regex", "a"], "takes a schema and no regex"),
         (["--regex", ""], "is ''; it must be a string that is not empty"),
         (["--choices", "a,b"], "takes a schema and no choices"),

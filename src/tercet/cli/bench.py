@@ -1,4 +1,4 @@
-"""``tercet bench REF``: how fast a model runs here, and what the machine would allow."""
+"""``tercet bench REF``: the speed and memory of a model, beside the limit of the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tercet.cli.command import Json
 
 if TYPE_CHECKING:
     from tercet.engine.bench import Report
@@ -22,23 +24,26 @@ def bench(
         ),
     ],
     quantize: Annotated[
-        str | None, typer.Option(metavar="Q", help="int8, int4, bf16 or none; default: as prompt runs it.")
+        str | None, typer.Option(metavar="Q", help="int8, int4, bf16 or none; default: as tercet prompt.")
     ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Random tokens that are read; default: 512, or what the model has room for."
+            metavar="N",
+            help="Length of the prompt, of random tokens; default: 512, or what fits the context.",
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens written after them.")] = 128,
-    batch: Annotated[int, typer.Option(metavar="N", help="Sequences at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = 128,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")] = 1,
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="Threads; default: one for each core.")
     ] = None,
-    repeat: Annotated[int, typer.Option(metavar="N", help="Repetitions, after one not counted.")] = 3,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    repeat: Annotated[
+        int, typer.Option(metavar="N", help="Repetitions, after a warm-up that is not counted.")
+    ] = 3,
+    json: Json = False,
 ) -> None:
-    """Measure a local model's speed and memory beside the machine's memory bandwidth."""
+    """Measure the speed and memory of a local model."""
     from tercet.engine.bench import Settings
     from tercet.engine.bench import bench as run
     from tercet.files import dump_json
@@ -69,41 +74,41 @@ def _show(report: Report) -> None:
     table.add_column("slowest", justify="right")
     for name, median, worst in (
         (
-            f"reading {report.prompt_tokens} tokens",
+            f"prefill of {report.prompt_tokens} tokens",
             report.prefill_tokens_per_second,
             report.prefill_tokens_per_second_min,
         ),
         (
-            f"writing {report.new_tokens} tokens",
+            f"decoding {report.new_tokens} tokens",
             report.decode_tokens_per_second,
             report.decode_tokens_per_second_min,
         ),
     ):
-        of = name if report.batch == 1 else f"{name}, {report.batch} at once"
-        table.add_row(of, f"{median:,.1f} tokens/s", f"{worst:,.1f}")
+        label = name if report.batch == 1 else f"{name}, batch of {report.batch}"
+        table.add_row(label, f"{median:,.1f} tokens/s", f"{worst:,.1f}")
     table.add_row("time to first token", f"{1000 * report.time_to_first_token:,.0f} ms", "")
     table.add_row("loading", duration(report.load_seconds), "")
     table.add_row("weights", _bytes(report.weight_bytes), "")
-    table.add_row("most memory used", _bytes(report.peak_memory_bytes), "")
+    table.add_row("peak memory", _bytes(report.peak_memory_bytes), "")
     Console(file=sys.stdout).print(table)
     print(limit(report))
 
 
 def limit(report: Report) -> str:
-    """One line: what bounds writing, and how near it is."""
+    """Return one line on what bounds decoding, and how near the measurement is to it."""
     bandwidth = report.bandwidth_bytes_per_second
     if bandwidth is None:
-        return "Memory bandwidth is measured for models on the CPU only."
-    memory = f"memory gives {_threads(report)} {bandwidth / GB:.1f} GB/s"
+        return "Memory bandwidth is measured only for models on the CPU."
+    memory = f"{_threads(report)} can read {bandwidth / GB:.1f} GB/s"
     if report.fraction_of_limit is None:
         return (
-            f"One step reads the weights once for all {report.batch} sequences ({memory}), so arithmetic "
-            "may be the limit."
+            f"A step reads the weights once for all {report.batch} sequences ({memory}), so arithmetic may be "
+            "the limit."
         )
-    most = report.decode_tokens_per_second / report.fraction_of_limit
+    bound = report.decode_tokens_per_second / report.fraction_of_limit
     return (
-        f"Writing a token reads the weights and the text's keys and values once; {memory}, "
-        f"so at most {most:,.1f} tokens/s: this is {100 * report.fraction_of_limit:.0f}% of that."
+        f"Decoding a token reads all weights and the cached keys and values once; {memory}, "
+        f"so the limit is {bound:,.1f} tokens/s, and this run reached {100 * report.fraction_of_limit:.0f}% of it."
     )
 
 

@@ -15,7 +15,10 @@ EXAMPLE = "tercet build --data builtin:python-docs --out runs/mine --minutes 5"
 
 @command(BuildSettings)
 def build(settings: BuildSettings, json: Json = False) -> None:
-    """Build a model from raw text: tokenizer, network, training, checkpoint, report."""
+    """Build a model from raw text.
+
+    Trains a tokenizer and a network, and writes a checkpoint and a report.
+    """
     from tercet.compose import build_with
     from tercet.files import dump_json
     from tercet.progress import duration, say

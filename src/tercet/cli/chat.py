@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tercet.prompt.chat import ChatSession
 
 EXAMPLE = "tercet chat runs/mine --temperature 0.8"
-# A chat answer is longer than the completions the sampling default is for, and Ctrl-C stops it.
+# A chat answer is longer than the completions for which the default of Sampling is chosen; Ctrl-C stops it.
 CHAT_TOKENS = 1024
 
 
@@ -38,13 +38,16 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     quantize: options.Quantize = None,
-    speculate: options.Speculate = None,
+    speculation: options.Speculation = None,
     price: options.PriceOption = None,
 ) -> None:
-    """Chat with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves."""
+    """Chat with a model.
+
+    /help lists the commands, Ctrl-C stops an answer, Ctrl-D exits.
+    """
     from tercet.prompt.chat import ChatSession
 
-    llm = options.load_llm(ref or _newest(), quantize, speculate, price)
+    llm = options.load_llm(ref or _newest(), quantize, speculation, price)
     if max_tokens is None and llm.is_local and llm.has_chat_template:
         max_tokens = CHAT_TOKENS
     fields = options.sampling_fields(
@@ -60,7 +63,7 @@ def chat(
     if session.is_base:
         _note(
             f"{llm.name} is a base model: no chat template; it continues your text "
-            "(each message stands alone). /help lists the commands."
+            "(each message is a prompt of its own). /help lists the commands."
         )
     else:
         _note(f"Chatting with {llm.name}. /help lists the commands.")
@@ -68,26 +71,26 @@ def chat(
         with _line_editing():
             _talk(session)
     elif not _talk(session):
-        raise typer.Exit(2)  # a script should learn that an answer failed
+        raise typer.Exit(2)  # report to a script that an answer failed
 
 
 def _newest() -> str:
     from tercet.model.reference import models_under
 
-    found = models_under("runs")
-    if not found:
+    models = models_under("runs")
+    if not models:
         raise UserError(
             "there is no model under ./runs; name one (tercet chat REF), "
             "or make one: tercet build --data builtin:python-docs --out runs/mine --minutes 5"
         )
-    others = f" of {len(found)}; tercet chat REF takes another" if len(found) > 1 else ""
-    _note(f"{found[0]} is the newest model under ./runs{others}.")
-    return str(found[0])
+    rest = f" of {len(models)}; choose another with tercet chat REF" if len(models) > 1 else ""
+    _note(f"{models[0]} is the newest model under ./runs{rest}.")
+    return str(models[0])
 
 
 def _talk(session: ChatSession) -> bool:
-    """Read and answer until the input ends or /exit. Whether every line went well."""
-    well = True
+    """Read lines and answer them until the input ends or /exit; return whether every line succeeded."""
+    succeeded = True
     for line in _lines():
         if not line.strip():
             continue
@@ -103,9 +106,9 @@ def _talk(session: ChatSession) -> bool:
             else:
                 _show(session, session.say(line))
         except UserError as problem:
-            well = False
+            succeeded = False
             _note(f"error: {problem}")
-    return well
+    return succeeded
 
 
 def _lines() -> Iterator[str]:
@@ -121,13 +124,13 @@ def _lines() -> Iterator[str]:
             if not terminal:
                 raise
             print()
-            _note("(Ctrl-D or /exit leaves)")
+            _note("(Ctrl-D or /exit ends the chat)")
         except UnicodeDecodeError as problem:
             raise UserError(f"the input is not UTF-8 text (byte {problem.start})") from problem
 
 
 def _show(session: ChatSession, answer: Iterator[str]) -> None:
-    """Print an answer as it comes; Ctrl-C stops it and what came stays in the conversation."""
+    """Print an answer as it is generated; Ctrl-C stops it, and its text stays in the conversation."""
     from tercet.cli.prompt import spent
 
     with contextlib.closing(answer), _noting_interrupts() as interrupted:  # type: ignore[type-var]  # a generator
@@ -141,7 +144,7 @@ def _show(session: ChatSession, answer: Iterator[str]) -> None:
             if not sys.stdin.isatty():
                 raise
             print()
-            _note("(stopped; what came is kept, /undo takes it back)")
+            _note("(stopped; the text is kept, and /undo removes it)")
             return
         except UserError:
             print()
@@ -153,23 +156,23 @@ def _show(session: ChatSession, answer: Iterator[str]) -> None:
 
 @contextlib.contextmanager
 def _noting_interrupts() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, which raises KeyboardInterrupt as ever.
+    """Yield an event that Ctrl-C sets, beside raising KeyboardInterrupt.
 
-    A library in whose callback it happens to be raised may swallow it; the next piece of the answer then
-    finds the event.
+    A library may swallow an exception that is raised in its callback; the next piece of the answer then finds
+    the event set.
     """
-    came = threading.Event()
+    pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came  # Python lets only the main thread set handlers
+        yield pressed  # Python lets only the main thread set handlers
         return
 
     def note(*_: object) -> None:
-        came.set()
+        pressed.set()
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGINT, note)
     try:
-        yield came
+        yield pressed
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -181,27 +184,27 @@ def _note(text: str) -> None:
 
 
 def history_file() -> Path:
-    """Where the lines typed before are kept, for the arrow keys."""
+    """Return the file of the lines typed before, for the arrow keys."""
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(home) / "tercet" / "chat_history"
 
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
-    """Arrow keys, search and a history of 1,000 lines, where Python has readline."""
+    """Offer arrow keys, search and a history of 1,000 lines, where Python has readline."""
     try:
         import readline
     except ImportError:
         yield
         return
     path = history_file()
-    with contextlib.suppress(OSError):  # no history yet, or one that can't be read: start without
+    with contextlib.suppress(OSError):  # there is no history yet, or it cannot be read: start without one
         readline.read_history_file(path)
     readline.set_history_length(1000)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # a history that can't be kept is no reason to fail
+        with contextlib.suppress(OSError):  # a history that cannot be written must not fail the chat
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(path)
-            path.chmod(0o600)  # it holds what was said
+            path.chmod(0o600)  # it holds the user's messages

@@ -14,7 +14,10 @@ EXAMPLE = "tercet climb builtin:docs-routing --minutes 10"
 
 @command(ClimbSettings)
 def climb(settings: ClimbSettings, price: options.PriceOption = None, json: Json = False) -> None:
-    """Measure baselines, prompting, tuning and building on one task."""
+    """Measure all levels on one task.
+
+    Runs baselines, prompting, tuning and building, and recommends one of them.
+    """
     from tercet.errors import UserError
     from tercet.files import dump_json
     from tercet.ladder.climb import climb_with

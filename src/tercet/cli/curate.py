@@ -19,7 +19,10 @@ EXAMPLE = "tercet curate --data corpus/ --data books.jsonl.gz --weight books.jso
 
 @command(CurateSettings)
 def curate(settings: CurateSettings, json: Json = False) -> None:
-    """Curate raw text: filter, mask, remove copies and test texts, mix, shuffle, write parquet."""
+    """Clean raw text into a corpus.
+
+    Filters, masks personal data, removes copies and test texts, mixes, shuffles and writes parquet.
+    """
     from tercet.curation.pipeline import curate_with
     from tercet.files import dump_json
 

@@ -1,4 +1,4 @@
-"""``tercet eval REF TASK``: one model on one task."""
+"""``tercet eval REF TASK``: measure one model on one task."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tercet.cli import options
+from tercet.cli.command import Json
 
 if TYPE_CHECKING:
     from tercet.evaluate.minimal_pairs import PairResult
@@ -31,10 +32,13 @@ def eval(
     tuned: Annotated[
         bool | None,
         typer.Option(
-            "--tuned/--as-is", help="Whether it was tuned on this task; default: seen from its run."
+            "--tuned/--as-is",
+            help="Whether the model was tuned on this task; default: read from its run directory.",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the shots; default 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the choice of shots; default 0.")
+    ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", metavar="TASK,..", help="Tasks of lm-evaluation-harness instead of TASK."),
@@ -43,16 +47,19 @@ def eval(
         str | None, typer.Option("--include-path", metavar="DIR", help="Your own tasks for --lm-eval.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Documents of each --lm-eval task at most.")
+        int | None, typer.Option(metavar="N", help="Largest number of documents of each --lm-eval task.")
     ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Ask --lm-eval tasks as a conversation.")
+        bool, typer.Option("--chat-template", help="Apply the chat template to --lm-eval tasks.")
     ] = False,
     quantize: options.Quantize = None,
     price: options.PriceOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
-    """Measure a model on a task: its score with a 95% interval, latency, tokens and cost."""
+    """Measure a model on a task.
+
+    Reports the score with a 95% interval, latency, tokens and cost.
+    """
     from tercet.errors import UserError
     from tercet.evaluate.evaluate import evaluate, load_task, run_lm_eval
     from tercet.evaluate.minimal_pairs import PairTask, evaluate_pairs
@@ -76,7 +83,7 @@ def eval(
         return _print(harness, _harness_lines(harness), json)
     if task is None:
         raise UserError(
-            "name a task: a YAML file, builtin:docs-routing, or --lm-eval with names of its tasks"
+            "TASK is missing; give a YAML file, builtin:docs-routing, or --lm-eval with the names of its tasks"
         )
     _refuse(of_harness, "a task file")
     loaded = load_task(task)
@@ -95,13 +102,13 @@ def eval(
     return _print(result.to_json(), _lines(result), json)
 
 
-def _refuse(given: dict[str, Any], what: str, but: tuple[str, ...] = ()) -> None:
-    """An option that would do nothing is a mistake."""
+def _refuse(options: dict[str, Any], kind: str, but: tuple[str, ...] = ()) -> None:
+    """Raise UserError for the first option with a value that the chosen kind of task does not use."""
     from tercet.errors import UserError
 
-    for name, value in given.items():
+    for name, value in options.items():
         if value is not None and name not in but:
-            raise UserError(f"{name} does nothing for {what}; leave it out")
+            raise UserError(f"{name} does nothing for {kind}; leave it out")
 
 
 def _print(value: dict[str, Any], lines: list[str], json: bool) -> None:
@@ -130,8 +137,8 @@ def _pair_lines(result: PairResult) -> list[str]:
     if len(result.groups) > 1:
         width = max(len(group.group) for group in result.groups)
         lines += [
-            f"  {one.group:<{width}}  {one.score:.3f} ({one.low:.3f} to {one.high:.3f}) on {one.pairs:,}"
-            for one in sorted(result.groups, key=lambda one: -one.score)
+            f"  {group.group:<{width}}  {group.score:.3f} ({group.low:.3f} to {group.high:.3f}) on {group.pairs:,}"
+            for group in sorted(result.groups, key=lambda group: -group.score)
         ]
     return lines
 

@@ -1,4 +1,4 @@
-"""``tercet explain REF TEXT``: what a model thinks at every token, and what may come next."""
+"""``tercet explain REF TEXT``: how probable a model finds each token, and what may come next."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tercet.cli import options
+from tercet.cli.command import Json
 from tercet.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from tercet.prompt.llm import Prompt
 
 EXAMPLE = 'tercet explain runs/mine "Once upon a"'
-BAR = 30  # characters of the bar of a token that is certain
-# Surprise in bits up to which a token has each style: expected, likely, open, unlikely; beyond, the last.
+BAR = 30  # characters in the bar of a token with probability 1
+# The largest surprise in bits of each style: expected, likely, open, unlikely, very unlikely.
 STYLES = ((1.0, "green"), (3.0, "cyan"), (6.0, "yellow"), (10.0, "magenta"), (float("inf"), "bold red"))
 
 
@@ -30,78 +31,78 @@ def explain(
     ],
     max_tokens: Annotated[
         int,
-        typer.Option("--max-tokens", metavar="N", help="Tokens to go on for, each with what else may come."),
+        typer.Option("--max-tokens", metavar="N", help="Tokens to generate, each with its alternatives."),
     ] = 5,
-    top: Annotated[int, typer.Option("--top", metavar="N", help="Tokens to show at each place.")] = 5,
+    top: Annotated[int, typer.Option("--top", metavar="N", help="Alternatives to show for each token.")] = 5,
     system: options.System = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Read TEXT as it is, without the model's chat template.")
+        bool, typer.Option("--raw", help="Do not apply the model's chat template to TEXT.")
     ] = False,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
     quantize: options.Quantize = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
-    """Show how likely a model found every token it reads, and what it would write next.
+    """Show how probable a model finds each token, and what comes next.
 
-    Surprise is -log2 of a token's probability, in bits: 0 for a certain one, 1 for one chance in two.
+    Surprise is -log2 of a token's probability, in bits: 0 for probability 1, and 1 for probability 1/2.
     """
     from tercet.cli.prompt import standard_input
     from tercet.data.conversation import check_text, conversation
 
     if not 1 <= top <= 20:
-        raise UserError(f"--top is {top}; it must be from 1 to 20")
-    asked = check_text(standard_input() if text == "-" else text, "the text")
+        raise UserError(f"`top` is {top}; it must be from 1 to 20")
+    prompt = check_text(standard_input() if text == "-" else text, "the text")
     llm = options.load_llm(ref, quantize)
     if raw and not llm.is_local:
-        raise UserError(f"{llm.name} only chats: leave --raw out")
-    message: Prompt = asked
+        raise UserError(f"{llm.name} is hosted and takes conversations only; leave `raw` out")
+    message: Prompt = prompt
     if llm.has_chat_template and not raw:
-        message = conversation(asked, None if system is None else check_text(system, "--system"))
+        message = conversation(prompt, None if system is None else check_text(system, "`system`"))
     elif system is not None:
         raise UserError(
-            f"--system needs a chat template, and TEXT is read as it is by {llm.name}; put it into TEXT"
+            f"`system` needs a chat template, and {llm.name} reads TEXT without one; put the message into TEXT"
         )
     fields = options.sampling_fields(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    found = llm.explain(message, top=top, **fields)
+    explanation = llm.explain(message, top=top, **fields)
     if json:
         from tercet.files import dump_json
 
-        sys.stdout.write(dump_json(asdict(found)))
+        sys.stdout.write(dump_json(asdict(explanation)))
     else:
-        _show(found)
+        _show(explanation)
 
 
-def _show(found: Explanation) -> None:
+def _show(explanation: Explanation) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(file=sys.stdout, highlight=False)
-    if found.read:
-        console.print(Text("What it reads", style="bold"))
-        console.print(_table(found.read))
-        if found.bits_per_token is not None:
-            mean = found.bits_per_token
-            console.print(
-                f"mean surprise {mean:.2f} bits a token, as if choosing among {2**mean:,.0f} tokens\n"
-            )
+    if explanation.read:
+        console.print(Text("Prompt", style="bold"))
+        console.print(_table(explanation.read))
+        if explanation.bits_per_token is not None:
+            mean = explanation.bits_per_token
+            console.print(f"mean surprise {mean:.2f} bits per token (perplexity {2**mean:,.0f})\n")
     else:
-        console.print("(a server does not tell how it reads; what it wrote follows)\n")
-    if not found.written:
+        console.print("(a hosted model reports no probabilities of the prompt; the answer follows)\n")
+    if not explanation.written:
         return
-    console.print(Text("What may come next", style="bold"))
-    for one in found.written[0].alternatives:
-        bar = "█" * round(BAR * one.probability) or "▏"
-        console.print(Text(f"{_quoted(one.token):>18}  {one.probability:7.2%}  ", end="") + Text(bar, "cyan"))
-    if (entropy := found.written[0].entropy) is not None:
+    console.print(Text("Candidates for the next token", style="bold"))
+    for token in explanation.written[0].alternatives:
+        bar = "█" * round(BAR * token.probability) or "▏"
         console.print(
-            f"entropy {entropy:.2f} bits: as open as a choice among {2**entropy:,.1f} equally likely tokens"
+            Text(f"{_quoted(token.token):>18}  {token.probability:7.2%}  ", end="") + Text(bar, "cyan")
+        )
+    if (entropy := explanation.written[0].entropy) is not None:
+        console.print(
+            f"entropy {entropy:.2f} bits: as uncertain as a choice among {2**entropy:,.1f} equally likely tokens"
         )
     console.print()
-    console.print(Text("What it writes", style="bold"))
-    console.print(_table(found.written))
-    if found.finish_reason == "stop":
-        console.print("Here the model ends.")
+    console.print(Text("Answer", style="bold"))
+    console.print(_table(explanation.written))
+    if explanation.finish_reason == "stop":
+        console.print("The model ends its answer here.")
 
 
 def _table(steps: list[Step]) -> object:
@@ -109,18 +110,20 @@ def _table(steps: list[Step]) -> object:
 
     table = Table(box=None, pad_edge=False)
     longest = max(len(_quoted(step.token)) for step in steps)
-    # The alternatives are what is cut where the terminal is narrow.
+    # In a narrow terminal the alternatives are cut off first.
     table.add_column("token", no_wrap=True, min_width=longest)
-    table.add_column("likely", no_wrap=True, min_width=7, justify="right")
+    table.add_column("probability", no_wrap=True, min_width=11, justify="right")
     table.add_column("surprise", no_wrap=True, min_width=9, justify="right")
-    table.add_column("instead", no_wrap=True, overflow="ellipsis")
+    table.add_column("alternatives", no_wrap=True, overflow="ellipsis")
     for step in steps:
-        instead = [other for other in step.alternatives if other.id != step.id or other.token != step.token]
+        alternatives = [
+            token for token in step.alternatives if token.id != step.id or token.token != step.token
+        ]
         table.add_row(
             _styled(step),
             "" if step.probability is None else f"{step.probability:.2%}",
             "" if step.surprise is None else f"{step.surprise:.1f} bits",
-            "  ".join(f"{_quoted(one.token)} {one.probability:.1%}" for one in instead),
+            "  ".join(f"{_quoted(token.token)} {token.probability:.1%}" for token in alternatives),
         )
     return table
 
@@ -129,10 +132,10 @@ def _styled(step: Step) -> Text:
     from rich.text import Text
 
     surprise = step.surprise
-    style = "" if surprise is None else next(style for most, style in STYLES if surprise <= most)
+    style = "" if surprise is None else next(style for limit, style in STYLES if surprise <= limit)
     return Text(_quoted(step.token), style)
 
 
 def _quoted(token: str) -> str:
-    """A token with its spaces and line ends to be seen."""
+    """Return a token in quotes, with visible spaces and line ends."""
     return repr(token) if "'" in token and '"' not in token else '"' + repr(token + '"')[1:-2] + '"'

@@ -1,4 +1,4 @@
-"""``tercet export``: a model for other programs, as one GGUF file or as a checkpoint directory."""
+"""``tercet export``: write a model for other programs, as a GGUF file or as a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from tercet.cli.command import Json
+
 EXAMPLE = "tercet export runs/mine --format gguf --type q8_0 --out mine.gguf"
 
 
@@ -18,38 +20,41 @@ def export(
     ],
     format: Annotated[
         str,
-        typer.Option(metavar="hf|gguf", help="A checkpoint directory, or one file for llama.cpp."),
+        typer.Option(metavar="hf|gguf", help="A checkpoint directory (hf), or a file for llama.cpp (gguf)."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The directory or file to write.")],
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="Directory or file to write.")],
     type: Annotated[
         str | None,
         typer.Option(
             metavar="T",
-            help="Of the weights. gguf: f16 (the default), q8_0, f32 or bf16. hf: f32, bf16 or f16; "
-            "default as they are stored, f32 where an adapter is merged.",
+            help="Type of the weights. gguf: f16 (the default), q8_0, f32 or bf16. hf: f32, bf16 or f16; default: "
+            "the stored type, or f32 where an adapter is merged.",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
-    """Write a model for llama.cpp (gguf), or for transformers and vLLM (hf); adapters are merged."""
+    """Write a model for llama.cpp, transformers or vLLM.
+
+    Adapters are merged into the weights.
+    """
     from tercet.files import dump_json
     from tercet.model.export import export as run
     from tercet.progress import duration, say, size
 
-    done = run(ref, format, out, type)
-    for note in done.notes:
+    exported = run(ref, format, out, type)
+    for note in exported.notes:
         say(f"note: {note}")
     say(
-        f"{done.path}: {done.parameters:,} parameters as {done.type}, {size(done.bytes)}, "
-        f"in {duration(done.seconds)}"
+        f"{exported.path}: {exported.parameters:,} parameters as {exported.type}, {size(exported.bytes)}, "
+        f"in {duration(exported.seconds)}"
     )
-    say(f"next: {next_command(done.format, done.path)}")
+    say(f"next: {next_command(exported.format, exported.path)}")
     if json:
-        sys.stdout.write(dump_json(asdict(done)))
+        sys.stdout.write(dump_json(asdict(exported)))
 
 
 def next_command(format: str, path: str) -> str:
-    """The command that tries what was written."""
+    """Return a command that runs the exported model."""
     import shlex
 
     quoted = shlex.quote(path)

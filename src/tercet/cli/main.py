@@ -1,8 +1,8 @@
-"""The ``tercet`` command: finds the command's file, and tells what went wrong in one line.
+"""The ``tercet`` command: run the requested command, and report a mistake in one line.
 
-Each command is one file in this directory: a typed function of the file's name, whose docstring
-is its help, and an EXAMPLE to show below it. Only the file of the command that is asked for is
-imported, and it imports its heavy parts inside the function, so that ``--help`` is instant.
+Each command is one file in this directory: a typed function of the file's name, whose docstring is its help,
+and an EXAMPLE to show below it. Only the file of the requested command is imported, and it imports its heavy
+parts inside the function, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from tercet import __version__
 
         print(f"tercet {__version__}")
@@ -55,7 +55,7 @@ def _top(
 
 
 def application(names: Sequence[str] = COMMANDS) -> typer.Typer:
-    """The typer application with the commands in ``names``."""
+    """Return the typer application with the commands in ``names``."""
     app = typer.Typer(
         name="tercet",
         add_completion=False,
@@ -72,15 +72,17 @@ def application(names: Sequence[str] = COMMANDS) -> typer.Typer:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit status.
+    """Run one command line and return its exit status.
 
-    0: done. 2: a mistake of the user's, told in one line on stderr. 130: interrupted. What is our
-    own mistake gives Python's ordinary traceback.
+    0: success. 2: a mistake of the user, reported in one line on stderr. 130: interrupted. A defect of Tercet
+    itself gives Python's ordinary traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that lacks a character must not fail the command
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has left. Python would complain again when it flushes at exit.
+        # The reader (head, less) has closed the pipe. Python would report that again when it flushes at exit.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -107,14 +109,14 @@ def _run(arguments: list[str]) -> int:
     except UserError as problem:
         parameters = group.commands[named].params if named in COMMANDS else []  # type: ignore[attr-defined]
         return _fail(in_options(str(problem), parameters))
-    except typer.Exit as leaving:
-        return leaving.exit_code
+    except typer.Exit as problem:
+        return problem.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except typer.TyperException as problem:  # a missing argument, an unknown option, not a number
-        asked = getattr(getattr(problem, "ctx", None), "command_path", "tercet")
+        path = getattr(getattr(problem, "ctx", None), "command_path", "tercet")
         line = " ".join(problem.format_message().split())
-        return _fail(f"{line.rstrip('.')}; see: {asked} --help")
+        return _fail(f"{line.rstrip('.')}; see: {path} --help")
     return 0
 
 

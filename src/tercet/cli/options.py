@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they are spelled and explained once."""
+"""Options that several commands share, declared once."""
 
 from __future__ import annotations
 
@@ -15,30 +15,40 @@ REFERENCE_HELP = (
 )
 
 System = Annotated[str | None, typer.Option("--system", metavar="S", help="System message.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="End after N tokens.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", metavar="T", help="0 always takes the likeliest token.")
+    float | None,
+    typer.Option(
+        "--temperature", metavar="T", help="Sampling temperature; 0 always takes the most likely token."
+    ),
 ]
-TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Draw from the likeliest share P.")]
-TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="Draw from the K likeliest tokens.")]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", metavar="P", help="Sample from the most likely tokens with total probability P."),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", metavar="K", help="Sample from the K most likely tokens.")
+]
 MinP = Annotated[
     float | None,
-    typer.Option("--min-p", metavar="P", help="Drop tokens under P times the likeliest one's share."),
+    typer.Option(
+        "--min-p", metavar="P", help="Drop tokens less probable than P times the most likely token."
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")]
 Stop = Annotated[
-    list[str] | None, typer.Option("--stop", metavar="S", help="End before S; may be given more than once.")
+    list[str] | None, typer.Option("--stop", metavar="S", help="Stop before the text S; may be repeated.")
 ]
 Quantize = Annotated[
     str | None,
     typer.Option("--quantize", metavar="Q", help="Weights on a CPU: int8 (the default), int4, bf16 or none."),
 ]
-Speculate = Annotated[
+Speculation = Annotated[
     str | None,
     typer.Option(
         "--speculate",
         metavar="HOW",
-        help="Guess ahead: ngram (from the text so far), or a smaller model's REF.",
+        help="Speculative decoding: ngram (from the text so far), or the REF of a smaller draft model.",
     ),
 ]
 PriceOption = Annotated[
@@ -47,22 +57,22 @@ PriceOption = Annotated[
 
 
 def load_llm(
-    ref: str, quantize: str | None = None, speculate: str | None = None, price: str | None = None
+    ref: str, quantize: str | None = None, speculation: str | None = None, price: str | None = None
 ) -> LLM:
-    """The model that the options describe."""
+    """Return the model that the options describe."""
     from tercet.prompt.llm import LLM
     from tercet.prompt.prices import parse_price
 
-    guesses: Literal["ngram"] | LLM | None = None
-    if speculate is not None:
-        guesses = "ngram" if speculate == "ngram" else LLM(speculate)
-    known = parse_price(price) if price is not None else None
-    return LLM(ref, quantize=quantize, speculation=guesses, price=known)
+    draft: Literal["ngram"] | LLM | None = None
+    if speculation is not None:
+        draft = "ngram" if speculation == "ngram" else LLM(speculation)
+    dollars = parse_price(price) if price is not None else None
+    return LLM(ref, quantize=quantize, speculation=draft, price=dollars)
 
 
 def sampling_fields(**fields: Any) -> dict[str, Any]:
-    """The sampling settings that were given on the command line, and only those."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    if "stop" in given:
-        given["stop"] = tuple(given["stop"])
-    return given
+    """Return only the sampling settings that the command line gave."""
+    settings = {name: value for name, value in fields.items() if value is not None}
+    if "stop" in settings:
+        settings["stop"] = tuple(settings["stop"])
+    return settings

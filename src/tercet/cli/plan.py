@@ -1,4 +1,4 @@
-"""``tercet plan build``: what a run would be and take, before it is made."""
+"""``tercet plan build``: estimate a build before it is made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def plan(
     level: Annotated[str, typer.Argument(metavar="build", help="What to plan.")],
     json: Json = False,
 ) -> None:
-    """Estimate a build before it is made: shape, tokens, time, memory, cost and expected loss."""
+    """Estimate a build before it is made.
+
+    Prints shape, tokens, time, memory, cost and expected loss.
+    """
     from tercet.errors import UserError
     from tercet.files import dump_json
     from tercet.pretrain.estimate import estimate_with
@@ -61,12 +64,12 @@ def _show(estimate: Estimate) -> None:
     )
     table.add_row("memory", f"{estimate.memory_bytes / 1e6:,.0f} MB at the peak")
     if estimate.bits_per_byte is None:
-        table.add_row("expected", "no scaling law is known for this corpus; --fit makes one")
+        table.add_row("expected", "no scaling law is known for this corpus; --fit fits one")
     else:
         error = estimate.law["error"] if estimate.law else 0.0
         table.add_row(
             "expected",
-            f"{estimate.bits_per_byte:.3f} bits per byte (the law misses its own points by {100 * error:.1f}%)",
+            f"{estimate.bits_per_byte:.3f} bits per byte (the law's error on its own points is {100 * error:.1f}%)",
         )
     for hardware in estimate.hardware:
         cost = "" if hardware["cost"] is None else f", ${hardware['cost']:,.2f}"

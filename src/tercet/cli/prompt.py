@@ -1,4 +1,4 @@
-"""``tercet prompt REF TEXT``: one answer, streamed to standard output."""
+"""``tercet prompt REF TEXT``: print the answer of a model as it is generated."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tercet.cli import options
+from tercet.cli.command import Json
 from tercet.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,15 +23,18 @@ def prompt(
     ref: Annotated[str, typer.Argument(metavar="REF", help=options.REFERENCE_HELP)],
     text: Annotated[
         str | None,
-        typer.Argument(metavar="TEXT", help="What to ask; - reads standard input. In a template: {text}."),
+        typer.Argument(
+            metavar="TEXT", help="The prompt; - reads standard input. A template uses it as {text}."
+        ),
     ] = None,
     system: options.System = None,
     template: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with {field} places that makes the prompt.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Template file for the prompt, with {field} placeholders."),
     ] = None,
     var: Annotated[
         list[str] | None,
-        typer.Option(metavar="K=V", help="Value of the template's field K; may be repeated."),
+        typer.Option(metavar="K=V", help="Value of field K of the template; may be repeated."),
     ] = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
@@ -41,27 +45,32 @@ def prompt(
     stop: options.Stop = None,
     schema: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="JSON Schema file; the answer is JSON that is valid under it."),
+        typer.Option(metavar="FILE", help="JSON Schema file; the answer is valid JSON under this schema."),
     ] = None,
     regex: Annotated[
-        str | None, typer.Option(metavar="R", help="Regular expression that matches the whole answer.")
+        str | None, typer.Option(metavar="R", help="Regular expression that the whole answer matches.")
     ] = None,
     choices: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="The texts of which the answer is one.")
+        str | None,
+        typer.Option(metavar="A,B,...", help="Texts, with commas between them; the answer is one of them."),
     ] = None,
     grammar: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Lark grammar file; the answer is a text of it.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Lark grammar file; the answer is a sentence of this grammar."),
     ] = None,
     quantize: options.Quantize = None,
-    speculate: options.Speculate = None,
+    speculation: options.Speculation = None,
     price: options.PriceOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    json: Json = False,
 ) -> None:
-    """Ask a model once. A chat model answers, a base model continues the text."""
+    """Answer one prompt.
+
+    A chat model answers; a base model continues the text.
+    """
     from tercet.data.conversation import check_text, conversation
     from tercet.engine.grammar import GrammarError
 
-    asked = check_text(_asked(text, template, var or []), "the prompt")
+    filled = check_text(_prompt(text, template, var or []), "the prompt")
     fields = options.sampling_fields(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -71,13 +80,15 @@ def prompt(
         seed=seed,
         stop=stop,
     ) | _form(schema, regex, choices, grammar)
-    llm = options.load_llm(ref, quantize, speculate, price)
+    llm = options.load_llm(ref, quantize, speculation, price)
     if llm.has_chat_template:
-        message: Prompt = conversation(asked, None if system is None else check_text(system, "--system"))
+        message: Prompt = conversation(filled, None if system is None else check_text(system, "`system`"))
     elif system is not None:
-        raise UserError(f"{llm.name} has no chat template, so it has no place for --system; put it into TEXT")
+        raise UserError(
+            f"{llm.name} has no chat template, so `system` has no place; put the message into TEXT"
+        )
     else:
-        message = asked
+        message = filled
     try:
         completion = _json(llm, message, fields) if json else _stream(llm, message, fields)
     except GrammarError as problem:
@@ -89,25 +100,27 @@ def prompt(
 def _form(
     schema: Path | None, regex: str | None, choices: str | None, grammar: Path | None
 ) -> dict[str, Any]:
-    """The form that the answer must have, as a keyword of `LLM.stream`; none when none is given."""
+    """Return the required form of the answer as a keyword of `LLM.stream`; empty where no form is given."""
     from tercet.files import read_json, read_text
 
     forms = {"--schema": schema, "--regex": regex, "--choices": choices, "--grammar": grammar}
-    given = [option for option, value in forms.items() if value is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are given; an answer has one form, so give one of them")
+    chosen = [option for option, value in forms.items() if value is not None]
+    if len(chosen) > 1:
+        raise UserError(
+            f"{' and '.join(chosen)} contradict each other: an answer has one form; give only one"
+        )
     if schema is not None:
-        wanted = read_json(schema)
-        if not isinstance(wanted, dict):
-            raise UserError(f"{schema} holds a {type(wanted).__name__}; a JSON Schema is an object")
-        return {"schema": wanted}
+        json_schema = read_json(schema)
+        if not isinstance(json_schema, dict):
+            raise UserError(f"{schema} holds a {type(json_schema).__name__}; a JSON Schema is an object")
+        return {"schema": json_schema}
     if grammar is not None:
         return {"grammar": read_text(grammar)}
     if choices is not None:
         texts = [choice.strip() for choice in choices.split(",")]
         if not all(texts):
             raise UserError(
-                f"--choices is {choices!r}; it must be texts with commas between them, none empty"
+                f"--choices is {choices!r}; write texts with commas between them, none of them empty"
             )
         return {"choices": texts}
     return {} if regex is None else {"regex": regex}
@@ -136,7 +149,7 @@ def _json(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
             completion = llm.generate(message, **fields)
         else:
             completion = llm.chat(message, **fields)
-    except OutputError as problem:  # the text is not lost with it
+    except OutputError as problem:  # print the text all the same
         _print(llm, problem.completion)
         raise
     _print(llm, completion)
@@ -166,7 +179,7 @@ def _print(llm: LLM, completion: Completion) -> None:
 
 
 def spent(completion: Completion) -> str:
-    """``12 + 64 tokens, 1.3 s, $0.00012``: what an answer took. What is not known is not shown."""
+    """Return the cost of an answer, such as ``12 + 64 tokens, 1.3 s, $0.00012``, as far as it is known."""
     from tercet.progress import duration
 
     usage = completion.usage
@@ -174,23 +187,23 @@ def spent(completion: Completion) -> str:
     parts = [f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"] if counted else []
     parts.append(duration(completion.seconds))
     if completion.drafted:
-        parts.append(f"{completion.accepted} of {completion.drafted} guessed tokens right")
+        parts.append(f"{completion.accepted} of {completion.drafted} draft tokens accepted")
     if usage.cost is not None:
         parts.append(f"${usage.cost:.3g}" if usage.cost >= 0.0001 else f"${usage.cost:.2g}")
     if completion.finish_reason == "length":
-        parts.append("cut at the token limit (--max-tokens)")
+        parts.append("stopped at the token limit (--max-tokens)")
     return ", ".join(parts)
 
 
-def _asked(text: str | None, template: Path | None, variables: list[str]) -> str:
-    """The prompt: TEXT, standard input, or the template with its fields filled."""
+def _prompt(text: str | None, template: Path | None, variables: list[str]) -> str:
+    """Return the prompt: TEXT, standard input, or the filled template."""
     if text == "-":
         text = standard_input()
     if template is None:
         if variables:
-            raise UserError("--var fills the fields of a --template FILE; there is none")
+            raise UserError("--var needs --template FILE, whose fields it fills")
         if text is None:
-            raise UserError("nothing to ask: give TEXT (- reads standard input) or --template FILE")
+            raise UserError("the prompt is missing: give TEXT (- reads standard input) or --template FILE")
         return text
     from tercet.data.template import Template
 
@@ -198,7 +211,7 @@ def _asked(text: str | None, template: Path | None, variables: list[str]) -> str
     for variable in variables:
         name, equals, value = variable.partition("=")
         if not equals or not name:
-            raise UserError(f"--var {variable!r} must be K=V, such as --var city=Oslo")
+            raise UserError(f"--var is {variable!r}; write K=V, such as --var city=Oslo")
         if name in values:
             raise UserError(
                 f"{name} is given twice" + (" (TEXT is the field text)" if name == "text" else "")
@@ -208,6 +221,7 @@ def _asked(text: str | None, template: Path | None, variables: list[str]) -> str
 
 
 def standard_input() -> str:
+    """Read standard input; raise UserError where it is not UTF-8 text."""
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as problem:

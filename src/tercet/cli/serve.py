@@ -1,4 +1,4 @@
-"""``tercet serve REF...``: models over OpenAI's protocol, and a chat page, on this machine."""
+"""``tercet serve REF...``: serve models over OpenAI's protocol, with a chat page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def serve(
         list[str],
         typer.Argument(
             metavar="REF...",
-            help=f"{options.REFERENCE_HELP} NAME=REF gives it the name that clients call it by.",
+            help=f"{options.REFERENCE_HELP} NAME=REF sets the name for clients.",
         ),
     ],
     adapter: Annotated[
@@ -32,80 +32,103 @@ def serve(
         typer.Option(
             "--adapter",
             metavar="NAME=DIR",
-            help="A LoRA adapter beside its base, whose weights it shares; a model of its own name.",
+            help="LoRA adapter, served under its own name on the weights of its base model; may be repeated.",
         ),
     ] = None,
     host: Annotated[
         str,
-        typer.Option("--host", metavar="H", help="Address to listen on; beyond loopback only with a key."),
+        typer.Option(
+            "--host", metavar="H", help="Address to listen on; other addresses than loopback need a key."
+        ),
     ] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option("--port", metavar="P", min=0, max=65535, help="Port; 0 takes any that is free.")
+        int, typer.Option("--port", metavar="P", min=0, max=65535, help="Port; 0 chooses a free one.")
     ] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option("--api-key", metavar="KEY", help="A key that clients must send (others see it in ps)."),
+        typer.Option(
+            "--api-key", metavar="KEY", help="Key that clients must send (other users see it in ps)."
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option("--api-key-file", metavar="FILE", help="Keys, one a line. Also: TERCET_API_KEY."),
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="File of keys, one per line; TERCET_API_KEY is another way.",
+        ),
     ] = None,
     max_batch: Annotated[
         int | None,
-        typer.Option("--max-batch", metavar="N", min=1, help="Requests computed at the same time (64)."),
+        typer.Option("--max-batch", metavar="N", min=1, help="Largest number of requests in a batch (64)."),
     ] = None,
     max_waiting: Annotated[
         int | None,
         typer.Option(
-            "--max-waiting", metavar="N", min=1, help="Requests that may wait (1024); more get 429."
+            "--max-waiting",
+            metavar="N",
+            min=1,
+            help="Largest number of waiting requests (1024); more get 429.",
         ),
     ] = None,
     max_body: Annotated[
-        float, typer.Option("--max-body", metavar="MIB", min=0.001, help="Size of a request, in MiB.")
+        float, typer.Option("--max-body", metavar="MIB", min=0.001, help="Largest size of a request, in MiB.")
     ] = 8,
     request_timeout: Annotated[
         float,
         typer.Option(
-            "--request-timeout", metavar="S", min=0.1, help="Seconds for one answer, waiting included."
+            "--request-timeout",
+            metavar="S",
+            min=0.1,
+            help="Seconds for one answer, including the time in the queue.",
         ),
     ] = 600,
     quantize: options.Quantize = None,
-    speculate: options.Speculate = None,
+    speculation: options.Speculation = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(
             "--allow-origin",
             metavar="ORIGIN",
-            help="A web page's origin that may call this server; * for all.",
+            help="Origin of a web page that may call this server; * for all.",
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-host", metavar="NAME", help="A name of this server, beside localhost and addresses."
+            "--allow-host",
+            metavar="NAME",
+            help="Host name of this server, beside localhost and IP addresses.",
         ),
     ] = None,
     no_page: Annotated[
-        bool, typer.Option("--no-page", help="Serve the API only, without the chat page.")
+        bool, typer.Option("--no-page", help="Serve only the API, without the chat page.")
     ] = False,
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data", metavar="DIR", help="Where the page keeps conversations (your data directory)."
+            "--data",
+            metavar="DIR",
+            help="Directory for the page's conversations; default: your data directory.",
         ),
     ] = None,
 ) -> None:
-    """Serve models over OpenAI's protocol, with a chat page in the browser."""
+    """Serve models over HTTP, with a chat page.
+
+    The protocols are those of OpenAI and Anthropic.
+    """
     from tercet.serve.launch import LoadOptions, address_of, bind, check_reach, load_models, read_keys, run
     from tercet.serve.settings import Settings
 
     if no_page and data is not None:
-        raise UserError("--data is where the chat page keeps conversations, and --no-page leaves it out")
+        raise UserError(
+            "--data is the directory of the chat page, and --no-page removes the page; leave one of them out"
+        )
     keys = read_keys(api_key or [], api_key_file)
     check_reach(host, keys)
     listening = bind(host, port)
     try:
-        loading = LoadOptions(quantize, speculate, max_batch, max_waiting)
+        loading = LoadOptions(quantize, speculation, max_batch, max_waiting)
         models = load_models(refs, adapter or [], loading, _note)
         store = None if no_page else _store(models, data)
     except BaseException:
@@ -148,7 +171,7 @@ def _announce(models: Models, address: str, *, with_key: bool, page: bool) -> No
     if not models.default.has_chat_template:
         body = json.dumps({"model": models.default.name, "prompt": "Once upon a time"})
         route = "completions"
-    _note(f"serving {', '.join(one.name for one in models)} at {address}/v1")
+    _note(f"serving {', '.join(model.name for model in models)} at {address}/v1")
     if page:
         _note(f"chat page: {address}/")
     quoted = body.replace("'", "'\\''")

@@ -23,7 +23,10 @@ def tune(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Fine-tune a model on your examples: a LoRA adapter, or all weights."""
+    """Fine-tune a model on your examples.
+
+    Trains a LoRA adapter, or all weights.
+    """
     from tercet.errors import UserError
     from tercet.files import dump_json
     from tercet.finetune.sft import tune_with
