@@ -188,3 +188,8 @@ def fingerprint(value: Any) -> str:
 def cache_directory() -> Path:
     """Return the directory of what can be computed again: ``$XDG_CACHE_HOME/tercet``, or ``~/.cache/tercet``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet"
+
+
+def directory_size(directory: Path) -> int:
+    """Return the bytes of all files in a directory and below it."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

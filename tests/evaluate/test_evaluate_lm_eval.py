@@ -22,7 +22,7 @@ from tiny_model import CONTEXT, write_model
 from tercet.cli import main as cli
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
-from tercet.evaluate.lm_eval import TercetLM, evaluate_lm_eval, load_local
+from tercet.evaluate.lm_eval import TercetLM, evaluate_lm_eval
 
 WORDS = [
     "the",
@@ -62,7 +62,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(directory: Path) -> TercetLM:
-    return TercetLM(load_local(str(directory), quantize="none", threads=1))
+    return TercetLM(directory, quantize="none", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_log_probabilities_equal_hflms(ours: TercetLM, theirs: Any) -> None:
 
 def test_what_a_model_writes_is_what_both_find_greedy(ours: TercetLM, theirs: Any) -> None:
     context = ours.tok_encode("the cat")
-    [done] = ours.local.engine.generate(
+    [done] = ours.engine.generate(
         [Request(tuple(context), Sampling(temperature=0, max_tokens=4, ignore_eos=True))]
     )
     other = [*done.tokens[:3], (done.tokens[3] + 1) % 200]
@@ -165,7 +165,7 @@ def test_greedy_texts_equal_hflms(ours: TercetLM, theirs: Any) -> None:
 
 def test_results_of_whole_tasks_equal_hflms(ours: TercetLM, theirs: Any, tasks: Path) -> None:
     names = ["own_choice", "own_rolling", "own_generation"]
-    mine = evaluate_lm_eval(ours.local, names, include_path=tasks)
+    mine = evaluate_lm_eval(ours, names, include_path=tasks)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     other = simple_evaluate(model=theirs, tasks=names, task_manager=manager, log_samples=False)
     assert other is not None and set(mine["results"]) == set(names)
@@ -190,15 +190,15 @@ def test_chat_templates_equal_hflms(ours: TercetLM, theirs: Any) -> None:
 
 def test_a_template_that_trims_messages_begins_an_answer_trimmed(ours: TercetLM) -> None:
     trims = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}[end]{% endfor %}"
-    lm = TercetLM(ours.local)
+    lm = TercetLM(ours.engine)
     lm.tokenizer = ours.tokenizer.with_template(trims)
     assert lm.apply_chat_template([{"role": "a", "content": "Well, "}], False) == "[a]Well,"
 
 
 def test_a_limit_and_a_conversation(ours: TercetLM, tasks: Path) -> None:
-    few = evaluate_lm_eval(ours.local, ["own_choice"], include_path=tasks, limit=4)
+    few = evaluate_lm_eval(ours, ["own_choice"], include_path=tasks, limit=4)
     assert few["n-samples"]["own_choice"]["effective"] == 4
-    chat = evaluate_lm_eval(ours.local, ["own_choice"], include_path=tasks, chat=True)
+    chat = evaluate_lm_eval(ours, ["own_choice"], include_path=tasks, chat_template=True)
     assert set(chat["results"]["own_choice"]) == set(few["results"]["own_choice"])
 
 
@@ -215,9 +215,9 @@ def test_the_harness_knows_the_model_by_name(directory: Path, tasks: Path) -> No
 def test_settings_that_the_engine_lacks_are_refused(ours: TercetLM) -> None:
     with pytest.raises(UserError, match="num_beams, which Tercet's engine does not know"):
         ours.generate_until(instances("generate_until", [("a", {"num_beams": 4})]))
-    with pytest.raises(UserError, match=f"the task asks for {CONTEXT} tokens; .* takes {CONTEXT}"):
+    with pytest.raises(UserError, match=f"the task requests {CONTEXT} tokens; .* takes {CONTEXT}"):
         ours.generate_until(instances("generate_until", [("a", {"max_gen_toks": CONTEXT})]))
-    with pytest.raises(UserError, match="asks for the log-probability of 200 tokens at once"):
+    with pytest.raises(UserError, match="requests the log-probability of 200 tokens at once"):
         ours.loglikelihood(instances("loglikelihood", [("a", "b" * 200)]), disable_tqdm=True)
 
 
@@ -261,9 +261,12 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, r"lm-eval can't run own: .*gone\.jsonl"),
-        ({"doc_to_text": "{{nothing}}"}, "lm-eval can't run own: UndefinedError: 'nothing' is undefined"),
-        ({"test_split": "exam"}, "lm-eval can't run own: KeyError: 'exam'"),
+        (
+            {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}},
+            r"lm-eval cannot run own: .*gone\.jsonl",
+        ),
+        ({"doc_to_text": "{{nothing}}"}, "lm-eval cannot run own: UndefinedError: 'nothing' is undefined"),
+        ({"test_split": "exam"}, "lm-eval cannot run own: KeyError: 'exam'"),
     ],
 )
 def test_a_mistake_in_a_task_is_one_line(
@@ -272,7 +275,7 @@ def test_a_mistake_in_a_task_is_one_line(
     content = json.loads((tasks / "own_choice.yaml").read_text(encoding="utf-8"))
     (tmp_path / "own.yaml").write_text(json.dumps({**content, "task": "own", **changed}), encoding="utf-8")
     with pytest.raises(UserError, match=message) as caught:
-        evaluate_lm_eval(ours.local, ["own"], include_path=tmp_path)
+        evaluate_lm_eval(ours, ["own"], include_path=tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -281,7 +284,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(
 ) -> None:
     monkeypatch.setattr(TercetLM, "max_length", "96")
     with pytest.raises(TypeError, match="not supported between"):
-        evaluate_lm_eval(ours.local, ["own_choice"], include_path=tasks)
+        evaluate_lm_eval(ours, ["own_choice"], include_path=tasks)
 
 
 def test_hosted_models_are_refused() -> None:

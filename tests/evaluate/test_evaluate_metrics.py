@@ -11,9 +11,11 @@ from sklearn.metrics import f1_score
 
 from tercet.errors import UserError
 from tercet.evaluate.json_schema import check_schema, conforms
+from tercet.evaluate.measure import score_interval
 from tercet.evaluate.metrics import load_metric
-from tercet.ladder.comparison import add_differences, compare, measure
-from tercet.ladder.result import Prediction, RungResult
+from tercet.evaluate.result import Prediction
+from tercet.ladder.comparison import add_differences, compare
+from tercet.ladder.result import RungResult
 
 
 def score(spec: str | dict[str, object], prediction: str, target: str) -> float:
@@ -90,7 +92,7 @@ def test_closed_f1_is_scikit_learns_macro_f1(classes: int) -> None:
     expected = f1_score(
         targets, predictions, labels=[*labels, "never seen"], average="macro", zero_division=0
     )
-    measured, low, high = measure(metric, _answers(predictions, targets))
+    measured, low, high = score_interval(metric, _answers(predictions, targets))
     assert measured == pytest.approx(expected)
     assert low < measured < high
     # Each resample is scored as scikit-learn would score it.
@@ -205,7 +207,7 @@ def test_binary_metrics_get_wilson_and_mcnemar() -> None:
     targets = ["a"] * 20
     metric = load_metric("accuracy", ["a", "b"])
     one, two = _answers(["a"] * 12 + ["b"] * 8, targets), _answers(["a"] * 18 + ["b"] * 2, targets)
-    assert measure(metric, one) == pytest.approx((0.6, 0.3866, 0.7812), abs=1e-4)  # Wilson, 12 of 20
+    assert score_interval(metric, one) == pytest.approx((0.6, 0.3866, 0.7812), abs=1e-4)  # Wilson, 12 of 20
     gain = compare(metric, "one", one, two)
     assert gain.difference == pytest.approx(0.3)
     assert (gain.p, gain.test) == (2 / 2**6, "McNemar exact")  # 6 against 0

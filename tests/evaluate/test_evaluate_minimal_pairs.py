@@ -166,5 +166,5 @@ def test_a_file_of_examples_may_say_so(tmp_path: Path) -> None:
     path.write_text(plain)
     unsaid = load_task(path)
     assert isinstance(said, Task) and isinstance(unsaid, Task) and said.fingerprint == unsaid.fingerprint
-    with pytest.raises(UserError, match="is a task of examples, not of minimal_pairs"):
+    with pytest.raises(UserError, match="is a task of kind examples, not minimal_pairs"):
         PairTask.load(path)

@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from tercet.errors import UserError
+from tercet.evaluate.measure import score_interval
 from tercet.evaluate.metrics import load_metric
-from tercet.ladder.comparison import add_differences, measure
+from tercet.evaluate.result import Prediction
+from tercet.ladder.comparison import add_differences
 from tercet.ladder.report import (
     Axis,
     Confusion,
@@ -28,7 +30,7 @@ from tercet.ladder.report import (
     table,
     write_report,
 )
-from tercet.ladder.result import Level, Prediction, Report, RungResult, Step, recommend
+from tercet.ladder.result import Level, Report, RungResult, Step, recommend
 
 AREAS = [
     "networking",
@@ -75,7 +77,7 @@ def fake_climb(
                 )
             )
         predictions[name] = answers
-        score, low, high = measure(metric, answers)
+        score, low, high = score_interval(metric, answers)
         rungs.append(
             RungResult(
                 name, level, score=score, low=low, high=high, seconds=41.0, setup_seconds=12 * skill,

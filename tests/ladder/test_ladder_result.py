@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tercet.errors import UserError
-from tercet.ladder.result import RULE, Difference, Level, Prediction, Report, RungResult, Step, recommend
+from tercet.evaluate.result import Prediction
+from tercet.ladder.result import RULE, Difference, Level, Report, RungResult, Step, recommend
 
 
 def rung(name: str, score: float, level: Level = "tune", **gains: tuple[float, float, float]) -> RungResult:
@@ -108,5 +109,5 @@ def test_results_that_contradict_themselves_are_refused() -> None:
             RungResult("a", **fields)
     with pytest.raises(UserError, match="failed without a reason"):
         RungResult.from_json({"name": "a", "level": "tune", "status": "failed"})
-    with pytest.raises(UserError, match="a prediction has no field 'score'"):
+    with pytest.raises(UserError, match="not a prediction: it has no field 'score'"):
         Prediction.from_json({"id": "1", "text": "", "target": ""})

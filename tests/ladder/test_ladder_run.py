@@ -15,13 +15,14 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score
 
 from tercet.errors import UserError
+from tercet.evaluate.answer import Answerer, nearest_label
 from tercet.evaluate.evaluate import evaluate
 from tercet.evaluate.task import Task
 from tercet.ladder.climb import LADDER, climb
 from tercet.ladder.report import read_report
 from tercet.ladder.rungs import tuning
 from tercet.ladder.rungs.base import Setting
-from tercet.ladder.rungs.prompting import Answerer, FewShot, nearest_label
+from tercet.ladder.rungs.prompting import FewShot
 from tercet.model.tokenizer import Tokenizer
 from tercet.prompt.llm import LLM
 

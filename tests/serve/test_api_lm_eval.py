@@ -14,7 +14,7 @@ pytest.importorskip("tenacity", reason="lm-eval's clients of servers need lm-eva
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tercet.evaluate.lm_eval import evaluate_lm_eval, load_local
+from tercet.evaluate.lm_eval import TercetLM, evaluate_lm_eval
 
 WORDS = [
     "the",
@@ -96,7 +96,7 @@ def test_scores_through_the_server_are_those_in_process(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "none")  # the harness wants one
     served = through_the_server(tiny_url, tiny_directory, tasks, tokenizer)
-    local = load_local(str(tiny_directory), quantize="none", threads=1)
+    local = TercetLM(tiny_directory, quantize="none", threads=1)
     here = evaluate_lm_eval(local, ["served_choice", "served_text"], include_path=tasks)
     for task, metrics in (
         ("served_choice", ("acc,none", "acc_norm,none")),

@@ -12,7 +12,7 @@ from tercet.cli.command import Json
 
 if TYPE_CHECKING:
     from tercet.evaluate.minimal_pairs import PairResult
-    from tercet.ladder.result import RungResult
+    from tercet.evaluate.result import Measurement
 
 EXAMPLE = "tercet eval runs/mine builtin:docs-routing --split dev"
 
@@ -77,7 +77,7 @@ def eval(
             include_path=include_path,
             limit=limit,
             shots=shots,
-            chat=chat_template,
+            chat_template=chat_template,
             quantize=quantize,
         )
         return _print(harness, _harness_lines(harness), json)
@@ -117,7 +117,7 @@ def _print(value: dict[str, Any], lines: list[str], json: bool) -> None:
     sys.stdout.write(dump_json(value) if json else "\n".join(lines) + "\n")
 
 
-def _lines(result: RungResult) -> list[str]:
+def _lines(result: Measurement) -> list[str]:
     from tercet.progress import duration
 
     lines = [

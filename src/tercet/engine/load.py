@@ -15,6 +15,7 @@ from tercet.errors import UserError
 from tercet.model.adapter_config import is_adapter
 from tercet.model.checkpoint import read_stop_ids
 from tercet.model.device import find_device
+from tercet.model.reference import Reference
 from tercet.model.source import Source, source_in
 from tercet.model.tokenizer import Tokenizer
 
@@ -81,6 +82,33 @@ def load_engine(
     for name, path in (adapters or {}).items():
         engine.add_adapter(name, path)
     return engine
+
+
+def load_reference(
+    reference: Reference,
+    directory: Path,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    quantize: str | None = None,
+    threads: int | None = None,
+    speculation: Literal["ngram"] | Engine | None = None,
+) -> Engine:
+    """Return an engine for a local model reference, whose files are in ``directory``.
+
+    The other arguments are those of `load_engine`. The transformers library takes ``dtype`` and ``device`` only.
+
+    Raises:
+        UserError: as `load_engine` and `load_transformers_engine`; a setting that transformers does not take.
+    """
+    if reference.kind != "transformers":
+        return load_engine(
+            directory, dtype, device, quantize=quantize, threads=threads, speculation=speculation
+        )
+    for name, value in (("quantize", quantize), ("threads", threads), ("speculation", speculation)):
+        if value is not None:
+            raise UserError(f"`{name}` does nothing for {reference.text}: transformers runs it; leave it out")
+    return load_transformers_engine(directory, dtype=dtype, device=device)
 
 
 def load_transformers_engine(

@@ -1,4 +1,4 @@
-"""One model on one split of a task: what ``tercet eval`` runs."""
+"""Measure one model on one split of a task: what ``tercet eval`` runs."""
 
 from __future__ import annotations
 
@@ -8,38 +8,22 @@ from typing import Any
 
 from tercet.data.fewshot import ShotSelector
 from tercet.errors import UserError, check_seed
-from tercet.evaluate.measure import measure_rung
+from tercet.evaluate.answer import Answerer, as_shots
+from tercet.evaluate.language_model import LanguageModel
+from tercet.evaluate.measure import measure
 from tercet.evaluate.minimal_pairs import PairTask
-from tercet.evaluate.task import Example, Task, open_task_file
+from tercet.evaluate.result import Measurement
+from tercet.evaluate.task import Task, open_task_file
 from tercet.evaluate.task_file import MINIMAL_PAIRS
-from tercet.ladder.result import Level, RungResult
-from tercet.ladder.rungs.base import Answer, directory_size
-from tercet.ladder.rungs.prompting import Answerer, as_shots
-from tercet.prompt.llm import LLM
-
-
-class _Given:
-    """A model as a rung that needs no fitting."""
-
-    level: Level = "prompt"
-
-    def __init__(self, answerer: Answerer, name: str) -> None:
-        self.answerer, self.name = answerer, name
-        self.details: dict[str, Any] = {}
-
-    def fit(self, setting: object) -> None:
-        """Nothing to do."""
-
-    def predict(self, examples: Sequence[Example]) -> list[Answer]:
-        return self.answerer.answer(examples)
-
-    def size_bytes(self) -> int | None:
-        directory = self.answerer.llm.directory
-        return directory_size(directory) if directory is not None else None
+from tercet.files import read_json
 
 
 def load_task(reference: str | Path) -> Task | PairTask:
-    """The task of a YAML file, of whatever kind, or of ``builtin:NAME``. Raises UserError as these do."""
+    """Load a task of either kind from a YAML file, or the task ``builtin:NAME``.
+
+    Raises:
+        UserError: as ``Task.load`` and ``PairTask.load``.
+    """
     if str(reference).startswith("builtin:"):
         return Task.load(reference)
     if open_task_file(Path(reference)).kind == MINIMAL_PAIRS:
@@ -48,42 +32,51 @@ def load_task(reference: str | Path) -> Task | PairTask:
 
 
 def run_lm_eval(reference: str, tasks: Sequence[str], quantize: str | None, **options: Any) -> dict[str, Any]:
-    """`tercet.evaluate.lm_eval.evaluate_lm_eval` for a reference. UserError where the harness isn't installed."""
+    """Run `tercet.evaluate.lm_eval.evaluate_lm_eval` on the model of a reference.
+
+    Raises:
+        UserError: lm-evaluation-harness is not installed; a hosted model; as ``evaluate_lm_eval``.
+    """
     try:
-        from tercet.evaluate.lm_eval import evaluate_lm_eval, load_local
+        from tercet.evaluate.lm_eval import TercetLM, evaluate_lm_eval
     except ImportError as problem:
         if (problem.name or "").partition(".")[0] == "tercet":
             raise
         raise UserError(
-            f"--lm-eval needs lm-evaluation-harness ({problem.name} is not installed): pip install 'tercet[lm-eval]'"
+            f"`lm_eval` needs lm-evaluation-harness ({problem.name} is not installed): pip install 'tercet[lm-eval]'"
         ) from problem
-    return evaluate_lm_eval(load_local(reference, quantize=quantize), tasks, **options)
+    return evaluate_lm_eval(TercetLM(reference, quantize=quantize), tasks, **options)
 
 
 def evaluate(
-    llm: LLM,
+    llm: LanguageModel,
     task: Task | str | Path,
     *,
     shots: int = 0,
     split: str = "test",
     tuned: bool | None = None,
     seed: int = 0,
-) -> RungResult:
-    """Score ``llm`` on a split of ``task``, with ``shots`` examples of train in the prompt.
+) -> Measurement:
+    """Measure a model on a split of a task.
 
-    tuned: whether it learned to end its answers with a stop token, which is then part of a label's
-        score; by default true for the product of a `tune` run.
+    Args:
+        task: a task, or what ``Task.load`` takes.
+        shots: solved examples of the training split in the prompt.
+        split: "test" or "dev".
+        tuned: whether the model learned to end its answers with a stop token, which is then scored
+            with a label; None: true for the product of a ``tune`` run.
+        seed: of the choice of shots, and of the bootstrap.
 
     Raises:
-        UserError: an unknown split, or more shots than there are training examples.
+        UserError: an unknown or empty split, or more shots than there are training examples.
     """
     check_seed(seed)
     if not isinstance(task, Task):
         task = Task.load(task)
     if split not in ("test", "dev"):
-        raise UserError(f"--split is {split!r}; it must be test or dev")
+        raise UserError(f"`split` is {split!r}; it must be test or dev")
     if shots < 0:
-        raise UserError(f"--shots is {shots}; it must be 0 or more")
+        raise UserError(f"`shots` is {shots}; it must be 0 or more")
     if tuned is None:
         tuned = llm.directory is not None and _is_tuned(llm.directory)
     chosen = ShotSelector(as_shots(task, task.train), shots, task.labels, seed).choose() if shots else []
@@ -91,20 +84,19 @@ def evaluate(
     examples = task.test if split == "test" else task.dev
     if not examples:
         raise UserError(f"the {split} split of {task.name} is empty")
-    result, _ = measure_rung(_Given(answerer, f"{shots}-shot"), task, seed, examples)
-    result.details |= {
+    measurement, _ = measure(f"{shots}-shot", answerer.answer, task, examples, seed)
+    measurement.size_bytes = answerer.size_bytes()
+    measurement.details |= {
         "model": llm.name,
         "split": split,
         "examples": len(examples),
         "shots": shots,
         "tuned": tuned,
     }
-    return result
+    return measurement
 
 
 def _is_tuned(directory: Path) -> bool:
-    """Whether the checkpoint is the product of a tune run of ours, which leaves its mark beside it."""
-    from tercet.files import read_json
-
+    """Return whether the run directory around a checkpoint is that of a ``tune`` run."""
     marker = directory.parent / "run.json"
     return marker.is_file() and read_json(marker).get("command") == "tune"

@@ -1,6 +1,6 @@
-"""Minimal pairs as a task: how often a model finds the grammatical sentence the likelier one.
+"""Minimal pairs as a task: the share of pairs of which a model finds the grammatical sentence likelier.
 
-Any local reference is measured, through the engine that also answers with it.
+Any local model can be measured; the engine that generates text also scores the sentences.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any, Self
 
 from tercet.data.minimal_pairs import BAD, GOOD, Pair, read_pairs
 from tercet.errors import UserError
+from tercet.evaluate.language_model import LanguageModel
 from tercet.evaluate.statistics import wilson_interval
 from tercet.evaluate.task import open_task_file
 from tercet.evaluate.task_file import MINIMAL_PAIRS, TaskFile
 from tercet.progress import Progress
-from tercet.prompt.llm import LLM
 
-CALL = 512  # pairs in one call of the engine: enough to fill its batches, few enough for a bar to move
+CALL = 512  # pairs in one call of the engine: fills its batches, and the progress bar still moves
 
 
 @dataclass(frozen=True)
 class PairTask:
-    """Minimal pairs under a name. Make one with ``load``."""
+    """A named set of minimal pairs. ``load`` makes it from a task file."""
 
     name: str
     pairs: list[Pair]
@@ -32,14 +32,14 @@ class PairTask:
 
     @classmethod
     def load(cls, reference: str | Path | TaskFile) -> Self:
-        """The task of a YAML file of ``kind: minimal_pairs``; its paths are relative to the file.
+        """Load a YAML file of ``kind: minimal_pairs``; its paths are relative to the file.
 
         Raises:
-            UserError: one line naming the file, the line or row, and what is wrong with it.
+            UserError: a mistake in the file or its data; the message names the file and the line or row.
         """
         file = reference if isinstance(reference, TaskFile) else open_task_file(Path(reference))
         if file.kind != MINIMAL_PAIRS:
-            raise UserError(f"{file.path} is a task of {file.kind}, not of {MINIMAL_PAIRS}")
+            raise UserError(f"{file.path} is a task of kind {file.kind}, not {MINIMAL_PAIRS}")
         directory, values = file.path.resolve().parent, file.values
         sample = values.get("sample")
         if sample is not None and sample < 1:
@@ -59,7 +59,7 @@ class PairTask:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """Accuracy on one group, with its 95% interval (Wilson)."""
+    """The accuracy on one group of pairs, with its 95% interval (Wilson)."""
 
     group: str
     pairs: int
@@ -70,6 +70,7 @@ class GroupScore:
 
     @classmethod
     def of(cls, group: str, right: Sequence[bool]) -> Self:
+        """Count the correct pairs of a group."""
         correct = sum(right)
         low, high = wilson_interval(correct, len(right))
         return cls(group, len(right), correct, correct / len(right), low, high)
@@ -77,7 +78,7 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class PairResult:
-    """One model on one task of minimal pairs. ``score`` is the accuracy over all pairs, 0.5 is chance."""
+    """The result of one model. ``score`` is the accuracy over all pairs; guessing gives 0.5."""
 
     task: str
     model: str
@@ -91,45 +92,45 @@ class PairResult:
     groups: list[GroupScore]  # in the order of the data
 
     def to_json(self) -> dict[str, Any]:
-        """What ``tercet eval --json`` prints."""
+        """Return the object that ``tercet eval --json`` prints."""
         return {"kind": MINIMAL_PAIRS, "metric": "accuracy", **asdict(self)}
 
 
-def evaluate_pairs(llm: LLM, task: PairTask) -> PairResult:
-    """Accuracy of ``llm`` on all pairs and on each group of them.
+def evaluate_pairs(llm: LanguageModel, task: PairTask) -> PairResult:
+    """Measure the accuracy of a model on all pairs, and on each group of pairs.
 
-    A pair is right where the whole of the grammatical sentence has the higher log-probability
-    (Warstadt et al. 2020, arXiv:1912.00582), the first token being predicted from BOS, or from the
-    end-of-text token where a tokenizer has no BOS. A tie is wrong.
+    A pair is correct if the whole grammatical sentence has the higher log-probability (Warstadt et
+    al. 2020, arXiv:1912.00582). The first token is predicted from BOS, or from the end-of-text token
+    if the tokenizer has no BOS. A tie is wrong.
 
     Raises:
         UserError: a hosted model; a sentence that is longer than the model's context.
     """
     if not llm.is_local:
         raise UserError(
-            f"{llm.name} is hosted, and minimal pairs need the log-probability of every token of given sentences, "
-            "the first one too, which servers don't tell; use a model that runs here"
+            f"{llm.name} is hosted, and minimal pairs need the log-probability of every token of a given sentence, "
+            "including the first, which servers do not report; use a local model"
         )
-    began = time.monotonic()
-    right: dict[str, list[bool]] = {}
+    start_time = time.monotonic()
+    correct: dict[str, list[bool]] = {}
     with Progress(f"minimal pairs of {task.name}", len(task.pairs), "pairs") as bar:
         for start in range(0, len(task.pairs), CALL):
-            some = task.pairs[start : start + CALL]
-            scores = llm.choose([""] * len(some), [[pair.good, pair.bad] for pair in some])
-            for pair, (good, bad) in zip(some, scores, strict=True):
-                right.setdefault(pair.group, []).append(good > bad)
-            bar.advance(len(some))
-    seconds = time.monotonic() - began
-    every = GroupScore.of("", [one for rows in right.values() for one in rows])
+            batch = task.pairs[start : start + CALL]
+            scores = llm.choose([""] * len(batch), [[pair.good, pair.bad] for pair in batch])
+            for pair, (good, bad) in zip(batch, scores, strict=True):
+                correct.setdefault(pair.group, []).append(good > bad)
+            bar.advance(len(batch))
+    seconds = time.monotonic() - start_time
+    total = GroupScore.of("", [value for values in correct.values() for value in values])
     return PairResult(
         task=task.name,
         model=llm.name,
-        score=every.score,
-        low=every.low,
-        high=every.high,
-        pairs=every.pairs,
-        correct=every.correct,
+        score=total.score,
+        low=total.low,
+        high=total.high,
+        pairs=total.pairs,
+        correct=total.correct,
         seconds=seconds,
-        pairs_per_second=every.pairs / max(seconds, 1e-9),
-        groups=[GroupScore.of(group, rows) for group, rows in right.items()],
+        pairs_per_second=total.pairs / max(seconds, 1e-9),
+        groups=[GroupScore.of(group, values) for group, values in correct.items()],
     )

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tercet.errors import UserError
-from tercet.evaluate.measure import measure_rung
+from tercet.evaluate.measure import measure
+from tercet.evaluate.result import Prediction
 from tercet.evaluate.task import Task
 from tercet.files import fingerprint, read_json, read_jsonl, write_atomic, write_json, write_jsonl
 from tercet.ladder.comparison import add_differences
 from tercet.ladder.report import table, write_report
-from tercet.ladder.result import Prediction, Report, RungResult, Step, recommend
+from tercet.ladder.result import Report, RungResult, Step, recommend
 from tercet.ladder.rungs.base import Rung, Setting
 from tercet.ladder.rungs.baselines import Majority, TfidfLogistic
 from tercet.ladder.rungs.prompting import FewShot, ZeroShot
@@ -237,7 +238,10 @@ def _climb_one(
         setting = Setting(task, directory, seed, ladder.minutes.get(name))
         rung.fit(setting)
         setup = time.monotonic() - begun
-        result, predictions = measure_rung(rung, task, seed)
+        measurement, predictions = measure(rung.name, rung.predict, task, task.test, seed)
+        measurement.size_bytes = rung.size_bytes()
+        measurement.details = {**rung.details, **measurement.details}
+        result = RungResult.measured(rung.level, measurement)
     except Exception as problem:  # one rung's failure must not cost the others
         reason = _one_line(problem)
         if not isinstance(problem, UserError):

@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tercet.evaluate import statistics
+from tercet.evaluate.measure import metric_values
 from tercet.evaluate.metrics import Metric
-from tercet.ladder.result import Difference, Prediction, RungResult
-
-
-def measure(metric: Metric, predictions: Sequence[Prediction], seed: int = 0) -> tuple[float, float, float]:
-    """(score, low, high): the 95% interval is Wilson's for a binary metric, else the bootstrap's."""
-    values = _values(metric, predictions)
-    score = float(metric.aggregate(values))
-    if metric.binary:
-        return score, *statistics.wilson_interval(round(values.sum()), len(values))
-    return score, *statistics.bootstrap_interval(values, metric.aggregate, seed)
+from tercet.evaluate.result import Prediction
+from tercet.ladder.result import Difference, RungResult
 
 
 def compare(
@@ -32,7 +25,7 @@ def compare(
     if len(first) != len(cheaper) or sorted(first) != sorted(prediction.id for prediction in dearer):
         raise ValueError(f"the predictions compared with {name} are not of the same examples")
     paired = [first[prediction.id] for prediction in dearer]
-    a, b = _values(metric, paired), _values(metric, dearer)
+    a, b = metric_values(metric, paired), metric_values(metric, dearer)
     result = statistics.paired_bootstrap(a, b, metric.aggregate, seed)
     p, test = result.p, "paired bootstrap"
     if metric.binary:
@@ -62,8 +55,3 @@ def add_differences(
         best = max(range(len(before)), key=lambda index: before[index].score or 0.0, default=None)
         rung.difference = None if best is None else rung.differences[best]
         before.append(rung)
-
-
-def _values(metric: Metric, predictions: Sequence[Prediction]) -> statistics.Values:
-    texts, targets, scores = zip(*((p.text, p.target, p.score) for p in predictions), strict=True)
-    return metric.values(texts, targets, scores)

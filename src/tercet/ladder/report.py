@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tercet.evaluate.result import Prediction
 from tercet.files import read_json, write_atomic, write_json
-from tercet.ladder.result import Prediction, Report, RungResult
+from tercet.ladder.result import Report, RungResult
 from tercet.progress import duration, size
 
 if TYPE_CHECKING:

@@ -7,10 +7,12 @@ plain values only, so that what is written and what is read back are equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, Self, get_args
 
 from tercet.errors import UserError
+from tercet.evaluate.result import Measurement, checked_fields
 
 VERSION = 1
 
@@ -22,28 +24,6 @@ RULE = (
     "place of the one held so far only if it is better on the same test examples: the 95% interval of the paired "
     "difference lies above zero and p is below 0.05. A tie goes to the cheaper rung; failed rungs are passed over."
 )
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer of one rung to one test example."""
-
-    id: str  # the example's
-    text: str
-    target: str
-    score: float  # of this answer alone, 0 to 1
-    tokens: int = 0  # prompt and completion together; 0 for a rung that reads no tokens
-    seconds: float = 0.0
-    cost: float | None = None  # USD, where the price is known
-
-    def to_json(self) -> dict[str, Any]:
-        """A row of predictions.jsonl."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """The inverse of ``to_json``. UserError when a field is missing or unknown."""
-        return cls(**_known(cls, row, "prediction"))
 
 
 @dataclass(frozen=True)
@@ -101,6 +81,12 @@ class RungResult:
     def ok(self) -> bool:
         return self.status == "ok"
 
+    @classmethod
+    def measured(cls, level: Level, measurement: Measurement) -> Self:
+        """Return the result of a rung that succeeded."""
+        fields = {entry.name: getattr(measurement, entry.name) for entry in dataclass_fields(measurement)}
+        return cls(level=level, **fields)
+
     def to_json(self) -> dict[str, Any]:
         """An entry of ``rungs`` in report.json."""
         return asdict(self)
@@ -108,7 +94,7 @@ class RungResult:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The inverse of ``to_json``. UserError when a field is missing or unknown."""
-        known = _known(cls, value, "rung")
+        known = checked_fields(cls, value, "a rung of a climb report")
         known["differences"] = [_difference(entry) for entry in known.get("differences", [])]
         if known.get("difference") is not None:
             known["difference"] = _difference(known["difference"])
@@ -178,30 +164,17 @@ class Report:
             raise UserError(
                 f"the report is version {value['version']!r}; this Tercet reads version {VERSION}"
             )
-        known = _known(cls, value, "report")
+        known = checked_fields(cls, value, "a climb report")
         known["rungs"] = [RungResult.from_json(rung) for rung in known["rungs"]]
-        known["next_steps"] = [Step(**_known(Step, step, "step")) for step in known.get("next_steps", [])]
+        known["next_steps"] = [
+            Step(**checked_fields(Step, step, "a step of a climb report"))
+            for step in known.get("next_steps", [])
+        ]
         return cls(**known)
 
 
 def _difference(value: dict[str, Any]) -> Difference:
-    return Difference(**_known(Difference, value, "difference"))
-
-
-def _known(kind: type[Any], value: Any, what: str) -> dict[str, Any]:
-    """A copy of ``value`` once its keys are fields of the dataclass and none that is needed is missing."""
-    from dataclasses import MISSING
-
-    if not isinstance(value, dict):
-        raise UserError(f"not a climb report: a {what} must be an object, not {type(value).__name__}")
-    names = {entry.name: entry for entry in fields(kind)}
-    for key in value:
-        if key not in names:
-            raise UserError(f"not a climb report: unknown field {key!r} in a {what}")
-    for name, entry in names.items():
-        if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
-            raise UserError(f"not a climb report: a {what} has no field {name!r}")
-    return dict(value)
+    return Difference(**checked_fields(Difference, value, "a difference of a climb report"))
 
 
 def recommend(rungs: Sequence[RungResult]) -> tuple[str | None, str]:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from tercet.data.conversation import Message
 from tercet.data.prompt_tokens import check_context, conversation_text
+from tercet.engine.engine import Engine
 from tercet.engine.grammar import Grammar
-from tercet.engine.load import load_engine, load_transformers_engine
+from tercet.engine.load import load_reference
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError
 from tercet.model.reference import Reference
@@ -37,18 +38,16 @@ class LocalModel:
     ) -> None:
         self.reference = reference
         self.directory = directory_of(reference)
-        if reference.kind == "transformers":
-            for name, value in (("quantize", quantize), ("threads", threads), ("speculation", speculation)):
-                if value is not None:
-                    raise UserError(
-                        f"{name} does nothing for {reference.text}: transformers runs it; leave it out"
-                    )
-            self.engine = load_transformers_engine(self.directory, dtype=dtype, device=device)
-        else:
-            guesses = speculation.engine if isinstance(speculation, LocalModel) else speculation
-            self.engine = load_engine(
-                self.directory, dtype, device, quantize=quantize, threads=threads, speculation=guesses
-            )
+        draft_model = speculation.engine if isinstance(speculation, LocalModel) else speculation
+        self.engine: Engine = load_reference(
+            reference,
+            self.directory,
+            dtype,
+            device,
+            quantize=quantize,
+            threads=threads,
+            speculation=draft_model,
+        )
         self.tokenizer = self.engine.tokenizer
 
     @property

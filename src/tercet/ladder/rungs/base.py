@@ -7,20 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tercet.evaluate.answer import Answer
 from tercet.evaluate.task import Example, Task
 from tercet.ladder.result import Level
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One rung's answer to one input, with what it took."""
-
-    text: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = None  # USD
-    seconds: float | None = None  # where a server measured it; None: timed by the climb
-    shortened: bool = False  # the input was too long for the model, and its middle left out
 
 
 @dataclass
@@ -53,8 +42,3 @@ class Rung(Protocol):
     @property
     def details(self) -> dict[str, Any]:
         """What the report should tell besides the measurements."""
-
-
-def directory_size(directory: Path) -> int:
-    """Bytes of all files in a directory."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

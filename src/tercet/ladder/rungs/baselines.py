@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tercet.evaluate.answer import Answer
 from tercet.evaluate.task import Example
-from tercet.files import write_json
+from tercet.files import directory_size, write_json
 from tercet.ladder.result import Level
-from tercet.ladder.rungs.base import Answer, Setting
+from tercet.ladder.rungs.base import Setting
 
 REGULARISATIONS = (1.0, 10.0, 100.0)  # inverse strengths tried on dev
 
@@ -106,6 +107,4 @@ class TfidfLogistic:
         return [Answer(self._targets[index]) for index in nearest]
 
     def size_bytes(self) -> int | None:
-        from tercet.ladder.rungs.base import directory_size
-
         return directory_size(self._directory) if self._directory else None

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.data.fewshot import few_shot_text, separator
 from tercet.errors import UserError
+from tercet.evaluate.answer import Answer, Answerer
+from tercet.evaluate.shorten import prompt_room, shorten_input
 from tercet.evaluate.task import Example, Task
+from tercet.files import directory_size
 from tercet.finetune.settings import Method
 from tercet.ladder.result import Level
-from tercet.ladder.rungs.base import Answer, Setting, directory_size
-from tercet.ladder.rungs.fitting import answer_room, fitted_input
-from tercet.ladder.rungs.prompting import Answerer
+from tercet.ladder.rungs.base import Setting
 from tercet.prompt.llm import LLM
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def training_rows(
             return len(tokenizer.encode(made))
         return len(tokenizer.encode_chat(made, add_generation_prompt=True))
 
-    room = answer_room(task, limit, lambda text: len(tokenizer.encode(text)), labels_scored=True)
+    room = prompt_room(task, limit, lambda text: len(tokenizer.encode(text)), labels_scored=True)
     rows: list[dict[str, Any]] = []
     for example in examples:
-        made = prompt(fitted_input(task, example.fields, prompt_tokens, room)[0])
+        made = prompt(shorten_input(task, example.fields, prompt_tokens, room)[0])
         if isinstance(made, str):
             rows.append({"prompt": made, "completion": separator(made) + example.target})
         else:

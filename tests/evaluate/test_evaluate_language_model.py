@@ -1,0 +1,71 @@
+"""`LLM` has the calls that an evaluation makes."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from tiny_model import write_model
+
+from tercet.evaluate.answer import Answerer
+from tercet.evaluate.language_model import LanguageModel
+from tercet.evaluate.task import Task
+from tercet.prompt.llm import LLM
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return LLM(str(write_model(tmp_path_factory.mktemp("model"), chat=True)))
+
+
+def test_an_llm_is_a_language_model(llm: LLM) -> None:
+    model: LanguageModel = llm  # checked by mypy
+    assert isinstance(model, LanguageModel)
+
+
+def test_a_hosted_llm_is_a_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    model: LanguageModel = LLM("openai:gpt")
+    assert isinstance(model, LanguageModel) and model.directory is None
+
+
+@pytest.mark.parametrize(
+    ("name", "positional", "keywords"),
+    [
+        ("count_tokens", ["a prompt"], {}),
+        ("batch", [["a prompt"]], {"max_tokens": 3, "temperature": 0.0, "stop": ("\n",)}),
+        ("choose", [["a prompt"], [["yes", "no"]]], {"end": True}),
+    ],
+)
+def test_every_call_fits_both_signatures(
+    name: str, positional: list[object], keywords: dict[str, object]
+) -> None:
+    for kind in (LanguageModel, LLM):
+        inspect.signature(getattr(kind, name)).bind(object(), *positional, **keywords)
+
+
+def test_the_protocol_is_all_that_answering_needs(llm: LLM) -> None:
+    """A class with the protocol's names only, each passed on to an LLM, answers both kinds of task."""
+
+    class Forwarding:
+        def __getattr__(self, name: str) -> object:
+            assert hasattr(LanguageModel, name), f"{name} is not in the protocol"
+            return getattr(llm, name)
+
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(20) for word in ("ham", "spam")]
+    closed = Task.from_rows("closed", rows, prompt="{text}:", target="label", labels="auto")
+    open_task = Task.from_rows("open", rows, prompt="{text}:", target="label", max_tokens=2)
+    for task in (closed, open_task):
+        forwarding = Answerer(Forwarding(), task)  # type: ignore[arg-type]
+        assert forwarding.answer(task.test) == Answerer(llm, task).answer(task.test)
+        assert forwarding.size_bytes() == sum(
+            file.stat().st_size for file in Path(llm.directory or "").iterdir()
+        )
+
+
+def test_choices_that_are_not_in_the_protocol_are_noticed() -> None:
+    class Incomplete:
+        name = "incomplete"
+
+    assert not isinstance(Incomplete(), LanguageModel)
