@@ -9,7 +9,7 @@ from tercet.cli.main import main
 
 status = main()
 if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several that torchrun started
-    from tercet.train.ranks import leave
+    from tercet.train.ranks import exit_process
 
-    leave(status)
+    exit_process(status)
 sys.exit(status)

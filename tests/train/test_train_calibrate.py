@@ -12,7 +12,9 @@ from tercet.model.transformer import Transformer
 from tercet.pretrain.plan import network
 from tercet.train import calibrate
 from tercet.train.calibrate import Speed
-from tercet.train.loss import Autograd, Batch, compile_blocks
+from tercet.train.compilation import compile_blocks
+from tercet.train.gradients import Autograd
+from tercet.train.loss import Batch
 
 CONFIG = network(1, 32, 300, 32)
 

@@ -18,7 +18,8 @@ from tercet.train.cpu.passes import Rows
 from tercet.train.cpu.products import PairedProducts, PlainProducts
 from tercet.train.cpu.step import Stepper
 from tercet.train.cpu.support import supports
-from tercet.train.loss import Autograd, Batch, gradients_of
+from tercet.train.gradients import Autograd, gradients_of
+from tercet.train.loss import Batch
 
 CONFIG = ModelConfig(
     family="qwen3", vocab_size=130, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,

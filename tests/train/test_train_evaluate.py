@@ -17,8 +17,8 @@ from tercet.errors import UserError
 from tercet.model.loading import load_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
+from tercet.train.compilation import compile_blocks
 from tercet.train.evaluate import heldout_bits, pair_accuracy, token_losses
-from tercet.train.loss import compile_blocks
 from tiny_checkpoints import Make
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # a model with a tokenizer stands there

@@ -137,10 +137,10 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(whole: Path, tmp_path
     first = run_script(killed, 17, sign)
     assert first.returncode != 0
     if sign == "SIGTERM":
-        assert "the same command goes on from there" in first.stderr.lower()
+        assert "run the same command to resume" in first.stderr.lower()
     second = run_script(killed, -1)
     assert second.returncode == 0, second.stderr
-    assert "going on from step" in second.stderr
+    assert "resuming at step" in second.stderr
     assert (whole / "final.safetensors").read_bytes() == (killed / "final.safetensors").read_bytes()
 
     def losses(directory: Path) -> list[tuple[int, float]]:
@@ -174,7 +174,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
                 model.model.embed_tokens.weight[0, 0] = math.nan
         return [batch_of(step)]
 
-    with pytest.raises(UserError, match=r"5 steps in a row .* the loss is nan; .* lower learning rate"):
+    with pytest.raises(
+        UserError, match=r"skipped 5 steps in a row, .* the loss is nan; .* lower `learning_rate`"
+    ):
         train(model, recipe(9, save_seconds=0), batches, tmp_path, fingerprint="x", title="test")
     assert load_progress(tmp_path / STATE, "x").step == 3  # type: ignore[union-attr]
 

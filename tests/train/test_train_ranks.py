@@ -22,7 +22,7 @@ from tercet.pretrain.plan import network
 from tercet.train.optimizer import Optimizer, Rates
 from tercet.train.ranks import Ranks
 from tercet.train.sharded import ShardedState
-from tercet.train.state import Progressed, trainable
+from tercet.train.state import RunProgress, trainable
 
 STEPS = 12
 
@@ -40,7 +40,7 @@ SCRIPT = textwrap.dedent(
     from tercet.train.loop import Recipe, train
     from tercet.train.loss import Batch
     from tercet.train.optimizer import Rates
-    from tercet.train.ranks import leave, open_ranks
+    from tercet.train.ranks import exit_process, open_ranks
     from tercet.train.schedule import Schedule
 
     directory, parallel, kind, stop_at = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -75,7 +75,7 @@ SCRIPT = textwrap.dedent(
         if ranks.first:
             save_file({name: value.detach().clone() for name, value in result.named_parameters()},
                       directory / "weights.safetensors")
-    leave(0)
+    exit_process(0)
     """
 )
 
@@ -174,8 +174,8 @@ def test_a_sharded_checkpoint_stays_until_the_next_one_is_whole(
     model = Transformer(network(1, 32, 96, 32))
     parameters = trainable(model)
     optimizer = Optimizer(parameters, Rates("adamw", 1e-2))
-    state, progressed = ShardedState(tmp_path, Ranks()), Progressed("x", step=3)
-    state.save(progressed, parameters, optimizer, None)
+    state, progress = ShardedState(tmp_path, Ranks()), RunProgress("x", step=3)
+    state.save(progress, parameters, optimizer, None)
     kept = {name: value.detach().clone() for name, value in parameters.items()}
 
     def full(*_: object) -> None:
@@ -188,16 +188,16 @@ def test_a_sharded_checkpoint_stays_until_the_next_one_is_whole(
         patched.setattr(FileSystemWriter, "write_data", full)
         for step in (3, 4):  # the same step again, as at the end of a run; a later one
             with pytest.raises(UserError, match=r"cannot write .* No space left on device"):
-                state.save(Progressed("x", step=step), parameters, optimizer, None)
+                state.save(RunProgress("x", step=step), parameters, optimizer, None)
     found = ShardedState(tmp_path, Ranks())
-    assert found.progress("x") == progressed
+    assert found.progress("x") == progress
     found.load(parameters, optimizer)
     assert all(torch.equal(value, kept[name]) for name, value in parameters.items())
 
     for _ in range(3):
-        found.save(progressed, parameters, optimizer, None)
+        found.save(progress, parameters, optimizer, None)
         found = ShardedState(tmp_path, Ranks())
-        assert found.progress("x") == progressed
+        assert found.progress("x") == progress
         found.load(parameters, optimizer)
     (directory,) = tmp_path.glob("state-*")
     next(directory.glob("*.distcp")).unlink()

@@ -50,9 +50,10 @@ from tercet.pretrain.vocabulary import bytes_per_token, load_tokenizer
 from tercet.progress import say
 from tercet.run_directory import open_run
 from tercet.train.calibrate import Speed
+from tercet.train.compilation import compile_blocks
 from tercet.train.evaluate import heldout_bits, pair_accuracy
 from tercet.train.loop import STATE, Recipe, train
-from tercet.train.loss import Batch, compile_blocks
+from tercet.train.loss import Batch
 from tercet.train.optimizer import Rates
 from tercet.train.ranks import Ranks, open_ranks
 from tercet.train.schedule import Schedule

@@ -19,7 +19,7 @@ from tercet.data.minimal_pairs import Pair
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
-from tercet.train.loss import uncompiled
+from tercet.train.compilation import uncompiled
 
 BATCH_TOKENS = 4096  # in one pass of the body: large enough for full speed, small enough for a laptop
 LOGITS = 1 << 21  # numbers in one piece of logits: 8 MB, which a processor's cache holds

@@ -1,7 +1,7 @@
-"""The training loop that every level shares: steps, schedule, checkpoints, resume.
+"""The training loop that pre-training and fine-tuning share: steps, schedule, checkpoints, resume.
 
-A run is a pure function of its seed, data and thread count: batches come from the step number, so
-that a run killed at any moment and started again ends bit for bit as if it had not been killed.
+The seed, the data and the thread count determine a run: the step number alone selects a batch. A run that
+was killed at any moment and started again therefore ends bit for bit like an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from torch import Tensor
@@ -25,20 +25,22 @@ from tercet.errors import UserError
 from tercet.files import write_jsonl
 from tercet.model.transformer import Transformer
 from tercet.progress import Progress, say
-from tercet.train.loss import Batch, Gradients, gradients_of, repeatable
+from tercet.train.gradients import Gradients, gradients_of, repeatable
+from tercet.train.loss import Batch
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
-from tercet.train.ranks import AddedGradients, Ranks
+from tercet.train.ranks import Ranks, SummedGradients
 from tercet.train.schedule import Schedule
-from tercet.train.state import FileState, Progressed, trainable
+from tercet.train.state import FileState, RunProgress, trainable
 
 if TYPE_CHECKING:
     from tercet.train.sharded import ShardedState
 
 STATE = "state.safetensors"
-SKIPPED_MOST = 5  # steps in a row without a usable gradient end the run: the weights themselves are broken
-# A gradient this many times the usual one is an accident (a broken document, an overflow): clipping would
-# still follow its direction. Not judged in the first steps, when norms fall by themselves.
-SPIKE, SPIKE_AFTER = 50, 50
+METRICS = "metrics.jsonl"
+MAX_SKIPPED = 5  # consecutive steps without a usable gradient end the run: the weights themselves are broken
+# A gradient norm this many times the running mean is an accident (a broken document, an overflow); clipping
+# would still follow its direction. Not checked during the first steps, when norms fall by themselves.
+SPIKE_RATIO, SPIKE_CHECK_FROM = 50, 50
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,20 @@ class Recipe:
     """How to train. Rates and counts are per optimizer step."""
 
     schedule: Schedule
-    learning_rate: float  # peak; AdamW's, unless ``rates`` says more
+    learning_rate: float  # peak; AdamW's, unless ``rates`` is set
     weight_decay: float = 0.1  # on matrices only
     betas: tuple[float, float] = (0.9, 0.95)
-    rates: Rates | None = None  # instead of the three above
+    rates: Rates | None = None  # replaces the three fields above
     clip: float = 1.0  # largest gradient norm
-    z_loss: float = 0.0  # weight of log(Z)^2, Z the softmax's normaliser
-    evaluate_every: int = 0  # steps between held-out measurements; 0: at the end only
-    save_seconds: float = 20.0  # a checkpoint this often: what a kill can cost
+    z_loss: float = 0.0  # weight of log(Z)^2, with Z the softmax normaliser
+    evaluate_every: int = 0  # steps between held-out evaluations; 0: only at the end
+    save_seconds: float = 20.0  # time between checkpoints: the most training that a kill can cost
     deadline: float | None = None  # seconds of training; a slow machine cools down early to meet it
-    threads: int = 0  # of the training step; 0: as many as PyTorch is set to
+    threads: int = 0  # of the training step; 0: PyTorch's current setting
 
     @property
     def peak_rates(self) -> Rates:
+        """The optimizer's peak rates: ``rates``, or AdamW with this recipe's own three values."""
         return self.rates or Rates(
             "adamw", self.learning_rate, weight_decay=self.weight_decay, betas=self.betas
         )
@@ -66,19 +69,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it."""
+    """The result of `train`."""
 
     steps: int
-    tokens: int
-    seconds: float
-    best: float | None
+    tokens: int  # supervised tokens
+    seconds: float  # of the whole run: evaluations, checkpoints and the time before a resume included
+    best: float | None  # lowest held-out loss
     best_step: int
-    history: list[dict[str, Any]]
-    shortened: bool  # a deadline cut the schedule, so the clock had a say in the result
-    skipped: int = 0  # steps whose gradient was not finite or a spike, and was not applied
+    history: list[dict[str, Any]]  # held-out evaluations
+    shortened: bool  # a deadline cut the schedule, so the machine's speed affected the result
+    skipped: int = 0  # steps that were not applied because their gradient was not finite or a spike
 
     @property
     def tokens_per_second(self) -> float:
+        """Average training speed."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -95,223 +99,311 @@ def train(
     ranks: Ranks | None = None,
     sharded: bool = False,
 ) -> Trained:
-    """Train ``model`` in place and leave it with the final (or best) weights.
+    """Train ``model`` in place; afterwards it holds the final (or best) weights.
 
-    batches_at: the pieces of optimizer step n, from 0; gradients are weighted by token.
-    directory: `state.safetensors` and `metrics.jsonl` are kept here; an unfinished run found here goes on.
-    fingerprint: of everything that decides the result; a state with another one is refused.
-    ranks: the processes that train together; each gives the pieces of its own rows in ``batches_at``.
-    sharded: ``model`` is one of `tercet.train.sharded.shard`; all processes evaluate together.
-    evaluate: held-out measurements; its ``loss`` decides which weights are best.
+    Args:
+        model: The network. With ``sharded`` it comes from `tercet.train.sharded.shard`, and all processes
+            evaluate together.
+        recipe: The schedule, the rates and how often to evaluate and save.
+        batches_at: Returns the micro-batches of optimizer step n, counted from 0. Their gradients are
+            weighted by supervised tokens. Each process returns its own rows.
+        directory: Holds `state.safetensors` and `metrics.jsonl`; an unfinished run found here is resumed.
+        fingerprint: Of everything that determines the result; a state with another fingerprint is refused.
+        title: Names the run in progress lines and messages.
+        evaluate: Returns the held-out measurements; the lowest ``loss`` determines the best weights.
+        keep_best: End with the best weights instead of the last.
+        ranks: The processes that train together; None: this one alone.
+        sharded: Each process holds a part of every weight.
 
     Raises:
-        UserError: another run's state is in ``directory``, the disk is full, or the loss is not finite.
-        KeyboardInterrupt: on SIGINT or SIGTERM, after the state has been saved.
+        UserError: ``directory`` holds another run's state, the disk is full, or too many consecutive steps
+            had no usable gradient.
+        KeyboardInterrupt: On SIGINT or SIGTERM, after the state was saved.
     """
-    ranks = ranks or Ranks()
-    parameters = trainable(model)
-    threads = recipe.threads or torch.get_num_threads()
-    # Processes that share a matrix must exchange it in the same order.
-    optimizer = Optimizer(parameters, recipe.peak_rates, threads=1 if sharded else threads, dtype=model.dtype)
-    state: FileState | ShardedState
-    step_gradients: Gradients
-    if sharded:
-        from tercet.train.sharded import ShardedGradients, ShardedState
-
-        state = ShardedState(directory, ranks)
-        step_gradients = ShardedGradients(model, ranks, recipe.z_loss)
-    else:
-        state = FileState(directory / STATE, ranks)
-        step_gradients = gradients_of(model, threads, recipe.z_loss)
-        if ranks.size > 1:
-            step_gradients = AddedGradients(step_gradients, list(parameters.values()), ranks)
-    progressed = state.progress(fingerprint)
-    best: dict[str, Tensor] | None = None
-    schedule = recipe.schedule
-    if progressed is None:
-        progressed = Progressed(fingerprint, steps=schedule.steps, cooldown=schedule.cooldown)
-        rows = []
-    else:
-        best = state.load(parameters, optimizer)
-        schedule = replace(schedule, steps=progressed.steps, cooldown=progressed.cooldown)
-        # Lines written after the checkpoint describe steps that will be taken again.
-        rows = _rows_until(directory / "metrics.jsonl", progressed)
-        if not progressed.done:
-            say(f"{title}: going on from step {progressed.step} of {progressed.steps}")
-
-    ranks.wait()  # until all have read it
-    if ranks.first:
-        write_jsonl(directory / "metrics.jsonl", rows)
+    run = _Run(model, recipe, batches_at, directory, title, ranks or Ranks(), sharded)
+    run.restore(fingerprint)
     model.train()
-    begun = saved = time.monotonic()
-    before = progressed.seconds
-    in_a_row = 0  # skipped
-    ahead: dict[int, Sequence[Batch]] = {}  # of the next step
-    with (
-        _stop_signals() as stop,
-        repeatable(model.device),
-        (directory / "metrics.jsonl" if ranks.first else Path(os.devnull)).open(
-            "a", encoding="utf-8"
-        ) as metrics,
-        Progress(title, schedule.steps, "steps", done=progressed.step) as bar,
-    ):
-
-        def save() -> float:
-            metrics.flush()
-            progressed.seconds = before + time.monotonic() - begun
-            state.save(progressed, parameters, optimizer, best)
-            return time.monotonic()
-
-        while not progressed.done:
-            step = progressed.step
-            ended = step >= schedule.steps
-            every = recipe.evaluate_every
-            due = step > progressed.evaluated and (ended or (every and step % every == 0))
-            if evaluate is not None and due:
-                # Saved first: measuring may fail or be killed, and must not cost the training before it.
-                soon = time.monotonic() - saved > recipe.save_seconds / 2
-                if ended or ranks.in_step(False, 0.0, soon)[2]:
-                    saved = save()
-                measured = evaluate()
-                model.train()
-                metrics.write(json.dumps({"step": step, **_heldout(measured)}) + "\n")
-                progressed.history.append({"step": step, "tokens": progressed.tokens, **measured})
-                progressed.evaluated = step
-                if progressed.best is None or measured["loss"] < progressed.best:
-                    progressed.best, progressed.best_step = measured["loss"], step
-                    if keep_best:
-                        best = {name: value.detach().clone() for name, value in parameters.items()}
-            if ended:
-                progressed.done = True
-                save()
-                break
-            computed, tokens = step_gradients.gradients(ahead.pop(step, ()) or batches_at(step))
-            if isinstance(computed, Tensor) and computed.device.type != "cpu" and step + 1 < schedule.steps:
-                ahead[step + 1] = batches_at(step + 1)  # while the GPU is still at this one
-            norm = clip_gradients(list(parameters.values()), recipe.clip)
-            loss = float(computed)
-            rate = schedule.rate(step)
-            reason = _no_use(loss, norm, progressed)
-            if reason is None:
-                optimizer.step(rate)
-                in_a_row = 0
-                progressed.norm = norm if not progressed.norm else 0.95 * progressed.norm + 0.05 * norm
-            else:
-                in_a_row, progressed.skipped = in_a_row + 1, progressed.skipped + 1
-                say(f"{title}: step {step + 1} left out: {reason}")
-            if in_a_row == SKIPPED_MOST:
-                kept = state.path if state.path.is_file() else "none yet"
-                raise UserError(
-                    f"{in_a_row} steps in a row could not be used, the last (step {step + 1}) because {reason}; the last "
-                    f"good checkpoint: {kept}; start again with a lower learning rate"
-                )
-            optimizer.zero_grad()
-            progressed.step, progressed.tokens = step + 1, progressed.tokens + tokens
-            asked, progressed.seconds, due = ranks.in_step(
-                stop.is_set(),
-                before + time.monotonic() - begun,
-                time.monotonic() - saved > recipe.save_seconds,
-            )
-            row: dict[str, Any] = {
-                "step": step + 1,
-                "loss": loss if math.isfinite(loss) else None,
-                "gradient_norm": norm if math.isfinite(norm) else None,
-                "learning_rate": recipe.learning_rate * rate,
-                "tokens": progressed.tokens,
-                "seconds": round(progressed.seconds, 3),
-            }
-            if reason is not None:
-                row["skipped"] = reason
-            metrics.write(json.dumps(row) + "\n")
-            bar.advance(1, f"loss {loss:.3f}")
-            if schedule.steps > progressed.step and recipe.deadline is not None:
-                schedule = _meet_deadline(schedule, recipe.schedule, progressed, recipe.deadline, title)
-                progressed.steps, progressed.cooldown = schedule.steps, schedule.cooldown
-                bar.total = schedule.steps
-            # While steps can't be used the weights are in doubt, and the checkpoint stays the one before.
-            if not in_a_row and (asked or due):
-                saved = save()
-            if asked:
-                say(
-                    f"stopped at step {progressed.step}; saved in {directory}. The same command goes on from there"
-                )
-                raise KeyboardInterrupt
-    if keep_best and best is not None:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(best[name])
+    run.train(evaluate, keep_best)
+    if keep_best:
+        run.load_best()
     model.eval()
+    progress = run.progress
     return Trained(
-        progressed.step,
-        progressed.tokens,
-        progressed.seconds,
-        progressed.best,
-        progressed.best_step,
-        progressed.history,
-        progressed.shortened,
-        progressed.skipped,
+        progress.step,
+        progress.tokens,
+        progress.seconds,
+        progress.best,
+        progress.best_step,
+        progress.history,
+        progress.shortened,
+        progress.skipped,
     )
 
 
-def _heldout(measured: dict[str, Any]) -> dict[str, Any]:
-    return {f"heldout_{key}": value for key, value in measured.items()}
+class _Run:
+    """One call of `train`: the network with its optimizer, and where the run stands."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        recipe: Recipe,
+        batches_at: Callable[[int], Sequence[Batch]],
+        directory: Path,
+        title: str,
+        ranks: Ranks,
+        sharded: bool,
+    ) -> None:
+        self.model, self.recipe, self.batches_at = model, recipe, batches_at
+        self.directory, self.title, self.ranks = directory, title, ranks
+        self.parameters = trainable(model)
+        threads = recipe.threads or torch.get_num_threads()
+        # Processes that share a matrix must exchange it in the same order, so one thread updates it.
+        self.optimizer = Optimizer(
+            self.parameters, recipe.peak_rates, threads=1 if sharded else threads, dtype=model.dtype
+        )
+        self.state: FileState | ShardedState
+        self.gradients: Gradients
+        if sharded:
+            from tercet.train.sharded import ShardedGradients, ShardedState
+
+            self.state = ShardedState(directory, ranks)
+            self.gradients = ShardedGradients(model, ranks, recipe.z_loss)
+        else:
+            self.state = FileState(directory / STATE, ranks)
+            self.gradients = gradients_of(model, threads, recipe.z_loss)
+            if ranks.size > 1:
+                self.gradients = SummedGradients(self.gradients, list(self.parameters.values()), ranks)
+        self.schedule = recipe.schedule
+        self.progress: RunProgress
+        self.metrics: TextIO
+        self.bar: Progress
+        self.best: dict[str, Tensor] | None = None
+        self.skipped_in_a_row = 0
+        self.prefetched: dict[int, Sequence[Batch]] = {}  # the micro-batches of the next step
+
+    # Resume and checkpoints
+
+    def restore(self, fingerprint: str) -> None:
+        """Load the state that ``directory`` holds, or begin at step 0; drop metrics beyond that state."""
+        progress = self.state.progress(fingerprint)
+        rows = []
+        if progress is None:
+            progress = RunProgress(fingerprint, steps=self.schedule.steps, cooldown=self.schedule.cooldown)
+        else:
+            self.best = self.state.load(self.parameters, self.optimizer)
+            self.schedule = replace(self.schedule, steps=progress.steps, cooldown=progress.cooldown)
+            # Lines written after the checkpoint describe steps that will be taken again.
+            rows = _rows_until(self.directory / METRICS, progress)
+            if not progress.done:
+                say(f"{self.title}: resuming at step {progress.step} of {progress.steps}")
+        self.progress = progress
+        self.ranks.barrier()  # every process must have read the state before the first one writes
+        if self.ranks.first:
+            write_jsonl(self.directory / METRICS, rows)
+
+    def _save(self) -> None:
+        self.metrics.flush()
+        self.progress.seconds = self._elapsed()
+        self.state.save(self.progress, self.parameters, self.optimizer, self.best)
+        self.saved_at = time.monotonic()
+
+    def _elapsed(self) -> float:
+        """Seconds of training so far, those of earlier processes included."""
+        return self.seconds_before + time.monotonic() - self.started_at
+
+    def load_best(self) -> None:
+        """Put the best weights into the network, where an evaluation has chosen any."""
+        if self.best is not None:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.best[name])
+
+    # The loop
+
+    def train(self, evaluate: Callable[[], dict[str, Any]] | None, keep_best: bool) -> None:
+        """Take all remaining steps, with evaluations between them."""
+        self.started_at = self.saved_at = time.monotonic()
+        self.seconds_before = self.progress.seconds
+        path = self.directory / METRICS if self.ranks.first else Path(os.devnull)
+        with (
+            _stop_signals() as stop,
+            repeatable(self.model.device),
+            path.open("a", encoding="utf-8") as self.metrics,
+            Progress(self.title, self.schedule.steps, "steps", done=self.progress.step) as self.bar,
+        ):
+            while not self.progress.done:
+                ended = self.progress.step >= self.schedule.steps
+                if evaluate is not None and self._evaluation_due(ended):
+                    self._evaluate(evaluate, ended, keep_best)
+                if ended:
+                    self.progress.done = True
+                    self._save()
+                else:
+                    self._step(stop)
+
+    def _evaluation_due(self, ended: bool) -> bool:
+        step, every = self.progress.step, self.recipe.evaluate_every
+        return step > self.progress.evaluated and (ended or (every > 0 and step % every == 0))
+
+    def _evaluate(self, evaluate: Callable[[], dict[str, Any]], ended: bool, keep_best: bool) -> None:
+        # Save first: an evaluation may fail or be killed, and must not cost the training before it.
+        save_due = time.monotonic() - self.saved_at > self.recipe.save_seconds / 2
+        if ended or self.ranks.agree(False, 0.0, save_due)[2]:
+            self._save()
+        measured = evaluate()
+        self.model.train()
+        progress = self.progress
+        row = {"step": progress.step, **{f"heldout_{key}": value for key, value in measured.items()}}
+        self.metrics.write(json.dumps(row) + "\n")
+        progress.history.append({"step": progress.step, "tokens": progress.tokens, **measured})
+        progress.evaluated = progress.step
+        if progress.best is None or measured["loss"] < progress.best:
+            progress.best, progress.best_step = measured["loss"], progress.step
+            if keep_best:
+                self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    def _step(self, stop: threading.Event) -> None:
+        """Take one optimizer step and record it.
+
+        Raises:
+            KeyboardInterrupt: ``stop`` is set, in any of the processes.
+        """
+        progress = self.progress
+        loss, norm, tokens = self._compute_gradients(progress.step)
+        rate = self.schedule.rate(progress.step)
+        fault = self._update(loss, norm, rate)
+        self.optimizer.zero_grad()
+        progress.step, progress.tokens = progress.step + 1, progress.tokens + tokens
+        stopping, progress.seconds, save_due = self.ranks.agree(
+            stop.is_set(), self._elapsed(), time.monotonic() - self.saved_at > self.recipe.save_seconds
+        )
+        self._record(loss, norm, rate, fault)
+        self._meet_deadline()
+        # While steps are skipped the weights are in doubt, so the previous checkpoint stays.
+        if not self.skipped_in_a_row and (stopping or save_due):
+            self._save()
+        if stopping:
+            say(f"stopped at step {progress.step}; saved in {self.directory}. Run the same command to resume")
+            raise KeyboardInterrupt
+
+    def _compute_gradients(self, step: int) -> tuple[float, float, int]:
+        """Compute and clip the gradients of ``step``; return the mean loss, gradient norm and token count."""
+        computed, tokens = self.gradients.gradients(self.prefetched.pop(step, ()) or self.batches_at(step))
+        on_gpu = isinstance(computed, Tensor) and computed.device.type != "cpu"
+        if on_gpu and step + 1 < self.schedule.steps:
+            self.prefetched[step + 1] = self.batches_at(step + 1)  # while the GPU still computes this step
+        norm = clip_gradients(list(self.parameters.values()), self.recipe.clip)
+        return float(computed), norm, tokens
+
+    def _update(self, loss: float, norm: float, rate: float) -> str | None:
+        """Move the weights, or skip the step and return the reason.
+
+        Raises:
+            UserError: `MAX_SKIPPED` steps in a row were skipped.
+        """
+        progress = self.progress
+        fault = _gradient_fault(loss, norm, progress)
+        if fault is None:
+            self.optimizer.step(rate)
+            self.skipped_in_a_row = 0
+            progress.norm = norm if not progress.norm else 0.95 * progress.norm + 0.05 * norm
+            return None
+        self.skipped_in_a_row, progress.skipped = self.skipped_in_a_row + 1, progress.skipped + 1
+        say(f"{self.title}: skipped step {progress.step + 1}: {fault}")
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            checkpoint = self.state.path if self.state.path.is_file() else "none yet"
+            raise UserError(
+                f"skipped {self.skipped_in_a_row} steps in a row, the last (step {progress.step + 1}) because "
+                f"{fault}; the last good checkpoint: {checkpoint}; start again with a lower `learning_rate`"
+            )
+        return fault
+
+    def _record(self, loss: float, norm: float, rate: float, fault: str | None) -> None:
+        """Write the step's line to the metrics and advance the progress bar."""
+        row: dict[str, Any] = {
+            "step": self.progress.step,
+            "loss": loss if math.isfinite(loss) else None,
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            "learning_rate": self.recipe.learning_rate * rate,
+            "tokens": self.progress.tokens,
+            "seconds": round(self.progress.seconds, 3),
+        }
+        if fault is not None:
+            row["skipped"] = fault
+        self.metrics.write(json.dumps(row) + "\n")
+        self.bar.advance(1, f"loss {loss:.3f}")
+
+    def _meet_deadline(self) -> None:
+        """Adapt the schedule to the recipe's deadline, where there is one and the run has not ended."""
+        progress, deadline = self.progress, self.recipe.deadline
+        if deadline is None or progress.step >= self.schedule.steps:
+            return
+        schedule = _deadline_schedule(self.schedule, self.recipe.schedule, progress, deadline)
+        if schedule is None:
+            return
+        if not progress.shortened:
+            say(
+                f"{self.title}: the machine is slower than when it was measured; ending near step "
+                f"{schedule.steps} instead of {self.schedule.steps} to meet the deadline, so a rerun may give "
+                f"other numbers"
+            )
+        progress.shortened = True
+        self.schedule = schedule
+        progress.steps, progress.cooldown = schedule.steps, schedule.cooldown
+        self.bar.total = schedule.steps
 
 
-def _no_use(loss: float, norm: float, progressed: Progressed) -> str | None:
-    """Why a step's gradient must not be applied, or None. It says nothing of the data that isn't there."""
+def _gradient_fault(loss: float, norm: float, progress: RunProgress) -> str | None:
+    """Return why a step's gradient must not be applied, or None where it may be."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(norm):
         return f"the gradient norm is {norm}"
-    if progressed.step >= SPIKE_AFTER and norm > SPIKE * progressed.norm:
-        return f"the gradient norm, {norm:.3g}, is more than {SPIKE} times the usual {progressed.norm:.3g}"
+    if progress.step >= SPIKE_CHECK_FROM and norm > SPIKE_RATIO * progress.norm:
+        return (
+            f"the gradient norm, {norm:.3g}, is more than {SPIKE_RATIO} times the running mean, "
+            f"{progress.norm:.3g}"
+        )
     return None
 
 
-def _rows_until(path: Path, progressed: Progressed) -> list[dict[str, Any]]:
-    """The measurements up to the state's step; a kill may have torn the last line."""
+def _rows_until(path: Path, progress: RunProgress) -> list[dict[str, Any]]:
+    """Return the lines of the metrics up to the state's step; a kill may have torn the last line."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             break
-        later = row["step"] > (progressed.step if "loss" in row else progressed.evaluated)
-        if later:
+        if row["step"] > (progress.step if "loss" in row else progress.evaluated):
             break
         rows.append(row)
     return rows
 
 
-def _meet_deadline(
-    schedule: Schedule, planned: Schedule, progressed: Progressed, deadline: float, title: str
-) -> Schedule:
-    """A shorter schedule when this one would end more than a tenth past the deadline.
+def _deadline_schedule(
+    schedule: Schedule, planned: Schedule, progress: RunProgress, deadline: float
+) -> Schedule | None:
+    """Return another schedule for the remaining time, or None where ``schedule`` fits the deadline.
 
-    One that was cut comes back, as far as it was planned, when the machine is fast again: a twentieth early.
+    A schedule is shortened when it would end more than a tenth past the deadline. A shortened schedule grows
+    again, at most to the planned length, when the machine has become fast enough to end a twentieth early.
     """
-    # Judge by a sixth of the time at least: the first steps touch memory for the first time, and a
+    # Measure over a sixth of the time at least: the first steps touch their memory for the first time, and a
     # machine is often busy for a moment.
-    if progressed.seconds < deadline / 6:
-        return schedule
-    pace = progressed.seconds / progressed.step
+    if progress.seconds < deadline / 6:
+        return None
+    pace = progress.seconds / progress.step
     early = schedule.steps < planned.steps and pace * schedule.steps < 0.95 * deadline
     if pace * schedule.steps <= 1.1 * deadline and not early:
-        return schedule
-    remaining = int((deadline - progressed.seconds) / pace)
-    other = schedule.ending(progressed.step, remaining, planned)
-    if not progressed.shortened:
-        say(
-            f"{title}: the machine is slower than when it was measured; ending near step {other.steps} "
-            f"instead of {schedule.steps} to keep to the time, so a rerun may give other numbers"
-        )
-    progressed.shortened = True
-    return other
+        return None
+    remaining = int((deadline - progress.seconds) / pace)
+    return schedule.ending(progress.step, remaining, planned)
 
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Within the block SIGINT and SIGTERM only set the event, so that a step always ends whole."""
+    """Yield an event that SIGINT and SIGTERM set instead of interrupting, so that a step always completes."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # Python lets only the main thread set handlers

@@ -1,8 +1,8 @@
-"""Several processes that train one model, as ``torchrun`` starts them: who is who, and what they agree on.
+"""Several processes that train one model, started by ``torchrun``: their ranks, and what they agree on.
 
-Each takes rows of its own of every step and the gradients are added, so that the step is that of one
-process but for the order of sums. All compute the same updates, and the decisions that could differ (the
-clock, a signal) are made by the first or by any of them, for all.
+Each process takes its own rows of every step, and the gradients are summed. So the step equals that of a
+single process except for the order of summation. All processes compute the same updates. Decisions that
+could differ between them (the clock, a signal) are taken for all: by the first process, or by any.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ from torch import Tensor, nn
 
 from tercet.errors import UserError
 from tercet.model.device import find_device
-from tercet.train.loss import Batch, Gradients
+from tercet.train.gradients import Gradients
+from tercet.train.loss import Batch
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(days=2)  # the others wait while the first reads the corpus
+TIMEOUT = timedelta(days=2)  # the other processes wait while the first one reads the corpus
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. One process alone needs no process group, and nothing here costs it time."""
+    """This process among all processes. A single process needs no process group and pays no cost here."""
 
     rank: int = 0
     size: int = 1
     machines: int = 1
-    launched: bool = False  # by torchrun, be it alone
+    launched: bool = False  # by torchrun, even as the only process
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def workers(self, on_gpu: bool) -> int:
-        """How many train at the same time at the speed that one was measured at: GPUs, or whole machines."""
+        """Return how many units train in parallel, each at the speed measured for one: GPUs, or whole machines."""
         return self.size if on_gpu else self.machines
 
     def device(self, name: str | None) -> torch.device:
-        """The device called ``name``, or the best there is; of several GPUs each process has its own.
+        """Return the device called ``name``, or the best available; each process gets a GPU of its own.
 
         Raises:
-            UserError: there is no such device here.
+            UserError: This machine has no such device.
         """
         device = find_device(name)
         if device.type == "cuda" and name in (None, "cuda"):
@@ -59,30 +60,33 @@ class Ranks:
         return device
 
     def threads(self, cores: int) -> int:
-        """Threads for each of the processes that share a machine of so many."""
+        """Return the threads of each process, where processes share machines of ``cores`` cores."""
         return max(1, cores * self.machines // self.size)
 
-    def added(self, values: Sequence[float]) -> list[float]:
-        """The sums of ``values`` over all processes, in float64."""
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of ``values`` over all processes, in float64."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def in_step(self, stop: bool, seconds: float, due: bool) -> tuple[bool, float, bool]:
-        """What holds for all: whether anyone was asked to stop; the first one's clock, and whether it will save."""
+    def agree(self, stop: bool, seconds: float, save: bool) -> tuple[bool, float, bool]:
+        """Return the decisions that hold for all processes.
+
+        Returns:
+            Whether any process must stop; the first process's clock; whether the first process saves.
+        """
         if self.size == 1:
-            return stop, seconds, due
-        mine = [float(stop), seconds * self.first, float(due and self.first)]
-        stops, clock, saves = self.added(mine)
+            return stop, seconds, save
+        stops, clock, saves = self.summed([float(stop), seconds * self.first, float(save and self.first)])
         return stops > 0, clock, saves > 0
 
     def first_then_all(self, action: Callable[[], T]) -> T:
-        """``action`` in the first process, and when it is done in the others, who find what it left on disk.
+        """Run ``action`` in the first process, then in the others, which find on disk what the first one wrote.
 
         Raises:
-            UserError: in the others, where the first one failed.
+            UserError: In the other processes, where the first one failed.
         """
         if self.size == 1:
             return action()
@@ -92,32 +96,30 @@ class Ranks:
                 result = action()
                 failed = 0.0
             finally:
-                self.added([failed])
+                self.summed([failed])
             return result
-        if self.added([0.0])[0]:
-            raise UserError("the first process failed; what it says is the reason")
+        if self.summed([0.0])[0]:
+            raise UserError("the first process failed; its message gives the reason")
         return action()
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Wait until every process has reached this call."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def open_ranks() -> Iterator[Ranks]:
-    """The processes that ``torchrun`` started with this one; alone where it didn't.
+    """Yield this process among those that ``torchrun`` started, or a single process without ``torchrun``.
 
-    All but the first are silent. Data and run directory must be the same files for all of them.
+    Only the first process prints. Data and run directory must be the same files for all processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks(launched="WORLD_SIZE" in os.environ)
         return
-    # What processes agree on are numbers on the CPU; gradients on GPUs go by NCCL.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT
-    )
+    # Processes exchange decisions as numbers on the CPU (gloo), and gradients of GPUs by NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:
         rank = dist.get_rank()
         with contextlib.ExitStack() as stack:
@@ -127,27 +129,27 @@ def open_ranks() -> Iterator[Ranks]:
                 stack.enter_context(contextlib.redirect_stdout(silent))
             here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             yield Ranks(rank, size, max(1, size // here), launched=True)
-        dist.barrier()  # none takes the group apart while another still needs it
+        dist.barrier()  # no process destroys the group while another still needs it
     finally:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
-    """End a process of several at once.
+def exit_process(status: int) -> NoReturn:
+    """Exit one process of several immediately, without Python's cleanup.
 
-    When Python takes PyTorch apart at its ordinary exit, now and then a thread of the group is still there,
-    and C++ aborts a process that has done all of its work: torchrun would call the run failed.
+    During that cleanup a thread of the process group is sometimes still running; then C++ aborts a process
+    that has completed all of its work, and torchrun reports the run as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-class AddedGradients:
-    """Gradients of a step whose pieces are shared out among processes that each hold all weights (DDP).
+class SummedGradients:
+    """Gradients of a step whose rows are distributed over processes that each hold all weights (DDP).
 
-    Gradients are added in one message a step: small models lose more to many messages than they would win
-    by sending while still computing.
+    One message per step sums all gradients: small models lose more time to many messages than they would
+    gain from sending during the computation.
     """
 
     def __init__(self, inner: Gradients, parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
@@ -155,9 +157,9 @@ class AddedGradients:
         self._buffer: Tensor | None = None
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """As `tercet.train.loss.Gradients`, over the pieces of all processes."""
+        """Implement `Gradients.gradients`, over the micro-batches of all processes."""
         loss, tokens = self.inner.gradients(batches)
-        total_loss, total = self.ranks.added([float(loss) * tokens if tokens else 0.0, float(tokens)])
+        total_loss, total = self.ranks.summed([float(loss) * tokens if tokens else 0.0, float(tokens)])
         if self._buffer is None:
             size, device = sum(parameter.numel() for parameter in self.parameters), self.parameters[0].device
             self._buffer = torch.empty(size, device=device)

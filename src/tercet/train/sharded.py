@@ -1,7 +1,7 @@
-"""Training where each process holds a part of every weight (FSDP2), for models that one can't hold.
+"""Training where each process holds a part of every weight (FSDP2), for models too large for one process.
 
-Weights, gradients and moments are PyTorch's DTensors, sharded along their first dimension. Checkpoints
-are written by all processes together, and can be gone on from by any number of them.
+Weights, gradients and moments are PyTorch's DTensors, sharded along their first dimension. All processes
+write a checkpoint together, and any number of processes can resume from it.
 """
 
 from __future__ import annotations
@@ -28,31 +28,34 @@ from tercet.model.transformer import Transformer
 from tercet.train.loss import Batch, losses_of
 from tercet.train.optimizer import Optimizer
 from tercet.train.ranks import Ranks
-from tercet.train.state import Progressed, check_weights, checked_progress
+from tercet.train.state import RunProgress, check_fingerprint, check_weights, unreadable_state
 
-POINTER = "state.json"  # names the directory of the last whole checkpoint, and holds how far it is
+POINTER = "state.json"  # names the directory of the last complete checkpoint, and holds the run's progress
 
 
 def shard(model: Transformer, ranks: Ranks) -> Transformer:
-    """``model``, whose weights are alike in all processes, with each holding a part of them, block by block."""
+    """Shard ``model``, whose weights are equal in all processes, block by block; return it.
+
+    Afterwards each process holds a part of every weight.
+    """
     mesh = init_device_mesh(model.device.type, (ranks.size,))
-    # Gradients are added, not averaged: they are divided by the tokens of all processes already.
+    # Gradients are summed, not averaged: each is already divided by the tokens of all processes.
     for block in [*model.model.layers, model]:
         fully_shard(block, mesh=mesh)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
-    for name in ("hidden", "logits"):  # what is called instead of forward
+    for name in ("hidden", "logits"):  # called instead of forward
         register_fsdp_forward_method(model, name)
     return model
 
 
 def whole(model: Transformer) -> Transformer:
-    """A copy of a sharded model with all weights, in every process; each must call it."""
+    """Return a copy of a sharded model with all weights, in every process; each process must call it."""
     copy = Transformer(model.config)
-    theirs = dict(model.named_parameters())
+    sharded = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            parameter.copy_(_full(theirs[name]))
+            parameter.copy_(_full(sharded[name]))
     return copy
 
 
@@ -61,14 +64,14 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 class ShardedGradients:
-    """Gradients of a step whose pieces are shared out among processes that share the weights too."""
+    """Gradients of a step whose rows are distributed over processes that share the weights (FSDP)."""
 
     def __init__(self, model: Transformer, ranks: Ranks, z_weight: float = 0.0) -> None:
         self.model, self.ranks, self.z_weight = model, ranks, z_weight
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """As `tercet.train.loss.Gradients`. All processes must have as many pieces."""
-        tokens = self.ranks.added([float(sum(batch.supervised for batch in batches))])[0]
+        """Implement `Gradients.gradients`. All processes must have the same number of micro-batches."""
+        tokens = self.ranks.summed([float(sum(batch.supervised for batch in batches))])[0]
         for parameter in self.model.parameters():
             parameter.grad = None
         total = torch.zeros((), device=self.model.device)
@@ -76,39 +79,42 @@ class ShardedGradients:
             losses = losses_of(self.model, batch, 1 / max(1.0, tokens), self.z_weight)
             losses.total.backward()  # type: ignore[no-untyped-call]
             total += losses.entropy
-        return self.ranks.added([float(total) / max(1.0, tokens)])[0], int(tokens)
+        return self.ranks.summed([float(total) / max(1.0, tokens)])[0], int(tokens)
 
 
 class ShardedState:
-    """Checkpoints in directories of ``torch.distributed.checkpoint``; the last whole one stays.
+    """Checkpoints in directories of ``torch.distributed.checkpoint``; the last complete one is kept.
 
-    A directory is complete before `POINTER`, which is replaced in one step, names it.
+    A directory is complete before `POINTER`, which is replaced atomically, names it.
     """
 
     def __init__(self, directory: Path, ranks: Ranks) -> None:
         self.directory, self.ranks = directory, ranks
-        self._last = ""  # the directory that `POINTER` names, as far as this process wrote or read it
+        self._last = ""  # the directory that `POINTER` named when this process last wrote or read it
 
     @property
     def path(self) -> Path:
+        """The file that names the last complete checkpoint."""
         return self.directory / POINTER
 
-    def progress(self, fingerprint: str) -> Progressed | None:
-        """How far the run is, or None where there is none. UserError as `state.load_progress`."""
+    def progress(self, fingerprint: str) -> RunProgress | None:
+        """Return the run's progress, or None where there is no state.
+
+        Raises:
+            UserError: The file is damaged, or belongs to a run with other data or settings.
+        """
         if not self.path.is_file():
             return None
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            progressed = Progressed(**stored["progress"])
+            progress = RunProgress(**stored["progress"])
         except (KeyError, TypeError, ValueError) as problem:
-            raise UserError(
-                f"{self.path} can't be read ({problem}); delete it to start this run again"
-            ) from problem
-        return checked_progress(progressed, fingerprint, self.path)
+            raise unreadable_state(self.path, problem) from problem
+        return check_fingerprint(progress, fingerprint, self.path)
 
     def save(
         self,
-        progressed: Progressed,
+        progress: RunProgress,
         parameters: dict[str, nn.Parameter],
         optimizer: Optimizer,
         best: dict[str, Tensor] | None,
@@ -116,36 +122,36 @@ class ShardedState:
         """Write a checkpoint; every process must call it.
 
         Raises:
-            UserError: the disk is full or refuses, in any of them; the last checkpoint stays.
+            UserError: The disk is full or can't be written to, in any process; the last checkpoint stays.
         """
-        assert best is None, "a sharded run keeps its last weights"
-        # A step may be saved twice (before and after it is measured): never over what `POINTER` names.
-        name = f"state-{progressed.step}"
+        assert best is None, "a sharded run ends with its last weights"
+        # A step may be saved twice (before and after its evaluation): never overwrite what `POINTER` names.
+        name = f"state-{progress.step}"
         name = f"{name}-again" if name == self._last else name
         target = self.directory / name
         if self.ranks.first:
             shutil.rmtree(target, ignore_errors=True)
-        self.ranks.wait()
+        self.ranks.barrier()
         tensors = {f"weight:{name}": value.detach() for name, value in parameters.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 state_dict_saver.save({**tensors, **optimizer.state()}, checkpoint_id=target)
-            except CheckpointException as problem:  # in all processes, whichever it happened to
+            except CheckpointException as problem:  # raised in all processes, whichever of them failed
                 raise UserError(f"cannot write {target}: {_reason(problem)}") from problem
-        self.ranks.wait()
+        self.ranks.barrier()
         self._last = name
         if self.ranks.first:
-            write_json(self.path, {"directory": name, "progress": asdict(progressed)})
+            write_json(self.path, {"directory": name, "progress": asdict(progress)})
             for old in self.directory.glob("state-*"):
                 if old.name != name:
                     shutil.rmtree(old, ignore_errors=True)
 
     def load(self, parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Put weights and moments back in place, however many processes wrote them.
+        """Load weights and moments in place, however many processes wrote them.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            UserError: The checkpoint is damaged or lacks a weight.
         """
         self._last = json.loads(self.path.read_text(encoding="utf-8"))["directory"]
         source = self.directory / self._last
@@ -163,7 +169,7 @@ class ShardedState:
                 tensors[key] = parameter
             elif tuple(stored.size) == tuple(parameter.shape):  # type: ignore[union-attr]
                 tensors[key] = torch.zeros_like(parameter)
-            else:  # AdamW's count of steps
+            else:  # AdamW's step count
                 tensors[key] = torch.zeros(stored.size)  # type: ignore[union-attr]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -174,8 +180,8 @@ class ShardedState:
         optimizer.load_state({key: value for key, value in tensors.items() if not key.startswith("weight:")})
 
     def remove(self) -> None:
-        """Nothing is left to resume."""
-        self.ranks.wait()
+        """Delete the state of a finished run."""
+        self.ranks.barrier()
         if self.ranks.first:
             self.path.unlink(missing_ok=True)
             for old in self.directory.glob("state-*"):
@@ -183,5 +189,5 @@ class ShardedState:
 
 
 def _reason(problem: CheckpointException) -> str:
-    """What went wrong in the first of the processes in which something did."""
+    """Return the failure of the first process that failed."""
     return " ".join(str(next(iter(problem.failures.values()))[0]).split())
