@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tercet.ladder.climb import climb as climb
     from tercet.ladder.result import Report as Report
     from tercet.ladder.settings import ClimbSettings as ClimbSettings
-    from tercet.pretrain.pretrain import Built as Built
+    from tercet.pretrain.result import Built as Built
     from tercet.pretrain.settings import BuildSettings as BuildSettings
     from tercet.prompt.hosted import BatchError as BatchError
     from tercet.prompt.hosted import HostedError as HostedError
@@ -41,7 +41,7 @@ _MODULES = {
     # Make one, and measure which one a task needs: function, settings, result.
     "build": "tercet.compose",
     "BuildSettings": "tercet.pretrain.settings",
-    "Built": "tercet.pretrain.pretrain",
+    "Built": "tercet.pretrain.result",
     "tune": "tercet.finetune.sft",
     "TuneSettings": "tercet.finetune.settings",
     "Tuned": "tercet.finetune.sft",

@@ -10,7 +10,7 @@ from tercet.pretrain.settings import BuildSettings
 from tercet.settings import keyword_form
 
 if TYPE_CHECKING:
-    from tercet.pretrain.pretrain import Built
+    from tercet.pretrain.result import Built
 
 
 def build_with(settings: BuildSettings) -> Built:

@@ -134,7 +134,7 @@ def test_rows_that_are_no_conversations_are_refused(text: Path, tmp_path: Path) 
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(UserError, match=r"row 1: a conversation needs messages.*it has prompt, completion"):
         build(text, tmp_path / "run", tokens=20_000, chat=path, **SMALL)
-    with pytest.raises(UserError, match="--chat-epochs belongs to --chat"):
+    with pytest.raises(UserError, match="`chat_epochs` needs `chat`"):
         build(text, tmp_path / "run", tokens=20_000, chat_epochs=2, **SMALL)
 
 
@@ -148,5 +148,5 @@ def test_a_build_can_clean_its_data_first(tmp_path: Path) -> None:
     assert made.corpus.documents == 50
     report = json.loads((tmp_path / "run" / "curated" / "report.json").read_text())
     assert (report["read"]["documents"], report["written"]["documents"]) == (60, 50)
-    with pytest.raises(UserError, match="--curate is 'fine'; choose none, light, web"):
+    with pytest.raises(UserError, match="`curate` is 'fine'; choose none, light, web"):
         build(path, tmp_path / "other", tokens=4_000, curate="fine", **SMALL)

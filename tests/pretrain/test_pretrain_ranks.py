@@ -64,5 +64,5 @@ def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
     }
     wrong = run(tmp_path, 2, [*common[:2], "--tokens", "-1", "--out", str(tmp_path / "three")])
     assert wrong.returncode != 0 and "--tokens is -1" in wrong.stderr
-    with pytest.raises(UserError, match="--parallel is for several processes"):
+    with pytest.raises(UserError, match="`parallel` needs several processes"):
         build(text, tmp_path / "four", tokens=20_000, parallel="ddp")

@@ -265,7 +265,7 @@ def _one_line(problem: Exception) -> str:
 
 def _base_facts(out: Path) -> dict[str, Any]:
     """What the base of this climb turned out to be; nothing where none was built."""
-    from tercet.pretrain.pretrain import read_result
+    from tercet.pretrain.result import read_result
 
     if not (out / "base" / "result.json").is_file():
         return {}

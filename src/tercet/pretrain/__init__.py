@@ -1,1 +1,1 @@
-"""Level 3: from raw text to a tokenizer and a trained network."""
+"""Level 3: build a tokenizer and a trained network from raw text."""

@@ -17,38 +17,39 @@ from tercet.files import atomic_directory
 from tercet.model.checkpoint import read_config, read_generation_config
 from tercet.model.loading import load_model, save_model
 from tercet.model.tokenizer import Tokenizer
+from tercet.model.transformer import Transformer
 from tercet.progress import say
 from tercet.train.loop import STATE
 from tercet.train.supervised import Supervision, ending_with, fine_tune, full_rate, hold_out
 
-BATCH = 16  # conversations an optimizer step
-SHOWN = 4  # conversations whose answers are shown in the report
+BATCH_SIZE = 16  # conversations an optimizer step
+SAMPLES, SAMPLE_TOKENS = 4, 80  # conversations that are answered in the report, and the longest answer
 
 
 @dataclass(frozen=True)
-class Chatted:
-    """What the stage made of the base."""
+class ChatResult:
+    """The result of the chat stage."""
 
     base: str  # the checkpoint directory of the base model
     examples: int
     tokens: int  # supervised tokens trained on
     steps: int
     seconds: float
-    loss: float  # best held-out loss, nats a token; these weights are the ones written
+    loss: float  # lowest held-out loss, nats a token; the weights of that step are saved
     shortened: bool  # the clock ended training early
     account: list[str] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
 
 
 def read_conversations(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of conversations.
+    """Read the rows of a file of conversations.
 
     Raises:
-        UserError: no such file, or a row that has no ``messages``.
+        UserError: There is no such file, or a row has no ``messages``.
     """
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
-        # A completion without turns would teach the base to go on, not to answer.
+        # A completion without turns would teach the base to continue a text, not to answer.
         if not isinstance(row.get("messages"), list):
             raise UserError(
                 f"{path}, row {number}: a conversation needs messages, a list of {{role, content}}; "
@@ -58,7 +59,7 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
 
 
 def conversation_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is said in the conversations: the tokenizer should know these words too."""
+    """Return the contents of all messages: the tokenizer is trained on their words too."""
     contents = (
         message.get("content") for row in rows for message in row["messages"] if isinstance(message, dict)
     )
@@ -76,20 +77,31 @@ def learn_to_chat(
     seed: int,
     key: str,
     device: torch.device,
-) -> Chatted:
-    """Train all weights of ``base`` on the assistant's turns of ``rows`` and write ``model_directory``.
+) -> ChatResult:
+    """Train all weights of a base model on the assistant's turns and write the chat model.
 
-    Conversations are rendered with ChatML, which becomes the model's template; the weights with the
-    lowest held-out loss are kept. ``directory`` holds what resuming needs.
+    Conversations are rendered with ChatML, which becomes the model's template. The weights with the
+    lowest held-out loss are saved.
+
+    Args:
+        base: The checkpoint directory of the base model.
+        rows: Conversations, as `read_conversations` returns them.
+        directory: The training state is stored here; an unfinished run found here is resumed.
+        model_directory: Where the chat model is written.
+        epochs: Training length, where ``minutes`` allow it.
+        minutes: The time limit; None: no limit.
+        seed: Of the held-out rows and the order of the others.
+        key: A fingerprint of everything that decides the result.
+        device: Where the model is trained.
 
     Raises:
-        UserError: rows that can't be trained on.
-        KeyboardInterrupt: stopped; the same call goes on from there.
+        UserError: The rows can't be trained on.
+        KeyboardInterrupt: Stopped; the same call resumes.
     """
     tokenizer = Tokenizer.load(base).with_template(CHATML)
     limit = read_config(base).max_positions
-    rows, held_rows = hold_out(list(rows), seed)
-    prepared, held = (prepare(part, tokenizer, limit) for part in (rows, held_rows))
+    rows, held_out_rows = hold_out(list(rows), seed)
+    prepared, held_out = (prepare(part, tokenizer, limit) for part in (rows, held_out_rows))
     for line in prepared.account():
         say(f"chat: {line}")
     model = load_model(base, dtype=torch.float32, device=device, trainable=True)
@@ -97,15 +109,15 @@ def learn_to_chat(
     trained = fine_tune(
         model,
         prepared.examples,
-        held.examples,
+        held_out.examples,
         directory,
-        Supervision(epochs, BATCH, rate, minutes=minutes, seed=seed),
+        Supervision(epochs, BATCH_SIZE, rate, minutes=minutes, seed=seed),
         pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
         key=key,
-        title="learning to chat",
+        title="chat training",
     )
     _write(model, base, tokenizer, prepared, model_directory)
-    result = Chatted(
+    result = ChatResult(
         base=str(base),
         examples=len(prepared.examples),
         tokens=trained.tokens,
@@ -114,13 +126,15 @@ def learn_to_chat(
         loss=trained.best if trained.best is not None else math.nan,
         shortened=trained.shortened,
         account=prepared.account(),
-        samples=_answers(model_directory, held_rows),
+        samples=_answers(model_directory, held_out_rows),
     )
-    (directory / STATE).unlink(missing_ok=True)  # nothing is left to resume
+    (directory / STATE).unlink(missing_ok=True)  # the stage is finished: nothing can resume from it
     return result
 
 
-def _write(model: Any, base: Path, tokenizer: Tokenizer, prepared: Prepared, model_directory: Path) -> None:
+def _write(
+    model: Transformer, base: Path, tokenizer: Tokenizer, prepared: Prepared, model_directory: Path
+) -> None:
     generation = ending_with(prepared.stops, tokenizer, read_generation_config(base))
     with atomic_directory(model_directory) as directory:
         save_model(model, directory, generation=generation)
@@ -128,14 +142,14 @@ def _write(model: Any, base: Path, tokenizer: Tokenizer, prepared: Prepared, mod
 
 
 def _answers(model_directory: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """What the model says to the first messages of a few conversations."""
+    """Answer the first messages of a few conversations with the model."""
     from tercet.engine.load import load_engine
     from tercet.engine.request import Request, Sampling
 
     engine = load_engine(model_directory)
     tokenizer = Tokenizer.load(model_directory)
     limit = read_config(model_directory).max_positions
-    said = []
+    prompts: list[tuple[str, list[int]]] = []
     for row in rows:
         message = row["messages"][0] if row["messages"] else {}
         content = message.get("content")
@@ -143,12 +157,12 @@ def _answers(model_directory: Path, rows: Sequence[dict[str, Any]]) -> list[dict
             continue
         ids = tokenizer.encode_chat([{"role": "user", "content": content}], add_generation_prompt=True)
         if len(ids) < limit // 2:
-            said.append((content, ids))
-        if len(said) == SHOWN:
+            prompts.append((content, ids))
+        if len(prompts) == SAMPLES:
             break
-    sampling = Sampling(max_tokens=min(80, limit // 2), temperature=0.0)
-    completions = engine.generate([Request(tuple(ids), sampling) for _, ids in said])
+    sampling = Sampling(max_tokens=min(SAMPLE_TOKENS, limit // 2), temperature=0.0)
+    completions = engine.generate([Request(tuple(ids), sampling) for _, ids in prompts])
     return [
         {"prompt": content, "continuation": "\n" + completion.text}
-        for (content, _), completion in zip(said, completions, strict=True)
+        for (content, _), completion in zip(prompts, completions, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Machines that a run may be planned for. Peak rates are the makers' figures for dense bfloat16."""
+"""Accelerators that a run can be planned for, with the makers' peak rates for dense bfloat16."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ UTILISATION = 0.4  # of the peak: nanochat reports 41 to 46% on H100s, torchtita
 
 @dataclass(frozen=True)
 class Hardware:
-    """One accelerator. flops: a second, bfloat16, dense. memory: bytes."""
+    """An accelerator."""
 
     name: str
-    flops: float
-    memory: float
+    flops: float  # a second, dense bfloat16
+    memory: float  # bytes
 
     def seconds(self, flops: float) -> float:
-        """Training time for so many operations."""
+        """Return the training time of ``flops`` operations, in seconds."""
         return flops / (self.flops * UTILISATION)
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run: made once from what was asked and what the machine does, then kept and repeated."""
+"""Plan a run from its settings and the speed of the machine; a stored plan is repeated when a run resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tercet.pretrain.corpus import TOKENIZER_SAMPLE
 from tercet.pretrain.hardware import UTILISATION
 from tercet.pretrain.plan import (
     FIRST_GUESS_FLOPS,
-    MOST_PASSES,
+    MAX_EPOCHS,
     Rule,
     Shape,
     context_for,
@@ -32,7 +32,7 @@ from tercet.pretrain.plan import (
     shape_for,
     vocabulary_for,
 )
-from tercet.pretrain.scaling import remembered
+from tercet.pretrain.scaling import stored_law
 from tercet.pretrain.settings import PretrainSettings
 from tercet.progress import duration, say
 from tercet.train.calibrate import Speed, calibrate, has_bfloat16
@@ -41,41 +41,41 @@ from tercet.train.ranks import Ranks
 
 # Bytes of English or source code per token of the small vocabularies built here, for planning only.
 PLANNED_BYTES_PER_TOKEN = 3.3
-# Reading, tokenizer and encoding take a second for some three megabytes; a second of training is about so many
-# operations on two cores.
+# Reading, tokenizer and encoding take a second for about three megabytes; a second of training is about
+# NOMINAL_FLOPS operations on two cores. So many bytes may be read for each second of training.
 READ_A_SECOND, NOMINAL_FLOPS = 100_000, 1.2e11
-# Bytes a second from source to tokens, tokenizer included: of files, and of modules that are parsed and searched for
-# test texts. What takes longer than its share of the time is taken from training.
+# Bytes a second from source to tokens, tokenizer included: of files, and of Python modules, which are parsed
+# and searched for test texts. Reading time beyond the share of reading is subtracted from training.
 READ_FILES, READ_BUILTIN = 3e6, 1.4e6
-# What a budget in minutes leaves for training: a share goes to reading and the tokenizer, and a few seconds
-# to measuring the machine, the checkpoint and samples.
+# The share of a budget in minutes that is left for training: the rest is for reading and the tokenizer. A few
+# seconds more go to measuring the machine, the checkpoint and samples.
 TRAINING_SHARE, AROUND_TRAINING = 0.96, 6.0
-COMPILING = 15.0  # seconds, on a GPU; always as many, so that a plan repeats where compiled code was kept
-# Time planned over time measured: held-out measurements, checkpoints, a machine that has other work.
+COMPILING = 15.0  # seconds, on a GPU; always the same, so that a plan repeats where compiled code was cached
+# Planned time over measured time, for held-out measurements, checkpoints, and other work on the machine.
 # Within it a run is repeatable; beyond it the clock ends the run early.
 MARGIN = 1.04
-FEWEST_STEPS = 100  # a short run takes smaller steps rather than fewer
-# Memory of a run over that of the training step alone, which the plan measures: evaluation, and counting the
-# words of the text that the tokenizer is made from. Runs on 5 and 16 MB took 130 and 220 MB.
+MIN_STEPS = 100  # a short run takes smaller steps rather than fewer
+# Memory of a run beyond that of the training step, which the plan measures: evaluation, and counting the
+# words of the tokenizer's sample. Runs on 5 and 16 MB took 130 and 220 MB.
 MEMORY_BESIDE, MEMORY_A_BYTE = 60 << 20, 8
-# In one forward pass on a GPU: enough tokens to keep it busy, and what is kept of them for the backward pass
-# fits into half of its memory (bytes for each token, layer and dimension, in bfloat16 and not compiled).
+# Tokens in one forward pass on a GPU: enough to keep it busy, as long as the activations for the backward pass
+# fit into half of its memory (KEPT_BYTES for each token, layer and dimension, in bfloat16 and not compiled).
 GPU_TOKENS, KEPT_BYTES = 65_536, 60
-# Another number when the same budget comes to another loss: a law that was fitted before is forgotten.
+# Increase it when the same budget gives another loss: stored scaling laws are then ignored.
 RECIPE = 2
-CHAT_SHARE = 0.15  # of a budget in minutes goes to conversations, where there are any
+CHAT_SHARE = 0.15  # of a budget in minutes, for the chat stage
 CHAT_CONTEXT = 512  # a conversation needs room for more than one turn
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a run that was decided from measurements; kept, so that a resumed run repeats it."""
+    """The decisions of a run that depend on measurements; stored, so that a resumed run repeats them."""
 
     layers: int
     width: int
     vocab_size: int
     context: int
-    rows: int
+    rows: int  # sequences an optimizer step
     steps: int
     rates: dict[str, Any]
     z_loss: float
@@ -85,29 +85,33 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """Tokens trained on."""
         return self.steps * self.rows * self.context
 
     @property
     def rules(self) -> list[Rule]:
-        """Every number of the run with the rule it comes from."""
+        """Every number of the run with its reason."""
         config = network(self.layers, self.width, self.vocab_size, self.context)
         return rules_of(config, self.rows, self.steps, Rates(**self.rates))
 
 
-def pretraining_minutes(asked: PretrainSettings, minutes: float) -> float:
-    """Of ``minutes``, those that are not the chat stage's."""
-    return minutes * (1 - CHAT_SHARE) if asked.chat else minutes
+def pretraining_minutes(settings: PretrainSettings, minutes: float) -> float:
+    """Return the part of ``minutes`` that is not reserved for the chat stage."""
+    return minutes * (1 - CHAT_SHARE) if settings.chat else minutes
 
 
-def kept_plan(out: Path, asked: PretrainSettings, ranks: Ranks) -> Plan:
-    """The plan of this run, made once and kept."""
+def stored_plan(out: Path, settings: PretrainSettings, ranks: Ranks) -> Plan:
+    """Return the plan stored in the run directory, or make, store and print it.
+
+    Sets torch's thread count to that of the plan.
+    """
     path = out / "plan.json"
     if path.is_file():
         plan = Plan(**read_json(path))
-        # Sums in another order give other last bits.
+        # Another number of threads adds in another order, and the last bits differ.
         torch.set_num_threads(ranks.threads(plan.speed["threads"]))
         return plan
-    plan = make_plan(asked, ranks)
+    plan = make_plan(settings, ranks)
     write_json(path, asdict(plan))
     for rule in plan.rules:
         say(f"  {rule.name}: {rule.value}  ({rule.why})")
@@ -119,45 +123,41 @@ def kept_plan(out: Path, asked: PretrainSettings, ranks: Ranks) -> Plan:
     return plan
 
 
-def make_plan(asked: PretrainSettings, ranks: Ranks | None = None) -> Plan:
-    """Shape, steps and rates for what was asked of `build`; measures this machine.
+def make_plan(settings: PretrainSettings, ranks: Ranks | None = None) -> Plan:
+    """Plan shape, steps and rates of a build; measures this machine for a few seconds.
 
-    ranks: the processes that will train; each machine among them is taken to be as fast as this one.
+    Args:
+        settings: Of the build.
+        ranks: The processes that will train; each machine is assumed to be as fast as this one.
+
+    Raises:
+        UserError: ``batch_tokens`` is smaller than a sequence.
     """
     ranks = ranks or Ranks()
-    device = ranks.device(asked.device)
+    device = ranks.device(settings.device)
     on_gpu = device.type != "cpu"
-    seconds = None
-    if asked.minutes:
-        whole = 60 * pretraining_minutes(asked, asked.minutes)
-        around = AROUND_TRAINING + (COMPILING if on_gpu else 0)
-        seconds = max(whole / 2, whole * TRAINING_SHARE - around)
-    text = _text_tokens(asked)
-    shape = _shape(asked, seconds, gpu_flops(device) if on_gpu else FIRST_GUESS_FLOPS, text)
-    context, kind = shape.context, asked.optimizer
+    seconds = _training_seconds(settings, on_gpu)
+    text = _text_tokens(settings)
+    shape = _shape(settings, seconds, gpu_flops(device) if on_gpu else FIRST_GUESS_FLOPS, text)
+    context, weights = shape.context, shape.config.matmul_parameters
     at_once = rows_at_once(shape.rows, shape.config, device)
-    speed = calibrate(Transformer(shape.config).to(device), at_once, context, kind, packed=True)
-    weights, pace = shape.config.matmul_parameters, speed.tokens_per_second * ranks.workers(on_gpu)
+    speed = calibrate(Transformer(shape.config).to(device), at_once, context, settings.optimizer, packed=True)
+    pace = speed.tokens_per_second * ranks.workers(on_gpu)
     if seconds is not None:
+        seconds = _without_reading(settings, seconds, pace, weights, text)
         tokens = seconds * pace / MARGIN
-        read = min(_reading(tokens, weights, asked), text * PLANNED_BYTES_PER_TOKEN)
-        late = read / (READ_BUILTIN if BUILTIN in asked.sources else READ_FILES) - whole * (
-            1 - TRAINING_SHARE
-        )
-        seconds = max(seconds / 2, seconds - max(0.0, late))
-        tokens = seconds * pace / MARGIN
-        if tokens > MOST_PASSES * text:
-            tokens = MOST_PASSES * text
+        if tokens > MAX_EPOCHS * text:
+            tokens = MAX_EPOCHS * text
             if text > 1:
-                say(_too_little(asked, text))
+                say(_too_little_text(settings, text))
     else:
-        tokens = asked.tokens or (asked.flops or 0) / (6 * weights)
-    if not asked.batch_tokens:
-        shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (FEWEST_STEPS * context)))))
-    shape = replace(shape, rows=max(shape.rows, ranks.size))  # a row for each at least
+        tokens = settings.tokens or (settings.flops or 0) / (6 * weights)
+    if not settings.batch_tokens:
+        shape = replace(shape, rows=min(shape.rows, max(1, int(tokens / (MIN_STEPS * context)))))
+    shape = replace(shape, rows=max(shape.rows, ranks.size))  # at least one row for each process
     steps = max(1, int(tokens / shape.step_tokens))
     trained_on = steps * shape.step_tokens
-    law = remembered(law_key(asked))
+    law = stored_law(law_key(settings))
     plan = Plan(
         layers=shape.config.num_layers,
         width=shape.config.hidden_size,
@@ -165,8 +165,8 @@ def make_plan(asked: PretrainSettings, ranks: Ranks | None = None) -> Plan:
         context=context,
         rows=shape.rows,
         steps=steps,
-        rates=asdict(_rates(asked, shape.config.hidden_size, steps, trained_on / text)),
-        z_loss=asked.z_loss,
+        rates=asdict(_rates(settings, shape.config.hidden_size, steps, trained_on / text)),
+        z_loss=settings.z_loss,
         speed=asdict(speed),
         seconds=seconds,
         predicted={
@@ -176,134 +176,174 @@ def make_plan(asked: PretrainSettings, ranks: Ranks | None = None) -> Plan:
     )
     memory = peak_memory(device)
     if not on_gpu:
-        sample = min(reading_limit(plan, asked), TOKENIZER_SAMPLE)
+        sample = min(reading_limit(plan, settings), TOKENIZER_SAMPLE)
         memory += MEMORY_BESIDE + MEMORY_A_BYTE * sample
     return replace(plan, predicted={**plan.predicted, "memory_bytes": memory})
 
 
-def for_text(plan: Plan, asked: PretrainSettings, tokens: int) -> Plan:
-    """``plan`` when it is known that there are ``tokens`` to train on, and files' sizes said otherwise or nothing."""
-    a_step = plan.rows * plan.context
+def fit_to_text(plan: Plan, settings: PretrainSettings, tokens: int) -> Plan:
+    """Adapt ``plan`` to the number of training tokens, which is only known once the text is read.
+
+    The sizes of files give an estimate that may be wrong, and built-in data gives none.
+    """
+    step_tokens = plan.rows * plan.context
     steps = plan.steps
-    if asked.minutes and plan.tokens > 1.1 * MOST_PASSES * tokens:
-        say(_too_little(asked, tokens))
-        steps = max(1, MOST_PASSES * tokens // a_step)
-    rates = _rates(asked, plan.width, steps, steps * a_step / tokens)
+    if settings.minutes and plan.tokens > 1.1 * MAX_EPOCHS * tokens:
+        say(_too_little_text(settings, tokens))
+        steps = max(1, MAX_EPOCHS * tokens // step_tokens)
+    rates = _rates(settings, plan.width, steps, steps * step_tokens / tokens)
     return replace(plan, steps=steps, rates=asdict(rates))
 
 
-def _too_little(asked: PretrainSettings, tokens: float) -> str:
-    which = "`read_bytes` leaves" if asked.read_bytes is not None else "the text is"
+def _training_seconds(settings: PretrainSettings, on_gpu: bool) -> float | None:
+    """Return the seconds of training that a budget in minutes leaves; None for other budgets."""
+    if not settings.minutes:
+        return None
+    total = 60 * pretraining_minutes(settings, settings.minutes)
+    around = AROUND_TRAINING + (COMPILING if on_gpu else 0)
+    return max(total / 2, total * TRAINING_SHARE - around)
+
+
+def _without_reading(
+    settings: PretrainSettings, seconds: float, pace: float, weights: int, text: float
+) -> float:
+    """Subtract the reading time that exceeds reading's share of the budget.
+
+    Args:
+        settings: Of the build, with a budget in minutes.
+        seconds: Of training, without regard to reading.
+        pace: Tokens a second.
+        weights: Matrix weights of the network.
+        text: Tokens of the text.
+    """
+    assert settings.minutes is not None
+    total = 60 * pretraining_minutes(settings, settings.minutes)
+    size = min(_reading(seconds * pace / MARGIN, weights, settings), text * PLANNED_BYTES_PER_TOKEN)
+    rate = READ_BUILTIN if BUILTIN in settings.sources else READ_FILES
+    excess = size / rate - total * (1 - TRAINING_SHARE)
+    return max(seconds / 2, seconds - max(0.0, excess))
+
+
+def _too_little_text(settings: PretrainSettings, tokens: float) -> str:
+    subject = "the text" if settings.read_bytes is None else "the part of the text that is read"
     return (
-        f"{which} about {tokens:,.0f} tokens: after {MOST_PASSES} passes over them the run ends, before the time "
-        "is up; more text would use all of it"
+        f"{subject} is about {tokens:,.0f} tokens: the run ends after {MAX_EPOCHS} epochs, before the time is "
+        "up; more text would use all of it"
     )
 
 
-def _text_tokens(asked: PretrainSettings) -> float:
-    """How many tokens there are to train on, roughly; infinite where nothing is known before reading."""
-    size = source_bytes(asked.sources)
-    if asked.read_bytes is not None:
-        size = min(asked.read_bytes, size or asked.read_bytes)
+def _text_tokens(settings: PretrainSettings) -> float:
+    """Estimate the number of tokens in the text; infinite where its size is not known before reading."""
+    size = source_bytes(settings.sources)
+    if settings.read_bytes is not None:
+        size = min(settings.read_bytes, size or settings.read_bytes)
     return math.inf if size is None else max(1, size) / PLANNED_BYTES_PER_TOKEN
 
 
-def _shape(asked: PretrainSettings, seconds: float | None, pace: float, text: float) -> Shape:
-    """What was asked for, and what the budget feeds where nothing was; ``text``: tokens there are."""
-    most = MOST_PASSES * text if seconds is not None else math.inf
-    contexts = [context_for(seconds=seconds, tokens=asked.tokens, flops=asked.flops, pace=pace)]
-    if seconds is not None and most < math.inf:
-        contexts.append(context_for(seconds=None, tokens=int(most), flops=None))
-    context = asked.context or max(min(contexts), CHAT_CONTEXT if asked.chat else 0)
-    if asked.layers and asked.width:
-        config = network(asked.layers, asked.width, 1, context)
-        vocab = asked.vocab_size or vocabulary_for(config.matmul_parameters)
+def _shape(settings: PretrainSettings, seconds: float | None, pace: float, text: float) -> Shape:
+    """Choose the shape by the settings, and by the budget where they leave it open.
+
+    Args:
+        settings: Of the build.
+        seconds: Of training; None for a budget in tokens or operations.
+        pace: Operations a second.
+        text: Tokens of the text.
+    """
+    max_tokens = MAX_EPOCHS * text if seconds is not None else math.inf
+    contexts = [context_for(seconds=seconds, tokens=settings.tokens, flops=settings.flops, pace=pace)]
+    if seconds is not None and max_tokens < math.inf:
+        contexts.append(context_for(seconds=None, tokens=int(max_tokens), flops=None))
+    context = settings.context or max(min(contexts), CHAT_CONTEXT if settings.chat else 0)
+    if settings.layers and settings.width:
+        config = network(settings.layers, settings.width, 1, context)
+        vocab = settings.vocab_size or vocabulary_for(config.matmul_parameters)
         config = replace(config, vocab_size=vocab)
         shape = Shape(config, rows_for(config.matmul_parameters, context), context)
     else:
         shape = shape_for(
             seconds=seconds,
-            tokens=asked.tokens,
-            flops=asked.flops,
+            tokens=settings.tokens,
+            flops=settings.flops,
             context=context,
             pace=pace,
-            most_tokens=most,
+            max_tokens=max_tokens,
         )
-        if asked.vocab_size:
-            shape = replace(shape, config=replace(shape.config, vocab_size=asked.vocab_size))
-    if asked.batch_tokens:
-        if asked.batch_tokens < context:
+        if settings.vocab_size:
+            shape = replace(shape, config=replace(shape.config, vocab_size=settings.vocab_size))
+    if settings.batch_tokens:
+        if settings.batch_tokens < context:
             raise UserError(
-                f"`batch_tokens` is {asked.batch_tokens}; a step has at least one sequence of {context} tokens"
+                f"`batch_tokens` is {settings.batch_tokens}; a step has at least one sequence of {context} tokens"
             )
-        shape = replace(shape, rows=asked.batch_tokens // context)
+        shape = replace(shape, rows=settings.batch_tokens // context)
     return shape
 
 
-def _rates(asked: PretrainSettings, width: int, steps: int, passes: float) -> Rates:
+def _rates(settings: PretrainSettings, width: int, steps: int, epochs: float) -> Rates:
     rates = rates_for(
         width,
-        kind=asked.optimizer,
-        learning_rate=asked.learning_rate,
+        kind=settings.optimizer,
+        learning_rate=settings.learning_rate,
         steps=steps,
-        passes=passes,
+        epochs=epochs,
     )
-    if asked.embedding_rate:
-        rates = replace(rates, embedding=asked.embedding_rate)
-    if asked.weight_decay is not None:
-        rates = replace(rates, weight_decay=asked.weight_decay)
+    if settings.embedding_rate:
+        rates = replace(rates, embedding=settings.embedding_rate)
+    if settings.weight_decay is not None:
+        rates = replace(rates, weight_decay=settings.weight_decay)
     return rates
 
 
-def reading_limit(plan: Plan, asked: PretrainSettings) -> int:
-    """Bytes of text that are read: enough to train on once, or as many as cost a few hundredths of the run.
+def reading_limit(plan: Plan, settings: PretrainSettings) -> int:
+    """Return the bytes of text to read: enough for one epoch, or as many as cost a few hundredths of the run.
 
-    Text beyond what is trained on is not wasted: steps are drawn from all of it, so that a run does not
-    see the beginning of a corpus alone. The run's length is reckoned from its operations and not from
-    this machine's speed: the same text is read anywhere. Twice what is needed is enough: a GPU would wait.
+    Text beyond what is trained on is useful: steps are drawn from all of it, so that a run does not see only
+    the beginning of a corpus. The limit depends on the run's operations and not on this machine's speed, so
+    that every machine reads the same text. Twice the text of one epoch is enough, since a GPU would wait.
     """
     weights = network(plan.layers, plan.width, plan.vocab_size, plan.context).matmul_parameters
-    return _reading(plan.tokens, weights, asked)
+    return _reading(plan.tokens, weights, settings)
 
 
-def _reading(tokens: float, weights: int, asked: PretrainSettings) -> int:
-    if asked.read_bytes is not None:
-        return asked.read_bytes
-    once = int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
-    return max(once, min(2 * once, int(READ_A_SECOND * 6 * weights * tokens / NOMINAL_FLOPS)))
+def _reading(tokens: float, weights: int, settings: PretrainSettings) -> int:
+    if settings.read_bytes is not None:
+        return settings.read_bytes
+    one_epoch = int(tokens * PLANNED_BYTES_PER_TOKEN * 1.3) + 500_000
+    return max(one_epoch, min(2 * one_epoch, int(READ_A_SECOND * 6 * weights * tokens / NOMINAL_FLOPS)))
 
 
-def law_key(asked: PretrainSettings) -> str:
-    """What a scaling law holds for: the corpus, and how it is trained on."""
-    return fingerprint([source_fingerprint(asked.sources), asked.context, asked.optimizer, RECIPE])
+def law_key(settings: PretrainSettings) -> str:
+    """Return a fingerprint of everything that a scaling law depends on: the corpus and the way of training."""
+    return fingerprint([source_fingerprint(settings.sources), settings.context, settings.optimizer, RECIPE])
 
 
 def rows_at_once(rows: int, config: ModelConfig, device: torch.device) -> int:
-    """Sequences in one forward pass, of the ``rows`` of a step: all of them, or on a GPU parts as even as can be.
+    """Return the sequences of one forward pass, of the ``rows`` of an optimizer step.
 
-    On a CPU each thread goes row by row by itself.
+    On a CPU all of them, since each thread goes row by row; on a GPU as many as fit, in parts of nearly
+    equal size.
     """
     if device.type == "cpu":
         return rows
     tokens = GPU_TOKENS
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        kept = KEPT_BYTES if has_bfloat16(device) else 2 * KEPT_BYTES
-        tokens = min(tokens, memory // 2 // (kept * config.num_layers * config.hidden_size))
-    most = max(1, tokens // config.max_positions)
-    return -(-rows // -(-rows // most))
+        kept_bytes = KEPT_BYTES if has_bfloat16(device) else 2 * KEPT_BYTES
+        tokens = min(tokens, memory // 2 // (kept_bytes * config.num_layers * config.hidden_size))
+    limit = max(1, tokens // config.max_positions)
+    return -(-rows // -(-rows // limit))
 
 
 def gpu_flops(device: torch.device) -> float:
-    """Operations a second to expect of training there: what one large product reaches, times `UTILISATION`."""
+    """Estimate a GPU's operations a second in training: those of one large product, times `UTILISATION`."""
     size = 4096
     dtype = torch.float32 if device.type == "mps" else torch.bfloat16
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     for _ in range(3):
         matrix @ matrix
     torch.accelerator.synchronize(device)
-    begun = time.monotonic()
+    started = time.monotonic()
     for _ in range(10):
         matrix @ matrix
     torch.accelerator.synchronize(device)
-    return UTILISATION * 10 * 2 * size**3 / (time.monotonic() - begun)
+    return UTILISATION * 10 * 2 * size**3 / (time.monotonic() - started)

@@ -1,9 +1,9 @@
-"""What a run will reach, from a few tiny ones: a scaling law fitted on this corpus.
+"""Predict the loss of a run from a few tiny ones: a scaling law fitted on the same corpus.
 
 Loss falls with training compute C as E + K / C^g (Kaplan et al. 2020, arXiv:2001.08361; with the
-irreducible part E as in Hoffmann et al. 2022, arXiv:2203.15556), when size and data grow together, as the
-rules of `build.plan` make them. Three numbers are fitted to three or four runs, so the law is only asked
-about budgets a few tens of times the largest of them.
+irreducible part E as in Hoffmann et al. 2022, arXiv:2203.15556), when size and data grow together, as
+`tercet.pretrain.plan` makes them. Three numbers are fitted to three or four runs, so the law is only used
+for budgets up to a few tens of times the largest of theirs.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 from tercet.errors import UserError
 from tercet.files import cache_directory, read_json, write_json
 
-EXPONENTS = np.linspace(0.03, 0.5, 95)  # those found for language models lie between 0.05 and 0.35
+EXPONENTS = np.linspace(0.03, 0.5, 95)  # published exponents of language models lie between 0.05 and 0.35
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run that was made: operations of training (6 a matrix weight and token), and what it reached."""
+    """A finished run."""
 
-    flops: float
+    flops: float  # operations of training: 6 a matrix weight and token
     bits_per_byte: float
 
 
 @dataclass(frozen=True)
 class Law:
-    """bits per byte = floor + scale * (flops / 1e12) ** -exponent."""
+    """A power law of training compute: bits per byte = floor + scale * (flops / 1e12) ** -exponent."""
 
     floor: float
     scale: float
@@ -38,23 +38,23 @@ class Law:
     points: tuple[Point, ...]
 
     def predict(self, flops: float) -> float:
-        """Bits per byte after ``flops`` operations."""
+        """Return the bits per byte expected after ``flops`` operations of training."""
         return float(self.floor + self.scale * (flops / 1e12) ** -self.exponent)
 
     @property
     def error(self) -> float:
-        """The largest relative miss on the points themselves."""
-        return max(abs(self.predict(p.flops) / p.bits_per_byte - 1) for p in self.points)
+        """The largest relative error at the points that the law was fitted to."""
+        return max(abs(self.predict(point.flops) / point.bits_per_byte - 1) for point in self.points)
 
 
 def fit(points: Sequence[Point]) -> Law:
-    """The law nearest to the points in the least-squares sense of logarithms.
+    """Fit the law with the least squared error of the logarithms.
 
-    For every exponent of a grid the floor and the scale follow by linear least squares (a floor below 0
-    is set to 0), so nothing can get stuck.
+    For every exponent of a grid, linear least squares gives the floor and the scale (a floor below 0 is set
+    to 0), so the search cannot get stuck in a local minimum.
 
     Raises:
-        UserError: fewer than three points, or a larger budget gave a higher loss.
+        UserError: Fewer than three points, or a larger budget gave a higher loss.
     """
     ordered = sorted(points, key=lambda point: point.flops)
     if len({point.flops for point in ordered}) < 3:
@@ -63,7 +63,7 @@ def fit(points: Sequence[Point]) -> Law:
     if (np.diff(bits) >= 0).any():
         raise UserError(
             "a larger budget gave a higher loss: "
-            + ", ".join(f"{p.flops:.2g} operations {p.bits_per_byte:.3f}" for p in ordered)
+            + ", ".join(f"{point.flops:.2g} operations {point.bits_per_byte:.3f}" for point in ordered)
             + "; there is too little text, or the machine was too busy to train"
         )
     compute = np.array([point.flops for point in ordered]) / 1e12
@@ -75,9 +75,10 @@ def fit(points: Sequence[Point]) -> Law:
         if floor < 0:
             floor, scale = 0.0, float((column / bits).sum() / np.square(column / bits).sum())
         law = Law(float(floor), float(scale), float(exponent), tuple(ordered))
-        miss = float(np.square(np.log([law.predict(p.flops) / p.bits_per_byte for p in ordered])).sum())
-        if best is None or miss < best[0]:
-            best = miss, law
+        ratios = [law.predict(point.flops) / point.bits_per_byte for point in ordered]
+        error = float(np.square(np.log(ratios)).sum())
+        if best is None or error < best[0]:
+            best = error, law
     assert best is not None
     return best[1]
 
@@ -86,13 +87,13 @@ def _path(key: str) -> Path:
     return cache_directory() / "scaling" / f"{key}.json"
 
 
-def keep(key: str, law: Law) -> None:
-    """Remember the law of the corpus ``key``, so that `build` can say what it expects."""
+def store_law(key: str, law: Law) -> None:
+    """Store the law of the corpus ``key`` in the user's cache, so that later plans predict their loss."""
     write_json(_path(key), asdict(law))
 
 
-def remembered(key: str) -> Law | None:
-    """The law that was fitted on the corpus ``key`` before, if any."""
+def stored_law(key: str) -> Law | None:
+    """Return the law that was fitted on the corpus ``key`` before, if there is one."""
     try:
         stored = read_json(_path(key))
         return Law(**{**stored, "points": tuple(Point(**point) for point in stored["points"])})

@@ -1,4 +1,4 @@
-"""Texts on disk, with what must be known of each to divide and shuffle them in memory."""
+"""Texts on disk, with the little of each that is needed in memory to split and shuffle them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from typing import Self
 class Spool:
     """Texts that are written once and read in any order; memory holds about 40 bytes a text.
 
+    Leaving the ``with`` block deletes the file.
+
     Attributes:
-        lengths: in characters. sources: numbers of `names`.
+        lengths: The length of each text, in characters.
+        sources: The index in ``names`` of each text's source.
+        names: The names of the sources.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +30,7 @@ class Spool:
         self.lengths = array("q")
         self.sources = array("q")
         self.names: list[str] = []
-        self._numbers: dict[str, int] = {}
+        self._source_indices: dict[str, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -34,20 +38,20 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The file goes."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 
     def append(self, text: str, source: str) -> None:
+        """Write a text of ``source`` behind the others."""
         data = text.encode()
         self._file.write(data)
         self._ends.append(self._ends[-1] + len(data))
         self._digests += hashlib.sha256(data).digest()[:16]
         self.lengths.append(len(text))
-        if source not in self._numbers:
-            self._numbers[source] = len(self.names)
+        if source not in self._source_indices:
+            self._source_indices[source] = len(self.names)
             self.names.append(source)
-        self.sources.append(self._numbers[source])
+        self.sources.append(self._source_indices[source])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -62,12 +66,9 @@ class Spool:
 
     @property
     def total_bytes(self) -> int:
+        """The size of all texts, in bytes of UTF-8."""
         return self._ends[-1]
 
-    def size(self, index: int) -> int:
-        """Of a text, in bytes."""
-        return self._ends[index + 1] - self._ends[index]
-
     def digest(self, index: int) -> bytes:
-        """16 bytes that follow from the text alone."""
+        """Return 16 bytes that depend on the text ``index`` alone."""
         return bytes(self._digests[16 * index : 16 * index + 16])

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: byte-level BPE, trained on its corpus, and how well it compresses beside others."""
+"""Train a byte-level BPE tokenizer on a corpus, and measure the compression of tokenizers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from tercet.model.source import tokenizer_directory_of
 from tercet.model.tokenizer import Tokenizer
 from tercet.pretrain.settings import END_OF_TEXT, SPECIAL_TOKENS, Digits, Whitespace
 
-# A token that the corpus hardly holds is never learned: with a vocabulary that follows from the budget, merges
-# that occur more rarely than this in the sample are not made.
+# The network never learns a token that hardly occurs. Where the budget decides the vocabulary, merges that
+# occur more rarely than this in the sample are not made.
 RAREST_MERGE = 16
 
 
 def word_pattern(digits: Digits = "one", whitespace: Whitespace = "word") -> str:
-    r"""The regular expression of what merges never reach across: GPT-4's, with choices.
+    r"""Return the regular expression of the words that text is split into before merging: GPT-4's, with choices.
 
-    digits: ``one`` (Llama 2, Qwen), at most ``three`` together (GPT-4, Llama 3) or ``all`` of a number.
-    whitespace: ``word`` joins one space to the word behind it, as GPT-2 and all after it; ``apart`` keeps
-        spaces in tokens of their own, so that a word is one token wherever it stands.
+    Args:
+        digits: The digits of a number that stay together: ``one`` (Llama 2, Qwen), at most ``three``
+            (GPT-4, Llama 3) or ``all``.
+        whitespace: ``word`` joins a space to the word after it, as GPT-2 and its successors do; ``apart``
+            keeps spaces in tokens of their own, so that a word is the same token everywhere.
     """
     number = {"one": r"\p{N}", "three": r"\p{N}{1,3}", "all": r"\p{N}+"}[digits]
     endings = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -39,11 +41,16 @@ def train_tokenizer(
     whitespace: Whitespace = "word",
     rarest: int = 0,
 ) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes: GPT-2) of at most ``vocab_size`` tokens.
+    """Train byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes: GPT-2).
 
     Every byte has a token, so no text is out of vocabulary and encoding is lossless.
 
-    rarest: merges that occur less often in ``texts`` are not made.
+    Args:
+        texts: The training text.
+        vocab_size: Tokens in the vocabulary at most, special tokens included.
+        digits: As `word_pattern` takes it.
+        whitespace: As `word_pattern` takes it.
+        rarest: Merges that occur less often in ``texts`` are not made.
     """
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
@@ -69,15 +76,18 @@ def train_tokenizer(
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """UTF-8 bytes of ``texts`` over their tokens: higher is better, and only of the same text comparable."""
+    """Return the UTF-8 bytes of ``texts`` over their tokens.
+
+    Higher is better. Only figures of the same texts can be compared.
+    """
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts, special=False))
     return sum(len(text.encode()) for text in texts) / max(1, tokens)
 
 
 def load_tokenizer(reference: str) -> Tokenizer:
-    """The tokenizer of a directory or of a model on the Hub, of which nothing else is fetched.
+    """Load the tokenizer of a checkpoint directory or of a model on the Hub, without its weights.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no tokenizer.
     """
     return Tokenizer.load(tokenizer_directory_of(parse_reference(reference)))
