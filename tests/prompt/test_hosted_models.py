@@ -23,7 +23,7 @@ from fake_openai_server import (
 
 from tercet.engine.request import Sampling
 from tercet.errors import ContextOverflow, UserError
-from tercet.prompt.hosted import BatchError
+from tercet.prompt.errors import BatchError
 from tercet.prompt.llm import LLM
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -464,7 +464,7 @@ def test_a_conversation_that_is_none(llm: LLM, messages: Any, part: str) -> None
 
 def test_options_that_would_do_nothing_are_refused(server: FakeServer) -> None:
     with pytest.raises(
-        UserError, match="dtype, device, quantize, threads and speculation are for local models"
+        UserError, match="`dtype`, `device`, `quantize`, `threads` and `speculation` are for local models"
     ):
         LLM(server.reference, device="cpu")
     with pytest.raises(UserError, match="timeout"):
@@ -478,3 +478,12 @@ def test_usage_chunk_after_the_finish_is_read(server: FakeServer, llm: LLM) -> N
     pieces = llm.stream("hi")
     assert list(pieces) == ["x"]
     assert (pieces.completion.usage.prompt_tokens, pieces.completion.usage.completion_tokens) == (40, 2)
+
+
+def test_a_server_that_answers_404_to_everything_is_asked_twice(server: FakeServer, llm: LLM) -> None:
+    """The list of models, for the nearest name, answers 404 too: most often the address lacks its /v1."""
+    server.script.extend([error(404, "no page here")] * 50)
+    with pytest.raises(UserError, match=r"no such model at .*/v1 \(404: no page here\)") as caught:
+        llm.chat(HELLO)
+    one_line(caught)
+    assert [seen.path for seen in server.seen] == ["/v1/chat/completions", "/v1/models"]

@@ -20,9 +20,9 @@ from tercet.engine.engine import Engine
 from tercet.engine.grammar import GrammarError
 from tercet.engine.request import Completion, Delta, FinishReason, Request, Usage
 from tercet.errors import UserError
-from tercet.prompt.hosted import BatchError
+from tercet.prompt.errors import BatchError, OutputError
 from tercet.prompt.llm import LLM
-from tercet.prompt.output import OutputError
+from tercet.prompt.local import LocalModel
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -75,6 +75,14 @@ class MaskedEngine:
         return Completion(text, tokens[:limit], None, usage, reason, 0.0)
 
 
+def mask(llm: LLM) -> MaskedEngine:
+    """Put a MaskedEngine in the place of the model's engine."""
+    assert isinstance(llm._model, LocalModel)
+    engine = MaskedEngine(llm._model.engine)
+    llm._model.engine = engine  # type: ignore[assignment]
+    return engine
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("chat") / "model", chat=True)
@@ -84,8 +92,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(request: pytest.FixtureRequest, directory: Path) -> LLM:
     llm = LLM(directory, device="cpu")
     if request.param == "any tokens":
-        assert llm._local is not None
-        llm._local.engine = MaskedEngine(llm._local.engine)  # type: ignore[assignment]
+        mask(llm)
     return llm
 
 
@@ -169,9 +176,7 @@ def test_a_validator_that_refuses_is_told(llm: LLM) -> None:
 
 def test_the_prompt_is_as_it_was_written(directory: Path) -> None:
     llm = LLM(directory, device="cpu")
-    assert llm._local is not None
-    engine = MaskedEngine(llm._local.engine)
-    llm._local.engine = engine  # type: ignore[assignment]
+    engine = mask(llm)
     llm.generate("a pet: ", schema=Pet, max_tokens=60)
     assert list(engine.asked[0].tokens) == engine.tokenizer.encode("a pet: ")
 
@@ -298,7 +303,7 @@ def test_a_hosted_batch_keeps_what_came(server: FakeServer) -> None:
 @pytest.mark.parametrize("form", [{"regex": "a"}, {"choices": ["a"]}, {"grammar": 'start: "a"'}])
 def test_hosted_models_take_a_schema_only(server: FakeServer, hosted: LLM, form: dict[str, Any]) -> None:
     for call in (hosted.generate, lambda text, **form: list(hosted.stream(text, **form))):
-        with pytest.raises(UserError, match=f"takes a schema and no {next(iter(form))}") as problem:
+        with pytest.raises(UserError, match=f"takes `schema` only, not `{next(iter(form))}`") as problem:
             call("hi", **form)
         one_line(problem)
     assert server.seen == []
@@ -306,5 +311,5 @@ def test_hosted_models_take_a_schema_only(server: FakeServer, hosted: LLM, form:
 
 def test_a_server_that_ignores_schemas_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
-    with pytest.raises(UserError, match="its OpenAI protocol ignores schemas; leave out schema"):
+    with pytest.raises(UserError, match="its OpenAI protocol ignores schemas; leave out `schema`"):
         LLM("anthropic:x", retries=0).chat(HELLO, schema=Pet)

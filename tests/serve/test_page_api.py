@@ -14,7 +14,8 @@ import pytest
 from page_models import CONTEXT, SKY, SLOW, ScriptedWorker, scripted_models
 from running_server import Running, local_model, serve_models
 
-from tercet.engine.request import Request, Sampling
+from tercet.engine.request import Completion, Request, Sampling, Usage
+from tercet.prompt.settings import CallSettings
 from tercet.serve.models import Models, Served
 from tercet.serve.settings import Settings, hash_key
 from tercet.serve.web.store import Store
@@ -467,19 +468,12 @@ class Hosted:
         self.asked: list[tuple[Any, Json]] = []
         self.go_on = threading.Event()
 
-    def stream(self, messages: Any, **fields: Any) -> Any:
-        from tercet.engine.request import Completion, Usage
-        from tercet.prompt.llm import Stream
-
-        self.asked.append((messages, fields))
-
-        def pieces() -> Iterator[str | Completion]:
-            yield "Hello "
-            self.go_on.wait(5)
-            yield "**you**"
-            yield Completion("Hello **you**", [], None, Usage(7, 3), "stop", 0.1)
-
-        return Stream(pieces())
+    def stream(self, messages: Any, settings: CallSettings) -> Iterator[str | Completion]:
+        self.asked.append((messages, settings.sent))
+        yield "Hello "
+        self.go_on.wait(5)
+        yield "**you**"
+        yield Completion("Hello **you**", [], None, Usage(7, 3), "stop", 0.1)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

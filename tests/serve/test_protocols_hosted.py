@@ -12,7 +12,8 @@ import pytest
 from fake_openai_server import DONE, FakeServer, chunk, error, event, spoken, stream, usage_chunk
 from running_server import serve_models
 
-from tercet.prompt.llm import LLM
+from tercet.model.reference import parse_reference
+from tercet.prompt.hosted import HostedModel
 from tercet.serve.models import Models, Served
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -27,8 +28,8 @@ def far() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def url(far: FakeServer) -> Iterator[str]:
-    llm = LLM(far.reference, retries=0)
-    with serve_models(Models([Served("far", hosted=llm)])) as running:
+    hosted = HostedModel(parse_reference(far.reference), retries=0)
+    with serve_models(Models([Served("far", hosted=hosted)])) as running:
         yield running.url
 
 

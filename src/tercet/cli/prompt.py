@@ -127,7 +127,7 @@ def _form(
 
 
 def _stream(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
-    from tercet.prompt.output import OutputError
+    from tercet.prompt.errors import OutputError
 
     with llm.stream(message, **fields) as stream:
         try:
@@ -142,7 +142,7 @@ def _stream(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
 
 
 def _json(llm: LLM, message: Prompt, fields: dict[str, Any]) -> Completion:
-    from tercet.prompt.output import OutputError
+    from tercet.prompt.errors import OutputError
 
     try:
         if isinstance(message, str):

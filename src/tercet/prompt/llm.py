@@ -1,4 +1,4 @@
-"""LLM: one model, whatever holds it, behind one set of calls.
+"""LLM: one set of calls for a model in this process or on a server.
 
 llm = LLM("runs/mine/model")         # or "org/name", "openai:NAME", "http://host/v1#NAME"
 llm.generate("Once upon a time", max_tokens=64).text
@@ -8,84 +8,27 @@ llm.generate("A person:", schema=Person).parsed  # Person: a pydantic class
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Unpack
 
-from tercet.data.conversation import Message, check_messages, check_text, conversation
-from tercet.engine.grammar import Grammar
+from tercet.data.conversation import Message, check_messages, check_text
 from tercet.engine.request import Completion, Sampling, Score
-from tercet.errors import UserError, nearest
+from tercet.errors import UserError
 from tercet.model.reference import parse_reference
-from tercet.prompt.output import OPTIONS, Output, OutputError, wanted_output
+from tercet.prompt.errors import BatchError
+from tercet.prompt.loading import load_model
+from tercet.prompt.model import CheckedPrompt, Model
 from tercet.prompt.prices import Price, as_price, known_price
+from tercet.prompt.settings import CallSettings, SamplingFields, call_settings
+from tercet.prompt.stream import Stream, finish_completion
 
 if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
     from tercet.prompt.explain import Explanation
-    from tercet.prompt.hosted import OpenAIModel
-    from tercet.prompt.local import LocalModel
     from tercet.prompt.output import Schema
 
 Prompt = str | Sequence[Message]
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
-
-
-class Stream:
-    """Pieces of text as they come; afterwards ``completion`` holds the whole.
-
-    ``close()`` (or leaving a ``with`` block) stops the model. ``text`` is what has come so far.
-    With a schema, OutputError comes after the last piece when the whole is not what was asked for.
-    """
-
-    def __init__(
-        self,
-        pieces: Iterator[str | Completion],
-        price: Price | None = None,
-        output: Output | None = None,
-    ) -> None:
-        self._pieces, self._price, self._output = pieces, price, output
-        self._completion: Completion | None = None
-        self.text = ""
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        if isinstance(piece, Completion):
-            self._completion = piece
-            self.close()
-            _finish(piece, self._price, self._output)
-            raise StopIteration
-        self.text += piece
-        return piece
-
-    @property
-    def finished(self) -> bool:
-        """Whether the answer is complete."""
-        return self._completion is not None
-
-    @property
-    def completion(self) -> Completion:
-        """The whole answer. RuntimeError while it is not there (``finished`` tells)."""
-        if self._completion is None:
-            raise RuntimeError("the stream has not ended: iterate over it first")
-        return self._completion
-
-    def close(self) -> None:
-        """Stop generating; nothing more comes."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class LLM:
@@ -94,39 +37,40 @@ class LLM:
     Args:
         reference: any model reference (see :mod:`tercet.model.reference`).
         device: where a local model runs ("cpu", "cuda"); None: a GPU if there is one.
-        quantize: how a local model's weights are kept on a CPU: "int8" (what None means), "int4",
-            "bf16", or "none" for as they are on disk.
+        quantize: the form of a local model's weights in memory on a CPU: "int8" (the default), "int4",
+            "bf16", or "none" for the type on disk.
         dtype: the type of a local model's weights on a GPU ("float32", "bfloat16", "float16"); None: as on
-            disk. On a CPU "float32" is another word for "none", "bfloat16" for "bf16".
+            disk. On a CPU "float32" means the same as ``quantize="none"``, "bfloat16" the same as "bf16".
         threads: threads for a local model on a CPU; None: its physical cores.
-        speculation: guess tokens and check several at once, which changes no greedy answer: "ngram"
-            guesses what followed the same words before; an LLM of the same tokenizer, smaller, guesses
-            with its own network. The completion's ``drafted`` and ``accepted`` tell how well that went.
+        speculation: draft tokens and verify several at once, which changes no greedy answer: "ngram"
+            drafts the tokens that followed the same words before; a smaller LLM with the same tokenizer
+            drafts with its own network. The completion's ``drafted`` and ``accepted`` count the tokens.
         price: US dollars per million tokens (read, written); None: from the user's prices file.
         timeout: seconds to wait for a hosted model (60), each try.
         retries: how often a hosted model is tried again (2).
 
     Every call takes the fields of :class:`~tercet.engine.request.Sampling` as keywords, or
-    ``sampling=Sampling(...)``, or both (keywords win). A hosted model is sent the keywords that
-    were given and nothing else, so that its own defaults hold; of a Sampling object it is sent
-    ``max_tokens``, ``temperature`` and what differs from the defaults.
+    ``sampling=Sampling(...)``, or both (keywords win). A hosted model is sent only the keywords of the call,
+    so that its own defaults hold; of a Sampling object it is sent ``max_tokens``, ``temperature`` and the
+    fields that differ from the defaults.
 
     ``generate``, ``chat``, ``stream`` and ``batch`` also take the form that an answer must have, at
     most one of:
 
     - ``schema``: a pydantic class or a JSON Schema (a dict). The answer is JSON, and the completion's
-      ``parsed`` the instance of the class or the value of the JSON. When the answer is not that (it
-      was cut off at ``max_tokens``, or a validator of the class refuses it), the call raises
+      ``parsed`` is the instance of the class or the value of the JSON. When the answer does not match (it
+      was cut off at ``max_tokens``, or a validator of the class rejects it), the call raises
       OutputError, which holds the completion.
     - ``regex``: a regular expression that matches the whole answer (Rust's syntax: no look-around).
-    - ``choices``: a list of texts, of which the answer is one.
+    - ``choices``: a list of texts, one of which is the answer.
     - ``grammar``: a grammar in llguidance's Lark syntax.
 
     A local model can only choose tokens that keep to the form. A hosted model takes a schema only, and
-    sees to it itself. The prompt stays as it is: say in it what you want, as the model is not told.
+    its server enforces it. The prompt is not changed: describe the form in it, since the model does not
+    see the schema.
 
     Raises:
-        UserError: a wrong reference, a model that can't be loaded, an option that would do nothing.
+        UserError: a wrong reference, a model that cannot be loaded, an option that would do nothing.
     """
 
     def __init__(
@@ -143,38 +87,20 @@ class LLM:
         retries: int | None = None,
     ) -> None:
         self.reference = parse_reference(str(reference))
-        text = self.reference.text
-        self.price = (
-            known_price(text) if price is None else price if isinstance(price, Price) else as_price(price)
-        )
-        self._local: LocalModel | None = None
-        self._hosted: OpenAIModel | None = None
-        if self.reference.is_local:
-            if timeout is not None or retries is not None:
-                raise UserError(f"timeout and retries are for hosted models; {text} runs here")
-            from tercet.prompt.local import LocalModel
-
-            guesses = speculation._drafts() if isinstance(speculation, LLM) else speculation
-            self._local = LocalModel(
-                self.reference, dtype, device, quantize=quantize, threads=threads, speculation=guesses
-            )
+        if price is None:
+            self.price = known_price(self.reference.text)
         else:
-            if any(one is not None for one in (dtype, device, quantize, threads, speculation)):
-                raise UserError(
-                    f"dtype, device, quantize, threads and speculation are for local models; {text} runs on its server"
-                )
-            from tercet.prompt.hosted import OpenAIModel
-
-            self._hosted = OpenAIModel(
-                self.reference,
-                timeout=60 if timeout is None else timeout,
-                retries=2 if retries is None else retries,
-            )
-
-    def _drafts(self) -> LocalModel:
-        if self._local is None:
-            raise UserError(f"{self.name} can't guess for another model: it is hosted")
-        return self._local
+            self.price = price if isinstance(price, Price) else as_price(price)
+        self._model: Model = load_model(
+            self.reference,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            threads=threads,
+            speculation=speculation._model if isinstance(speculation, LLM) else speculation,
+            timeout=timeout,
+            retries=retries,
+        )
 
     @property
     def name(self) -> str:
@@ -184,38 +110,35 @@ class LLM:
     @property
     def is_local(self) -> bool:
         """Whether the weights run in this process."""
-        return self._local is not None
+        return self._model.is_local
 
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` works: hosted models always, local ones with a template."""
-        return self._local is None or self._local.has_chat_template
+        return self._model.has_chat_template
 
     @property
     def context_length(self) -> int | None:
         """How many tokens prompt and answer may have together; None for a hosted model."""
-        return self._local.context_length if self._local else None
+        return self._model.context_length
 
     @property
     def directory(self) -> Path | None:
-        """Where a local model's files are; None for a hosted one."""
-        return self._local.directory if self._local else None
+        """The directory of a local model's files; None for a hosted one."""
+        return self._model.directory
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of a local model; None for a hosted one."""
-        return self._local.tokenizer if self._local else None
+        return self._model.tokenizer
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """How many tokens a local model reads for a text or conversation, special tokens included.
+        """Return how many tokens a local model reads for a text or conversation, special tokens included.
 
         Raises:
-            UserError: a hosted model; its ``usage`` tells after a call.
+            UserError: a hosted model; see the ``usage`` of its answers.
         """
-        checked = _checked(prompt)
-        if self._local:
-            return self._local.count_tokens(checked)
-        raise UserError(f"{self.name} does not count tokens before a call; the answer's usage tells")
+        return self._model.count_tokens(_checked(prompt))
 
     def generate(
         self,
@@ -226,15 +149,18 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> Completion:
         """Continue ``prompt``. A hosted model, which only chats, gets it as one user message.
 
         Raises:
-            OutputError: with a schema, an answer that is not what it asks for.
+            ContextOverflow: the prompt is longer than the model's context.
+            OutputError: with a schema, an answer that does not match it.
         """
-        output = wanted_output(schema, regex, choices, grammar)
-        return self._one(check_text(prompt, "prompt"), sampling, fields, output)
+        settings = call_settings(
+            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+        )
+        return self._complete(check_text(prompt, "prompt"), settings)
 
     def chat(
         self,
@@ -245,17 +171,19 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> Completion:
-        """The assistant's next message in a conversation.
+        """Return the assistant's next message in a conversation.
 
         Raises:
             UserError: a local model without a chat template (``generate`` continues text instead).
             ContextOverflow: the conversation is longer than the model's context.
-            OutputError: with a schema, an answer that is not what it asks for.
+            OutputError: with a schema, an answer that does not match it.
         """
-        output = wanted_output(schema, regex, choices, grammar)
-        return self._one(check_messages(messages), sampling, fields, output)
+        settings = call_settings(
+            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+        )
+        return self._complete(check_messages(messages), settings)
 
     def stream(
         self,
@@ -266,20 +194,16 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> Stream:
-        """As ``generate`` for a string and ``chat`` for messages, piece by piece.
+        """Do as ``generate`` for a string and as ``chat`` for messages, piece by piece.
 
-        Whole characters only, and never a part of a stop string.
+        Pieces are whole characters and never part of a stop string.
         """
-        checked = _checked(prompt)
-        settings = _settings(sampling, fields)
-        output = wanted_output(schema, regex, choices, grammar)
-        if self._local:
-            pieces = self._local.stream(checked, Sampling(**settings), _constraint(output))
-        else:
-            pieces = self._server.stream(_as_messages(checked), _sent(sampling, fields), output)
-        return Stream(pieces, self.price, output)
+        settings = call_settings(
+            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+        )
+        return Stream(self._model.stream(_checked(prompt), settings), self.price, settings.output)
 
     def batch(
         self,
@@ -290,54 +214,43 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> list[Completion]:
-        """One completion for each prompt or conversation, in order; the same as one by one.
+        """Return one completion for each prompt or conversation, in order, equal to those of single calls.
 
         Raises:
-            BatchError: some requests to a hosted model failed, or some answers are not what the
-                schema asks for; it holds all completions that came.
+            BatchError: some requests to a hosted model failed, or some answers do not match the schema;
+                it holds all completions that came.
         """
         if isinstance(prompts, str):
             raise UserError("batch takes a list of prompts; use generate for one")
         checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
-        settings = _settings(sampling, fields)
-        output = wanted_output(schema, regex, choices, grammar)
+        settings = call_settings(
+            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+        )
         if not checked:
             return []
-        from tercet.prompt.hosted import BatchError
-
-        completions: Sequence[Completion | None]
+        completions: list[Completion | None] = []
         failures: dict[int, str] = {}
-        if self._local:
-            completions = self._local.batch(checked, Sampling(**settings), _constraint(output))
-        else:
+        for index, result in enumerate(self._model.batch(checked, settings)):
             try:
-                conversations = [_as_messages(prompt) for prompt in checked]
-                completions = self._server.batch(conversations, _sent(sampling, fields), output)
-            except BatchError as problem:
-                completions, failures = problem.completions, dict(problem.failures)
-        for index, completion in enumerate(completions):
-            try:
-                if completion is not None:
-                    _finish(completion, self.price, output)
-            except OutputError as problem:
+                if isinstance(result, UserError):
+                    raise result
+                finish_completion(result, self.price, settings.output)
+            except UserError as problem:
                 failures[index] = str(problem)
+            completions.append(None if isinstance(result, UserError) else result)
         if failures:
-            raise BatchError(list(completions), failures)
+            raise BatchError(completions, failures)
         return [completion for completion in completions if completion is not None]
 
     def score(self, prompt: Prompt, continuation: str) -> Score:
-        """The log-probability of ``continuation`` after a text, or as the answer in a conversation.
+        """Return the log-probability of ``continuation`` after a text, or as the answer in a conversation.
 
         Raises:
             UserError: a hosted model that gives no log-probabilities of a given text.
         """
-        checked = _checked(prompt)
-        check_text(continuation, "continuation")
-        if self._local:
-            return self._local.score(checked, continuation)
-        return self._server.score(self._plain(checked), continuation)
+        return self._model.score(_checked(prompt), check_text(continuation, "continuation"))
 
     def choose(
         self,
@@ -346,7 +259,7 @@ class LLM:
         *,
         end: bool = False,
     ) -> list[list[float]]:
-        """The total log-probability of every choice after every prompt.
+        """Return the total log-probability of every choice after every prompt.
 
         Args:
             prompts: texts, or conversations that the choice would answer.
@@ -358,99 +271,47 @@ class LLM:
             UserError: as ``score``; a list of choices that does not fit the prompts.
         """
         checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
-        each = _choices(choices, len(checked))
-        if self._local:
-            return self._local.choose(checked, each, end)
-        if end:
-            raise UserError(f"{self.name} cannot score the end of an answer; leave out end")
-        return [
-            [self._server.score(self._plain(prompt), choice).logprob for choice in row]
-            for prompt, row in zip(checked, each, strict=True)
-        ]
+        return self._model.choose(checked, _choice_rows(choices, len(checked)), end)
 
     def explain(
-        self, prompt: Prompt, *, top: int = 5, sampling: Sampling | None = None, **fields: Any
+        self,
+        prompt: Prompt,
+        *,
+        top: int = 5,
+        sampling: Sampling | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> Explanation:
-        """How the model reads ``prompt`` and goes on from it, token by token.
+        """Return how the model reads ``prompt`` and continues it, token by token.
 
-        top: how many of the likeliest tokens are shown at each place. The other keywords are those of
-            ``generate``; without any the likeliest token is taken five times.
+        A hosted model reports the tokens that it wrote only.
 
-        A server tells of the tokens that it wrote only.
+        Args:
+            prompt: a text to continue, or a conversation to answer.
+            top: how many of the likeliest tokens to list at each place.
+            sampling, fields: as for ``generate``; by default the five likeliest tokens are written.
         """
         from tercet.prompt.explain import Explanation, step_of
 
         checked = _checked(prompt)
-        read = self._local.read(checked, top) if self._local else []
-        given = (
-            {"logprobs": top}
-            if sampling is not None
-            else {"max_tokens": 5, "temperature": 0.0, "logprobs": top}
-        )
-        completion = self._one(checked, sampling, given | fields, None)
+        greedy = {"max_tokens": 5, "temperature": 0.0} if sampling is None else {}
+        settings = call_settings(sampling, {**greedy, "logprobs": top, **fields})
+        read = self._model.read(checked, top)
+        completion = self._complete(checked, settings)
         written = [step_of(entry) for entry in completion.logprobs or []]
         return Explanation(self.name, read, written, completion.finish_reason)
 
-    def _plain(self, prompt: str | list[Message]) -> str:
-        if not isinstance(prompt, str):
-            raise UserError(f"{self.name} cannot score answers in a conversation; give the prompt as text")
-        return prompt
-
-    @property
-    def _server(self) -> OpenAIModel:
-        assert self._hosted is not None
-        return self._hosted
-
-    def _one(
-        self,
-        prompt: str | list[Message],
-        sampling: Sampling | None,
-        fields: dict[str, Any],
-        output: Output | None,
-    ) -> Completion:
-        settings = _settings(sampling, fields)
-        if self._local:
-            completion = self._local.batch([prompt], Sampling(**settings), _constraint(output))[0]
-        else:
-            completion = self._server.chat(_as_messages(prompt), _sent(sampling, fields), output)
-        _finish(completion, self.price, output)
+    def _complete(self, prompt: CheckedPrompt, settings: CallSettings) -> Completion:
+        completion = self._model.complete(prompt, settings)
+        finish_completion(completion, self.price, settings.output)
         return completion
 
 
-def _checked(prompt: Prompt, what: str = "prompt") -> str | list[Message]:
-    return check_text(prompt, what) if isinstance(prompt, str) else check_messages(prompt, what)
+def _checked(prompt: Prompt, name: str = "prompt") -> CheckedPrompt:
+    return check_text(prompt, name) if isinstance(prompt, str) else check_messages(prompt, name)
 
 
-def _as_messages(prompt: str | list[Message]) -> list[Message]:
-    return conversation(prompt) if isinstance(prompt, str) else prompt
-
-
-def _settings(sampling: Sampling | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """All fields of the Sampling that is meant, checked. UserError names the nearest of a wrong one."""
-    for name in fields:
-        if name not in _FIELDS:
-            near = nearest(name, [*_FIELDS, *OPTIONS])
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"there is no sampling setting {name!r}{meant} (settings: {', '.join(_FIELDS)})")
-    merged = dataclasses.replace(sampling or Sampling(), **fields)
-    return {name: getattr(merged, name) for name in _FIELDS}
-
-
-def _sent(sampling: Sampling | None, fields: dict[str, Any]) -> dict[str, Any]:
-    """What of the settings goes to a server: what was set, and nothing else."""
-    every, default = _settings(sampling, fields), Sampling()
-    from_object = [
-        name
-        for name in _FIELDS
-        if sampling
-        and (name in ("max_tokens", "temperature") or getattr(sampling, name) != getattr(default, name))
-    ]
-    named = [name for name in _FIELDS if name in from_object or name in fields]
-    # None (no seed, no log-probabilities) is the protocol's default too: not sent.
-    return {name: every[name] for name in named if every[name] is not None}
-
-
-def _choices(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> list[list[str]]:
+def _choice_rows(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> list[list[str]]:
+    """A list of choices for each of ``count`` prompts."""
     if isinstance(choices, str) or not choices:
         raise UserError("choices must be a list of strings, or one such list for each prompt")
     rows = [list(row) for row in choices if not isinstance(row, str)]
@@ -467,18 +328,3 @@ def _choices(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> li
             if not check_text(choice, f"choices[{number}]"):
                 raise UserError(f"choices[{number}] holds an empty string")
     return rows
-
-
-def _constraint(output: Output | None) -> Grammar | None:
-    """The grammar for a local model, checked before anything is generated."""
-    if output is None:
-        return None
-    output.grammar.check()
-    return output.grammar
-
-
-def _finish(completion: Completion, price: Price | None, output: Output | None) -> None:
-    """Fill in what only the user's side of the model knows: its price, and what the text stands for."""
-    completion.usage.cost = price.cost(completion.usage) if price else None
-    if output is not None:
-        output.parse(completion)

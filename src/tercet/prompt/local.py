@@ -1,11 +1,10 @@
-"""A model whose weights run here: references and conversations in front of the engine."""
+"""A model whose weights run in this process: a reference and conversations in front of the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from tercet.data.conversation import Message
 from tercet.data.prompt_tokens import check_context, conversation_text
 from tercet.engine.engine import Engine
 from tercet.engine.grammar import Grammar
@@ -15,16 +14,26 @@ from tercet.errors import UserError
 from tercet.model.reference import Reference
 from tercet.model.source import directory_of
 from tercet.prompt.explain import Step, steps_read
-
-Prompt = str | list[Message]
+from tercet.prompt.model import CheckedPrompt
+from tercet.prompt.settings import CallSettings
 
 
 class LocalModel:
     """A checkpoint, an adapter on its base, or a download from the Hub.
 
+    Args:
+        reference: of a local kind.
+        dtype: type of the weights, as for `tercet.LLM`; the same holds for the next three.
+        device: where the weights run.
+        quantize: form of the weights on a CPU.
+        threads: threads on a CPU.
+        speculation: "ngram", or the engine of a smaller model that drafts tokens.
+
     Raises:
-        UserError: the directory holds no model that can be loaded.
+        UserError: the directory contains no model that can be loaded.
     """
+
+    is_local = True
 
     def __init__(
         self,
@@ -34,11 +43,10 @@ class LocalModel:
         *,
         quantize: str | None = None,
         threads: int | None = None,
-        speculation: LocalModel | Literal["ngram"] | None = None,
+        speculation: Literal["ngram"] | Engine | None = None,
     ) -> None:
         self.reference = reference
         self.directory = directory_of(reference)
-        draft_model = speculation.engine if isinstance(speculation, LocalModel) else speculation
         self.engine: Engine = load_reference(
             reference,
             self.directory,
@@ -46,7 +54,7 @@ class LocalModel:
             device,
             quantize=quantize,
             threads=threads,
-            speculation=draft_model,
+            speculation=speculation,
         )
         self.tokenizer = self.engine.tokenizer
 
@@ -60,57 +68,70 @@ class LocalModel:
         """Tokens of prompt and answer together."""
         return self.engine.context_length
 
-    def batch(
-        self, prompts: Sequence[Prompt], sampling: Sampling, constraint: Grammar | None = None
-    ) -> list[Completion]:
-        """All prompts in one batch; ``constraint``: the form that every answer must have."""
-        return self.engine.generate([self._request(prompt, sampling, constraint) for prompt in prompts])
+    def complete(self, prompt: CheckedPrompt, settings: CallSettings) -> Completion:
+        """Continue a text or answer a conversation."""
+        return self.batch([prompt], settings)[0]
 
-    def stream(
-        self, prompt: Prompt, sampling: Sampling, constraint: Grammar | None = None
+    def batch(self, prompts: Sequence[CheckedPrompt], settings: CallSettings) -> list[Completion]:
+        """Answer all prompts in one batch of the engine."""
+        grammar = _grammar(settings)
+        return self.engine.generate([self._request(prompt, settings.sampling, grammar) for prompt in prompts])
+
+    def stream(self, prompt: CheckedPrompt, settings: CallSettings) -> Iterator[str | Completion]:
+        """Yield pieces of text, then the Completion. Closing the iterator stops the engine."""
+        return self._pieces(prompt, settings.sampling, _grammar(settings))
+
+    def _pieces(
+        self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None
     ) -> Iterator[str | Completion]:
-        """Pieces of text, then the Completion. Closing the iterator stops the engine."""
-        for delta in self.engine.stream([self._request(prompt, sampling, constraint)]):
+        for delta in self.engine.stream([self._request(prompt, sampling, grammar)]):
             if delta.text:
                 yield delta.text
             if delta.completion is not None:
                 yield delta.completion
 
-    def score(self, prompt: Prompt, continuation: str) -> Score:
-        """Log-probability of the continuation."""
+    def score(self, prompt: CheckedPrompt, continuation: str) -> Score:
+        """Return the log-probability of the continuation."""
         text, special = self._text(prompt)
         return self.engine.score([(text, continuation)], special=special)[0]
 
     def choose(
-        self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], end: bool = False
+        self, prompts: Sequence[CheckedPrompt], choices: Sequence[Sequence[str]], end: bool = False
     ) -> list[list[float]]:
-        """Log-probability of each choice after its prompt; ``end``: with the end-of-text token after it."""
-        found: dict[int, list[float]] = {}
+        """Return the log-probability of each choice after its prompt.
+
+        end: count the end-of-text token as part of every choice.
+        """
+        totals: dict[int, list[float]] = {}
         texts = [self._text(prompt) for prompt in prompts]
         for kind in {special for _, special in texts}:  # one call for all, unless kinds are mixed
             rows = [number for number, (_, special) in enumerate(texts) if special == kind]
             scores = self.engine.choose(
                 [texts[row][0] for row in rows], [choices[row] for row in rows], end=end, special=kind
             )
-            found |= dict(zip(rows, scores, strict=True))
-        return [found[number] for number in range(len(texts))]
+            totals |= dict(zip(rows, scores, strict=True))
+        return [totals[number] for number in range(len(texts))]
 
-    def read(self, prompt: Prompt, top: int) -> list[Step]:
-        """How likely each token of a prompt was, with the ``top`` likeliest in its place."""
+    def read(self, prompt: CheckedPrompt, top: int) -> list[Step]:
+        """Return the probability of each token of a prompt, with the ``top`` likeliest in its place."""
         tokens = self._fitting_tokens(prompt)
         texts = [text for text, _ in self.engine.token_pieces(tokens)]
         return steps_read(tokens, texts, self.engine.prompt_logprobs([tokens], top)[0])
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """How many tokens the model reads for a prompt, special tokens included."""
+    def count_tokens(self, prompt: CheckedPrompt) -> int:
+        """Return how many tokens the model reads for a prompt, special tokens included."""
         return len(self.encode(prompt))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids that the model reads for a prompt."""
+    def encode(self, prompt: CheckedPrompt) -> list[int]:
+        """Return the token ids that the model reads for a prompt."""
         text, special = self._text(prompt)
         return self.tokenizer.encode(text, special=special)
 
-    def _text(self, prompt: Prompt) -> tuple[str, bool]:
+    def draft_engine(self) -> Engine:
+        """Return the engine, which drafts tokens for a larger model."""
+        return self.engine
+
+    def _text(self, prompt: CheckedPrompt) -> tuple[str, bool]:
         """The prompt as text, and whether encoding adds special tokens: a template writes its own."""
         if isinstance(prompt, str):
             return prompt, True
@@ -121,11 +142,11 @@ class LocalModel:
             )
         return conversation_text(self.tokenizer, prompt), False
 
-    def _request(self, prompt: Prompt, sampling: Sampling, constraint: Grammar | None) -> Request:
-        return Request(tuple(self._fitting_tokens(prompt)), sampling, constraint)
+    def _request(self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None) -> Request:
+        return Request(tuple(self._fitting_tokens(prompt)), sampling, grammar)
 
-    def _fitting_tokens(self, prompt: Prompt) -> list[int]:
-        """The prompt's tokens; UserError where there are none, or more than the model takes."""
+    def _fitting_tokens(self, prompt: CheckedPrompt) -> list[int]:
+        """The prompt's tokens. UserError where there are none, ContextOverflow where they do not fit."""
         tokens = self.encode(prompt)
         if not tokens:
             raise UserError(
@@ -134,3 +155,11 @@ class LocalModel:
         kind = "prompt" if isinstance(prompt, str) else "conversation"
         check_context(tokens, self.context_length, kind, self.reference.text)
         return tokens
+
+
+def _grammar(settings: CallSettings) -> Grammar | None:
+    """The form of the answers, checked before anything is generated."""
+    if settings.output is None:
+        return None
+    settings.output.grammar.check()
+    return settings.output.grammar

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion
 from tercet.errors import UserError
+from tercet.prompt.errors import OutputError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
     Schema: TypeAlias = type[BaseModel] | Mapping[str, Any]
 
 OPTIONS = ("schema", "regex", "choices", "grammar")
-
-
-class OutputError(UserError):
-    """An answer is not what its schema asked for: cut off at max_tokens, say.
-
-    Attributes:
-        completion: the answer as it came; its ``parsed`` is None.
-    """
-
-    def __init__(self, message: str, completion: Completion) -> None:
-        super().__init__(message)
-        self.completion = completion
 
 
 @dataclass(frozen=True)

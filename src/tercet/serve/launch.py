@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Literal
 import uvicorn
 from fastapi import FastAPI
 
+from tercet.engine.engine import Engine
 from tercet.errors import UserError
 from tercet.files import read_text
 from tercet.model.adapter_config import is_adapter, read_adapter_config
 from tercet.model.reference import Reference, parse_reference
 from tercet.model.source import base_directories
-from tercet.prompt.llm import LLM
+from tercet.prompt.hosted import HostedModel
 from tercet.prompt.local import LocalModel
 from tercet.serve.app import make_app
 from tercet.serve.models import Models, Served
@@ -80,7 +81,7 @@ def load_models(
     try:
         for name, reference in named:
             if not reference.is_local:
-                served.append(Served(name, hosted=LLM(reference.text)))
+                served.append(Served(name, hosted=HostedModel(reference)))
                 continue
             note(f"loading {reference.text}")
             model = _load(reference, options)
@@ -127,15 +128,15 @@ def _refuse_local_options(options: LoadOptions, adapters: Sequence[object]) -> N
 
 
 def _load(reference: Reference, options: LoadOptions) -> LocalModel:
-    guesses: LocalModel | Literal["ngram"] | None = None
+    drafter: Engine | Literal["ngram"] | None = None
     if options.speculate == "ngram":
-        guesses = "ngram"
+        drafter = "ngram"
     elif options.speculate is not None:
         smaller = parse_reference(options.speculate)
         if not smaller.is_local:
-            raise UserError(f"{smaller.text} can't guess for another model: it is hosted")
-        guesses = LocalModel(smaller)
-    model = LocalModel(reference, quantize=options.quantize, speculation=guesses)
+            raise UserError(f"{smaller.text} is hosted and cannot draft for another model; use a local model")
+        drafter = LocalModel(smaller).draft_engine()
+    model = LocalModel(reference, quantize=options.quantize, speculation=drafter)
     engine = model.engine
     engine.max_batch = options.max_batch or engine.max_batch
     engine.max_waiting = engine.max_waiting if options.max_waiting is None else options.max_waiting

@@ -16,7 +16,7 @@ from tercet.serve.errors import APIError, from_user_error
 from tercet.serve.worker import Worker
 
 if TYPE_CHECKING:
-    from tercet.prompt.llm import LLM
+    from tercet.prompt.hosted import HostedModel
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Served:
     name: str
     local: Worker | None = None
     adapter: str | None = None
-    hosted: LLM | None = None
+    hosted: HostedModel | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -14,7 +14,6 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from tercet.prompt.hosted import REFUSED
 from tercet.serve.api.fields import unsupported
 from tercet.serve.errors import APIError, queue_full
 from tercet.serve.models import Served
@@ -23,7 +22,7 @@ from tercet.serve.streaming import DONE, event, event_stream, while_connected
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-    from tercet.prompt.hosted import OpenAIModel
+    from tercet.prompt.hosted import HostedModel
     from tercet.serve.metrics import Metrics
 
 Json = dict[str, Any]
@@ -31,12 +30,10 @@ Json = dict[str, Any]
 
 async def pass_on(request: Request, served: Served, path: str, body: BaseModel) -> Response:
     """The other server's answer to ``body`` at ``path``, streamed where that was asked for."""
-    assert served.hosted is not None
-    model = served.hosted._server
-    payload = _checked(model, body.model_dump(mode="json", by_alias=True, exclude_unset=True))
+    payload = _checked(_hosted(served), body.model_dump(mode="json", by_alias=True, exclude_unset=True))
     if payload.get("stream"):
         return await event_stream(request, _chunks(request, served, path, payload))
-    client = _client(request, served, model)
+    client = _client(request, served)
     answer = await while_connected(request, _answer(client, path, payload))
     _count(request, served, answer.get("usage"))
     return JSONResponse(answer | {"model": served.name})
@@ -44,29 +41,31 @@ async def pass_on(request: Request, served: Served, path: str, body: BaseModel) 
 
 async def chat_chunks(request: Request, served: Served, payload: Json) -> AsyncGenerator[Json, None]:
     """The chunks of the other server's stream of a chat completion, for protocols that it may not speak."""
-    assert served.hosted is not None
     streamed = payload | {"stream": True, "stream_options": {"include_usage": True}}
-    checked = _checked(served.hosted._server, streamed)
+    checked = _checked(_hosted(served), streamed)
     async with aclosing(_received(request, served, "/chat/completions", checked)) as found:
         async for chunk in found:
             yield chunk
 
 
-def _checked(model: OpenAIModel, found: Json) -> Json:
-    """What is sent. APIError for what the other server would ignore."""
-    payload = {name: value for name, value in found.items() if value is not None}
-    kind = model.reference.kind
-    ignored = {*REFUSED[kind], "top_logprobs", "response_format"} if kind == "anthropic" else ()
+def _hosted(served: Served) -> HostedModel:
+    assert served.hosted is not None
+    return served.hosted
+
+
+def _checked(hosted: HostedModel, body: Json) -> Json:
+    """Return the body to send. APIError for a field that the other server would ignore."""
+    payload = {name: value for name, value in body.items() if value is not None}
     for name in payload:
-        if name in ignored:
-            raise unsupported(name, f"{model.reference.text} would ignore it")
-    return payload | {"model": model.model}
+        if name in hosted.ignored_fields:
+            raise unsupported(name, f"{hosted.reference.text} would ignore it")
+    return payload | {"model": hosted.name}
 
 
-def _client(request: Request, served: Served, model: OpenAIModel) -> AsyncOpenAI:
+def _client(request: Request, served: Served) -> AsyncOpenAI:
     clients: dict[str, AsyncOpenAI] = request.app.state.hosted_clients
     if served.name not in clients:
-        clients[served.name] = model.async_client()
+        clients[served.name] = _hosted(served).async_client()
     return clients[served.name]
 
 
@@ -90,8 +89,7 @@ async def _chunks(request: Request, served: Served, path: str, payload: Json) ->
 async def _received(request: Request, served: Served, path: str, payload: Json) -> AsyncGenerator[Json, None]:
     from openai import AsyncStream
 
-    assert served.hosted is not None
-    client = _client(request, served, served.hosted._server)
+    client = _client(request, served)
     try:
         stream = await client.post(
             path, body=payload, cast_to=object, stream=True, stream_cls=AsyncStream[object]

@@ -33,8 +33,7 @@ def chat_payload(
     """The body of a chat completion. ``fields``: more of them, under its names; None: not sent."""
     assert served.hosted is not None
     payload: Json = {"messages": list(messages), **fields}
-    limit = "max_completion_tokens" if served.hosted.reference.kind == "openai" else "max_tokens"
-    payload[limit] = max_tokens
+    payload[served.hosted.max_tokens_field] = max_tokens
     if wanted.functions:
         payload["tools"] = []
         for one in wanted.functions:

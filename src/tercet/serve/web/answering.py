@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tercet.engine.request import Completion, Request, TokenLogprob
 from tercet.engine.text import TextStream, TokenBytes
 from tercet.errors import UserError
+from tercet.prompt.settings import call_settings
 from tercet.serve.errors import APIError
 from tercet.serve.web.asking import Plan
 from tercet.serve.web.records import Json
@@ -320,8 +321,9 @@ class Answers:
     async def _from_elsewhere(self, answer: Answer) -> str:
         """A hosted model's stream blocks, so a thread reads it."""
         plan, loop = answer.plan, asyncio.get_running_loop()
-        llm = plan.served.hosted
-        assert llm is not None
+        hosted = plan.served.hosted
+        assert hosted is not None
+        stream = hosted.stream(plan.messages, call_settings(None, plan.fields))
         came: asyncio.Queue[str | Completion | Exception] = asyncio.Queue()
         left = threading.Event()
 
@@ -331,12 +333,11 @@ class Answers:
 
         def read() -> None:
             try:
-                with llm.stream(plan.messages, **plan.fields) as stream:
+                with contextlib.closing(stream):
                     for piece in stream:
                         if left.is_set():
                             return
                         put(piece)
-                put(stream.completion)
             except Exception as problem:
                 put(problem)
 

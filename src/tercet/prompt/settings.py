@@ -1,0 +1,91 @@
+"""Settings of one call of a model: sampling fields, as keywords or an object, and the form of the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from tercet.engine.request import Sampling
+from tercet.errors import UserError, nearest
+from tercet.prompt.output import OPTIONS, Output, wanted_output
+
+if TYPE_CHECKING:
+    from tercet.prompt.output import Schema
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Sampling))
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of `tercet.engine.request.Sampling` as keywords, so that editors complete and check them."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
+    ignore_eos: bool
+    logit_bias: Mapping[int, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSettings:
+    """Checked settings of one call.
+
+    Attributes:
+        sampling: every field; a local model uses all of them.
+        sent: the fields that the caller set. A hosted model is sent these only, so that its own defaults hold.
+        output: the form of the answer; None: any text.
+    """
+
+    sampling: Sampling
+    sent: dict[str, Any]
+    output: Output | None = None
+
+
+def call_settings(
+    sampling: Sampling | None,
+    fields: Mapping[str, Any],
+    *,
+    schema: Schema | None = None,
+    regex: str | None = None,
+    choices: Sequence[str] | None = None,
+    grammar: str | None = None,
+) -> CallSettings:
+    """Combine the keywords of a call; ``fields`` take precedence over ``sampling``.
+
+    Raises:
+        UserError: an unknown field (the message names the nearest), a value outside of its range, more
+            than one form of the answer.
+    """
+    for name in fields:
+        if name not in FIELDS:
+            near = nearest(name, [*FIELDS, *OPTIONS])
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"there is no sampling setting {name!r}{suggestion} (settings: {', '.join(FIELDS)})"
+            )
+    merged = dataclasses.replace(sampling or Sampling(), **fields)
+    output = wanted_output(schema, regex, choices, grammar)
+    return CallSettings(merged, _sent(merged, sampling, fields), output)
+
+
+def _sent(merged: Sampling, sampling: Sampling | None, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that go to a server: keywords, and those of ``sampling`` that matter there.
+
+    Of a Sampling object these are ``max_tokens``, ``temperature`` and the fields that differ from the defaults.
+    """
+    default = Sampling()
+    names = set(fields)
+    if sampling is not None:
+        names |= {"max_tokens", "temperature"}
+        names |= {name for name in FIELDS if getattr(sampling, name) != getattr(default, name)}
+    values = {name: getattr(merged, name) for name in FIELDS if name in names}
+    # None (no seed, no log-probabilities) is the protocol's default too: not sent.
+    return {name: value for name, value in values.items() if value is not None}
