@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from tercet.ladder.settings import ClimbSettings as ClimbSettings
     from tercet.pretrain.result import Built as Built
     from tercet.pretrain.settings import BuildSettings as BuildSettings
-    from tercet.prompt.hosted import BatchError as BatchError
-    from tercet.prompt.hosted import HostedError as HostedError
+    from tercet.prompt.errors import BatchError as BatchError
+    from tercet.prompt.errors import HostedError as HostedError
+    from tercet.prompt.errors import OutputError as OutputError
     from tercet.prompt.llm import LLM as LLM
-    from tercet.prompt.output import OutputError as OutputError
 
 _MODULES = {
     # Use a model.
@@ -55,9 +55,9 @@ _MODULES = {
     # Mistakes; the others are subclasses of UserError.
     "UserError": "tercet.errors",
     "ContextOverflow": "tercet.errors",
-    "OutputError": "tercet.prompt.output",
-    "BatchError": "tercet.prompt.hosted",
-    "HostedError": "tercet.prompt.hosted",
+    "OutputError": "tercet.prompt.errors",
+    "BatchError": "tercet.prompt.errors",
+    "HostedError": "tercet.prompt.errors",
 }
 
 __all__ = [
