@@ -6,8 +6,7 @@ as a setting with its value::
     `rank` is -1; it must be a positive number
     `rank` and `alpha` belong to `method=lora`
 
-The command line translates these into its options (``--rank``, ``--method lora``), so no message outside
-of ``tercet.cli`` names an option.
+The command line translates these into its own options, so no message outside of ``tercet.cli`` names an option.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing files so that a kill, a full disk or a second process never leaves half of one."""
+"""Read and write files so that a kill, a full disk or a second process never leaves an incomplete file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tercet.errors import UserError
 
 
 def _sync_directory(directory: Path) -> None:
-    # A rename is durable only once the directory that holds the name has reached the disk.
+    # A rename is durable only after the directory entry has reached the disk.
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,10 +25,10 @@ def _sync_directory(directory: Path) -> None:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path``: readers see the old file or the new one, never a part.
+    """Write ``content`` to ``path``; readers see the complete old file or the complete new one.
 
     Raises:
-        UserError: the directory can't be written to or the disk is full; the old file stays.
+        UserError: the directory can't be written to or the disk is full; the old file remains.
     """
     path = Path(path)
     with replaced_when_complete(path) as temporary:
@@ -37,10 +37,10 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """Yield a temporary file's path to write to; on success it takes the place of ``path`` in one step.
+    """Yield the path of a temporary file to write; on success it replaces ``path`` in a single step.
 
     Raises:
-        UserError: the disk refuses; what was at ``path`` stays.
+        UserError: writing fails; the old file at ``path`` remains.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -58,7 +58,7 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete temporary files and directories that a killed process left below ``directory``."""
+    """Delete the temporary files and directories of a killed process below ``directory``."""
     for path in [*directory.rglob(".*.tmp"), *directory.rglob(".*.old")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -68,11 +68,14 @@ def remove_leftovers(directory: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; on success it takes the place of ``path`` by renaming.
+    """Yield an empty directory to fill; on success it replaces ``path`` by renaming.
 
-    If the block raises, ``path`` is as it was. A directory can't be replaced in one step: a kill
-    between two renames leaves none at ``path``, never half of one, so what is kept here must be
-    something that the same command makes again. Raises UserError when the disk refuses.
+    If the block raises, ``path`` is unchanged. A directory can't be replaced in a single step: a kill
+    between the two renames leaves none at ``path``, but never an incomplete one. So use this only for
+    results that the same command makes again.
+
+    Raises:
+        UserError: writing fails.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -99,7 +102,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text. UserError when it is missing, a directory, or not UTF-8."""
+    """Return the file's text; raise UserError if it is missing, a directory, or not UTF-8."""
     path = Path(path)
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -110,7 +113,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The file's JSON value. UserError, with line and column, when it is not JSON."""
+    """Return the file's JSON value; raise UserError, with line and column, if it is not valid JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as problem:
@@ -119,22 +122,22 @@ def read_json(path: str | Path) -> Any:
 
 
 def dump_json(value: Any) -> str:
-    """Indented JSON that refuses NaN and infinity, which JSON has no words for."""
+    """Return ``value`` as indented JSON; raise ValueError for NaN and infinity, which JSON lacks."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """``value`` as indented JSON, written atomically."""
+    """Write ``value`` as indented JSON, atomically."""
     write_atomic(path, dump_json(value))
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """One JSON object a line; blank lines are skipped. UserError names the file and line."""
+    """Return the JSON objects of a file, one per line, without blank lines; errors name file and line."""
     return parse_jsonl(path, read_text(path))
 
 
 def parse_jsonl(path: str | Path, text: str) -> list[dict[str, Any]]:
-    """The rows of ``text``, which came from ``path``; as `read_jsonl`."""
+    """Return the rows of ``text``, which was read from ``path``, as `read_jsonl` does."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -150,16 +153,16 @@ def parse_jsonl(path: str | Path, text: str) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, written atomically."""
+    """Write a JSON object per line, atomically."""
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 @contextlib.contextmanager
 def locked(directory: str | Path) -> Iterator[None]:
-    """Hold ``directory`` for this process; the lock goes with the process, however it ends.
+    """Lock ``directory`` for this process; the lock ends with the block or the process.
 
     Raises:
-        UserError: another process is writing there.
+        UserError: another process holds the lock.
     """
     import fcntl
 
@@ -174,13 +177,13 @@ def locked(directory: str | Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
             raise UserError(
-                f"another tercet process is writing to {directory}; wait for it or choose another --out"
+                f"another tercet process is writing to {directory}; wait for it or choose another `out`"
             ) from problem
         yield
 
 
 def fingerprint(value: Any) -> str:
-    """16 hexadecimal digits that are equal exactly when the JSON forms of two values are."""
+    """Return a hash of the value's JSON form as 16 hexadecimal digits; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 

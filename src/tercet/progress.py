@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left in a terminal, plain lines elsewhere."""
+"""Report progress on stderr: a bar with rate and remaining time in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Self
 
 
 def say(message: str) -> None:
-    """One line to stderr. Standard output belongs to results."""
+    """Write a line to stderr; standard output is for results."""
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:
-    """``8 s``, ``3 min 20 s``, ``2 h 5 min``: how long, for people."""
+    """Format a duration for readers: ``8 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds == float("inf"):
         return "unknown time"
     seconds = max(0.0, seconds)
@@ -40,10 +40,19 @@ def size(count: float) -> str:
 
 
 class Progress:
-    """Work with a known total: ``with Progress("training", 1000, "tokens") as bar: bar.advance(10)``.
+    """The progress of work with a known total.
 
-    Work that ends within ``quiet`` seconds (2 by default) shows nothing. Off a terminal a plain
-    line comes every ``every`` seconds instead of a bar, so that logs stay readable.
+    Use it as ``with Progress("training", 1000, "tokens") as bar: bar.advance(10)``. Work that ends within
+    ``quiet`` seconds shows nothing. Outside a terminal a plain line is written every ``every`` seconds
+    instead of a bar, to keep logs readable.
+
+    Args:
+        title: the name of the work.
+        total: the amount of work, in ``unit``.
+        unit: plural of the unit; "steps" if empty.
+        done: the amount that an earlier run completed; it does not count in the rate.
+        quiet: seconds before anything is shown.
+        every: seconds between two plain lines.
     """
 
     def __init__(
@@ -69,7 +78,7 @@ class Progress:
         return self
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
-        """``amount`` more is done; ``note`` (a loss, a score) is shown beside it."""
+        """Add ``amount`` to the completed work; ``note`` (a loss, a score) is shown beside it."""
         self.completed += amount
         if note is not None:
             self._note = note
@@ -84,7 +93,7 @@ class Progress:
 
     @property
     def left(self) -> float:
-        """Seconds left at the average rate so far (resumed work is not counted in the rate)."""
+        """Remaining seconds at the average rate so far, in which resumed work does not count."""
         elapsed = time.monotonic() - self.started
         rate = (self.completed - self.first) / elapsed if elapsed > 0 else 0.0
         return (self.total - self.completed) / rate if rate > 0 else float("inf")

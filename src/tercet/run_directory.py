@@ -1,4 +1,4 @@
-"""The directory a build, tune or climb works in: one run each, resumed by the same command."""
+"""The output directory of a build, tune or climb: it holds a single run, which the same command resumes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from tercet.files import locked, read_json, remove_leftovers, write_atomic, writ
 
 @contextlib.contextmanager
 def open_run(out: Path, command: str, key: str, config: dict[str, Any]) -> Iterator[None]:
-    """Hold ``out`` for the run ``key`` and leave ``config.yaml`` there.
+    """Lock ``out`` for a run and write its ``config.yaml``.
 
-    key: a fingerprint of everything that decides the run's result.
+    Args:
+        out: the run's directory.
+        command: the command that runs, such as ``build``.
+        key: a fingerprint of everything that determines the run's result.
+        config: the settings for ``config.yaml``.
 
     Raises:
-        UserError: another process works there, it belongs to another run, or it holds other files.
+        UserError: another process uses the directory, it belongs to another run, or it holds other files.
     """
     import yaml
 
@@ -29,10 +33,10 @@ def open_run(out: Path, command: str, key: str, config: dict[str, Any]) -> Itera
         if marker.is_file():
             if read_json(marker) != {"command": command, "key": key}:
                 raise UserError(
-                    f"{out} holds a run with other data or settings; choose another --out or delete it"
+                    f"{out} holds a run with other data or settings; choose another `out` or delete it"
                 )
         elif any(path.name != ".lock" and path.suffix != ".tmp" for path in out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no run of tercet; choose another --out")
+            raise UserError(f"{out} is not empty and holds no run of tercet; choose another `out`")
         else:
             write_json(marker, {"command": command, "key": key})
         remove_leftovers(out)

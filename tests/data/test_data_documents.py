@@ -146,7 +146,7 @@ def test_empty_files_and_rows_are_counted(write: Any, tmp_path: Path) -> None:
             '{"text": "ab\\ud800"}',
             "half.jsonl:1: text holds half a surrogate pair at character 2",
         ),
-        ("none.csv", "id,body\n1,x\n", "the fields there are: id, body"),
+        ("none.csv", "id,body\n1,x\n", "its fields are: id, body"),
         ("short.csv", "id,text\n1\n", "short.csv, row 1 has 1 values for 2 columns"),
         ("quote.csv", 'text\n"open\n', "quote.csv:2 is not valid csv"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
@@ -158,7 +158,7 @@ def test_bad_input_is_one_line(write: Any, name: str, content: str | bytes, said
 
 def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    assert "the fields there are: id, body" in fault(tmp_path / "a.parquet")
+    assert "its fields are: id, body" in fault(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("damage", ["cut", "not gzip", "flipped"])

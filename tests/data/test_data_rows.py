@@ -72,7 +72,7 @@ def test_other_encodings(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes("a\nx\nnaïve\n".encode("latin-1"))
     assert read_rows(path, encoding="latin-1")[1] == {"a": "naïve"}
-    with pytest.raises(UserError, match=r"a\.csv:3 is not utf-8 text; set encoding"):
+    with pytest.raises(UserError, match=r"a\.csv:3 is not utf-8 text; set `encoding`"):
         read_rows(path)
     with pytest.raises(UserError, match="no encoding 'latin-eleventy'"):
         read_rows(path, encoding="latin-eleventy")
@@ -90,7 +90,7 @@ def test_other_encodings(tmp_path: Path) -> None:
         ("a.csv", b'a,b\n1,"2\n', r"a\.csv:2 is not valid csv"),
         ("a.parquet", b"PAR1 not really", "is not a parquet file"),
         ("a.csv.gz", b"\x1f\x8b\x08broken", "is not a whole gzip file"),
-        ("a.xlsx", b"x", r"its suffix \.xlsx says no format"),
+        ("a.xlsx", b"x", r"the suffix \.xlsx is not that of a known format"),
         ("a", b"x", "its name has no suffix"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}")
-    with pytest.raises(UserError, match="columns is for csv and tsv"):
+    with pytest.raises(UserError, match="`columns` is for csv and tsv"):
         read_rows(tmp_path / "a.jsonl", columns=["a"])
     with pytest.raises(UserError, match="format 'xml' is not one of"):
         read_rows(tmp_path / "a.jsonl", format="xml")

@@ -1,7 +1,7 @@
-"""Which examples a training step sees, and how they become rectangles. numpy only.
+"""Choose the examples of a training step and arrange them in rectangular arrays, with numpy only.
 
-Everything is a pure function of the seed and the step number, so that a resumed run sees what an
-uninterrupted one would have seen.
+Every function is a pure function of the seed and the step number, so a resumed run gets the same batches as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ IGNORED = -100  # target of a position that is not trained on
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of ``count`` items in pass number ``epoch``: a new permutation for each."""
+    """Return the order of ``count`` items in an epoch: a new permutation for each epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def items_at(step: int, per_step: int, count: int, seed: int) -> list[int]:
-    """The items of optimizer step ``step``: ``per_step`` of them, each item once a pass over the data."""
+    """Return the ``per_step`` items of optimizer step ``step``; each item comes once an epoch."""
     first = step * per_step
     orders: dict[int, NDArray[np.int64]] = {}
     chosen = []
-    for place in range(first, first + per_step):
-        epoch = place // count
+    for position in range(first, first + per_step):
+        epoch = position // count
         if epoch not in orders:
             orders[epoch] = epoch_order(count, seed, epoch)
-        chosen.append(int(orders[epoch][place % count]))
+        chosen.append(int(orders[epoch][position % count]))
     return chosen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """One training example: token ids, and for each whether the loss is over it.
+    """A training example: token ids [T], and for each token whether the loss covers it.
 
-    Arrays, because all examples stay in memory during training: 5 bytes a token.
+    Both are arrays because all examples stay in memory during training: 5 bytes per token.
     """
 
     ids: NDArray[np.int32]
@@ -51,7 +51,7 @@ class Encoded:
 
     @property
     def count(self) -> int:
-        """Tokens the loss is over: supervised ones that have a predecessor to predict them from."""
+        """Number of tokens in the loss: supervised tokens that have a predecessor to predict them from."""
         return int(np.count_nonzero(self.supervised[1:]))
 
     def truncated(self, length: int) -> Encoded:
@@ -60,7 +60,7 @@ class Encoded:
 
 
 def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
-    """Inputs and targets [B, T] of next-token prediction, padded on the right.
+    """Return inputs and targets [B, T] of next-token prediction, padded on the right.
 
     Targets are set before padding, so a pad id that equals the stop id hides no stop token.
     """
@@ -75,14 +75,14 @@ def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
 
 
 def micro_batches(examples: Sequence[Encoded], pad_id: int, budget: int) -> list[tuple[Tokens, Tokens]]:
-    """``examples`` of one step cut into rectangles of at most ``budget`` tokens (or a single row).
+    """Divide the examples of a step into rectangles of at most ``budget`` tokens, or of a single row.
 
-    Sorted by length first, so that little is padding; the loss is weighted by token, so the cut
-    changes nothing else.
+    Examples are sorted by length first to keep padding low. The loss weighs every token equally, so the
+    division does not change the gradient.
     """
     pieces: list[list[Encoded]] = []
     for example in sorted(examples, key=lambda example: len(example.ids)):
-        # Sorted, so this example is the longest of its piece so far.
+        # In sorted order this example is the longest of its piece so far.
         if pieces and (len(pieces[-1]) + 1) * len(example.ids) <= budget:
             pieces[-1].append(example)
         else:

@@ -1,4 +1,4 @@
-"""Files as streams of bytes, unpacked by the end of their names: gzip, zstandard, members of zip archives."""
+"""Files as streams of bytes, decompressed by suffix: gzip, zstandard, members of zip archives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKED = (".gz", ".zst")
 
 
 class Fault(UserError):
-    """What is wrong with a file or a row. In a directory it is skipped and counted under ``reason``."""
+    """A defect of a file or a row. In a directory the file or row is skipped and counted under ``reason``."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -31,8 +31,8 @@ class Origin:
     """A file that can be opened, or a member of an archive.
 
     Attributes:
-        name: as messages and document ids give it: the path, or ``archive.zip/member``.
-        raw: opens its bytes as they are stored.
+        name: the name in messages and document ids: the path, or ``archive.zip/member``.
+        raw: opens the bytes as they are stored.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Origin:
 
     @property
     def suffix(self) -> str:
-        """The kind of file, in small letters, below what it is packed with: ``.txt`` of ``a.TXT.gz``."""
+        """The suffix in lower case, without that of a compression: ``.txt`` of ``a.TXT.gz``."""
         return PurePosixPath(unpacked_name(self.name)).suffix
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
-        """Its bytes, unpacked.
+        """Open the decompressed bytes.
 
         Raises:
-            Fault: it can't be read, or is not whole. Within the block too.
+            Fault: the file can't be read or is incomplete; also raised by reads within the block.
         """
         packing = PurePosixPath(self.name.lower()).suffix
         try:
@@ -65,16 +65,17 @@ class Origin:
         except (zipfile.BadZipFile, NotImplementedError) as problem:
             raise Fault("not a whole zip member", f"{self.name} can't be unpacked: {problem}") from problem
         except OSError as problem:
-            said = problem.strerror or str(problem)
-            raise Fault("cannot be read", f"cannot read {self.name}: {said}") from problem
+            reason = problem.strerror or str(problem)
+            raise Fault("cannot be read", f"cannot read {self.name}: {reason}") from problem
 
 
 def file_origin(path: Path) -> Origin:
+    """Return the origin of a file on disk."""
     return Origin(path.as_posix(), lambda: path.open("rb"))
 
 
 def unpacked_name(name: str) -> str:
-    """The name in small letters without ``.gz`` or ``.zst``."""
+    """Return the name in lower case without ``.gz`` or ``.zst``."""
     name = name.lower()
     for packing in PACKED:
         name = name.removesuffix(packing)
@@ -83,10 +84,10 @@ def unpacked_name(name: str) -> str:
 
 @contextlib.contextmanager
 def zip_members(archive: Origin) -> Iterator[list[Origin | Fault]]:
-    """The files in a zip archive in the order of their names; a Fault in the place of one behind a password.
+    """Open a zip archive as the list of its files, sorted by name, with a Fault for each encrypted file.
 
     Raises:
-        Fault: it is no zip archive, or can't be read.
+        Fault: the file is no zip archive or can't be read.
     """
     with archive.opened() as stream:
         try:
@@ -118,7 +119,7 @@ def _unzstd(stream: IO[bytes], name: str) -> IO[bytes]:
     import pyarrow as pa
 
     class Reader(io.RawIOBase):
-        """pyarrow's errors are OSErrors without a number; a broken file is told from a broken disk here."""
+        """A raw stream that distinguishes a broken file from a broken disk: pyarrow raises OSError for both."""
 
         def __init__(self) -> None:
             self._stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
@@ -130,9 +131,9 @@ def _unzstd(stream: IO[bytes], name: str) -> IO[bytes]:
             try:
                 data = self._stream.read(len(buffer))
             except OSError as problem:
-                said = str(problem).splitlines()[0]
+                reason = str(problem).splitlines()[0]
                 raise Fault(
-                    "not a whole zstandard file", f"{name} is not a whole zstandard file: {said}"
+                    "not a whole zstandard file", f"{name} is not a whole zstandard file: {reason}"
                 ) from problem
             buffer[: len(data)] = data
             return len(data)

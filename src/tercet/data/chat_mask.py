@@ -1,17 +1,17 @@
-"""Which tokens of a conversation are trained on: exactly what the assistant says, its stop token too.
+"""Loss masks of conversations: training covers exactly the assistant's answers, with their stop tokens.
 
-The conversation is rendered and encoded once, as at inference; character positions decide. For each
-assistant turn three things are proven on the rendered text, and a template for which one of them
-fails is refused with the reason:
+The conversation is rendered and encoded once, as at inference, and character positions decide which tokens
+are supervised. Three properties of each assistant turn are verified on the rendered text. A template that
+violates one of them is refused with the reason:
 
-1. what the model is given at inference (the turns before, with the generation prompt) is the start
-   of the training text, so both see the same prefix;
-2. the turn's rendering, seen with a sentinel in the answer's place, is prompt + something + answer +
-   ending, so nothing of another turn is trained on;
-3. the ending holds a special token, so the model learns to stop.
+1. The prompt at inference (the turns before, with the generation prompt) is a prefix of the training text,
+   so the model sees the same prefix in both.
+2. Rendered with a sentinel in place of the answer, the turn is prompt + any text + answer + ending, so no
+   text of another turn is trained on.
+3. The ending contains a special token, so the model learns to stop.
 
-Templates that render a turn differently once later turns follow (they drop earlier reasoning, say)
-give one training example a turn instead of one a conversation.
+Some templates render a turn differently once later turns follow, for example because they drop earlier
+reasoning. They give a training example for each turn instead of one for the conversation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from tercet.data.batches import Encoded
+from tercet.data.conversation import Message
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
 SENTINEL = "Qx7sentinel7xQ"  # letters and digits only, so that no template escapes or strips it
 
-Message = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a text that are trained on, and the stop token they end with."""
+    """Supervised characters [start, end) of a text, and the stop token at their end."""
 
     start: int
     end: int
@@ -44,7 +43,7 @@ class Rendered:
 
     text: str
     spans: tuple[Span, ...]
-    special: bool = False  # encoded with the tokenizer's own special tokens; a template writes its own
+    special: bool = False  # add the tokenizer's special tokens when encoding; a template writes its own
 
 
 def mask_conversation(
@@ -55,12 +54,17 @@ def mask_conversation(
     first: int = 0,
     **variables: Any,
 ) -> list[Rendered]:
-    """The training texts of a conversation: usually one, or one a turn where the template needs it.
+    """Return the training texts of a conversation: one, or one per turn if the template requires it.
 
-    first: assistant messages before this index are context only.
+    Args:
+        tokenizer: holds the chat template.
+        messages: the conversation.
+        tools: function descriptions for the template.
+        first: assistant messages before this index are context only.
+        variables: further variables of the template.
 
     Raises:
-        UserError: there is no assistant message, or the template fails one of the proofs.
+        UserError: there is no assistant message, or the template violates one of the three properties.
     """
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i >= first]
     if not turns:
@@ -72,16 +76,17 @@ def mask_conversation(
     alone = []
     for turn in turns:
         text, prompt = render(turn + 1), render(turn, prompt=True)
-        start = _proven_start(text, prompt, turn)
+        start = _checked_start(text, prompt, turn)
         alone.append(Rendered(text, (_span(tokenizer, messages, turn, text, start, tools, variables),)))
     whole = alone[-1].text
-    # One text serves all turns only if each turn's own text is the beginning of the last one's.
+    # A single text serves all turns only if each turn's own text is a prefix of the last turn's.
     if all(whole.startswith(rendered.text) for rendered in alone):
         return [Rendered(whole, tuple(rendered.spans[0] for rendered in alone))]
     return alone
 
 
-def _proven_start(text: str, prompt: str, turn: int) -> int:
+def _checked_start(text: str, prompt: str, turn: int) -> int:
+    """Return where the answer begins; check that the prompt at inference is a prefix of the training text."""
     if text.startswith(prompt):
         return len(prompt)
     differs = next(
@@ -103,6 +108,7 @@ def _span(
     tools: list[Any] | None,
     variables: dict[str, Any],
 ) -> Span:
+    """Return the supervised span of a turn; check that it holds nothing else and ends with a stop token."""
     probe = {**messages[turn], "content": SENTINEL}
     probe.pop("tool_calls", None)
     marked = tokenizer.render([*messages[:turn], probe], tools=tools, **variables)
@@ -114,37 +120,41 @@ def _span(
     before, _, ending = marked.partition(SENTINEL)
     if not before.startswith(text[:start]) or not text.endswith(ending):
         raise UserError(
-            f"the chat template can't be trained on: what surrounds the assistant's message {turn + 1} "
-            f"depends on what it says"
+            f"the chat template can't be trained on: the text around the assistant's message {turn + 1} "
+            f"depends on its content"
         )
-    places = [
+    stops = [
         (ending.find(token), -len(token), token) for token in tokenizer.special_tokens if token in ending
     ]
-    if not places:
+    if not stops:
         raise UserError(
             f"the chat template can't be trained on: it ends the assistant's turn with {ending!r}, which holds "
             f"no special token, so the model would never learn to stop"
         )
-    place, _, stop = min(places)
-    return Span(start, len(text) - len(ending) + place + len(stop), stop)
+    position, _, stop = min(stops)
+    return Span(start, len(text) - len(ending) + position + len(stop), stop)
 
 
 def encode_spans(
     tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], special: bool = False
 ) -> Encoded:
-    """Encode ``text`` once; a token is supervised when any of its characters lies in a span.
+    """Encode ``text`` once; a token is supervised if any of its characters lies in a span.
 
-    special: add the tokenizer's BOS, as a plain prompt gets it at inference; it is not trained on.
+    Args:
+        tokenizer: encodes the text.
+        text: the training text.
+        spans: supervised characters, as [start, end).
+        special: add the tokenizer's BOS, as a plain prompt has it at inference; it is not supervised.
     """
     ids, offsets = tokenizer.encode_with_offsets(text, special=special)
     while special and len(ids) > 1 and offsets[-1] == (0, 0):
-        ids, offsets = ids[:-1], offsets[:-1]  # a stop token of the tokenizer's own; the text has one
+        ids, offsets = ids[:-1], offsets[:-1]  # the tokenizer added a stop token; the text already has one
     supervised = []
-    place = 0
+    span = 0
     ordered = sorted(spans)
     for start, end in offsets:
-        while place < len(ordered) and ordered[place][1] <= start:
-            place += 1
-        inside = place < len(ordered) and start < ordered[place][1] and end > ordered[place][0]
+        while span < len(ordered) and ordered[span][1] <= start:
+            span += 1
+        inside = span < len(ordered) and start < ordered[span][1] and end > ordered[span][0]
         supervised.append(inside and end > start)
     return Encoded.of(ids, supervised)

@@ -12,10 +12,13 @@ ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
 def check_text(text: object, what: str) -> str:
-    """``text`` when it is a string that UTF-8 can express; UserError otherwise.
+    """Return ``text`` if it is a string that UTF-8 can encode.
 
-    Bytes on a command line that are not UTF-8 reach Python as lone surrogates, which no tokenizer
-    and no server takes.
+    Bytes on a command line that are not UTF-8 reach Python as lone surrogates, which no tokenizer and no
+    server accepts.
+
+    Raises:
+        UserError: it is no such string; the message calls it ``what``.
     """
     if not isinstance(text, str):
         raise UserError(f"{what} is a {type(text).__name__}; it must be a string")
@@ -29,7 +32,11 @@ def check_text(text: object, what: str) -> str:
 
 
 def check_messages(messages: object, what: str = "messages") -> list[Message]:
-    """The conversation as a new list; UserError names the message and field that is wrong."""
+    """Return the conversation as a new list of its messages.
+
+    Raises:
+        UserError: it is no list of messages; the error names the message and the field that is wrong.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise UserError(
             f'{what} must be a list such as [{{"role": "user", "content": "hi"}}], not {messages!r:.60}'
@@ -52,6 +59,6 @@ def check_messages(messages: object, what: str = "messages") -> list[Message]:
 
 
 def conversation(prompt: str, system: str | None = None) -> list[Message]:
-    """A conversation of one user message, after a system message where there is one."""
+    """Return a conversation of one user message, preceded by the system message if there is one."""
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     return [*opening, {"role": "user", "content": prompt}]

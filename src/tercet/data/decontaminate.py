@@ -1,20 +1,20 @@
-"""Taking test examples, and near-copies of them, out of a corpus before a model is trained on it.
+"""Remove test examples, and near-copies of them, from a training corpus.
 
-Texts are compared as runs of words: case folded, punctuation and line breaks ignored, so that a test
-text is found however it is wrapped, indented or quoted. A document is divided into passages at blank
-lines and only the passages that match are removed.
+Texts are compared as sequences of words, case folded and without punctuation and line breaks, so a test text
+matches no matter how it is wrapped, indented or quoted. A document is divided into passages at blank lines,
+and only the passages that match are removed.
 
-A test text matches where
-1. all of its words stand in a row (texts under four words: where they are the whole passage), or
-2. at least half of its distinct word 5-grams stand within a stretch of twice its length (texts of eight
+A test text matches a document if
+1. all of its words occur consecutively (a text under four words must be a whole passage), or
+2. at least half of its distinct word 5-grams occur within a stretch of twice its length (for texts of eight
    words or more).
 
-Why 5-grams and a half: GPT-3 compared 13-grams and Llama 2 runs of more than ten tokens, sizes for
-benchmark questions and articles; a docstring's paragraph or a text message has a dozen words, too few
-for that. PaLM called an example contaminated when 70% of its 8-grams were found. One changed word spoils
-up to n of the L - n + 1 n-grams, so at twelve words a single edit leaves nothing of the 8-grams but a
-half to seven eighths of the 5-grams, the size that FineWeb's near-duplicate removal works with. Below
-eight words half would be one 5-gram or two, which unrelated sentences share.
+Why half of the 5-grams: GPT-3 compared 13-grams and Llama 2 runs of more than ten tokens. These sizes suit
+benchmark questions and articles, but a docstring's paragraph or a text message has only a dozen words. PaLM
+counted an example as contaminated if 70% of its 8-grams occurred. A changed word removes up to n of the
+L - n + 1 n-grams: at twelve words a single edit may remove all 8-grams, but leaves a half to seven eighths
+of the 5-grams, the size that FineWeb's near-duplicate removal uses. Below eight words, half would be one or
+two 5-grams, which unrelated sentences share.
 (GPT-3: arXiv 2005.14165, appendix C. PaLM: 2204.02311, section 8. Llama 2: 2307.09288, appendix A.6.
 FineWeb: 2406.17557, section 3.4.)
 """
@@ -42,14 +42,14 @@ _EXAMPLES_KEPT = 20
 Gram = tuple[str, ...]
 
 _WORD = re.compile(r"[^\W_]+")
-# Scripts written without spaces between words: each character counts as a word there.
+# Scripts without spaces between words, where each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD_OR_CHARACTER = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 
 
 def words(text: str) -> list[str]:
-    """The text's words as they are compared: case folded, without punctuation ("don't" is one word)."""
+    """Return the text's words for comparison: case folded, without punctuation ("don't" is a single word)."""
     if text.isascii():
         return _WORD.findall(text.casefold().replace("'", ""))
     folded = unicodedata.normalize("NFKC", text).casefold()
@@ -57,22 +57,27 @@ def words(text: str) -> list[str]:
 
 
 def passages(text: str) -> list[str]:
-    """The text divided at blank lines; each part keeps the blank lines after it: joined, they are ``text``."""
+    """Divide the text at blank lines; each part includes those after it, so the joined parts are ``text``."""
     ends = [match.end() for match in _BLANK_LINES.finditer(text)]
     starts = [0, *ends]
     return [text[start:end] for start, end in zip(starts, [*ends, len(text)], strict=True) if start < end]
 
 
 def grams(sequence: Sequence[str], n: int) -> Iterator[Gram]:
-    """The runs of ``n`` words, in order."""
+    """Yield the runs of ``n`` words in order."""
     return zip(*(sequence[start:] for start in range(n)), strict=False)
 
 
 @dataclass(frozen=True)
 class Removed:
-    """A passage that was taken out, the first test text it matched, and how much of that it held.
+    """A removed passage, and the test text that it matched best.
 
-    ``share`` is the share of the test text's 5-grams, None where its words are all there in a row.
+    Attributes:
+        document: the id of the document.
+        passage: the removed text.
+        test: the index of the test text.
+        test_text: the test text.
+        share: fraction of the test text's 5-grams in the passage; None if all its words occur consecutively.
     """
 
     document: str
@@ -83,6 +88,7 @@ class Removed:
 
     @property
     def reason(self) -> str:
+        """The reason for the removal, for reports."""
         if self.share is None:
             return "holds the whole test text"
         return f"holds {100 * self.share:.0f}% of the test text's {N}-grams"
@@ -90,7 +96,7 @@ class Removed:
 
 @dataclass
 class Counts:
-    """What decontamination did, for the report."""
+    """Counts of removed passages and documents, with examples, for the report."""
 
     documents: int = 0
     documents_touched: int = 0
@@ -107,26 +113,26 @@ class _Test:
     index: int
     text: str
     words: list[str]
-    distinct: int  # 5-grams
-    needed: int  # of them, for a near-copy
+    distinct: int  # number of distinct 5-grams
+    needed: int  # number of them in a near-copy
 
 
 @dataclass(frozen=True)
 class _Match:
     test: _Test
-    start: int  # words of the document, from start to end
+    start: int  # matching words of the document are [start, end)
     end: int
     share: float | None  # as in Removed
 
 
 class Decontaminator:
-    """Removes every one of ``texts``, and near-copies, from documents; ``counts`` says what it did.
+    """Removes test texts and near-copies of them from documents, and counts removals in ``counts``.
 
-    What it returns holds no test text of four words or more as a run of words, not even across the
-    places where passages were taken out.
+    Cleaned documents contain no test text of four words or more as consecutive words, not even across the
+    gaps that removed passages leave.
 
     Args:
-        texts: the test examples; their positions are the test numbers in what is reported.
+        texts: the test examples; reports number them by position.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -145,33 +151,33 @@ class Decontaminator:
         self._longest_whole = max(map(len, self._whole), default=0)
 
     def _add(self, index: int, text: str) -> None:
-        found = words(text)
-        distinct = set(grams(found, N))
-        test = _Test(index, text, found, len(distinct), math.ceil(SHARE * len(distinct)))
-        if len(found) >= RUN_MINIMUM_WORDS:
-            n = N if len(found) >= N else RUN_MINIMUM_WORDS
-            self._runs[n][tuple(found[:n])].append(test)
-            self._grams[n].update(grams(found, n))
-        elif found:
-            self._whole.setdefault(tuple(found), test)
-        if len(found) >= NEAR_MINIMUM_WORDS:
+        sequence = words(text)
+        distinct = set(grams(sequence, N))
+        test = _Test(index, text, sequence, len(distinct), math.ceil(SHARE * len(distinct)))
+        if len(sequence) >= RUN_MINIMUM_WORDS:
+            n = N if len(sequence) >= N else RUN_MINIMUM_WORDS
+            self._runs[n][tuple(sequence[:n])].append(test)
+            self._grams[n].update(grams(sequence, n))
+        elif sequence:
+            self._whole.setdefault(tuple(sequence), test)
+        if len(sequence) >= NEAR_MINIMUM_WORDS:
             for gram in distinct:
                 self._near[gram].append(test)
 
     def clean(self, document: Document) -> tuple[Document | None, list[Removed]]:
-        """The document without what matches a test text (None when no word is left), and what went."""
+        """Return the document without matching passages (None if no word is left), and the removed passages."""
         self.counts.documents += 1
         self.counts.characters += len(document.text)
         text, removed = document.text, list[Removed]()
-        # Taking a passage out brings others together, so look again until there is nothing.
-        while self._may_match(text) and (found := self._matches(parts := passages(text))):
-            for position, match in sorted(found.items()):
+        # A removal joins the passages around it, which may match together, so repeat until nothing matches.
+        while self._may_match(text) and (matches := self._matches(parts := passages(text))):
+            for position, match in sorted(matches.items()):
                 removed.append(
                     Removed(
                         document.id, parts[position].strip(), match.test.index, match.test.text, match.share
                     )
                 )
-            text = "".join(part for position, part in enumerate(parts) if position not in found)
+            text = "".join(part for position, part in enumerate(parts) if position not in matches)
         if not removed:
             return document, []
         self.counts.documents_touched += 1
@@ -184,14 +190,14 @@ class Decontaminator:
         return replace(document, text=text), removed
 
     def clean_all(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The documents, cleaned; those with nothing left are not among them."""
+        """Yield the cleaned documents, without those that became empty."""
         for document in documents:
             cleaned, _ = self.clean(document)
             if cleaned is not None:
                 yield cleaned
 
     def summary(self) -> dict[str, Any]:
-        """The counts and some examples, as plain values for ``report.json``."""
+        """Return the counts and the examples as JSON values for ``report.json``."""
         counts = self.counts
         return {
             "test_examples": self.tests,
@@ -204,22 +210,22 @@ class Decontaminator:
             "characters_removed": counts.characters_removed,
             "examples": [
                 {
-                    "document": one.document,
-                    "passage": one.passage,
-                    "test_text": one.test_text,
-                    "reason": one.reason,
+                    "document": removed.document,
+                    "passage": removed.passage,
+                    "test_text": removed.test_text,
+                    "reason": removed.reason,
                 }
-                for one in counts.examples
+                for removed in counts.examples
             ],
         }
 
     def _may_match(self, text: str) -> bool:
-        """False only if nothing can match: the quick way past most documents, without their passages."""
+        """Return False only if nothing can match: a quick test that dismisses most documents."""
         if self._whole:
             return True
-        found = words(text)
+        sequence = words(text)
         for n, known in self._grams.items():
-            shared = known.intersection(grams(found, n)) if known else known
+            shared = known.intersection(grams(sequence, n)) if known else known
             near: Counter[int] = Counter()
             for gram in shared:
                 if any(shared.issuperset(grams(test.words, n)) for test in self._runs[n].get(gram, ())):
@@ -231,17 +237,19 @@ class Decontaminator:
         return False
 
     def _matches(self, parts: list[str]) -> dict[int, _Match]:
-        """The passages (by position) that hold part of a match, with the strongest match of each."""
-        found: list[str] = []
-        ends: list[int] = []  # how many words there are up to the end of each passage
+        """Return the passages (by position) that contain part of a match, with the strongest match of each."""
+        sequence: list[str] = []
+        ends: list[int] = []  # number of words up to the end of each passage
         result: dict[int, _Match] = {}
         for position, part in enumerate(parts):
-            start = len(found)
-            found += words(part)
-            ends.append(len(found))
-            if len(found) - start <= self._longest_whole and (test := self._whole.get(tuple(found[start:]))):
-                self._note(result, position, _Match(test, start, len(found), None))
-        matches = self._matches_in_words(found, ends)
+            start = len(sequence)
+            sequence += words(part)
+            ends.append(len(sequence))
+            if len(sequence) - start <= self._longest_whole:
+                test = self._whole.get(tuple(sequence[start:]))
+                if test is not None:
+                    self._note(result, position, _Match(test, start, len(sequence), None))
+        matches = self._matches_in_words(sequence, ends)
         matches.sort(key=lambda match: match.start)
         position = 0
         for match in matches:
@@ -254,16 +262,16 @@ class Decontaminator:
                 self._note(result, last, match)
         return result
 
-    def _matches_in_words(self, found: list[str], ends: list[int]) -> list[_Match]:
+    def _matches_in_words(self, sequence: list[str], ends: list[int]) -> list[_Match]:
         matches: list[_Match] = []
         near: dict[int, list[tuple[int, Gram]]] = defaultdict(list)
         tests: dict[int, _Test] = {}
         for n, known in self._grams.items():
-            hits = [(start, gram) for start, gram in enumerate(grams(found, n)) if gram in known]
+            hits = [(start, gram) for start, gram in enumerate(grams(sequence, n)) if gram in known]
             for start, gram in hits:
                 for test in self._runs[n].get(gram, ()):
                     end = start + len(test.words)
-                    if found[start:end] == test.words:
+                    if sequence[start:end] == test.words:
                         matches.append(_Match(test, start, end, None))
                 for test in self._near.get(gram, ()):
                     tests[test.index] = test
@@ -275,7 +283,7 @@ class Decontaminator:
                 matches += _near_stretches(tests[index], list(within))
         if matches:
             return matches
-        # Only where no passage matches by itself: a copy that blank lines cut through.
+        # No single passage matches: look for a copy that blank lines divide.
         return [match for index, places in near.items() for match in _near_stretches(tests[index], places)]
 
     def _note(self, result: dict[int, _Match], position: int, match: _Match) -> None:
@@ -289,7 +297,7 @@ def _strength(match: _Match) -> float:
 
 
 def _near_stretches(test: _Test, hits: list[tuple[int, Gram]]) -> Iterator[_Match]:
-    """The 5-grams (at their places in the document) that together are enough of the test text."""
+    """Yield the 5-grams (at their positions in the document) that together are enough of the test text."""
     window: Counter[Gram] = Counter()
     left = 0
     for right, (start, gram) in enumerate(hits):

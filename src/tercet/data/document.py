@@ -10,7 +10,7 @@ class Document:
     """A text and its origin.
 
     Attributes:
-        text: the text, with ``\\n`` line ends.
+        text: the text; a line feed ends each line.
         source: the group that statistics count it under: the source as the user named it, or ``stdlib/json``.
         id: its exact place: ``path:line`` (``path:row`` for tables), or the module.
         offset: the byte of the (unpacked) file at which it, or its row, begins; None for tables.

@@ -1,6 +1,6 @@
-"""One file after the other into texts. A reader gives a `Row` for each text, and a `Fault` for a row it can't use.
+"""Read files as texts: a reader yields a `Row` for each text and a `Fault` for each unusable row.
 
-What is wrong with a whole file is raised.
+A defect of the whole file is raised as a `Fault`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from tercet.data.byte_streams import Fault, Origin
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's separator, as TinyStories and others write it between texts
 TEXT_FIELDS = ("text", "content", "messages", "conversations")
 LICENCE_FIELDS = ("license", "licence", "metadata", "meta")
-# Characters of a text file after which it is divided at the next blank line: a book is never that long, and a
-# dump of many gigabytes still streams.
+# Characters of a text file after which it is divided at the next blank line. No book is that long, and a dump
+# of many gigabytes is still streamed.
 DIVIDE_AFTER = 16_000_000
 
 
 class Row(NamedTuple):
-    """A text in a file: the line or row it begins in (from 1), and what the file says of it.
+    """A text in a file.
 
-    offset: the byte of the unpacked file at which the text, or its row, begins; None for tables.
+    Attributes:
+        number: the line or row in which the text begins, from 1.
+        text: the text.
+        offset: the byte of the unpacked file at which the text, or its row, begins; None for tables.
+        licence: the licence that the row names.
     """
 
     number: int
@@ -37,10 +41,10 @@ Reader = Callable[[Origin], Iterator[Row | Fault]]
 
 
 def lines(origin: Origin) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, each with the byte it begins at and ending in ``\\n``.
+    """Yield the lines of a UTF-8 file, each with its byte offset; line ends become a single line feed.
 
     Raises:
-        Fault: binary content, or another encoding.
+        Fault: the content is binary or in another encoding.
     """
     offset = 0
     with origin.opened() as stream:
@@ -53,13 +57,14 @@ def lines(origin: Origin) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as problem:
                 mark = 3 if offset == 0 and data.startswith(b"\xef\xbb\xbf") else 0
                 where = offset + mark + problem.start
-                said = f"{origin.name} is not UTF-8 text (byte {where}); convert it first"
-                raise Fault("not UTF-8 text", said) from problem
+                message = f"{origin.name} is not UTF-8 text (byte {where}); convert it first"
+                raise Fault("not UTF-8 text", message) from problem
             yield offset, line[:-2] + "\n" if line.endswith("\r\n") else line
             offset += len(data)
 
 
 def read_text(origin: Origin) -> Iterator[Row]:
+    """Yield the documents of a text file, divided as `DIVIDE_AFTER` and `END_OF_TEXT` say."""
     held: list[str] = []
     first = begin = size = 0
     for number, (offset, line) in enumerate(lines(origin), start=1):
@@ -78,6 +83,7 @@ def read_text(origin: Origin) -> Iterator[Row]:
 
 
 def read_html(origin: Origin) -> Iterator[Row]:
+    """Yield the text of an HTML page."""
     from tercet.data.html_text import html_text
 
     page = "".join(line for _, line in lines(origin))
@@ -86,6 +92,7 @@ def read_html(origin: Origin) -> Iterator[Row]:
 
 
 def read_jsonl(origin: Origin) -> Iterator[Row | Fault]:
+    """Yield the text of each line's JSON object."""
     for number, (offset, line) in enumerate(lines(origin), start=1):
         if not line.strip():
             continue
@@ -99,6 +106,7 @@ def read_jsonl(origin: Origin) -> Iterator[Row | Fault]:
 
 
 def read_json(origin: Origin) -> Iterator[Row | Fault]:
+    """Yield the text of each object in a JSON list, or of a single object."""
     content = "".join(line for _, line in lines(origin))
     if not content.strip():
         return
@@ -111,29 +119,31 @@ def read_json(origin: Origin) -> Iterator[Row | Fault]:
 
 
 def read_csv(origin: Origin) -> Iterator[Row | Fault]:
+    """Yield the text of each row of a comma-separated table with a header line (RFC 4180)."""
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long documents
     reader = csv.reader((line for _, line in lines(origin)), strict=True)
     try:
         yield from _table(origin, reader)
     except csv.Error as problem:
-        said = f"{origin.name}:{reader.line_num} is not valid csv: {problem}"
-        raise Fault("not valid csv", said) from problem
+        message = f"{origin.name}:{reader.line_num} is not valid csv: {problem}"
+        raise Fault("not valid csv", message) from problem
 
 
 def read_tsv(origin: Origin) -> Iterator[Row | Fault]:
-    # As in tables of examples: a quote is text like any other and a line is a row.
+    """Yield the text of each line of a tab-separated table; quotes are ordinary characters."""
     cells = (line.rstrip("\n").split("\t") if line.strip() else [] for _, line in lines(origin))
     return _table(origin, cells)
 
 
 def read_parquet(origin: Origin) -> Iterator[Row | Fault]:
+    """Yield the text of each row of a parquet file, in batches of 1024 rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     with origin.opened() as stream:
         try:
-            # A table is read from its end: what can't be sought in is unpacked into memory.
+            # A parquet file is read from its end, so a stream without seek is unpacked into memory.
             table = pq.ParquetFile(stream if _is_plain(origin) else io.BytesIO(stream.read()))
             names = table.schema_arrow.names
             field = next((name for name in TEXT_FIELDS if name in names), None)
@@ -145,8 +155,8 @@ def read_parquet(origin: Origin) -> Iterator[Row | Fault]:
                     number += 1
                     yield _row(row, number, f"{origin.name}, row {number}")
         except pa.ArrowException as problem:
-            said = f"{origin.name} is not a readable parquet file: {problem}".splitlines()[0]
-            raise Fault("not a readable parquet file", said) from problem
+            message = f"{origin.name} is not a readable parquet file: {problem}".splitlines()[0]
+            raise Fault("not a readable parquet file", message) from problem
 
 
 READERS: dict[str, Reader] = {
@@ -199,7 +209,7 @@ def _licence_of(row: dict[str, Any]) -> str | None:
 
 
 def _text_of(row: Any, where: str) -> str:
-    """The text of a row; null is no text. Fault when there is no field for it."""
+    """Return the text of a row, empty for null; raise a Fault if it has no text field."""
     if not isinstance(row, dict):
         raise Fault(
             "no text field", f"{where} is a {type(row).__name__}; a row must be an object with a text field"
@@ -216,14 +226,13 @@ def _text_of(row: Any, where: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
-        place = f"character {problem.start}"
-        said = f"{where}: {field} holds half a surrogate pair at {place}"
-        raise Fault("half a surrogate pair", said) from problem
+        message = f"{where}: {field} holds half a surrogate pair at character {problem.start}"
+        raise Fault("half a surrogate pair", message) from problem
     return text.replace("\r\n", "\n")
 
 
 def _conversation(messages: list[Any], where: str) -> str:
-    """The texts of a conversation's messages (or of a content's parts), a blank line between."""
+    """Join the texts of a conversation's messages (or of a content's parts) with blank lines."""
     texts = []
     for message in messages:
         if not isinstance(message, dict):
@@ -240,5 +249,5 @@ def _conversation(messages: list[Any], where: str) -> str:
 
 
 def _no_text_field(where: str, fields: list[str]) -> str:
-    there = ", ".join(str(field) for field in fields) or "none"
-    return f"{where}: no text field ({', '.join(TEXT_FIELDS)}); the fields there are: {there}"
+    names = ", ".join(str(field) for field in fields) or "none"
+    return f"{where}: no text field ({', '.join(TEXT_FIELDS)}); its fields are: {names}"

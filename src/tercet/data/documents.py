@@ -1,8 +1,8 @@
-"""Text documents from files, directories, the Hub and the built-in corpus, one after the other.
+"""Read text documents from files, directories, the Hub and the built-in corpus as a stream.
 
-Files are streamed: memory holds one document at a time (one file for ``.json``, ``.html`` and packed
-parquet). What is wrong with a file that was named is told in one line; in a directory, an archive or a
-data set of the Hub it is told, counted and left out.
+Memory holds a single document at a time (a single file for ``.json``, ``.html`` and compressed parquet). A
+defect of a file that the user named is an error. In a directory, an archive or a data set of the Hub a
+defective file or row is reported, counted and skipped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tercet.files import fingerprint
 from tercet.progress import say
 
 HUB = "hub:"
-TOLD = 3  # faults of a kind that are told one by one; the others are counted
+REPORTED_FAULTS = 3  # of each kind are reported; later ones are only counted
 _ARCHIVE = ".zip"
-UNPACKED = 2.8  # times as large is text as what it was packed to
+UNPACKED = 2.8  # size of a text divided by its compressed size
 
 
 @dataclass(frozen=True)
@@ -36,49 +36,49 @@ class _Source:
 
     name: str
     files: tuple[Path, ...]
-    single: bool  # a file that was named: what is wrong with it is an error
+    single: bool  # a file that the user named, whose defects are errors
 
 
 def read_documents(sources: Iterable[str], skipped: Counter[str] | None = None) -> Iterator[Document]:
-    """Every document of every source, in a fixed order (directories by sorted path).
+    """Yield the documents of all sources in a fixed order (directories by sorted path).
 
     Args:
         sources: files (``.txt .md .html .htm .jsonl .json .csv .tsv .parquet``, each also ``.gz`` or
             ``.zst``, and ``.zip`` archives of them), directories of them, ``hub:ORG/NAME[@REVISION][#FILES]``
             (a data set of the Hugging Face Hub; FILES is a pattern such as ``data/train-*``), or
-            ``builtin:python-docs``. A ``.txt`` or ``.md`` file is one document, divided at lines that are
-            ``<|endoftext|>`` and, beyond 16 million characters, at the next blank line; ``.html`` is one
-            too, without navigation and scripts; the others have one document a row, in the field
-            ``text``, ``content``, ``messages`` or ``conversations``, whichever there is first.
-        skipped: counts what was left out, by reason (``empty``: no text in it).
+            ``builtin:python-docs``. A ``.txt`` or ``.md`` file is a document, divided at lines that are
+            ``<|endoftext|>`` and, beyond 16 million characters, at the next blank line. An ``.html`` file
+            is a document without its navigation and scripts. In other files each row is a document, in
+            the first existing field of ``text``, ``content``, ``messages`` and ``conversations``.
+        skipped: counts skipped files and rows by reason (``empty``: without text).
 
     Raises:
-        UserError: at once for a path that is missing or of an unknown kind; while reading for a file
-            named here that is broken, binary, not UTF-8 or without text field, or a source without any text.
+        UserError: before reading, if a path is missing or of an unknown kind; while reading, if a file
+            in ``sources`` is broken, binary, not UTF-8 or without text field, or a source has no text.
     """
     skipped = Counter() if skipped is None else skipped
     return _documents([_expanded(source) for source in _checked(sources)], skipped)
 
 
 def source_fingerprint(sources: Iterable[str]) -> str:
-    """Changes when the sources' content does, without reading it.
+    """Return a fingerprint that changes with the sources' content, without reading it.
 
-    Files count by path, size and time of change; the built-in corpus by the versions of Python and
-    of every installed package.
+    It covers the path, size and modification time of files, and for the built-in corpus the versions of
+    Python and of every installed package.
     """
-    found: list[Any] = []
+    identities: list[Any] = []
     for source in _checked(sources):
         if source == BUILTIN:
-            found.append(python_docs.corpus_fingerprint())
+            identities.append(python_docs.corpus_fingerprint())
             continue
         for path in _expanded(source).files:
             state = path.stat()
-            found.append([path.as_posix(), state.st_size, state.st_mtime_ns])
-    return fingerprint(found)
+            identities.append([path.as_posix(), state.st_size, state.st_mtime_ns])
+    return fingerprint(identities)
 
 
 def source_bytes(sources: Iterable[str]) -> int | None:
-    """About how much text there is, by the files' sizes; None where that is not known before it is read."""
+    """Estimate the bytes of text from the files' sizes; None if the size is unknown before reading."""
     total = 0.0
     for source in _checked(sources):
         if source == BUILTIN:
@@ -97,7 +97,7 @@ def _checked(sources: Iterable[str]) -> list[str]:
 
 
 def _expanded(source: str) -> _Source:
-    """A source with its files, checked to be there and of a known kind."""
+    """Return a source with its files, after a check that they exist and are of a known kind."""
     if source == BUILTIN:
         return _Source(source, (), single=False)
     if source.startswith("builtin:"):
@@ -124,21 +124,22 @@ def _hub_files(source: str) -> tuple[Path, ...]:
         if pattern
         else tuple(f"*{kind}{packing}" for kind in (*READERS, _ARCHIVE) for packing in ("", *PACKED))
     )
-    found = tuple(path for path in fetch_dataset(name, revision or None, patterns) if _is_known(path.name))
-    if not found:
+    fetched = fetch_dataset(name, revision or None, patterns)
+    documents = tuple(path for path in fetched if _is_known(path.name))
+    if not documents:
         raise UserError(f"{source} has no documents; known kinds of file: {_known()}")
-    return found
+    return documents
 
 
 def _files_below(root: Path) -> tuple[Path, ...]:
-    found: list[Path] = []
+    paths: list[Path] = []
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if not name.startswith(".")]
-        found += [Path(directory, name) for name in files if not name.startswith(".")]
-    found = sorted(path for path in found if _is_known(path.name))
-    if not found:
+        paths += [Path(directory, name) for name in files if not name.startswith(".")]
+    paths = sorted(path for path in paths if _is_known(path.name))
+    if not paths:
         raise UserError(f"{root} is a directory without documents; known kinds of file: {_known()}")
-    return tuple(found)
+    return tuple(paths)
 
 
 def _is_known(name: str) -> bool:
@@ -155,9 +156,9 @@ def _documents(sources: list[_Source], skipped: Counter[str]) -> Iterator[Docume
             yield from python_docs.iterate(skipped=skipped)
             continue
         any_text = False
-        for found in _rows(source, skipped):
+        for document in _rows(source, skipped):
             any_text = True
-            yield found
+            yield document
         if not any_text:
             raise UserError(f"{source.name} holds no text")
 
@@ -177,13 +178,13 @@ def _archive(archive: Origin, source: _Source, skipped: Counter[str]) -> Iterato
         with zip_members(archive) as members:
             for member in members:
                 if isinstance(member, Fault):
-                    _leave_out(member, skipped)
+                    _skip(member, skipped)
                 elif member.suffix in READERS:
                     yield from _file(member, inside, skipped)
     except Fault as fault:
         if source.single:
             raise
-        _leave_out(fault, skipped)
+        _skip(fault, skipped)
 
 
 def _file(origin: Origin, source: _Source, skipped: Counter[str]) -> Iterator[Document]:
@@ -194,24 +195,24 @@ def _file(origin: Origin, source: _Source, skipped: Counter[str]) -> Iterator[Do
             if isinstance(row, Fault):
                 if source.single:
                     raise row
-                _leave_out(row, skipped)
+                _skip(row, skipped)
             elif not row.text.strip():
                 skipped["empty"] += 1
             else:
                 yield Document(row.text, source.name, f"{origin.name}:{row.number}", row.offset, row.licence)
     except Fault as fault:
-        # What came before the fault stays: its rows are whole.
+        # The rows before the fault are complete and have been used.
         if source.single:
             raise
-        _leave_out(fault, skipped)
+        _skip(fault, skipped)
         return
     if empty:
         skipped["empty"] += 1
 
 
-def _leave_out(fault: Fault, skipped: Counter[str]) -> None:
+def _skip(fault: Fault, skipped: Counter[str]) -> None:
     skipped[fault.reason] += 1
-    if skipped[fault.reason] <= TOLD:
+    if skipped[fault.reason] <= REPORTED_FAULTS:
         say(f"left out: {fault}")
-    if skipped[fault.reason] == TOLD:
+    if skipped[fault.reason] == REPORTED_FAULTS:
         say(f"more of this kind ({fault.reason}) are only counted")

@@ -1,4 +1,4 @@
-"""Rows of a data file into masked training examples, and an account of what became of each row."""
+"""Encode the rows of a data file as masked training examples, and account for every row."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tercet.data.batches import Encoded
-from tercet.data.chat_mask import Message, Rendered, Span, encode_spans, mask_conversation
+from tercet.data.chat_mask import Rendered, Span, encode_spans, mask_conversation
+from tercet.data.conversation import Message
 from tercet.data.rows import OverLength
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
-# ChatML, for a base model that has no template of its own but has ChatML's markers as single tokens.
+# For a base model that has no template but has ChatML's markers as single tokens.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -22,7 +23,7 @@ CHATML = (
 
 @dataclass
 class Prepared:
-    """Examples ready for training, and the account."""
+    """Examples ready for training, and counts of dropped and truncated rows."""
 
     examples: list[Encoded] = field(default_factory=list)
     rows: int = 0
@@ -30,15 +31,15 @@ class Prepared:
     truncated_rows: int = 0
     truncated_tokens: int = 0
     stops_cut: int = 0  # truncated examples that lost their stop token
-    stops: set[str] = field(default_factory=set)  # the tokens that end what is trained on
+    stops: set[str] = field(default_factory=set)  # the stop tokens of the supervised parts
 
     @property
     def supervised(self) -> int:
-        """Tokens the loss is over, in one pass."""
+        """Number of tokens in the loss, per epoch."""
         return sum(example.count for example in self.examples)
 
     def account(self) -> list[str]:
-        """What happened to the rows, in lines to show before training."""
+        """Return lines to show before training: how many rows were used, dropped and truncated."""
         total = sum(len(example.ids) for example in self.examples)
         lines = [
             f"{self.rows:,} rows gave {len(self.examples):,} examples: {total:,} tokens, "
@@ -56,10 +57,16 @@ class Prepared:
 def prepare(
     rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int, over_length: OverLength = "drop"
 ) -> Prepared:
-    """Encode and mask every row. See `render_row` for the forms a row may have.
+    """Encode and mask every row.
+
+    Args:
+        rows: rows in one of the forms that `render_row` lists.
+        tokenizer: encodes the rows; its template renders conversations.
+        max_tokens: the maximal length of an example.
+        over_length: drop a longer example, truncate it, or raise an error.
 
     Raises:
-        UserError: a row has no known form (its number is named), the template can't be trained on,
+        UserError: a row has no known form (its number is given), the template can't be trained on,
             a row is too long and ``over_length`` is "error", or no row is left.
     """
     prepared = Prepared()
@@ -84,7 +91,7 @@ def prepare(
                 if over_length == "error":
                     raise UserError(
                         f"row {number} has {len(example.ids)} tokens, more than the {max_tokens} allowed; "
-                        f"raise --max-tokens or choose --over-length drop or truncate"
+                        f"raise `max_tokens` or choose `over_length=drop` or `over_length=truncate`"
                     )
                 if over_length == "drop":
                     prepared.dropped[f"longer than {max_tokens} tokens"] += 1
@@ -107,16 +114,18 @@ def prepare(
 
 
 def render_row(row: dict[str, Any], tokenizer: Tokenizer) -> list[Rendered] | str:
-    """The training texts of a row with their supervised spans, or the reason to leave the row out.
+    """Return the training texts of a row with their supervised spans, or the reason to drop the row.
 
-    ``messages``: a conversation [{role, content}, ...], optionally with ``tools``; assistant turns are
-        trained on.
-    ``prompt`` and ``completion``: strings, joined as they are, the completion and a stop token trained
-        on; or lists of messages.
-    ``text``: all of it trained on, and a stop token after it.
+    A row has one of three forms:
+
+    - ``messages``: a conversation [{role, content}, ...], optionally with ``tools``; the assistant's turns
+      are supervised.
+    - ``prompt`` and ``completion``: strings that are concatenated; the completion and a stop token after it
+      are supervised. Or lists of messages.
+    - ``text``: the whole text and a stop token after it are supervised.
 
     Raises:
-        UserError: no such fields, or fields of the wrong type.
+        UserError: the row has none of these fields, or a field has the wrong type.
     """
     if "messages" in row:
         return _conversation(row["messages"], tokenizer, row.get("tools"))
@@ -152,15 +161,15 @@ def _conversation(
 
 
 def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:
-    """``text`` with the stop token after it, all from ``start`` on trained on."""
+    """Append the stop token to ``text``; everything from ``start`` on is supervised."""
     if tokenizer.eos_id is None:
-        raise UserError("the tokenizer has no end-of-text token, so a completion could never be ended")
+        raise UserError("the tokenizer has no end-of-text token, so a completion could never end")
     stop = tokenizer.token_text(tokenizer.eos_id)
     return Rendered(text + stop, (Span(start, len(text) + len(stop), stop),), special=True)
 
 
 def show_mask(example: Encoded, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The example's text in runs that are, or are not, trained on: what ``tercet tune --show-mask`` prints."""
+    """Return the example's text as runs of supervised and unsupervised text, to show the mask."""
     runs: list[tuple[list[int], bool]] = []
     for token, supervised in zip(example.ids.tolist(), example.supervised.tolist(), strict=True):
         if not runs or runs[-1][1] != supervised:

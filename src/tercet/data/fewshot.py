@@ -1,7 +1,7 @@
-"""Few-shot prompts: which examples of train are shown, and how they are written.
+"""Few-shot prompts: the selection of training examples and their form in the prompt.
 
-Showing a few solved examples is in-context learning (Brown et al. 2020, arXiv:2005.14165). Only
-train examples may come here; the caller sees to that.
+Showing a few solved examples is in-context learning (Brown et al. 2020, arXiv:2005.14165). The caller
+passes examples of the train split only.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ Method = Literal["balanced", "similar"]
 
 @dataclass(frozen=True)
 class Example:
-    """One solved example: what the model is asked, and the right answer."""
+    """A solved example: the input that the model reads, and the right answer."""
 
     input: str
     target: str
 
 
 class ShotSelector:
-    """Picks ``k`` shots from ``train``, the same ones for the same arguments.
+    """Selects ``k`` shots from ``train``; equal arguments give equal shots.
 
-    ``balanced``: at random, in turn over the labels (over all examples when ``labels`` is None),
-    in random order, the same for every query.
+    ``balanced`` draws at random from each label in turn (from all examples if ``labels`` is None) and
+    shows the shots in random order, the same for every query.
 
-    ``similar``: for each query its nearest neighbours by TF-IDF of character n-grams (any
-    language, any length of text), the nearest last, where it weighs most (Liu et al. 2022,
+    ``similar`` takes the nearest neighbours of each query by TF-IDF of character n-grams, which suit any
+    language and any length of text. The nearest comes last, where it has most influence (Liu et al. 2022,
     arXiv:2101.06804).
 
     Raises:
-        UserError: k below 1 or above the number of examples, an unknown method.
+        UserError: ``k`` is below 1 or above the number of examples, or the method is unknown.
     """
 
     def __init__(
@@ -59,16 +59,20 @@ class ShotSelector:
             from sklearn.feature_extraction.text import TfidfVectorizer
 
             self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
-            # An analyzer of characters finds nothing only in texts without any.
+            # Only an empty text has no character n-grams.
             texts = [example.input or "(empty)" for example in self.train]
             self._rows = self._vectorizer.fit_transform(texts)
 
     def choose(self, query: str | None = None) -> list[Example]:
-        """The shots for ``query``. UserError when ``similar`` is asked without one."""
+        """Return the shots for ``query``.
+
+        Raises:
+            UserError: the method is ``similar`` and there is no query.
+        """
         if self.method == "balanced":
             return list(self._fixed)
         if query is None:
-            raise UserError("similar shots are chosen for a query; give one")
+            raise UserError("similar shots are chosen for a query, which is missing")
         import numpy as np
 
         similarity = (self._rows @ self._vectorizer.transform([query]).T).toarray()[:, 0]
@@ -84,7 +88,7 @@ def choose(
     method: Method = "balanced",
     query: str | None = None,
 ) -> list[Example]:
-    """The shots for one query; for many queries build one :class:`ShotSelector`."""
+    """Return the shots for a single query; for many queries make a :class:`ShotSelector` once."""
     return ShotSelector(train, k, labels, seed, method).choose(query)
 
 
@@ -95,24 +99,24 @@ def _balanced(train: list[Example], k: int, labels: Sequence[str] | None, seed: 
     piles = {
         label: [example for example in train if example.target == label] for label in dict.fromkeys(labels)
     }
-    strange = [example.target for example in train if example.target not in piles]
-    if strange:
-        raise UserError(f"train has the label {strange[0]!r}, which is not among {', '.join(piles)}")
+    unknown = [example.target for example in train if example.target not in piles]
+    if unknown:
+        raise UserError(f"train has the label {unknown[0]!r}, which is not among {', '.join(piles)}")
     for pile in piles.values():
         draw.shuffle(pile)
     turns = [pile for pile in piles.values() if pile]
-    draw.shuffle(turns)  # with fewer shots than labels, which labels are shown is chance too
+    draw.shuffle(turns)  # with fewer shots than labels, the labels are chosen at random too
     chosen: list[Example] = []
     while len(chosen) < k:
         for pile in turns:
             if pile and len(chosen) < k:
                 chosen.append(pile.pop())
-    draw.shuffle(chosen)  # an order by label would favour the last one (Zhao et al. 2021, arXiv:2102.09690)
+    draw.shuffle(chosen)  # models favour the label shown last (Zhao et al. 2021, arXiv:2102.09690)
     return chosen
 
 
 def separator(prompt: str) -> str:
-    """What stands between a prompt and its answer: a space, unless the prompt ends in white space.
+    """Return the text between a prompt and its answer: a space, unless the prompt ends in white space.
 
     A continuation to score after :func:`few_shot_text` begins with it.
     """
@@ -120,16 +124,16 @@ def separator(prompt: str) -> str:
 
 
 def few_shot_text(shots: Sequence[Example], query: str, instruction: str = "") -> str:
-    """The prompt for a base model: instruction, solved shots and the query, blank lines between.
+    """Return the prompt for a base model: instruction, shots and query, separated by blank lines.
 
-    The query stands last and open, so that the model's continuation is the answer.
+    The query comes last without an answer, so the model's continuation is the answer.
     """
     solved = [shot.input + separator(shot.input) + shot.target for shot in shots]
     return "\n\n".join([*([instruction] if instruction else []), *solved, query])
 
 
 def few_shot_messages(shots: Sequence[Example], query: str, instruction: str = "") -> list[Message]:
-    """The conversation for a chat model: every shot is an exchange, the query the last message."""
+    """Return the conversation for a chat model: each shot is an exchange, the query the last message."""
     messages: list[Message] = [{"role": "system", "content": instruction}] if instruction else []
     for shot in shots:
         messages += [{"role": "user", "content": shot.input}, {"role": "assistant", "content": shot.target}]

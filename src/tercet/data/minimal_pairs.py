@@ -1,7 +1,7 @@
-"""Minimal pairs: two sentences that differ in one thing, which makes one of them ungrammatical.
+"""Minimal pairs: two sentences with a single difference, which makes the second ungrammatical.
 
-The form is BLiMP's (Warstadt et al. 2020, arXiv:1912.00582): a row has ``sentence_good``,
-``sentence_bad`` and ``UID``, the paradigm it belongs to. Nothing here needs a model.
+The format is that of BLiMP (Warstadt et al. 2020, arXiv:1912.00582): a row has ``sentence_good``,
+``sentence_bad`` and ``UID``, the paradigm of the pair. This module needs no model.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from tercet.data.rows import nearest_file, read_rows
 from tercet.errors import UserError
 
 GOOD, BAD, GROUP = "sentence_good", "sentence_bad", "UID"
-SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")  # what is read of a directory
+SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")  # of the files that are read in a directory
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One minimal pair; ``group`` is what accuracy is counted by."""
+    """A minimal pair; accuracy is computed by ``group``."""
 
     good: str
     bad: str
@@ -37,44 +37,45 @@ def read_pairs(
     group: str | None = None,
     sample: int | None = None,
 ) -> list[Pair]:
-    """The pairs of files, in their order.
+    """Read the pairs of files, in order.
 
     Args:
-        paths: files (jsonl, or what else `read_rows` reads, ``.gz`` too) and directories, of which
-            every jsonl file is read, by name.
-        good, bad: the fields with the sentences.
-        group: the field to count by; None: ``UID`` where a row has it, else the file's name.
-        sample: at most so many pairs of each group (`sample_pairs`); None: all.
+        paths: files in a format that `read_rows` reads, and directories, whose jsonl files are read in
+            the order of their names.
+        good: the field of the grammatical sentence.
+        bad: the field of the ungrammatical sentence.
+        group: the field of the group; by default ``UID``, or the file's name for a row without it.
+        sample: the maximal number of pairs per group (`sample_pairs`); None: all.
 
     Raises:
-        UserError: a path that is not there, or a row without one of the fields or with no sentence
-            in it; it names file and row. Equal sentences pass: BLiMP itself has seven such pairs.
+        UserError: a path does not exist, or a row lacks a field or a sentence; the error names file and
+            row. Equal sentences are accepted: BLiMP itself has seven such pairs.
     """
-    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    path_list = [paths] if isinstance(paths, str | Path) else list(paths)
     if sample is not None and sample < 1:
         raise UserError(f"the sample is {sample} pairs a group; it must be 1 or more")
     pairs = [
         _pair(row, f"{file}, row {number}", good, bad, group, _stem(file))
-        for path in given
+        for path in path_list
         for file in _files(Path(path))
         for number, row in enumerate(read_rows(file), start=1)
     ]
     if not pairs:
-        raise UserError(f"there are no minimal pairs in {', '.join(map(str, given)) or 'no files'}")
+        raise UserError(f"there are no minimal pairs in {', '.join(map(str, path_list)) or 'no files'}")
     return pairs if sample is None else sample_pairs(pairs, sample)
 
 
 def sample_pairs(pairs: Sequence[Pair], per_group: int) -> list[Pair]:
-    """At most ``per_group`` pairs of each group, in their order: those whose contents hash lowest.
+    """Return at most ``per_group`` pairs of each group, in order: those with the lowest content hashes.
 
-    So the choice depends on nothing but the pairs: not on their order, and adding some moves few others.
+    The choice depends only on the pairs, not on their order, and new pairs displace few others.
     """
     ranked: dict[str, list[tuple[bytes, int]]] = defaultdict(list)
     for number, pair in enumerate(pairs):
         content = f"{pair.good}\0{pair.bad}".encode("utf-8", "surrogatepass")
         ranked[pair.group].append((hashlib.sha256(content).digest(), number))
-    kept = {number for rows in ranked.values() for _, number in sorted(rows)[:per_group]}
-    return [pair for number, pair in enumerate(pairs) if number in kept]
+    chosen = {number for rows in ranked.values() for _, number in sorted(rows)[:per_group]}
+    return [pair for number, pair in enumerate(pairs) if number in chosen]
 
 
 def _files(path: Path) -> list[Path]:
@@ -107,5 +108,5 @@ def _pair(row: dict[str, Any], where: str, good: str, bad: str, group: str | Non
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can express it: JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    """Return whether UTF-8 can encode ``text``: JSON may hold a lone surrogate, which no tokenizer accepts."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,9 +1,9 @@
-"""The corpus that is already on the machine: docstrings and source of the running Python.
+"""A corpus that every machine has: docstrings and source of the running Python.
 
-``builtin:python-docs`` reads the standard library and the installed packages as text, with
-:mod:`ast`. No module is imported, so that reading has no side effects and needs no working
-installation of what it reads. Python alone brings about 1.5 MB of docstrings and 10 MB of source;
-with torch, scikit-learn and their like installed the docstrings come to about 40 MB.
+``builtin:python-docs`` reads the standard library and the installed packages as text, with :mod:`ast`. It
+imports no module, so reading has no side effects and works for broken installations too. Python itself has
+about 1.5 MB of docstrings and 10 MB of source. With packages such as torch and scikit-learn there are about
+40 MB of docstrings.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _SKIPPED_DIRECTORIES = {
     *("test", "tests", "testing", "idle_test", "_vendor", "vendor", "_vendored", "third_party"),
 }
 _TEST_FILE = re.compile(r"test_.*|.*_tests?|conftest")
-# Said in the first lines by those who generate code. What a machine wrote a thousand times over
-# (API clients, codec tables, model copies) teaches a model little.
+# Generated code says so in its first lines. Generated repetition (API clients, codec tables, copies of models)
+# teaches a model little.
 _GENERATED = re.compile(
     rb"(?i)do not edit|auto-?generated|automatically generated"
     rb"|^#.*\bgenerated (?:by|from|with)\b|generated from '",
@@ -53,7 +53,7 @@ _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class ModuleFile:
-    """One Python file: its dotted module name and ``stdlib/json`` or ``package/torch``."""
+    """A Python file, its dotted module name, and its source: ``stdlib/json`` or ``package/torch``."""
 
     path: Path
     module: str
@@ -66,7 +66,7 @@ class Docstring:
 
     Attributes:
         module: dotted module name, ``json.decoder``.
-        name: qualified name, ``json.decoder.JSONDecoder.decode``; the module's own for a module.
+        name: qualified name, ``json.decoder.JSONDecoder.decode``; for a module its dotted name.
         signature: ``(self, s, _w)`` for functions (names only), empty for classes and modules.
         text: the docstring, indentation removed as :func:`inspect.cleandoc` does.
     """
@@ -78,18 +78,18 @@ class Docstring:
 
 
 def stdlib_files() -> list[ModuleFile]:
-    """The standard library's files, sorted by module; without its tests."""
+    """Return the standard library's files, without its tests, sorted by module."""
     return _files(Path(sysconfig.get_path("stdlib")), "stdlib")
 
 
 def package_files() -> list[ModuleFile]:
-    """The files of the packages installed for the running interpreter, sorted by module."""
+    """Return the files of the packages installed for the running interpreter, sorted by module."""
     roots = dict.fromkeys(Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib"))
     return [file for root in roots for file in _files(root, "package")]
 
 
 def _files(root: Path, origin: str) -> list[ModuleFile]:
-    found = []
+    modules = []
     for directory, names, files in os.walk(root):
         names[:] = [name for name in names if name.isidentifier() and name not in _SKIPPED_DIRECTORIES]
         here = Path(directory)
@@ -101,12 +101,12 @@ def _files(root: Path, origin: str) -> list[ModuleFile]:
             if stem.startswith("_sysconfigdata"):  # build settings of this machine, not text
                 continue
             parts = packages if packages and stem == "__init__" else (*packages, stem)
-            found.append(ModuleFile(here / file, ".".join(parts), f"{origin}/{parts[0]}"))
-    return sorted(found, key=lambda file: (file.module, str(file.path)))
+            modules.append(ModuleFile(here / file, ".".join(parts), f"{origin}/{parts[0]}"))
+    return sorted(modules, key=lambda file: (file.module, str(file.path)))
 
 
 def read_module(file: ModuleFile, skipped: Counter[str] | None = None) -> tuple[str, ast.Module] | None:
-    """The file's text and syntax tree, or None for what is no use as text; ``skipped`` counts why."""
+    """Return the file's text and syntax tree, or None if it is unusable; ``skipped`` counts the reasons."""
     skipped = Counter() if skipped is None else skipped
     try:
         data = file.path.read_bytes()
@@ -135,16 +135,16 @@ def _decode(data: bytes) -> str:
 
 def _parse(text: str) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        warnings.simplefilter("ignore")  # invalid escapes in strings of the corpus
         return ast.parse(text)
 
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """For as long as a syntax tree lives.
+    """Pause the garbage collector while a syntax tree is alive.
 
-    A tree is tens of thousands of new objects without cycles: the collector's passes over them free
-    nothing and take a third of the time.
+    A tree is tens of thousands of new objects without reference cycles. Collecting frees none of them and
+    takes a third of the time.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -156,16 +156,16 @@ def _collector_paused() -> Iterator[None]:
 
 
 def read_docstrings(file: ModuleFile, skipped: Counter[str] | None = None) -> list[Docstring]:
-    """The file's docstrings in the order of the source; none where ``read_module`` gives None."""
+    """Return the file's docstrings in source order; an empty list if `read_module` returns None."""
     with _collector_paused():
         parsed = read_module(file, skipped)
-        found = list(docstrings(file, parsed[1])) if parsed else []
+        texts = list(docstrings(file, parsed[1])) if parsed else []
         del parsed
-    return found
+    return texts
 
 
 def read_source(file: ModuleFile, skipped: Counter[str] | None = None) -> str | None:
-    """The file's text, or None where ``read_module`` gives None."""
+    """Return the file's text, or None if `read_module` returns None."""
     with _collector_paused():
         parsed = read_module(file, skipped)
         text = parsed[0] if parsed else None
@@ -174,7 +174,7 @@ def read_source(file: ModuleFile, skipped: Counter[str] | None = None) -> str | 
 
 
 def docstrings(file: ModuleFile, tree: ast.Module) -> Iterator[Docstring]:
-    """The docstrings of a module, its classes, functions and methods, in the order of the source."""
+    """Yield the docstrings of a module, its classes, functions and methods in source order."""
     yield from _docstrings(tree, file.module, "", file.module)
 
 
@@ -187,14 +187,14 @@ def _docstrings(
     text = ast.get_docstring(node, clean=False)
     if text and (text := inspect.cleandoc(text).strip()):
         yield Docstring(module, name, signature, text)
-    if isinstance(node, (ast.Module, ast.ClassDef)):  # functions inside functions are nobody's interface
+    if isinstance(node, (ast.Module, ast.ClassDef)):  # functions inside functions are no interface
         for child in _definitions(node.body):
             arguments = "" if isinstance(child, ast.ClassDef) else _arguments(child.args)
             yield from _docstrings(child, f"{name}.{child.name}", arguments, module)
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """The definitions among statements, those under ``if`` and ``try`` too."""
+    """Yield the definitions among statements, including those under ``if`` and ``try``."""
     for statement in body:
         if isinstance(statement, _DEFINITIONS):
             yield statement
@@ -218,15 +218,19 @@ def _arguments(arguments: ast.arguments) -> str:
 
 
 def iterate(kind: Kind = "all", *, seed: int = 0, skipped: Counter[str] | None = None) -> Iterator[Document]:
-    """The corpus in a fixed order that is good to stop early in.
+    """Yield the corpus in a fixed order whose beginning is a useful sample.
 
-    Docstrings come before source and the standard library before packages. Within each the modules
-    stand in the order of a hash of ``seed`` and their name, so that any first part is a fair sample
-    of many packages. A file or a docstring that repeats one seen before is left out.
+    Docstrings come before source, and the standard library before packages. Within each, modules are sorted
+    by a hash of ``seed`` and their name, so any beginning covers many packages. Repeated files and docstrings
+    are skipped.
 
     Args:
-        kind: ``docstrings`` (a document holds those of one module), ``source``, or ``all``.
-        skipped: counts the files left out, by reason.
+        kind: ``docstrings`` (a document per module), ``source`` (a document per file), or ``all``.
+        seed: changes the order of the modules.
+        skipped: counts skipped files by reason.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
     skipped = Counter() if skipped is None else skipped
     makers: dict[str, Callable[[list[ModuleFile], Counter[str]], Iterator[Document]]] = {
@@ -266,6 +270,7 @@ def _source_documents(files: list[ModuleFile], skipped: Counter[str]) -> Iterato
 
 
 def corpus_fingerprint() -> str:
-    """What the corpus depends on, without reading it: the Python and the installed versions."""
-    packages = sorted({f"{found.name} {found.version}" for found in importlib.metadata.distributions()})
+    """Return a fingerprint of the versions of Python and the installed packages, without reading the corpus."""
+    distributions = importlib.metadata.distributions()
+    packages = sorted({f"{package.name} {package.version}" for package in distributions})
     return fingerprint([BUILTIN, sys.version, packages])

@@ -1,4 +1,4 @@
-"""Tables of examples: jsonl, json, csv, tsv and parquet, also compressed with gzip, as lists of dicts."""
+"""Read tables of examples (jsonl, json, csv, tsv, parquet, also compressed with gzip) as lists of dicts."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def read_rows(
     encoding: str = "utf-8",
     quoting: bool | None = None,
 ) -> list[dict[str, Any]]:
-    """Every row of a file, in its order. Values of csv and tsv are text.
+    """Read every row of a file, in order. Values of csv and tsv are strings.
 
     Args:
         path: the file; ``.gz`` after the format's own suffix is decompressed.
-        format: one of ``FORMATS``; by default what the suffix says.
+        format: one of ``FORMATS``; by default that of the suffix.
         columns: names for a csv or tsv file without a header line.
         encoding: of the text formats. A byte order mark is not part of the text.
-        quoting: whether ``"`` quotes a value in csv and tsv. By default in csv (RFC 4180) and not
-            in tsv, where a quote character is text like any other and a line is a row.
+        quoting: whether ``"`` quotes a value. By default it does in csv (RFC 4180) but not in tsv,
+            where a quote is an ordinary character and each line is a row.
 
     Raises:
-        UserError: naming the file and, where there is one, the line.
+        UserError: the file can't be read; the error names the file and, if there is one, the line.
     """
     path = Path(path)
     format = format or _format_of(path)
     if format not in FORMATS:
         raise UserError(f"{path}: format {format!r} is not one of {', '.join(FORMATS)}")
     if format not in ("csv", "tsv") and (columns is not None or quoting is not None):
-        option = "columns" if columns is not None else "quoting"
-        raise UserError(f"{path}: {option} is for csv and tsv files; this one is {format}")
+        setting = "columns" if columns is not None else "quoting"
+        raise UserError(f"{path}: `{setting}` is for csv and tsv files; this one is {format}")
     content = _content(path)
     if format == "parquet":
         return _parquet(path, content)
@@ -66,8 +66,8 @@ def _format_of(path: Path) -> str:
     suffix = Path(name).suffix.removeprefix(".").lower()
     format = _SUFFIXES.get(suffix, suffix)
     if format not in FORMATS:
-        what = f"its suffix .{suffix} says no format" if suffix else "its name has no suffix"
-        raise UserError(f"{path}: {what} that is read here; say which with format: {', '.join(FORMATS)}")
+        reason = f"the suffix .{suffix} is not that of a known format" if suffix else "its name has no suffix"
+        raise UserError(f"{path}: {reason}; set `format` to one of {', '.join(FORMATS)}")
     return format
 
 
@@ -76,7 +76,7 @@ def _content(path: Path) -> bytes:
         raise UserError(f"there is no file {path}{nearest_file(path)}")
     try:
         data = path.read_bytes()
-        # By its first bytes rather than its name: a renamed file is read all the same.
+        # Recognized by the first bytes, so a renamed file is read too.
         return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
         raise UserError(f"{path} is not a whole gzip file: {problem}") from problem
@@ -85,7 +85,7 @@ def _content(path: Path) -> bytes:
 
 
 def nearest_file(path: Path) -> str:
-    """``; did you mean X?`` where the directory holds a name like this one, else nothing."""
+    """Return ``; did you mean X?`` if the directory holds a similar name, else an empty string."""
     if not path.parent.is_dir():
         return ""
     near = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
@@ -100,7 +100,7 @@ def _decode(path: Path, content: bytes, encoding: str) -> str:
     except UnicodeDecodeError as problem:
         line = content.count(b"\n", 0, problem.start) + 1
         raise UserError(
-            f"{path}:{line} is not {encoding} text; set encoding (latin-1, cp1252, ...)"
+            f"{path}:{line} is not {encoding} text; set `encoding` (latin-1, cp1252, ...)"
         ) from problem
 
 
@@ -145,13 +145,13 @@ def _table(
 
 
 def _plain(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    # Only a line feed ends a line here: a stray carriage return inside a message is part of it.
+    # Only a line feed ends a line: a stray carriage return inside a message is part of it.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return [(number, line.split(delimiter)) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _quoted(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, refuses long documents
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB refuses long documents
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, list[str]]] = []
     start = 1

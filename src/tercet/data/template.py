@@ -1,4 +1,4 @@
-"""Prompt templates: ``{field}`` is replaced, ``{{`` and ``}}`` are braces, and that is all."""
+"""Prompt templates: ``{field}`` is replaced by a value, ``{{`` and ``}}`` by braces, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _names(names: list[str]) -> str:
 
 
 class Template:
-    """Text with ``{field}`` places. No expressions, no formats, no attribute access.
+    """A text with ``{field}`` placeholders, without expressions, formats or attribute access.
 
     Args:
         text: the template; ``{{`` stands for ``{`` and ``}}`` for ``}``.
-        where: how messages call it (a file name, "prompt").
+        where: the template's name in messages (a file name, "prompt").
 
     Raises:
-        UserError: a lone brace or a field that is not a name, with its line and column.
+        UserError: a brace is unpaired or a field is not a name; the error gives line and column.
     """
 
     def __init__(self, text: str, where: str = "template") -> None:
@@ -48,7 +48,7 @@ class Template:
 
     @classmethod
     def load(cls, path: str | Path) -> Template:
-        """The template in a UTF-8 file; the one newline that ends a text file is not part of it."""
+        """Read the template from a UTF-8 file; a final newline is not part of it."""
         text = read_text(path)
         return cls(text.removesuffix("\n").removesuffix("\r"), where=str(path))
 
@@ -61,19 +61,19 @@ class Template:
             return _Field(name)
         line = self.text.count("\n", 0, match.start()) + 1
         column = match.start() - self.text.rfind("\n", 0, match.start())
-        what = f"{token} is not a field" if len(token) > 1 else f"a single {token} stands for nothing"
+        fault = f"{token} is not a field" if len(token) > 1 else f"a single {token} stands for nothing"
         raise UserError(
-            f"{self.where}, line {line}, column {column}: {what}; "
+            f"{self.where}, line {line}, column {column}: {fault}; "
             "write {name} for a field, {{ or }} for a brace"
         )
 
     @property
     def fields(self) -> list[str]:
-        """The field names, each once, in the order they first occur."""
+        """The distinct field names in order of first occurrence."""
         return list(dict.fromkeys(part.name for part in self._parts if isinstance(part, _Field)))
 
     def check(self, available: list[str], *, all_used: bool = False) -> None:
-        """Raise UserError when a field has no value or, with ``all_used``, a value has no field."""
+        """Raise UserError if a field has no value or, with ``all_used``, a value has no field."""
         missing = [name for name in self.fields if name not in available]
         unused = [name for name in available if name not in self.fields] if all_used else []
         if not missing and not unused:
@@ -90,17 +90,17 @@ class Template:
         raise UserError(f"{self.where}: {'; '.join(faults)}. Fields in it: {needs}; values given: {have}")
 
     def render(self, fields: Mapping[str, Any], *, all_used: bool = False) -> str:
-        """The text with every field replaced.
+        """Return the text with every field replaced by its value.
 
-        Strings stand as they are; anything else (numbers, lists, objects, true, null) as JSON.
-        Values are never searched for fields themselves.
+        Strings are inserted unchanged, other values (numbers, lists, objects, true, null) as JSON. Braces in
+        values are not interpreted.
 
         Args:
-            fields: value by name; rows usually have more than a template needs.
-            all_used: refuse values that no field uses (a mistyped ``--var``).
+            fields: values by name; rows usually have more than a template needs.
+            all_used: refuse values that no field uses, such as one with a mistyped name.
 
         Raises:
-            UserError: a field without a value, or an unused value when ``all_used``.
+            UserError: a field has no value or, with ``all_used``, a value is unused.
         """
         self.check(list(fields), all_used=all_used)
         return "".join(part if isinstance(part, str) else _text(fields[part.name]) for part in self._parts)
