@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test lint docs docs-generated release-check clean
 
 demo: install
 	$(BIN)/tercet climb builtin:docs-routing --out runs/demo
@@ -27,5 +27,18 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/. Any warning (a dead link, an unknown name) is an error.
+docs: install
+	$(BIN)/python scripts/generate_docs.py --check
+	$(BIN)/zensical build --clean --strict
+
+# What the documentation takes from the code: the command reference and parts of docs/architecture.md.
+docs-generated: install
+	$(BIN)/python scripts/generate_docs.py
+
+# Builds sdist and wheel, installs the wheel into an empty environment and runs it there.
+release-check: install
+	scripts/release-check $(BIN)/python
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache
