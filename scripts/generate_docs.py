@@ -1,8 +1,8 @@
 """Write the parts of the documentation that come from the code: the command reference and the architecture.
 
-    python scripts/generate_docs.py            writes docs/reference/cli.md, docs/images/imports.svg and the list of
-                                               modules in docs/architecture.md
-    python scripts/generate_docs.py --check    exits with 1 where they are not up to date
+python scripts/generate_docs.py            writes docs/reference/cli.md, docs/images/imports.svg and the list of
+                                           modules in docs/architecture.md
+python scripts/generate_docs.py --check    exits with 1 where they are not up to date
 """
 
 from __future__ import annotations
