@@ -61,7 +61,7 @@ def allowed_cores() -> set[int]:
 
 
 def available_cores() -> int:
-    """Count the hardware threads that this process may use: containers and taskset allow fewer than there are."""
+    """Count the hardware threads that this process may use; containers and taskset may allow only some."""
     return len(allowed_cores())
 
 

@@ -1,4 +1,4 @@
-"""Calibration: a plan is repeated while the machine is as it was, and made anew when it is not."""
+"""Calibration: a plan repeats while the machine is as fast as before, and changes when it is not."""
 
 import json
 from pathlib import Path
@@ -31,13 +31,13 @@ def test_a_measurement_that_agrees_keeps_the_plan_and_one_that_does_not_replaces
     assert answer(monkeypatch, 1000).tokens_per_second == 1000
     assert answer(monkeypatch, 1100).tokens_per_second == 1000
     assert answer(monkeypatch, 900).tokens_per_second == 1000
-    assert answer(monkeypatch, 1200).tokens_per_second == 1200, "a plan tells the time within 15%"
+    assert answer(monkeypatch, 1200).tokens_per_second == 1200, "a plan predicts the time within 15%"
     assert answer(monkeypatch, 1000).tokens_per_second == 1000
     assert answer(monkeypatch, 300).tokens_per_second == 300
     assert answer(monkeypatch, 320).tokens_per_second == 300
 
 
-def test_other_shapes_are_remembered_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_each_shape_has_its_own_cached_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     answer(monkeypatch, 1000)
     calibrate.calibrate(Transformer(CONFIG), 4, 32)
@@ -45,7 +45,7 @@ def test_other_shapes_are_remembered_beside_it(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("content", ["not json", "[1]", '{"a": 1}', '{"a": {"b": 1}}'])
-def test_a_broken_cache_is_measured_anew(
+def test_a_broken_cache_is_replaced_by_a_measurement(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -54,7 +54,7 @@ def test_a_broken_cache_is_measured_anew(
     assert answer(monkeypatch, 1000).tokens_per_second == 1000
 
 
-def test_what_is_measured_is_real(real_measurement: None) -> None:
+def test_a_real_measurement_is_plausible_and_leaves_the_model_alone(real_measurement: None) -> None:
     threads = torch.get_num_threads()
     model = Transformer(CONFIG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -63,7 +63,9 @@ def test_what_is_measured_is_real(real_measurement: None) -> None:
     finally:
         torch.set_num_threads(threads)
     assert model.compute_dtype is None
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "weights stay"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), (
+        "the weights do not change"
+    )
     assert 100 < speed.tokens_per_second != 3_000
     assert speed.compute_dtype in ("float32", "bfloat16")
     assert 1 <= speed.threads <= calibrate.available_cores()
@@ -91,19 +93,17 @@ def test_a_busy_moment_does_not_decide_between_types(
         speed = calibrate._measure(Transformer(CONFIG), 2, 32, "adamw")
     finally:
         torch.set_num_threads(threads)
-    # Half of the steps took five times as long: that is how fast it is, and still faster than nothing else is.
+    # Half of the steps took five times as long, so the median is that slow, and two threads are still faster.
     assert (speed.compute_dtype, speed.threads, speed.tokens_per_second) == ("bfloat16", 2, 210)
     assert not busy
 
 
-def test_a_type_that_is_emulated_is_tried_once(
-    monkeypatch: pytest.MonkeyPatch, real_measurement: None
-) -> None:
+def test_an_emulated_type_is_tried_once(monkeypatch: pytest.MonkeyPatch, real_measurement: None) -> None:
     monkeypatch.setattr(calibrate, "available_cores", lambda: 1)
-    tried = []
+    attempts = []
 
     def pace(model: Transformer, batch: Batch, kind: str, threads: int, patience: float) -> list[float]:
-        tried.append(model.compute_dtype)
+        attempts.append(model.compute_dtype)
         return [0.01 if model.compute_dtype == torch.float32 else 4.0]
 
     monkeypatch.setattr(calibrate, "_pace", pace)
@@ -113,10 +113,10 @@ def test_a_type_that_is_emulated_is_tried_once(
     finally:
         torch.set_num_threads(threads)
     assert (speed.compute_dtype, speed.tokens_per_second) == ("float32", 6400)
-    assert tried == [torch.float32, torch.bfloat16, torch.float32]
+    assert attempts == [torch.float32, torch.bfloat16, torch.float32]
 
 
-# What a GPU is trained with, as far as it can be tried without one.
+# Measurement on a GPU, as far as a CPU can test it.
 
 
 def gradients(model: Transformer, batch: Batch) -> dict[str, torch.Tensor]:
@@ -142,10 +142,10 @@ def test_an_accelerator_is_measured_compiled_where_that_works(
     compiler: str,
     compiled: set[bool],
 ) -> None:
-    tried = []
+    attempts = []
 
     def compile_them(model: Transformer) -> None:
-        tried.append(model)
+        attempts.append(model)
         if compiler == "is not there":
             raise RuntimeError("no C compiler")
         compile_blocks(model, backend="eager")
@@ -153,13 +153,13 @@ def test_an_accelerator_is_measured_compiled_where_that_works(
     monkeypatch.setattr(calibrate, "compile_blocks", compile_them)
     model = Transformer(CONFIG)
     batch = calibrate._random_batch(model, 2, 32, packed=True)
-    found = calibrate.measure_accelerator(model, batch, "muon", True)
-    assert len(tried) == 1
-    assert tried[0] is not model
+    speed = calibrate.measure_accelerator(model, batch, "muon", True)
+    assert len(attempts) == 1
+    assert attempts[0] is not model
     assert ("torch.compile does not work here" in capsys.readouterr().err) == (compiler != "works")
-    assert (found.compute_dtype, found.compiled in compiled) == ("bfloat16", True)
+    assert (speed.compute_dtype, speed.compiled in compiled) == ("bfloat16", True)
     assert not calibrate.measure_accelerator(model, batch, "muon", False).compiled
-    assert len(tried) == 1
+    assert len(attempts) == 1
 
 
 @pytest.mark.parametrize(

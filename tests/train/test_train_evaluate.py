@@ -21,7 +21,7 @@ from tercet.train.compilation import compile_blocks
 from tercet.train.evaluate import heldout_bits, pair_accuracy, token_losses
 from tiny_checkpoints import Make
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # a model with a tokenizer stands there
+sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # holds a model with a tokenizer
 
 from tiny_model import CONTEXT, write_model
 
@@ -32,7 +32,7 @@ BYTES = np.array([0 if token == END else token % 4 for token in range(VOCABULARY
 
 
 def corpus(lengths: list[int], seed: int = 0) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-    """A stream of random documents of so many tokens, their ends not counted, and where each begins."""
+    """A stream of random documents with these lengths, their ends not counted, and where each begins."""
     draw = np.random.default_rng(seed)
     pieces, starts = [np.array([END])], []
     for length in lengths:
@@ -62,13 +62,13 @@ def test_losses_equal_those_of_transformers_row_by_row(both: tuple[Any, Transfor
     rows = [draw.integers(0, VOCABULARY, length) for length in (2, 17, 5, 60, 5, 33, 2)]
     begins = [1, 4, 4, 1, 2, 32, 1]
     for batch_tokens in (1, 64, 4096):
-        found = token_losses(model, rows, begins, batch_tokens=batch_tokens)
-        for row, begin, losses in zip(rows, begins, found, strict=True):
+        results = token_losses(model, rows, begins, batch_tokens=batch_tokens)
+        for row, begin, losses in zip(rows, begins, results, strict=True):
             assert losses.dtype == np.float32 and len(losses) == len(row) - begin
             np.testing.assert_allclose(losses, reference(theirs, row, begin), atol=2e-4)
 
 
-def test_losses_of_frequencies_that_depend_on_the_length_do_not_see_the_padding(make: Make) -> None:
+def test_rotary_frequencies_that_depend_on_the_length_do_not_see_the_padding(make: Make) -> None:
     scaled = {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0}}
     theirs, directory = make("llama", **scaled)
     # Ascending: transformers keeps the frequencies of the longest row it has seen.
@@ -77,10 +77,10 @@ def test_losses_of_frequencies_that_depend_on_the_length_do_not_see_the_padding(
         np.testing.assert_allclose(losses, reference(theirs, row), atol=2e-4)
 
 
-def test_a_row_that_scores_nothing_is_refused(both: tuple[Any, Transformer]) -> None:
+def test_a_row_without_scored_tokens_is_refused(both: tuple[Any, Transformer]) -> None:
     assert token_losses(both[1], [], 1) == []
     for row, begin in (([1], 1), ([1, 2], 0), ([1, 2], 2)):
-        with pytest.raises(ValueError, match="a row must begin with a token that is not scored"):
+        with pytest.raises(ValueError, match="each row must have an unscored first token"):
             token_losses(both[1], [np.array(row)], begin)
 
 
@@ -98,14 +98,14 @@ def test_compiled_blocks_do_not_meet_the_many_shapes_of_held_out_text(both: tupl
     plain = token_losses(model, rows, 1, batch_tokens=1)
     compile_blocks(model, backend="eager")
     compiled = token_losses(model, rows, 1, batch_tokens=1)
-    assert all(np.array_equal(one, other) for one, other in zip(plain, compiled, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(plain, compiled, strict=True))
 
 
 def test_heldout_sums_by_hand(both: tuple[Any, Transformer]) -> None:
     theirs, model = both
     stream, starts = corpus([5, 0, 30, 9, 1])
     sources = np.array([1, 1, 0, 1, 0], dtype=np.uint16)
-    found = heldout_bits(model, stream, starts, sources, ["web", "books"], BYTES, 8, tokens_per_source=None)
+    result = heldout_bits(model, stream, starts, sources, ["web", "books"], BYTES, 8, tokens_per_source=None)
     sums = {"web": np.zeros(4), "books": np.zeros(4)}
     for start, length, source in zip(starts, [5, 0, 30, 9, 1], sources, strict=True):
         for first in range(start, start + length + 1, 8):  # windows of 8 predictions, the end one of them
@@ -114,27 +114,27 @@ def test_heldout_sums_by_hand(both: tuple[Any, Transformer]) -> None:
             text = losses[sizes > 0].sum()
             sums[["web", "books"][source]] += [losses.sum(), len(losses), text, sizes.sum()]
     for report, (nats, tokens, text, size) in [
-        (found, sum(sums.values())),
-        *((found["sources"][name], sums[name]) for name in sums),
+        (result, sum(sums.values())),
+        *((result["sources"][name], sums[name]) for name in sums),
     ]:
         assert report["tokens"] == tokens and report["bytes"] == size
         assert report["loss"] == pytest.approx(nats / tokens, rel=1e-5)
         assert report["bits_per_byte"] == pytest.approx(text / math.log(2) / size, rel=1e-5)
-    assert found["tokens"] == len(stream) - 1
+    assert result["tokens"] == len(stream) - 1
 
 
 def test_the_last_start_may_be_the_end_of_the_stream(both: tuple[Any, Transformer]) -> None:
     stream, starts = corpus([5, 7])
     sources = np.zeros(2, dtype=np.uint16)
-    one = heldout_bits(both[1], stream, starts, sources, ["all"], BYTES, 8)
-    other = heldout_bits(both[1], stream, np.append(starts, len(stream)), sources, ["all"], BYTES, 8)
-    assert one == other
+    without_end = heldout_bits(both[1], stream, starts, sources, ["all"], BYTES, 8)
+    with_end = heldout_bits(both[1], stream, np.append(starts, len(stream)), sources, ["all"], BYTES, 8)
+    assert without_end == with_end
 
 
 def test_a_stride_gives_every_token_more_of_its_past(both: tuple[Any, Transformer]) -> None:
     theirs, model = both
     stream, starts = corpus([40])
-    found = heldout_bits(
+    result = heldout_bits(
         model,
         stream,
         starts,
@@ -149,7 +149,7 @@ def test_a_stride_gives_every_token_more_of_its_past(both: tuple[Any, Transforme
     for first in range(1, len(stream), 4):
         begin = max(0, first - 1 - 12)
         total += reference(theirs, stream[begin : min(first + 4, len(stream))], first - begin).sum()
-    assert found["tokens"] == 41 and found["loss"] == pytest.approx(total / 41, rel=1e-5)
+    assert result["tokens"] == 41 and result["loss"] == pytest.approx(total / 41, rel=1e-5)
     with pytest.raises(ValueError, match="the stride is 17"):
         heldout_bits(model, stream, starts, np.zeros(1, dtype=int), ["all"], BYTES, 16, stride=17)
 
@@ -158,32 +158,34 @@ def test_documents_see_nothing_of_each_other(both: tuple[Any, Transformer]) -> N
     """A document's own numbers are the same whatever stands before it."""
     stream, starts = corpus([6, 11, 4])
     sources = np.array([0, 1, 0])
-    found = heldout_bits(both[1], stream, starts, sources, ["a", "b"], BYTES, 32)["sources"]["b"]
+    result = heldout_bits(both[1], stream, starts, sources, ["a", "b"], BYTES, 32)["sources"]["b"]
     alone = stream[starts[1] - 1 : starts[2]]
     assert (
-        found == heldout_bits(both[1], alone, np.array([1]), np.array([0]), ["b"], BYTES, 32)["sources"]["b"]
+        result == heldout_bits(both[1], alone, np.array([1]), np.array([0]), ["b"], BYTES, 32)["sources"]["b"]
     )
 
 
-def test_a_sample_is_fixed_spread_and_counts_by_what_is_held_out(both: tuple[Any, Transformer]) -> None:
+def test_a_sample_is_fixed_and_sources_are_weighted_by_their_held_out_tokens(
+    both: tuple[Any, Transformer],
+) -> None:
     model = both[1]
     stream, starts = corpus([12] * 40 + [9] * 10)
     sources = np.array([0] * 40 + [1] * 10)
     arguments = (model, stream, starts, sources, ["large", "small"], BYTES, 8)
-    found = heldout_bits(*arguments, tokens_per_source=100)
-    assert found == heldout_bits(*arguments, tokens_per_source=100)
-    large, small = found["sources"]["large"], found["sources"]["small"]
+    result = heldout_bits(*arguments, tokens_per_source=100)
+    assert result == heldout_bits(*arguments, tokens_per_source=100)
+    large, small = result["sources"]["large"], result["sources"]["small"]
     assert 92 < large["tokens"] <= 100 and small["tokens"] == 100
-    assert found["tokens"] == large["tokens"] + 100
+    assert result["tokens"] == large["tokens"] + 100
     # 40 documents of 13 tokens and 10 of 10.
-    assert found["loss"] == pytest.approx((520 * large["loss"] + 100 * small["loss"]) / 620)
+    assert result["loss"] == pytest.approx((520 * large["loss"] + 100 * small["loss"]) / 620)
     every = heldout_bits(*arguments, tokens_per_source=None)
     assert every["sources"]["large"]["tokens"] == 520
     assert large["loss"] != every["sources"]["large"]["loss"]
     # A quarter of the windows, from everywhere: first and last windows of documents alike.
     assert large["loss"] == pytest.approx(every["sources"]["large"]["loss"], rel=0.15)
-    one = heldout_bits(*arguments, tokens_per_source=1)
-    assert 1 <= one["sources"]["large"]["tokens"] <= 8
+    smallest = heldout_bits(*arguments, tokens_per_source=1)
+    assert 1 <= smallest["sources"]["large"]["tokens"] <= 8
 
 
 def test_float32_is_asked_for_by_dtype(both: tuple[Any, Transformer]) -> None:
@@ -197,7 +199,7 @@ def test_float32_is_asked_for_by_dtype(both: tuple[Any, Transformer]) -> None:
     assert heldout_bits(*arguments, dtype=torch.float32) == exact
 
 
-def test_nothing_held_out_is_said(both: tuple[Any, Transformer]) -> None:
+def test_a_corpus_without_held_out_text_is_refused(both: tuple[Any, Transformer]) -> None:
     with pytest.raises(UserError, match="no text is held out"):
         heldout_bits(both[1], np.array([END]), np.array([]), np.array([]), [], BYTES, 8)
     with pytest.raises(UserError, match="no text is held out"):
@@ -239,16 +241,16 @@ def test_pairs_equal_the_sums_of_transformers(directory: Path) -> None:
     right: dict[str, list[bool]] = {}
     for pair in PAIRS:
         right.setdefault(pair.group, []).append(cost[pair.good] < cost[pair.bad])
-    found = pair_accuracy(load_model(directory), Tokenizer.load(directory), PAIRS)
-    assert found["groups"] == {
+    result = pair_accuracy(load_model(directory), Tokenizer.load(directory), PAIRS)
+    assert result["groups"] == {
         group: {"accuracy": sum(rows) / len(rows), "pairs": len(rows)} for group, rows in right.items()
     }
-    assert found["pairs"] == len(PAIRS) == 72
-    assert found["accuracy"] == 0.5  # each pair is there in both directions
-    assert len({one["accuracy"] for one in found["groups"].values()}) > 1
+    assert result["pairs"] == len(PAIRS) == 72
+    assert result["accuracy"] == 0.5  # each pair is there in both directions
+    assert len({group["accuracy"] for group in result["groups"].values()}) > 1
 
 
-def test_the_shorter_of_two_wins_where_the_other_only_goes_on_and_a_tie_is_wrong(directory: Path) -> None:
+def test_a_prefix_of_the_other_sentence_wins_and_a_tie_is_wrong(directory: Path) -> None:
     model, tokenizer = load_model(directory), Tokenizer.load(directory)
     assert pair_accuracy(model, tokenizer, [Pair("two", "two mats", "a")])["accuracy"] == 1.0
     assert pair_accuracy(model, tokenizer, [Pair("two mats", "two", "a")])["accuracy"] == 0.0
@@ -267,7 +269,7 @@ def test_a_tokenizer_that_adds_nothing_begins_with_the_end_of_text(directory: Pa
     assert pair_accuracy(model, same, PAIRS) == pair_accuracy(model, usual, PAIRS)
 
 
-def test_mistakes_with_pairs(directory: Path) -> None:
+def test_pairs_that_cannot_be_compared_are_refused(directory: Path) -> None:
     model, tokenizer = load_model(directory), Tokenizer.load(directory)
     with pytest.raises(UserError, match="no minimal pairs"):
         pair_accuracy(model, tokenizer, [])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: skipped where there is none. Against float32 on the CPU."""
+"""Training on a GPU, compared with float32 on the CPU; skipped on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -57,19 +57,22 @@ def packed(rows: int = 4, seed: int = 0, longest: int = 120, vocab: int = 512, t
 
 
 def gradients(model: Transformer, batch: Batch) -> torch.Tensor:
-    """All of them in one vector, float32, on the CPU."""
+    """All gradients in one vector, float32, on the CPU."""
     Autograd(model).gradients([batch])
-    return torch.cat([one.grad.float().cpu().flatten() for one in model.parameters() if one.grad is not None])
+    return torch.cat([p.grad.float().cpu().flatten() for p in model.parameters() if p.grad is not None])
 
 
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
+def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_in_float32_are_the_cpus(name: str) -> None:
+def test_gradients_in_float32_equal_those_of_the_cpu(name: str) -> None:
     batch = packed()
-    assert apart(gradients(make(CONFIGS[name], GPU), batch), gradients(make(CONFIGS[name]), batch)) < 1e-4
+    assert (
+        relative_error(gradients(make(CONFIGS[name], GPU), batch), gradients(make(CONFIGS[name]), batch))
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,7 +87,7 @@ def test_attention_by_document_is_masked_attention(
     by_document = gradients(model, batch)
     monkeypatch.setattr(loss_module, "attends_by_document", lambda _: False)  # PyTorch's own choice
     masked = gradients(model, batch)
-    assert apart(by_document, exact) < 1.3 * apart(masked, exact) < 0.05
+    assert relative_error(by_document, exact) < 1.3 * relative_error(masked, exact) < 0.05
     assert (name == "capped") == torch.equal(by_document, masked)
 
 
@@ -97,9 +100,11 @@ def test_compiled_blocks_are_compiled_once_for_any_documents() -> None:
     gradients(model, batches[0])
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert before > 0
-    for batch, one, other in zip(batches, plain, exact, strict=True):
-        assert apart(gradients(model, batch), other) < 1.3 * apart(one, other)
-    # Rows that are one document each are documents, too.
+    for batch, uncompiled, reference in zip(batches, plain, exact, strict=True):
+        assert relative_error(gradients(model, batch), reference) < 1.3 * relative_error(
+            uncompiled, reference
+        )
+    # A row without document numbers is a document, too.
     gradients(model, Batch(batches[0].tokens, batches[0].targets))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
@@ -123,21 +128,21 @@ def test_muon_moves_as_on_the_cpu() -> None:
     moved = []
     start = [torch.randn(64, 32), torch.randn(32, 96), torch.randn(64, 32)]
     for device in ("cpu", GPU):
-        parameters = [torch.nn.Parameter(one.clone().to(device)) for one in start]
+        parameters = [torch.nn.Parameter(matrix.clone().to(device)) for matrix in start]
         optimizer = Muon(parameters, 0.1, dtype=torch.float32, row_decay=0.95, weight_decay=0.1)
         for step in range(3):
-            for number, one in enumerate(parameters):
+            for number, parameter in enumerate(parameters):
                 generator = torch.Generator().manual_seed(10 * step + number)
-                one.grad = torch.randn(one.shape, generator=generator).to(device)
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
             optimizer.step()
-        moved.append(torch.cat([one.detach().cpu().flatten() for one in parameters]))
+        moved.append(torch.cat([parameter.detach().cpu().flatten() for parameter in parameters]))
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-3, atol=1e-4)
 
 
 def run(
     directory: Path, steps: int, stop: int | None = None, compiled: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Weights after ``steps``; ``stop``: the run ends by an error there, and is then gone on with."""
+    """Weights after ``steps``; ``stop``: the step at which the run fails, before it is resumed."""
     model = make(replace(SHARED, max_positions=1024), GPU, BF16)
     if compiled:
         compile_blocks(model)
@@ -152,28 +157,28 @@ def run(
     try:
         train(model, recipe, batches_at, directory, fingerprint="x", title="test")
     except ZeroDivisionError:
-        torch._dynamo.reset()  # as in a process of its own
+        torch._dynamo.reset()  # as in a new process
         return run(directory, steps, compiled=compiled)
     return {name: value.cpu() for name, value in model.state_dict().items()}
 
 
-def test_a_compiled_run_that_was_cut_ends_alike_whatever_was_compiled_before(tmp_path: Path) -> None:
+def test_a_resumed_compiled_run_ends_alike_whatever_was_compiled_before(tmp_path: Path) -> None:
     torch._dynamo.reset()
     other = make(SHARED, GPU, BF16)
     compile_blocks(other)
-    gradients(other, packed(rows=3))  # as calibration does, in another shape
+    gradients(other, packed(rows=3))  # like calibration, in another shape
     whole = run(tmp_path / "whole", 8, compiled=True)
-    cut = run(tmp_path / "cut", 8, 3, compiled=True)
-    assert all(torch.equal(value, whole[name]) for name, value in cut.items())
+    resumed = run(tmp_path / "resumed", 8, 3, compiled=True)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
-def test_a_run_that_was_cut_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", 12)
     assert all(torch.equal(value, whole[name]) for name, value in run(tmp_path / "again", 12).items())
-    assert all(torch.equal(value, whole[name]) for name, value in run(tmp_path / "cut", 12, 5).items())
+    assert all(torch.equal(value, whole[name]) for name, value in run(tmp_path / "resumed", 12, 5).items())
 
 
-def test_a_model_built_on_a_gpu_says_the_same_on_the_cpu(tmp_path: Path) -> None:
+def test_a_model_built_on_a_gpu_generates_the_same_on_the_cpu(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     words = (
         "the",

@@ -1,4 +1,4 @@
-"""The head's loss in pieces, against PyTorch's cross-entropy and autograd."""
+"""The head's loss in chunks, against PyTorch's cross-entropy and autograd."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tercet.data.batches import IGNORED
 from tercet.model.transformer import Transformer
 from tercet.pretrain.plan import network
 from tercet.train import head
-from tercet.train.head import Kernel, head_losses, piece_rows
+from tercet.train.head import Kernel, chunk_rows, head_losses
 
 WIDTH, VOCABULARY, ROWS = 32, 300, 21
 
@@ -27,11 +27,11 @@ def example(cap: float | None) -> tuple[Transformer, torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize("kernel", [head._in_place, head._fusible])
-@pytest.mark.parametrize("pieces", [1, 6])
+@pytest.mark.parametrize("chunks", [1, 6])
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("z_weight", [0.0, 0.1])
 def test_losses_and_gradients_are_those_of_autograd(
-    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, pieces: int, cap: float | None, z_weight: float
+    monkeypatch: pytest.MonkeyPatch, kernel: Kernel, chunks: int, cap: float | None, z_weight: float
 ) -> None:
     monkeypatch.setattr(head, "_in_place", kernel)
     model, hidden, targets = example(cap)
@@ -41,19 +41,19 @@ def test_losses_and_gradients_are_those_of_autograd(
     entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     z = z_weight * logits.logsumexp(-1)[targets != IGNORED].square().sum()
     expected = torch.autograd.grad(0.25 * (entropy + z), (hidden, weight))
-    if pieces == 6:
+    if chunks == 6:
         monkeypatch.setattr(head, "LARGEST_LOGITS", VOCABULARY * 5)
-    assert -(-ROWS // piece_rows(VOCABULARY)) == pieces
-    found = head_losses(model, hidden, targets, scale=0.25, z_weight=z_weight)
-    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.total.double(), 0.25 * (entropy + z), rtol=1e-5, atol=0)
-    # As much again from upstream, which is usually 1.
-    gradients = torch.autograd.grad(3 * found.total, (hidden, weight))
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one, 3 * other, rtol=1e-4, atol=1e-5)
+    assert -(-ROWS // chunk_rows(VOCABULARY)) == chunks
+    losses = head_losses(model, hidden, targets, scale=0.25, z_weight=z_weight)
+    torch.testing.assert_close(losses.entropy.double(), entropy, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.total.double(), 0.25 * (entropy + z), rtol=1e-5, atol=0)
+    # The upstream gradient is usually 1; here it is 3.
+    gradients = torch.autograd.grad(3 * losses.total, (hidden, weight))
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, 3 * reference, rtol=1e-4, atol=1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient_and_what_it_reads_does() -> None:
+def test_a_frozen_head_gets_no_gradient_and_its_input_does() -> None:
     model, hidden, targets = example(None)
     model.lm_head.weight.requires_grad_(False)
     head_losses(model, hidden, targets).total.backward()
@@ -61,20 +61,20 @@ def test_a_frozen_head_gets_no_gradient_and_what_it_reads_does() -> None:
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
 
-def test_where_no_gradient_is_wanted_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_autograd_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, hidden, targets = example(None)
-    wanted = []
+    requests = []
     kernel = head._in_place
 
-    def watched(*arguments: Any) -> Any:
-        wanted.append(arguments[-1])
+    def recording(*arguments: Any) -> Any:
+        requests.append(arguments[-1])
         return kernel(*arguments)
 
-    monkeypatch.setattr(head, "_in_place", watched)
+    monkeypatch.setattr(head, "_in_place", recording)
     with_gradient = head_losses(model, hidden, targets).total
     with torch.no_grad():
         assert head_losses(model, hidden, targets).total == with_gradient
-    assert wanted == [True, False]
+    assert requests == [True, False]
 
 
 def test_in_bfloat16_a_scale_is_not_rounded() -> None:
@@ -82,17 +82,17 @@ def test_in_bfloat16_a_scale_is_not_rounded() -> None:
     narrow = hidden.detach().bfloat16().requires_grad_()
     weight = model.lm_head.weight
     scale = 1 / 3.01  # bfloat16 has 0.332
-    (one,) = torch.autograd.grad(head_losses(model, narrow, targets, scale=scale).total, weight)
-    (other,) = torch.autograd.grad(
+    (gradient,) = torch.autograd.grad(head_losses(model, narrow, targets, scale=scale).total, weight)
+    (reference,) = torch.autograd.grad(
         scale * F.cross_entropy((narrow @ weight.bfloat16().T).float(), targets, reduction="sum"), weight
     )
     # Rounding errors cancel in the sum of so many numbers, a wrong factor would not.
-    assert one.square().sum().item() == pytest.approx(other.square().sum().item(), rel=5e-4)
+    assert gradient.square().sum().item() == pytest.approx(reference.square().sum().item(), rel=5e-4)
 
 
-def test_nothing_asked_is_no_loss() -> None:
+def test_no_supervised_token_gives_zero_loss() -> None:
     model, hidden, _ = example(None)
-    found = head_losses(model, hidden, torch.full((ROWS,), IGNORED))
-    found.total.backward()
-    assert (found.total.item(), found.entropy.item()) == (0.0, 0.0)
+    losses = head_losses(model, hidden, torch.full((ROWS,), IGNORED))
+    losses.total.backward()
+    assert (losses.total.item(), losses.entropy.item()) == (0.0, 0.0)
     assert hidden.grad is not None and not hidden.grad.any()

@@ -1,4 +1,4 @@
-"""The loop: gradients weighted by token, runs that go on bit for bit, deadlines, and refusals."""
+"""The loop: gradients weighted by token, runs that resume bit for bit, deadlines, and refusals."""
 
 import json
 import math
@@ -60,24 +60,24 @@ def test_loss_is_the_cross_entropy_of_the_supervised_tokens() -> None:
     assert torch.allclose(loss_sum(model, Batch(batch.tokens, targets)), expected, rtol=1e-6)
 
 
-def test_a_head_made_in_pieces_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, pieces, batch = make_model(), make_model(), batch_of(0)
+def test_a_head_computed_in_chunks_gives_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, chunked, batch = make_model(), make_model(), batch_of(0)
     loss_sum(whole, batch).backward()
     monkeypatch.setattr(head, "LARGEST_LOGITS", 64 * 5)
-    loss_sum(pieces, batch).backward()
-    for (name, a), b in zip(whole.named_parameters(), pieces.parameters(), strict=True):
+    loss_sum(chunked, batch).backward()
+    for (name, a), b in zip(whole.named_parameters(), chunked.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None
         assert torch.allclose(a.grad, b.grad, atol=1e-5), name
 
 
-def test_accumulated_pieces_of_unequal_length_give_the_gradient_of_one_batch(tmp_path: Path) -> None:
+def test_accumulated_micro_batches_of_unequal_length_give_the_gradient_of_one_batch(tmp_path: Path) -> None:
     long, short = batch_of(1, rows=3, width=12), batch_of(2, rows=1, width=4)
     joined_tokens = torch.zeros(4, 12, dtype=torch.long)
     joined_targets = torch.full((4, 12), IGNORE)
     joined_tokens[:3], joined_targets[:3] = long.tokens, long.targets
     joined_tokens[3, :4], joined_targets[3, :4] = short.tokens, short.targets
     results = []
-    for name, batches in (("pieces", [long, short]), ("joined", [Batch(joined_tokens, joined_targets)])):
+    for name, batches in (("micro", [long, short]), ("joined", [Batch(joined_tokens, joined_targets)])):
         model = make_model().double()
         train(model, recipe(3), lambda step, b=batches: b, tmp_path / name, fingerprint="x", title="test")  # type: ignore[misc]
         results.append(weights(model))
@@ -86,7 +86,7 @@ def test_accumulated_pieces_of_unequal_length_give_the_gradient_of_one_batch(tmp
         assert torch.allclose(value, results[1][name], atol=1e-6), name
 
 
-def test_a_piece_without_supervised_tokens_changes_nothing(tmp_path: Path) -> None:
+def test_a_micro_batch_without_supervised_tokens_changes_nothing(tmp_path: Path) -> None:
     empty = Batch(torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), IGNORE))
     a, b = make_model(), make_model()
     train(a, recipe(2), lambda step: [batch_of(step)], tmp_path / "a", fingerprint="x", title="test")
@@ -125,14 +125,16 @@ def run_script(directory: Path, kill_at: int, sign: str = "SIGKILL") -> subproce
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole")
     assert run_script(directory, -1).returncode == 0
     return directory
 
 
 @pytest.mark.parametrize("sign", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(whole: Path, tmp_path: Path, sign: str) -> None:
+def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    whole: Path, tmp_path: Path, sign: str
+) -> None:
     killed = tmp_path / "killed"
     first = run_script(killed, 17, sign)
     assert first.returncode != 0
@@ -157,11 +159,16 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(whole: Path, tmp_path
     assert [step for step, _ in losses(killed)] == list(range(1, 41))
 
 
-def test_a_run_is_not_continued_with_other_settings(tmp_path: Path) -> None:
-    train(make_model(), recipe(2), lambda step: [batch_of(step)], tmp_path, fingerprint="one", title="test")
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    train(make_model(), recipe(2), lambda step: [batch_of(step)], tmp_path, fingerprint="first", title="test")
     with pytest.raises(UserError, match="other data or settings"):
         train(
-            make_model(), recipe(2), lambda step: [batch_of(step)], tmp_path, fingerprint="two", title="test"
+            make_model(),
+            recipe(2),
+            lambda step: [batch_of(step)],
+            tmp_path,
+            fingerprint="second",
+            title="test",
         )
 
 
@@ -181,20 +188,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(t
     assert load_progress(tmp_path / STATE, "x").step == 3  # type: ignore[union-attr]
 
 
-def test_the_best_weights_are_kept_and_measured_where_asked(tmp_path: Path) -> None:
+def test_the_run_is_evaluated_where_requested_and_ends_with_the_best_weights(tmp_path: Path) -> None:
     model = make_model()
-    seen: list[dict[str, torch.Tensor]] = []
+    evaluated: list[dict[str, torch.Tensor]] = []
     script = iter([3.0, 1.0, 2.0])
 
     def evaluate() -> dict[str, float]:
-        seen.append(weights(model))
+        evaluated.append(weights(model))
         return {"loss": next(script)}
 
     trained = train(model, recipe(6, evaluate_every=2), lambda step: [batch_of(step)], tmp_path,
                     fingerprint="x", title="test", evaluate=evaluate, keep_best=True)  # fmt: skip
     assert (trained.best, trained.best_step) == (1.0, 4)
-    assert all(torch.equal(value, seen[1][name]) for name, value in weights(model).items())
-    assert not torch.equal(seen[1]["model.norm.weight"], seen[2]["model.norm.weight"])
+    assert all(torch.equal(value, evaluated[1][name]) for name, value in weights(model).items())
+    assert not torch.equal(evaluated[1]["model.norm.weight"], evaluated[2]["model.norm.weight"])
 
 
 def test_a_state_without_one_of_the_weights_is_refused(tmp_path: Path) -> None:
@@ -214,7 +221,7 @@ def test_a_state_without_one_of_the_weights_is_refused(tmp_path: Path) -> None:
         run(untied, 9)
 
 
-def test_the_update_is_adamw_by_hand(tmp_path: Path) -> None:
+def test_the_update_equals_adamw_by_hand(tmp_path: Path) -> None:
     model = make_model()
     name = "model.layers.0.mlp.up_proj.weight"
     before = weights(model)[name]
@@ -241,7 +248,7 @@ def test_embeddings_and_norms_are_not_decayed(tmp_path: Path) -> None:
     untied.load_state_dict({**before, "lm_head.weight": before["model.embed_tokens.weight"].clone()})
     train(untied, Recipe(Schedule(1, 1, 0), 1e-2, weight_decay=0.5), lambda step: [Batch(unseen, unseen)], tmp_path,
           fingerprint="x", title="test")  # fmt: skip
-    # Token 7 was never seen, so only decay could have changed its embedding.
+    # Token 7 does not occur, so only decay could have changed its embedding.
     assert torch.equal(
         weights(untied)["model.embed_tokens.weight"][7], before["model.embed_tokens.weight"][7]
     )
@@ -260,7 +267,7 @@ def test_a_shortened_schedule_cools_down_to_its_new_end() -> None:
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
 
 
-def test_a_schedule_shortened_in_its_cool_down_goes_on_from_the_rate_it_has() -> None:
+def test_a_schedule_shortened_in_its_cool_down_continues_from_its_current_rate() -> None:
     schedule = Schedule(steps=100, warmup=5, cooldown=90)
     shorter = schedule.ending(step=60, remaining=20, planned=schedule)
     assert shorter.steps == 80
@@ -270,7 +277,7 @@ def test_a_schedule_shortened_in_its_cool_down_goes_on_from_the_rate_it_has() ->
 
 
 @pytest.mark.parametrize(("cut_at", "back_at"), [(50, 60), (300, 400)])
-def test_a_schedule_that_was_cut_comes_back_from_the_rate_it_has(cut_at: int, back_at: int) -> None:
+def test_a_shortened_schedule_grows_again_from_its_current_rate(cut_at: int, back_at: int) -> None:
     planned = Schedule(steps=1000, warmup=10, cooldown=800)
     cut = planned.ending(step=cut_at, remaining=400, planned=planned)
     back = cut.ending(step=back_at, remaining=5000, planned=planned)
@@ -280,7 +287,7 @@ def test_a_schedule_that_was_cut_comes_back_from_the_rate_it_has(cut_at: int, ba
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.03
 
 
-def test_a_run_that_was_slow_for_a_while_uses_the_time_it_has(
+def test_a_run_that_was_slow_for_a_while_uses_its_remaining_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -294,11 +301,11 @@ def test_a_run_that_was_slow_for_a_while_uses_the_time_it_has(
     trained = train(
         make_model(), recipe(100, deadline=100.0), batches, tmp_path, fingerprint="x", title="test"
     )
-    # 10 slow steps take 40 seconds; 60 more fit. Cut at the first judgement, it would end with 25.
+    # 10 slow steps take 40 seconds; 60 more fit. With the first shortened schedule it would end after 25.
     assert 94.0 <= trained.seconds <= 100.0 and trained.shortened
 
 
-def test_a_run_that_is_late_ends_near_its_deadline(
+def test_a_late_run_ends_near_its_deadline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
@@ -319,7 +326,7 @@ def test_a_run_that_is_late_ends_near_its_deadline(
     assert rates[-1] < 0.15 * max(rates), "a shortened run still cools down"
 
 
-def test_sigint_is_left_to_python_outside_a_run(tmp_path: Path) -> None:
+def test_python_handles_sigint_outside_a_run(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     train(make_model(), recipe(1), lambda step: [batch_of(step)], tmp_path, fingerprint="x", title="test")
     assert signal.getsignal(signal.SIGINT) is before

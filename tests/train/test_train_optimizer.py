@@ -1,4 +1,4 @@
-"""Muon against its definition by singular values, AdamW's groups, and what a resumed run remembers."""
+"""Muon against its definition by singular values, AdamW's groups, and the state of a resumed run."""
 
 import numpy as np
 import pytest
@@ -19,17 +19,17 @@ def test_the_orthogonalised_matrix_is_near_the_polar_factor(
     matrix = torch.randn(shape) * 1e-3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     polar = left @ right
-    found = orthogonalized(matrix, dtype=dtype).float()
-    values = torch.linalg.svdvals(found)
+    result = orthogonalized(matrix, dtype=dtype).float()
+    values = torch.linalg.svdvals(result)
     assert values.min() > 0.7 and values.max() < 1.25
-    assert float((found - polar).norm() / polar.norm()) < 0.21, "what the polynomials leave"
+    assert float((result - polar).norm() / polar.norm()) < 0.21, "the error of the polynomials"
 
 
 def test_each_polynomial_is_as_near_to_one_as_can_be_on_what_is_left() -> None:
-    """The coefficients against a linear program that knows nothing of how they were found."""
-    least, most = 0.003, 1.0
+    """Compare the coefficients with the solution of a linear program, an independent derivation."""
+    low, high = 0.003, 1.0
     for coefficients in POLAR:
-        x = np.concatenate([np.geomspace(least, most, 1500), np.linspace(least, most, 1500)])
+        x = np.concatenate([np.geomspace(low, high, 1500), np.linspace(low, high, 1500)])
         powers, ones = np.stack([x, x**3, x**5], axis=1), np.ones((len(x), 1))
         solved = linprog(
             [0, 0, 0, 1],
@@ -39,7 +39,7 @@ def test_each_polynomial_is_as_near_to_one_as_can_be_on_what_is_left() -> None:
         )
         error = float(np.abs(1 - powers @ np.array(coefficients)).max())
         assert error == pytest.approx(solved.x[3], rel=1e-3)
-        least, most = 1 - error, 1 + error
+        low, high = 1 - error, 1 + error
     assert error < 0.2
 
 
@@ -73,7 +73,7 @@ def test_two_steps_of_muon_by_hand() -> None:
 
 
 def test_two_steps_with_rows_made_even_by_hand() -> None:
-    """NorMuon as its paper writes it, but for the length, which stays that of the orthogonal matrix."""
+    """NorMuon as in its paper, except that the update keeps the length of the orthogonal matrix."""
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(12, 6))
     expected, gradients = parameter.detach().clone(), [torch.randn(12, 6) for _ in range(2)]
@@ -141,35 +141,35 @@ def test_each_group_moves_at_its_own_rate() -> None:
     assert update.max() < 0.01
 
 
-def test_a_state_put_back_goes_on_exactly() -> None:
-    one, other = named(), named()
-    first, second = Optimizer(one, RATES), Optimizer(other, RATES)
+def test_a_restored_state_continues_exactly() -> None:
+    original, resumed = named(), named()
+    first, second = Optimizer(original, RATES), Optimizer(resumed, RATES)
     for seed in range(3):
-        step(one, first, seed)
+        step(original, first, seed)
     with torch.no_grad():
-        for name, parameter in other.items():
-            parameter.copy_(one[name])
+        for name, parameter in resumed.items():
+            parameter.copy_(original[name])
     second.load_state({name: value.clone() for name, value in first.state().items()})
     for seed in range(3, 6):
-        step(one, first, seed)
-        step(other, second, seed)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+        step(original, first, seed)
+        step(resumed, second, seed)
+    assert all(torch.equal(original[name], resumed[name]) for name in original)
 
 
 def test_more_threads_give_the_same_update() -> None:
-    one, other = named(), named()
-    step(one, Optimizer(one, RATES), 0)
-    step(other, Optimizer(other, RATES, threads=2), 0)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    single, double = named(), named()
+    step(single, Optimizer(single, RATES), 0)
+    step(double, Optimizer(double, RATES, threads=2), 0)
+    assert all(torch.equal(single[name], double[name]) for name in single)
 
 
 def test_adamw_is_torchs_own() -> None:
     mine, theirs = named(), named()
     optimizer = Optimizer(mine, Rates("adamw", 0.01, weight_decay=0.1))
     matrices = [p for n, p in theirs.items() if p.dim() == 2 and "embed" not in n]
-    others = [p for n, p in theirs.items() if p.dim() == 1 or "embed" in n]
+    undecayed = [p for n, p in theirs.items() if p.dim() == 1 or "embed" in n]
     reference = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.1}, {"params": undecayed, "weight_decay": 0.0}],
         lr=0.01, betas=(0.9, 0.95),
     )  # fmt: skip
     for seed in range(3):
@@ -186,7 +186,7 @@ def test_adamw_is_torchs_own() -> None:
 def test_the_written_out_step_is_the_same(
     shape: tuple[int, int], row_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step of `train.cpu.muon` against the one by PyTorch's operations, which the tests above check."""
+    """Compare the step of `train.cpu.muon` with the step by PyTorch's operations, which the tests above check."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     gradients = [torch.randn(shape, generator=generator) * 10.0**power for power in (-6, 0, 3)]
@@ -200,8 +200,10 @@ def test_the_written_out_step_is_the_same(
             muon.step()
         moved.append(parameter.detach() - start)
         states.append(muon.state[parameter])
-    assert float((moved[1] - moved[0]).norm() / moved[0].norm()) < 0.02, "but for roundings to bfloat16"
-    assert states[0].keys() == states[1].keys(), "either goes on from the other's state"
+    assert float((moved[1] - moved[0]).norm() / moved[0].norm()) < 0.02, (
+        "equal except for rounding to bfloat16"
+    )
+    assert states[0].keys() == states[1].keys(), "each can resume from the other's state"
     for name, value in states[0].items():
         assert states[1][name].shape == value.shape
         torch.testing.assert_close(states[1][name], value, rtol=0.1, atol=1e-3 * float(value.abs().max()))
@@ -212,11 +214,11 @@ def test_written_out_polynomials_act_on_singular_values(shape: tuple[int, int]) 
     left, _, right = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     values = torch.linspace(0.02, 1, min(shape), dtype=torch.float64)
     matrix = ((left * values) @ right).bfloat16()
-    found = orthogonal(matrix.view(torch.uint16).numpy().copy(), np.array(POLAR[:2], np.float32))
+    result = orthogonal(matrix.view(torch.uint16).numpy().copy(), np.array(POLAR[:2], np.float32))
     for a, b, c in POLAR[:2]:
         values = a * values + b * values**3 + c * values**5
     expected = (left * values) @ right
-    error = (torch.from_numpy(found).view(torch.bfloat16).double() - expected).norm()
+    error = (torch.from_numpy(result).view(torch.bfloat16).double() - expected).norm()
     assert float(error / expected.norm()) < 0.03, (
-        "but for roundings, which the first polynomial makes eight times as large"
+        "equal except for rounding errors, which the first polynomial multiplies by eight"
     )

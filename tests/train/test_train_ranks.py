@@ -1,4 +1,4 @@
-"""Two processes train what one does: gradients added, weights shared, checkpoints for any number of them."""
+"""Two processes train like one: summed gradients, sharded weights, checkpoints for any number of processes."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def port() -> str:
 
 
 def launch(count: int, directory: Path, parallel: str, kind: str, stop_at: int = 0) -> list[int]:
-    """Run ``count`` processes as torchrun does; their exit codes."""
+    """Run ``count`` processes like torchrun and return their exit codes."""
     directory.mkdir(exist_ok=True)
     (directory.parent / "script.py").write_text(SCRIPT)
     common = {
@@ -109,10 +109,10 @@ def launch(count: int, directory: Path, parallel: str, kind: str, stop_at: int =
     ]
     codes = []
     for child in children:
-        _, said = child.communicate(timeout=120)
+        _, errors = child.communicate(timeout=120)
         codes.append(child.returncode)
         if child.returncode and not stop_at:
-            raise AssertionError(said.decode()[-3000:])
+            raise AssertionError(errors.decode()[-3000:])
     return codes
 
 
@@ -134,19 +134,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("parallel", "kind"), [("ddp", "muon"), ("fsdp", "muon")])
-def test_two_processes_follow_the_losses_of_one(
+def test_two_processes_have_the_losses_of_one(
     parallel: str, kind: str, alone: dict[str, Path], tmp_path: Path
 ) -> None:
     launch(2, tmp_path / "two", parallel, kind)
     ours, theirs = losses(tmp_path / "two"), losses(alone[kind])
     assert len(ours) == len(set(ours)) == STEPS
     assert ours == pytest.approx(theirs, rel=2e-5)
-    one, two = weights(alone[kind]), weights(tmp_path / "two")
-    assert set(one) == set(two)
-    for name, value in one.items():
-        # Rounding of sums in another order, over twelve steps; Muon's products are bfloat16 by default.
-        assert torch.allclose(value, two[name], atol=2e-3), name
-    # Only the first writes: a line a step and one a measurement.
+    expected, result = weights(alone[kind]), weights(tmp_path / "two")
+    assert set(expected) == set(result)
+    for name, value in expected.items():
+        # Twelve steps of sums rounded in another order; Muon's products are bfloat16 by default.
+        assert torch.allclose(value, result[name], atol=2e-3), name
+    # Only the first process writes: a line per step and a line per evaluation.
     assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == STEPS + 3
 
 
@@ -154,7 +154,7 @@ def test_two_processes_follow_the_losses_of_one(
     ("parallel", "kind", "before", "after"),
     [("fsdp", "muon", 2, 1), ("fsdp", "adamw", 1, 2)],
 )
-def test_a_stopped_run_goes_on_with_another_number_of_processes(
+def test_a_stopped_run_resumes_with_another_number_of_processes(
     parallel: str, kind: str, before: int, after: int, alone: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
         assert torch.allclose(value, weights(run)[name], atol=2e-3), name
 
 
-def test_a_sharded_checkpoint_stays_until_the_next_one_is_whole(
+def test_a_sharded_checkpoint_stays_until_the_next_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Transformer(network(1, 32, 96, 32))
@@ -176,7 +176,7 @@ def test_a_sharded_checkpoint_stays_until_the_next_one_is_whole(
     optimizer = Optimizer(parameters, Rates("adamw", 1e-2))
     state, progress = ShardedState(tmp_path, Ranks()), RunProgress("x", step=3)
     state.save(progress, parameters, optimizer, None)
-    kept = {name: value.detach().clone() for name, value in parameters.items()}
+    saved = {name: value.detach().clone() for name, value in parameters.items()}
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -189,20 +189,20 @@ def test_a_sharded_checkpoint_stays_until_the_next_one_is_whole(
         for step in (3, 4):  # the same step again, as at the end of a run; a later one
             with pytest.raises(UserError, match=r"cannot write .* No space left on device"):
                 state.save(RunProgress("x", step=step), parameters, optimizer, None)
-    found = ShardedState(tmp_path, Ranks())
-    assert found.progress("x") == progress
-    found.load(parameters, optimizer)
-    assert all(torch.equal(value, kept[name]) for name, value in parameters.items())
+    restored = ShardedState(tmp_path, Ranks())
+    assert restored.progress("x") == progress
+    restored.load(parameters, optimizer)
+    assert all(torch.equal(value, saved[name]) for name, value in parameters.items())
 
     for _ in range(3):
-        found.save(progress, parameters, optimizer, None)
-        found = ShardedState(tmp_path, Ranks())
-        assert found.progress("x") == progress
-        found.load(parameters, optimizer)
+        restored.save(progress, parameters, optimizer, None)
+        restored = ShardedState(tmp_path, Ranks())
+        assert restored.progress("x") == progress
+        restored.load(parameters, optimizer)
     (directory,) = tmp_path.glob("state-*")
     next(directory.glob("*.distcp")).unlink()
     with pytest.raises(UserError, match=r"can't be read .* delete .*state\.json"):
-        found.load(parameters, optimizer)
+        restored.load(parameters, optimizer)
     (directory / ".metadata").write_bytes(b"")
     with pytest.raises(UserError, match="can't be read"):
-        found.load(parameters, optimizer)
+        restored.load(parameters, optimizer)

@@ -47,7 +47,7 @@ class Autograd:
 
 
 def gradients_of(model: Transformer, threads: int, z_weight: float = 0.0) -> Gradients:
-    """Return the fastest way to compute this network's gradients: the written-out passes where they support it."""
+    """Return the fastest way to compute the network's gradients: the written-out passes where supported."""
     from tercet.train.cpu.support import supports
 
     if not supports(model):

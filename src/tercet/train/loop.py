@@ -313,8 +313,8 @@ class _Run:
         if self.skipped_in_a_row == MAX_SKIPPED:
             checkpoint = self.state.path if self.state.path.is_file() else "none yet"
             raise UserError(
-                f"skipped {self.skipped_in_a_row} steps in a row, the last (step {progress.step + 1}) because "
-                f"{fault}; the last good checkpoint: {checkpoint}; start again with a lower `learning_rate`"
+                f"skipped {self.skipped_in_a_row} steps in a row, the last (step {progress.step + 1}) "
+                f"because {fault}; the last good checkpoint: {checkpoint}; restart with a lower `learning_rate`"
             )
         return fault
 
@@ -344,8 +344,8 @@ class _Run:
         if not progress.shortened:
             say(
                 f"{self.title}: the machine is slower than when it was measured; ending near step "
-                f"{schedule.steps} instead of {self.schedule.steps} to meet the deadline, so a rerun may give "
-                f"other numbers"
+                f"{schedule.steps} instead of {self.schedule.steps} to meet the deadline, so a rerun may "
+                f"give other numbers"
             )
         progress.shortened = True
         self.schedule = schedule

@@ -13,12 +13,12 @@ from tercet.data.batches import IGNORED
 from tercet.model.transformer import Transformer, attends_by_document
 from tercet.train.head import Losses, head_losses
 
-# cuBLAS chooses its algorithms by the size of its workspace, which is fixed at the first product. Always use the
-# same size (8 buffers of 4096 KiB), so that a resumed run makes the same choices.
+# cuBLAS chooses its algorithms by the size of its workspace, which is fixed at the first product. Always use
+# the same size (8 buffers of 4096 KiB), so that a resumed run makes the same choices.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# On a GPU, from this share of supervised tokens on, compute the logits of all tokens: the unsupervised ones cost
-# less than selecting the others.
+# On a GPU, from this share of supervised tokens on, compute the logits of all tokens: the other logits cost
+# less than selecting the supervised tokens.
 NEARLY_ALL = 0.9
 
 
@@ -53,7 +53,7 @@ class Batch:
 
     @property
     def document_begins(self) -> Tensor:
-        """[D + 1] int32: the start of each of the D documents in the concatenated rows; the last entry is B * T."""
+        """[D + 1] int32: the start of each of D documents in the concatenated rows, and B * T."""
         rows, time = self.tokens.shape
         if self.segments is None:
             return torch.arange(0, (rows + 1) * time, time, dtype=torch.int32)

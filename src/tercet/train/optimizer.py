@@ -1,9 +1,9 @@
 """Muon for the matrices of the blocks, AdamW for everything else.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that every
-direction of it moves by the same amount. Its rows, each what one neuron reads, come out unequally long;
-NorMuon (Li et al. 2025, arXiv:2510.05491) divides each by its own recent length. AdamW gives each single
-weight a rate of its own, which suits embeddings and norms better.
+singular direction moves by the same amount. The rows of the result, each the input weights of a neuron,
+differ in length; NorMuon (Li et al. 2025, arXiv:2510.05491) divides each row by its recent length. AdamW
+gives every weight its own rate, which suits embeddings and norms better.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from torch import Tensor, nn
 
 Kind = Literal["muon", "adamw"]
 
-# Coefficients of the odd polynomials a x + b x^3 + c x^5, applied one after the other, that bring singular
-# values from [0.003, 1] to 1 fastest: each is as near to 1 as can be on what the one before it left (Amsel
-# et al. 2025, "The Polar Express", arXiv:2505.16932, section 3). Four leave them within 20% of 1; five, from
-# [0.001, 1], gave no better model.
+# Coefficients of odd polynomials a x + b x^3 + c x^5 that, applied in turn, bring singular values from
+# [0.003, 1] to 1 fastest: each is the best approximation of 1 on the range that the previous one maps to
+# (Amsel et al. 2025, "The Polar Express", arXiv:2505.16932, section 3). After four, singular values are
+# within 20% of 1; five, for [0.001, 1], gave no better model.
 POLAR = (
     (8.38367471, -24.76591216, 18.35708709),
     (4.04342046, -3.01140508, 0.56951217),
     (3.50557077, -2.62665419, 0.52571949),
     (2.49011582, -1.83427497, 0.4368347),
 )
-# Weights that are orthogonalised in one call at most: their copies take some 100 MB, and on a GPU 1 GB.
-TOGETHER = {"cpu": 1 << 24, "cuda": 1 << 27}
-SAFETY = 1.01  # bfloat16 may round a singular value to above 1, where the polynomials diverge
+# Largest number of weights orthogonalised in one call: their copies take some 100 MB, and on a GPU 1 GB.
+WEIGHTS_PER_CALL = {"cpu": 1 << 24, "cuda": 1 << 27}
+SAFETY = 1.01  # bfloat16 may round a singular value up past 1, where the polynomials diverge
 
 
 def orthogonalized(matrices: Tensor, steps: int = len(POLAR), dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The orthogonal matrix nearest to each of ``matrices`` [..., R, C], roughly: singular values become about 1.
+    """Return an approximation of the nearest orthogonal matrices: singular values become about 1.
 
-    dtype: of the products; bfloat16 is exact enough, since no digit of the result beyond the first matters.
+    Args:
+        matrices: [..., R, C].
+        steps: Number of polynomials applied.
+        dtype: Type of the matrix products; bfloat16 is exact enough, since only the first digit of the
+            result matters.
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = (matrices if wide else matrices.mT).to(dtype)
@@ -54,14 +58,22 @@ def _coefficients(steps: int) -> list[tuple[float, float, float]]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal. For parameters with two dimensions.
+    """The Muon optimizer: orthogonalised momentum, for parameters with two dimensions.
 
-    lr is the spectral norm of an update of a square matrix; a tall one [R, C] moves sqrt(R / C) times
-    as far, so that outputs change alike. Weight decay is decoupled.
+    ``lr`` is the spectral norm of the update of a square matrix. A tall matrix [R, C] moves sqrt(R / C) times
+    as far, so that outputs change equally. Weight decay is decoupled.
 
-    row_decay: how much of the rows' mean squares is kept from step to step. Each row is divided by the root
-        of its own, and the whole made as long again as it was (NorMuon). 0: rows stay as they are.
-    threads: matrices are shared out among so many. dtype: of the products.
+    Args:
+        parameters: Matrices to optimize.
+        lr: Learning rate.
+        momentum: Decay of the gradients' running mean; the update is Nesterov's.
+        weight_decay: Decoupled weight decay.
+        steps: Polynomials of `orthogonalized`.
+        dtype: Type of the matrix products.
+        threads: On a CPU, the matrices are distributed over this many threads.
+        row_decay: Decay of the rows' running mean squares. Each row is divided by the root of its own mean
+            square, then the whole update is rescaled to its former length (NorMuon). 0: rows stay as they
+            are.
     """
 
     def __init__(
@@ -77,8 +89,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "row_decay": row_decay}
         super().__init__(parameters, settings)
-        on_cpu = all(one.device.type == "cpu" for group in self.param_groups for one in group["params"])
-        threads = threads if on_cpu else 1  # a GPU does all of a batch at once
+        on_cpu = all(p.device.type == "cpu" for group in self.param_groups for p in group["params"])
+        threads = threads if on_cpu else 1  # a GPU computes a whole batch at once
         self.steps, self.dtype, self._threads = steps, dtype, threads
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
         if any(self._by_pairs(parameter) for group in self.param_groups for parameter in group["params"]):
@@ -87,33 +99,37 @@ class Muon(torch.optim.Optimizer):
             prepare()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update the parameters that have a gradient; ``closure`` is not called."""
         for group in self.param_groups:
 
             def update(work: list[nn.Parameter] | nn.Parameter, group: dict[str, Any] = group) -> None:
                 if self._pool is not None and torch.get_num_threads() != 1:
-                    torch.set_num_threads(1)  # of this thread
+                    torch.set_num_threads(1)  # for this worker thread
                 with torch.no_grad():
                     if isinstance(work, nn.Parameter):
                         self._update_by_pairs(work, group)
                     else:
                         self._update(work, group)
 
-            alone: list[nn.Parameter] = []
-            together: list[nn.Parameter] = []
+            single: list[nn.Parameter] = []
+            batched: list[nn.Parameter] = []
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    (alone if self._by_pairs(parameter) else together).append(parameter)
-            alone.sort(key=lambda parameter: -parameter.numel())  # so that threads end together
-            work: list[list[nn.Parameter] | nn.Parameter] = [*_alike(together, self._threads), *alone]
+                    (single if self._by_pairs(parameter) else batched).append(parameter)
+            single.sort(key=lambda parameter: -parameter.numel())  # so that threads end at the same time
+            work: list[list[nn.Parameter] | nn.Parameter] = [
+                *_batches_by_shape(batched, self._threads),
+                *single,
+            ]
             if self._pool is None:
-                for one in work:
-                    update(one)
+                for item in work:
+                    update(item)
             else:
                 list(self._pool.map(update, work))
         return None
 
     def _by_pairs(self, parameter: nn.Parameter) -> bool:
-        """Whether the written-out products of a training step on a CPU are the fastest for it as well."""
+        """Return whether the CPU kernels of the training step are the fastest for this parameter, too."""
         if (
             self.dtype != torch.bfloat16
             or parameter.device.type != "cpu"
@@ -126,25 +142,25 @@ class Muon(torch.optim.Optimizer):
         return plain and isinstance(products_for(self.dtype, parameter.shape), PairedProducts)
 
     def _update_by_pairs(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """As `_update` for one parameter, each number read and written once where memory is slow."""
+        """Update one parameter as `_update` does, but read and write each number in slow memory only once."""
         from tercet.train.cpu.muon import direction, move, row_squares
 
         state, (rows, columns) = self.state[parameter], parameter.shape
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         gradient = cast(Tensor, parameter.grad).contiguous()
-        found = direction(gradient, state["momentum"], group["momentum"], SAFETY, _coefficients(self.steps))
+        update = direction(gradient, state["momentum"], group["momentum"], SAFETY, _coefficients(self.steps))
         factors = torch.ones(1, rows)
         if group["row_decay"]:
             squares = torch.empty(1, rows)
-            row_squares(found, squares[0].numpy())
+            row_squares(update, squares[0].numpy())
             factors = self._row_factors([parameter], squares, columns, group["row_decay"])
         factors *= -group["lr"] * max(1.0, rows / columns) ** 0.5
         shrink = np.float32(1 - group["lr"] * group["weight_decay"])
-        move(parameter.detach().numpy(), found, factors[0].numpy(), shrink)
+        move(parameter.detach().numpy(), update, factors[0].numpy(), shrink)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Move parameters of one shape: small matrices cost as much in calls as in arithmetic, one by one."""
+        """Update parameters of one shape together: for small matrices, calls cost as much as arithmetic."""
         weights: list[Tensor] = list(parameters)
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         for parameter in parameters:
@@ -155,9 +171,9 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
         rows, columns = parameters[0].shape
         size = -group["lr"] * max(1.0, rows / columns) ** 0.5
-        # A sharded matrix: every process orthogonalises the whole of it and keeps its own rows. That costs
-        # each the time one process would take, and no second exchange.
-        whole = torch.stack([one.full_tensor() if hasattr(one, "full_tensor") else one for one in ahead])
+        # Of a sharded matrix every process orthogonalises the whole and keeps its own rows. That costs each
+        # process the time of a single one, but needs no second exchange.
+        whole = torch.stack([p.full_tensor() if hasattr(p, "full_tensor") else p for p in ahead])
         directions = orthogonalized(whole, self.steps, self.dtype).to(whole.dtype)
         if group["row_decay"]:
             norms = torch.linalg.vector_norm(directions, dim=2, dtype=torch.float32)
@@ -166,7 +182,7 @@ class Muon(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         moves = [
-            _shared_like(direction, parameter) if hasattr(parameter, "full_tensor") else direction
+            _shard_like(direction, parameter) if hasattr(parameter, "full_tensor") else direction
             for parameter, direction in zip(parameters, directions.unbind(), strict=True)
         ]
         torch._foreach_add_(weights, moves, alpha=size)
@@ -174,23 +190,23 @@ class Muon(torch.optim.Optimizer):
     def _row_factors(
         self, parameters: list[nn.Parameter], squares: Tensor, columns: int, decay: float
     ) -> Tensor:
-        """[P, R]: what each row of a direction is multiplied by, whose squares sum up to ``squares`` [P, R].
+        """Return [P, R] the factors of the rows of P directions, from the rows' squared norms [P, R].
 
-        The mean squares begin at zero and are not corrected for it: what is common to all rows cancels.
+        The running mean squares start at zero without bias correction: a factor common to all rows cancels.
         """
         for parameter, square in zip(parameters, squares, strict=True):
             if "row_square" not in self.state[parameter]:
                 self.state[parameter]["row_square"] = torch.zeros_like(square)
-        kept = [self.state[parameter]["row_square"] for parameter in parameters]
-        torch._foreach_lerp_(kept, (squares / columns).unbind(), 1 - decay)
-        factors = 1 / (torch.stack(kept).sqrt() + 1e-8)
+        means = [self.state[parameter]["row_square"] for parameter in parameters]
+        torch._foreach_lerp_(means, (squares / columns).unbind(), 1 - decay)
+        factors = 1 / (torch.stack(means).sqrt() + 1e-8)
         before, after = squares.sum(1), (squares * factors.square()).sum(1)
         length: Tensor = (before / (after + 1e-20)).sqrt()
         return factors * length[:, None]
 
 
-def _shared_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """The part of ``whole``, which every process holds, that ``parameter``'s shard has."""
+def _shard_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return this process's shard of ``whole``, distributed like ``parameter``."""
     from torch.distributed.tensor import DTensor, Replicate
 
     assert isinstance(parameter, DTensor)
@@ -200,37 +216,39 @@ def _shared_like(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     )
 
 
-def _alike(parameters: Sequence[nn.Parameter], threads: int) -> list[list[nn.Parameter]]:
-    """Parameters of one shape together, a share for each thread, in an order that is always the same."""
+def _batches_by_shape(parameters: Sequence[nn.Parameter], threads: int) -> list[list[nn.Parameter]]:
+    """Group parameters of one shape, split over the threads, in a fixed order."""
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
         by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
-    found = []
+    batches = []
     for (rows, columns), members in by_shape.items():
-        most = max(1, TOGETHER.get(members[0].device.type, TOGETHER["cpu"]) // (rows * columns))
-        size = min(most, -(-len(members) // threads))
-        found += [members[begin : begin + size] for begin in range(0, len(members), size)]
-    return found
+        limit = max(
+            1, WEIGHTS_PER_CALL.get(members[0].device.type, WEIGHTS_PER_CALL["cpu"]) // (rows * columns)
+        )
+        size = min(limit, -(-len(members) // threads))
+        batches += [members[begin : begin + size] for begin in range(0, len(members), size)]
+    return batches
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak rates per optimizer step, and what goes with them."""
+    """Peak rates per optimizer step, and the optimizers' other settings."""
 
     kind: Kind
-    matrices: float  # of the blocks: Muon's, or AdamW's
-    embedding: float | None = None  # AdamW's; None: as matrices
-    head: float | None = None  # where it is not the embedding; None: as the embedding
-    vectors: float | None = None  # norms and biases; None: as matrices
+    matrices: float  # rate of the blocks' matrices: Muon's, or AdamW's
+    embedding: float | None = None  # AdamW's; None: as ``matrices``
+    head: float | None = None  # of a head that is not the embedding; None: as ``embedding``
+    vectors: float | None = None  # of norms and biases; None: as ``matrices``
     weight_decay: float = 0.1  # on matrices
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.95  # Muon's
     row_decay: float = 0.95  # Muon's
-    polar_steps: int = len(POLAR)
+    polar_steps: int = len(POLAR)  # Muon's polynomials
 
 
 class Optimizer:
-    """One or two of PyTorch's optimizers, whose rates follow one schedule."""
+    """One or two PyTorch optimizers whose rates follow one schedule."""
 
     def __init__(
         self,
@@ -274,23 +292,24 @@ class Optimizer:
             for name, members in groups.items()
         ]
         if settings:
-            # AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); norms, biases and embeddings are not decayed.
+            # AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Norms, biases and embeddings do not decay.
             self.parts.append(torch.optim.AdamW(settings, betas=rates.betas, fused=True))
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
     def step(self, rate: float) -> None:
-        """One update at ``rate`` times the peak rates."""
+        """Update the parameters at ``rate`` times the peak rates."""
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate
             part.step()
 
     def zero_grad(self) -> None:
+        """Discard all gradients."""
         for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything it remembers, as ``MOMENT:PARAMETER``."""
+        """Return all moments, by ``MOMENT:PARAMETER``."""
         return {
             f"{moment}:{self.names[parameter]}": value
             for part in self.parts
@@ -299,7 +318,7 @@ class Optimizer:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Remember what `state` gave."""
+        """Restore the moments that `state` returned."""
         owners = {
             self.names[parameter]: (part, parameter)
             for part in self.parts
@@ -321,9 +340,9 @@ def _group(name: str, parameter: nn.Parameter) -> str:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
-    """Scale all gradients together so that their norm is at most ``largest``; the norm they had."""
-    norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
-    found = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if found > largest:  # else they are left alone, which saves reading and writing all of them
+    """Scale all gradients by one factor to a total norm of at most ``largest``; return the norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    total = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if total > largest:  # otherwise skip the call, which would read and write all gradients
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return found
+    return total

@@ -44,7 +44,7 @@ class Ranks:
         return self.rank == 0
 
     def workers(self, on_gpu: bool) -> int:
-        """Return how many units train in parallel, each at the speed measured for one: GPUs, or whole machines."""
+        """Return how many GPUs, or else machines, train in parallel, each at the speed measured for one."""
         return self.size if on_gpu else self.machines
 
     def device(self, name: str | None) -> torch.device:
@@ -83,7 +83,7 @@ class Ranks:
         return stops > 0, clock, saves > 0
 
     def first_then_all(self, action: Callable[[], T]) -> T:
-        """Run ``action`` in the first process, then in the others, which find on disk what the first one wrote.
+        """Run ``action`` in the first process, then in the others, which find the first one's files.
 
         Raises:
             UserError: In the other processes, where the first one failed.
