@@ -14,8 +14,9 @@ from tercet.engine.grammar import Grammar
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
 from tercet.model.tokenizer import Tokenizer
+from tercet.serve.tools.answer import Answer, gather
 from tercet.serve.tools.formats import ToolFormat, tool_format
-from tercet.serve.tools.parser import Answer, ToolParser, gather
+from tercet.serve.tools.parser import ToolParser
 
 SPECIAL = {
     "hermes": ("<tool_call>", "</tool_call>"),

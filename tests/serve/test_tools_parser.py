@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
+from tercet.serve.tools.answer import Answer, CallDelta, Piece, gather
 from tercet.serve.tools.formats import ToolFormat
-from tercet.serve.tools.parser import Answer, CallDelta, Piece, ToolParser, gather
+from tercet.serve.tools.parser import ToolParser
 
 NAMES = ("weather", "f")
 FORMS = {

@@ -10,7 +10,9 @@ import tool_templates as templates
 
 from tercet.engine.grammar import Grammar
 from tercet.serve.errors import APIError
-from tercet.serve.tools.binding import MAX_TOOLS, Wanted, plan_tools, read_tools, template_messages
+from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.plan import plan_tools
+from tercet.serve.tools.request import MAX_TOOLS, ToolRequest, read_tools
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 HERMES = templates.tokenizer_with(templates.HERMES)
@@ -301,4 +303,4 @@ def test_what_a_model_writes_comes_back_to_it_as_it_was() -> None:
 
 
 def test_wanted_defaults_are_those_of_a_request_that_says_nothing() -> None:
-    assert read_tools(None) == Wanted()
+    assert read_tools(None) == ToolRequest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -71,6 +71,38 @@ class APIError(Exception):
         return Response(
             json.dumps(self.body()), self.status, headers=self.headers, media_type="application/json"
         )
+
+
+# Codes of a 400
+BAD_SCHEMA = "invalid_function_parameters"
+UNSUPPORTED = "unsupported_parameter"
+
+
+def invalid_value(param: str, problem: str, code: str = "invalid_value") -> APIError:
+    """Return the 400 for a parameter with a wrong value: ``problem`` completes the sentence "PARAM ..."."""
+    return APIError(400, f"{param} {problem}", param=param, code=code)
+
+
+def missing_parameter(param: str) -> APIError:
+    """Return the 400 for a parameter that is missing."""
+    return APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
+
+
+def unknown_parameter(param: str) -> APIError:
+    """Return the 400 for a parameter that this server does not know."""
+    return APIError(400, f"{param} is not a known parameter", param=param, code="unknown_parameter")
+
+
+def unsupported(param: str, reason: str) -> APIError:
+    """Return the 400 for a parameter that would change the output and is not supported."""
+    return APIError(400, f"{param} is not supported: {reason}", param=param, code=UNSUPPORTED)
+
+
+def check_keys(entry: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raise APIError 400 for the first key of ``entry`` that is not ``known``."""
+    for name in entry:
+        if name not in known:
+            raise unknown_parameter(f"{where}.{name}")
 
 
 class Disconnected(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 from tercet.engine.request import Completion, Usage
 from tercet.engine.text import TokenBytes
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.tools.parser import Piece
+from tercet.serve.tools.answer import Piece
 
 Json = dict[str, Any]
 

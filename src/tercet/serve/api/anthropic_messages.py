@@ -27,7 +27,7 @@ from tercet.serve.api.typed_events import Events, encode, encoded, to_the_end
 from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
-from tercet.serve.tools.binding import ToolPlan, plan_tools
+from tercet.serve.tools.plan import ToolPlan, plan_tools
 
 # https://docs.anthropic.com/en/api/errors
 _TYPES = {

@@ -15,10 +15,10 @@ from pydantic import Field
 from tercet.engine.grammar import Grammar
 from tercet.engine.request import Sampling
 from tercet.serve.api.chat_messages import PART_SEPARATOR
-from tercet.serve.api.fields import SMALLEST_TOP_P, Body
+from tercet.serve.api.fields import SMALLEST_TOP_P, Body, string_field
 from tercet.serve.api.response_format import checked_schema
-from tercet.serve.errors import APIError
-from tercet.serve.tools.binding import Wanted, check_distinct, check_named, make_function
+from tercet.serve.errors import invalid_value
+from tercet.serve.tools.request import ToolRequest, check_distinct, check_named, make_function
 
 Json = dict[str, Any]
 _TOOL_KEYS = (
@@ -95,26 +95,28 @@ class CountRequest(Body):
                 _join(one, found)
         if found[-1]["role"] == "assistant":
             # Generating after it would be another answer, not the rest of this one.
-            raise _wrong(
+            raise invalid_value(
                 f"messages.{len(self.messages) - 1}.role",
                 "is assistant; beginnings of answers (prefill) can't be continued here, so that the last "
                 "message must be the user's",
             )
         return found
 
-    def wanted(self) -> Wanted:
+    def wanted(self) -> ToolRequest:
         """The tools and how they may be called."""
         functions = []
         for number, tool in enumerate(self.tools or []):
             where = f"tools.{number}"
             if tool.get("type") not in (None, "custom"):
-                raise _wrong(f"{where}.type", f"is {tool['type']!r:.60}; only tools of your own can be used")
+                raise invalid_value(
+                    f"{where}.type", f"is {tool['type']!r:.60}; only tools of your own can be used"
+                )
             for key in tool:
                 if key not in _TOOL_KEYS and tool[key]:
-                    raise _wrong(f"{where}.{key}", "is not supported here")
+                    raise invalid_value(f"{where}.{key}", "is not supported here")
             schema = tool.get("input_schema")
             if schema is None:
-                raise _wrong(f"{where}.input_schema", "is missing")
+                raise invalid_value(f"{where}.input_schema", "is missing")
             functions.append(
                 make_function(
                     tool.get("name"),
@@ -128,18 +130,18 @@ class CountRequest(Body):
         check_distinct(functions)
         choice = self.tool_choice
         if choice is None:
-            return Wanted(tuple(functions))
+            return ToolRequest(tuple(functions))
         parallel = not choice.disable_parallel_tool_use
         if choice.type == "tool":
             only = check_named(choice.name, functions, "tool_choice.name")
-            return Wanted(tuple(functions), "required", only, parallel)
+            return ToolRequest(tuple(functions), "required", only, parallel)
         if choice.name is not None:
-            raise _wrong("tool_choice.name", "goes only with the type tool")
+            raise invalid_value("tool_choice.name", "goes only with the type tool")
         if choice.type == "any":
             if not functions:
-                raise _wrong("tool_choice.type", "is any, and there are no tools")
-            return Wanted(tuple(functions), "required", None, parallel)
-        return Wanted(tuple(functions), choice.type, None, parallel)
+                raise invalid_value("tool_choice.type", "is any, and there are no tools")
+            return ToolRequest(tuple(functions), "required", None, parallel)
+        return ToolRequest(tuple(functions), choice.type, None, parallel)
 
     async def form(self) -> Grammar | None:
         """The grammar of the answer's text. APIError 400 for a schema that can't be enforced."""
@@ -183,13 +185,13 @@ def _turns(message: InputMessage, where: str) -> list[Json]:
         place = f"{where}.content.{number}"
         kind = block.get("type")
         if kind == "text":
-            texts.append(_string(block, "text", place))
+            texts.append(string_field(block, "text", place))
         elif kind == "tool_use" and message.role == "assistant":
             calls.append(_call(block, place))
         elif kind == "tool_result" and message.role == "user":
             results.append(_result(block, place))
         else:
-            raise _wrong(
+            raise invalid_value(
                 f"{place}.type",
                 f"is {kind!r:.60}; a message of the {message.role} is made of text and "
                 f"{'tool_use' if message.role == 'assistant' else 'tool_result'} here",
@@ -203,9 +205,12 @@ def _turns(message: InputMessage, where: str) -> list[Json]:
 def _call(block: Mapping[str, Any], where: str) -> Json:
     given = block.get("input")
     if not isinstance(given, dict):
-        raise _wrong(f"{where}.input", "must be an object")
-    function = {"name": _string(block, "name", where), "arguments": json.dumps(given, ensure_ascii=False)}
-    return {"id": _string(block, "id", where), "type": "function", "function": function}
+        raise invalid_value(f"{where}.input", "must be an object")
+    function = {
+        "name": string_field(block, "name", where),
+        "arguments": json.dumps(given, ensure_ascii=False),
+    }
+    return {"id": string_field(block, "id", where), "type": "function", "function": function}
 
 
 def _result(block: Mapping[str, Any], where: str) -> Json:
@@ -213,7 +218,7 @@ def _result(block: Mapping[str, Any], where: str) -> Json:
     text = "" if content is None else _texts(content, f"{where}.content")
     if block.get("is_error"):  # chat templates have no place for it
         text = f"Error: {text}"
-    return {"role": "tool", "tool_call_id": _string(block, "tool_use_id", where), "content": text}
+    return {"role": "tool", "tool_call_id": string_field(block, "tool_use_id", where), "content": text}
 
 
 def _texts(content: object, where: str) -> str:
@@ -221,15 +226,15 @@ def _texts(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise _wrong(where, "must be a string or a list of blocks")
+        raise invalid_value(where, "must be a string or a list of blocks")
     texts = []
     for number, block in enumerate(content):
         place = f"{where}.{number}"
         if not isinstance(block, dict):
-            raise _wrong(place, "must be an object")
+            raise invalid_value(place, "must be an object")
         if block.get("type") != "text":
-            raise _wrong(f"{place}.type", f"is {block.get('type')!r:.60}; models here read text only")
-        texts.append(_string(block, "text", place))
+            raise invalid_value(f"{place}.type", f"is {block.get('type')!r:.60}; models here read text only")
+        texts.append(string_field(block, "text", place))
     return PART_SEPARATOR.join(texts)
 
 
@@ -245,14 +250,3 @@ def _join(message: Json, messages: list[Json]) -> None:
     )
     if "tool_calls" in message:
         last["tool_calls"] = [*last.get("tool_calls", []), *message["tool_calls"]]
-
-
-def _string(block: Mapping[str, Any], key: str, where: str) -> str:
-    value = block.get(key)
-    if not isinstance(value, str):
-        raise _wrong(f"{where}.{key}", "is missing" if value is None else "must be a string")
-    return value
-
-
-def _wrong(param: str, what: str) -> APIError:
-    return APIError(400, f"{param} {what}", param=param, code="invalid_value")

@@ -22,17 +22,18 @@ from tercet.serve.api.fields import (
     new_id,
     refuse,
     total_usage,
-    unsupported,
 )
 from tercet.serve.api.generation import Step, steps
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.logprobs import Aligned, Placed, chat_logprobs
 from tercet.serve.api.response_format import ResponseFormat, wanted_form
-from tercet.serve.errors import APIError
+from tercet.serve.errors import APIError, unsupported
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
-from tercet.serve.tools.binding import ToolPlan, plan_tools, read_tools, template_messages
-from tercet.serve.tools.parser import CallDelta, Piece, gather
+from tercet.serve.tools.answer import CallDelta, Piece, gather
+from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.plan import ToolPlan, plan_tools
+from tercet.serve.tools.request import read_tools
 
 router = APIRouter()
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from tercet.serve.api.fields import Body, unsupported
-from tercet.serve.errors import APIError
+from tercet.serve.api.fields import Body
+from tercet.serve.errors import invalid_value, missing_parameter, unknown_parameter, unsupported
 from tercet.serve.models import Served
 
 # Between the text parts of one message, as vLLM and llama.cpp put it.
@@ -52,16 +52,16 @@ def _message(one: Message, where: str) -> dict[str, Any]:
         raise unsupported(f"{where}.function_call", "it is deprecated; use tool_calls")
     for name, role in (("tool_calls", "assistant"), ("refusal", "assistant"), ("tool_call_id", "tool")):
         if getattr(one, name) is not None and one.role != role:
-            raise _wrong(f"{where}.{name}", f"is for messages of role {role}")
+            raise invalid_value(f"{where}.{name}", f"is for messages of role {role}")
     if one.reasoning_content is not None and one.role != "assistant":
-        raise _wrong(f"{where}.reasoning_content", "is for messages of role assistant")
+        raise invalid_value(f"{where}.reasoning_content", "is for messages of role assistant")
     if one.role == "tool" and one.tool_call_id is None:
-        raise _missing(f"{where}.tool_call_id")
+        raise missing_parameter(f"{where}.tool_call_id")
     content = _text(one.content, f"{where}.content", one.role)
     if content is None:
         content = one.refusal  # what the assistant said instead
     if content is None and one.tool_calls is None:
-        raise _missing(f"{where}.content")
+        raise missing_parameter(f"{where}.content")
     found: dict[str, Any] = {"role": one.role, "content": content}
     for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
         if (value := getattr(one, name)) is not None:
@@ -79,12 +79,10 @@ def _text(content: str | list[Part] | None, where: str, role: str) -> str | None
         if not known:
             raise unsupported(place, f"the models here read text, not {part.type:.40}")
         for name in part.model_extra or {}:
-            raise APIError(
-                400, f"{place}.{name} is not known here", param=f"{place}.{name}", code="unknown_parameter"
-            )
+            raise unknown_parameter(f"{place}.{name}")
         text = part.text if part.type == "text" else part.refusal
         if text is None:
-            raise _missing(f"{place}.{part.type}")
+            raise missing_parameter(f"{place}.{part.type}")
         texts.append(text)
     return PART_SEPARATOR.join(texts)
 
@@ -103,11 +101,3 @@ def check_names(
     if served.prompt_tokens(messages, tools) == served.prompt_tokens(plain, tools):
         where = f"messages[{named[0]}].name"
         raise unsupported(where, "this model's chat template does not show names; put it into the content")
-
-
-def _wrong(param: str, what: str) -> APIError:
-    return APIError(400, f"{param} {what}", param=param, code="invalid_value")
-
-
-def _missing(param: str) -> APIError:
-    return APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")

@@ -16,11 +16,11 @@ from tercet.engine.engine import Engine
 from tercet.engine.request import Completion, TokenLogprob, Usage
 from tercet.engine.request import Request as EngineRequest
 from tercet.serve.api.embeddings import parts
-from tercet.serve.api.fields import SamplingBody, answer_limit, new_id, total_usage, unsupported
+from tercet.serve.api.fields import SamplingBody, answer_limit, new_id, total_usage
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.logprobs import Aligned, CompletionLogprobs, Placed, token_offsets
 from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
-from tercet.serve.errors import APIError
+from tercet.serve.errors import invalid_value, unsupported
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
 
@@ -99,12 +99,14 @@ async def prepare(served: Served, body: CompletionsBody) -> Job:
     n = body.n or 1
     drawn = body.best_of or n
     if drawn < n:
-        raise _wrong("best_of", f"is {drawn}, and n is {n}; it must be as many at least")
+        raise invalid_value("best_of", f"is {drawn}, and n is {n}; it must be as many at least")
     if drawn > n and body.stream:
-        raise _wrong("best_of", "is more than n, and which are best is known at the end; leave out stream")
+        raise invalid_value(
+            "best_of", "is more than n, and which are best is known at the end; leave out stream"
+        )
     given = prompt_list("" if body.prompt is None else body.prompt)
     if len(given) > MAX_PROMPTS:
-        raise _wrong("prompt", f"has {len(given)} prompts; at most {MAX_PROMPTS} are taken at once")
+        raise invalid_value("prompt", f"has {len(given)} prompts; at most {MAX_PROMPTS} are taken at once")
     encoded = await encode_prompts(served, given, "prompt", begin=True)
     prompts = [Prompt(tokens) for tokens in encoded]
     if body.echo:
@@ -123,7 +125,9 @@ def _requests(
     logprobs = 0 if body.logprobs is None and drawn > (body.n or 1) else body.logprobs
     most = served.worker.engine.max_waiting
     if len(prompts) * drawn > most:
-        raise _wrong("prompt", f"asks for {len(prompts) * drawn} texts; this server takes {most} at once")
+        raise invalid_value(
+            "prompt", f"asks for {len(prompts) * drawn} texts; this server takes {most} at once"
+        )
     return [
         EngineRequest(
             tuple(prompt.tokens),
@@ -149,10 +153,6 @@ def _show(served: Served, prompt: Prompt, given: str | list[int]) -> None:
             return
     text, prompt.offsets = token_offsets([data for _, data in prompt.names])
     prompt.text = given if isinstance(given, str) else text
-
-
-def _wrong(param: str, what: str) -> APIError:
-    return APIError(400, f"{param} {what}", param=param, code="invalid_value")
 
 
 async def _score(job: Job) -> None:

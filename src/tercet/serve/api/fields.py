@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tercet.engine.request import Sampling, Usage
 from tercet.errors import UserError
-from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.errors import APIError, from_user_error, invalid_value, missing_parameter, unsupported
 from tercet.serve.models import Served
 
 CHOICES = 128  # answers to one prompt at most, as at OpenAI
@@ -126,9 +126,14 @@ def answer_limit(served: Served, tokens: list[int], asked: int | None) -> int:
     return room if asked is None else min(asked, room)
 
 
-def unsupported(param: str, why: str) -> APIError:
-    """A field that would change the output, and that is not honoured here."""
-    return APIError(400, f"{param} is not supported: {why}", param=param, code="unsupported_parameter")
+def string_field(entry: Mapping[str, Any], key: str, where: str) -> str:
+    """Return ``entry[key]``. APIError 400 where it is missing or not a string."""
+    value = entry.get(key)
+    if value is None:
+        raise missing_parameter(f"{where}.{key}")
+    if not isinstance(value, str):
+        raise invalid_value(f"{where}.{key}", "must be a string", "invalid_type")
+    return value
 
 
 def refuse(body: BaseModel, reasons: dict[str, str]) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from tercet.engine.request import Completion, Request, Sampling, TokenLogprob
 from tercet.serve.models import Served
-from tercet.serve.tools.binding import ToolPlan, template_messages
-from tercet.serve.tools.parser import Piece
+from tercet.serve.tools.answer import Piece
+from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.plan import ToolPlan
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from tercet.serve.api.fields import unsupported
-from tercet.serve.errors import APIError, queue_full
+from tercet.serve.errors import APIError, queue_full, unsupported
 from tercet.serve.models import Served
 from tercet.serve.streaming import DONE, event, event_stream, while_connected
 

@@ -17,8 +17,8 @@ from tercet.engine.request import Completion, FinishReason, Usage
 from tercet.serve.api.generation import Step
 from tercet.serve.api.hosted import bad_gateway, chat_chunks
 from tercet.serve.models import Served
-from tercet.serve.tools.binding import Wanted
-from tercet.serve.tools.parser import CallDelta, Piece
+from tercet.serve.tools.answer import CallDelta, Piece
+from tercet.serve.tools.request import ToolRequest
 
 Json = dict[str, Any]
 
@@ -26,7 +26,7 @@ Json = dict[str, Any]
 def chat_payload(
     served: Served,
     messages: Sequence[Json],
-    wanted: Wanted,
+    wanted: ToolRequest,
     max_tokens: int | None,
     fields: Mapping[str, Any],
 ) -> Json:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tercet.engine.request import Usage
-from tercet.serve.tools.parser import CallDelta, Piece
+from tercet.serve.tools.answer import CallDelta, Piece
 
 Json = dict[str, Any]
 

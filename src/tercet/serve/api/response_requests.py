@@ -15,9 +15,9 @@ from pydantic import Field
 from tercet.engine.grammar import Grammar
 from tercet.engine.request import Sampling
 from tercet.serve.api.chat_messages import PART_SEPARATOR
-from tercet.serve.api.fields import SMALLEST_TOP_P, Body, unsupported
+from tercet.serve.api.fields import SMALLEST_TOP_P, Body, string_field
 from tercet.serve.api.response_format import checked_schema
-from tercet.serve.errors import APIError
+from tercet.serve.errors import invalid_value, missing_parameter, unsupported
 
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
@@ -116,9 +116,11 @@ class ResponseRequest(Body):
                 raise unsupported(name, reason)
         for number, name in enumerate(self.include or []):
             if name != LOGPROBS and name not in _VACUOUS:
-                raise _wrong(f"include[{number}]", f"is {name!r:.60}, which is nothing that can be included")
+                raise invalid_value(
+                    f"include[{number}]", f"is {name!r:.60}, which is nothing that can be included"
+                )
         if self.top_logprobs is not None and not self.wants_logprobs:
-            raise _wrong("top_logprobs", f"needs {LOGPROBS} in include")
+            raise invalid_value("top_logprobs", f"needs {LOGPROBS} in include")
         if self.wants_logprobs and self.tools:
             raise unsupported("include", f"{LOGPROBS} not together with tools, whose calls are no text")
 
@@ -150,7 +152,7 @@ class ResponseRequest(Body):
             return await checked_schema({"type": "object"}, "text.format")
         for name, value in (("name", wanted.name), ("schema", wanted.schema_)):
             if value is None:
-                raise _missing(f"text.format.{name}")
+                raise missing_parameter(f"text.format.{name}")
         return await checked_schema(wanted.schema_ or {}, "text.format.schema")
 
     def messages(self) -> list[Json]:
@@ -168,14 +170,18 @@ def _add(item: Mapping[str, Any], where: str, messages: list[Json]) -> None:
     """Put an item of the input behind ``messages``; calls become part of the assistant's message."""
     kind = item.get("type") or ("message" if "role" in item else None)
     if kind is None:
-        raise _missing(f"{where}.type")
+        raise missing_parameter(f"{where}.type")
     if kind == "message":
         role = item.get("role")
         if role not in ("user", "assistant", "system", "developer"):
-            raise _wrong(f"{where}.role", f"is {role!r:.60}; it is user, assistant, system or developer")
+            raise invalid_value(
+                f"{where}.role", f"is {role!r:.60}; it is user, assistant, system or developer"
+            )
         messages.append({"role": role, "content": _text(item.get("content"), f"{where}.content")})
     elif kind == "function_call":
-        name, call_id, arguments = (_string(item, key, where) for key in ("name", "call_id", "arguments"))
+        name, call_id, arguments = (
+            string_field(item, key, where) for key in ("name", "call_id", "arguments")
+        )
         call = {
             "id": call_id,
             "type": "function",
@@ -186,9 +192,11 @@ def _add(item: Mapping[str, Any], where: str, messages: list[Json]) -> None:
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         text = _text(item.get("output"), f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": text})
+        messages.append(
+            {"role": "tool", "tool_call_id": string_field(item, "call_id", where), "content": text}
+        )
     else:
-        raise _wrong(
+        raise invalid_value(
             f"{where}.type",
             f"is {kind!r:.60}; it is message, function_call or function_call_output here",
             "unsupported_value",
@@ -200,31 +208,16 @@ def _text(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _wrong(where, "must be a string or a list of parts")
+        raise invalid_value(where, "must be a string or a list of parts")
     texts = []
     for number, part in enumerate(content):
         place = f"{where}[{number}]"
         if not isinstance(part, dict):
-            raise _wrong(place, "must be an object")
+            raise invalid_value(place, "must be an object")
         kind = part.get("type")
         if kind not in ("input_text", "output_text", "text", "refusal"):
-            raise _wrong(f"{place}.type", f"is {kind!r:.60}; models here read text only", "unsupported_value")
-        texts.append(_string(part, "refusal" if kind == "refusal" else "text", place))
+            raise invalid_value(
+                f"{place}.type", f"is {kind!r:.60}; models here read text only", "unsupported_value"
+            )
+        texts.append(string_field(part, "refusal" if kind == "refusal" else "text", place))
     return PART_SEPARATOR.join(texts)
-
-
-def _string(entry: Mapping[str, Any], key: str, where: str) -> str:
-    value = entry.get(key)
-    if value is None:
-        raise _missing(f"{where}.{key}")
-    if not isinstance(value, str):
-        raise _wrong(f"{where}.{key}", "must be a string", "invalid_type")
-    return value
-
-
-def _wrong(param: str, what: str, code: str = "invalid_value") -> APIError:
-    return APIError(400, f"{param} {what}", param=param, code=code)
-
-
-def _missing(param: str) -> APIError:
-    return APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")

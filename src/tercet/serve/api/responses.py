@@ -15,17 +15,18 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from tercet.serve.api.fields import answer_limit, unsupported
+from tercet.serve.api.fields import answer_limit
 from tercet.serve.api.generation import Step, chat_tokens, content, steps
 from tercet.serve.api.hosted_steps import chat_payload, hosted_steps
 from tercet.serve.api.logprobs import Aligned, chat_entry
 from tercet.serve.api.response_events import Json, ResponseEvents
 from tercet.serve.api.response_requests import LOGPROBS, ResponseRequest
 from tercet.serve.api.typed_events import Events, encode, encoded, to_the_end
-from tercet.serve.errors import APIError
+from tercet.serve.errors import APIError, unsupported
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
-from tercet.serve.tools.binding import Wanted, plan_tools, read_tools
+from tercet.serve.tools.plan import plan_tools
+from tercet.serve.tools.request import ToolRequest, read_tools
 
 router = APIRouter()
 
@@ -61,7 +62,7 @@ async def stored_response(response_id: str) -> Response:
     )
 
 
-def _start(body: ResponseRequest, wanted: Wanted) -> Json:
+def _start(body: ResponseRequest, wanted: ToolRequest) -> Json:
     """A response before it has begun: what was asked for, with what is meant where nothing was said."""
     return {
         "id": f"resp_{secrets.token_hex(16)}",
@@ -101,7 +102,7 @@ def _start(body: ResponseRequest, wanted: Wanted) -> Json:
 
 
 async def _steps(
-    request: Request, served: Served, body: ResponseRequest, wanted: Wanted
+    request: Request, served: Served, body: ResponseRequest, wanted: ToolRequest
 ) -> AsyncGenerator[Step, None]:
     """The answer on its way, from a model here or behind another server. APIError for what is wrong."""
     messages = body.messages()
@@ -114,7 +115,7 @@ async def _steps(
     return steps(served, tokens, [sampling], plan, whole=not body.stream)
 
 
-def _payload(served: Served, body: ResponseRequest, messages: list[Json], wanted: Wanted) -> Json:
+def _payload(served: Served, body: ResponseRequest, messages: list[Json], wanted: ToolRequest) -> Json:
     """The same as a chat completion."""
     if body.wants_logprobs:
         raise unsupported("include", f"{LOGPROBS} is not passed on to other servers")

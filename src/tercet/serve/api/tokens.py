@@ -16,7 +16,7 @@ from tercet.serve.api.fields import Body
 from tercet.serve.api.prompts import TokenId
 from tercet.serve.errors import APIError, from_user_error
 from tercet.serve.models import Models, Served
-from tercet.serve.tools.binding import template_messages
+from tercet.serve.tools.messages import template_messages
 
 router = APIRouter()
 
