@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tercet.cli.main import main as cli
-from tercet.model.checkpoint import open_tensors, read_safetensors
-from tercet.model.stream import Spec, stream_tensors
+from tercet.model.checkpoint import open_tensors, stream_tensors
+from tercet.model.safetensors_file import TensorSpec, read_safetensors
 from tercet.model.tokenizer import Tokenizer
 from tercet.pretrain.corpus import train_tokenizer
 from tiny_checkpoints import CASES, Make, reload, save_random
@@ -92,7 +92,7 @@ def test_hf_loads_in_transformers_with_equal_logits(
     family, fields = CASES[case]
     _, directory = make(family, **fields)
     assert cli(["export", str(directory), "--format", "hf", "--out", str(tmp_path / "out")]) == 0
-    assert "has no tokenizer.json, so neither has the copy" in capsys.readouterr().err
+    assert "has no tokenizer.json, so the copy has none either" in capsys.readouterr().err
     assert torch.equal(logits(reload(tmp_path / "out"), TOKENS), logits(reload(directory), TOKENS))
 
 
@@ -177,7 +177,7 @@ def test_shards_are_read_by_the_safetensors_library(tmp_path: Path) -> None:
 
     values = {f"t{i}": np.full((i + 1, 3), i, np.float32 if i % 2 else np.float16) for i in range(6)}
     kinds = {"float32": "F32", "float16": "F16"}
-    specs = [Spec(name, kinds[str(value.dtype)], value.shape) for name, value in values.items()]
+    specs = [TensorSpec(name, kinds[str(value.dtype)], value.shape) for name, value in values.items()]
     stream_tensors(tmp_path, specs, lambda spec: values[spec.name].reshape(-1).view(np.uint8), 100)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in values.values())
@@ -219,8 +219,14 @@ def test_what_is_there_is_left_as_it_is(
     ("options", "message"),
     [
         (["--format", "onnx"], "--format is 'onnx'; it must be hf or gguf"),
-        (["--format", "gguf", "--type", "q4_k"], "--type is 'q4_k'; gguf has f16, q8_0, f32, bf16"),
-        (["--format", "hf", "--type", "q8_0"], "--type is 'q8_0'; hf has f32, bf16, f16"),
+        (
+            ["--format", "gguf", "--type", "q4_k"],
+            "--type is 'q4_k'; for --format gguf it must be one of f16, q8_0, f32, bf16",
+        ),
+        (
+            ["--format", "hf", "--type", "q8_0"],
+            "--type is 'q8_0'; for --format hf it must be one of f32, bf16, f16",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line(
@@ -241,7 +247,7 @@ def test_models_that_run_elsewhere_and_broken_ones_are_one_line(
         assert line.count("\n") == 1
         return line
 
-    assert "only checkpoints and adapters that are files can" in attempt("openai:gpt-9")
+    assert "only checkpoints and adapters, here or on the Hub, can be" in attempt("openai:gpt-9")
     weights = checkpoint / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])

@@ -241,7 +241,7 @@ def test_columns_that_blocks_of_32_do_not_divide_stay_float16(checkpoint: Write,
 
 def test_values_that_do_not_fit_leave_no_file(checkpoint: Write, tmp_path: Path) -> None:
     model, directory = checkpoint("llama")
-    for value, message in ((70_000.0, "beyond float16's range; use --type bf16"), (float("nan"), "NaN")):
+    for value, message in ((70_000.0, "beyond float16's range; use `type=bf16`"), (float("nan"), "NaN")):
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight[0, 0] = value
         model.save_pretrained(directory)

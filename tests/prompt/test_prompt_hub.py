@@ -149,7 +149,9 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     told = fetch("http://127.0.0.1:9", tmp_path, "org/small")
-    assert told.startswith("error: org/small is no directory here, not in the cache, and http://127.0.0.1:9 ")
+    assert told.startswith(
+        "error: org/small is neither a directory here nor in the cache, and http://127.0.0.1:9 "
+    )
     assert "cannot be reached" in told
     assert "\n" not in told
     assert "HF_HUB_OFFLINE forbids" in fetch("http://127.0.0.1:9", tmp_path, "org/small", HF_HUB_OFFLINE="1")

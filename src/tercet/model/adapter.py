@@ -26,9 +26,9 @@ from tercet.model.adapter_config import (
     is_adapter,
     read_adapter_config,
 )
-from tercet.model.checkpoint import Item, write_safetensors
 from tercet.model.families import FAMILIES
 from tercet.model.loading import join_rows
+from tercet.model.safetensors_file import Item, write_safetensors
 from tercet.model.transformer import Linear, Transformer
 from tercet.model.weights import read_adapter
 

@@ -1,4 +1,4 @@
-"""A model out of Tercet: as one GGUF file, or as a clean checkpoint directory, adapters merged."""
+"""Export a model: as one GGUF file, or as a clean checkpoint directory; adapters are merged."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from numpy.typing import NDArray
 
 from tercet.errors import UserError
 from tercet.files import atomic_directory, write_json
-from tercet.model.checkpoint import read_generation_config, read_stop_ids
+from tercet.model.checkpoint import read_generation_config, read_stop_ids, stream_tensors
 from tercet.model.families import FAMILIES, config_to_hf
 from tercet.model.gguf import TYPES as GGUF_TYPES
 from tercet.model.gguf import write_gguf
 from tercet.model.reference import Reference, parse_reference
+from tercet.model.safetensors_file import TensorSpec
 from tercet.model.source import Source, directory_of, source_in
-from tercet.model.stream import Spec, stream_tensors
 from tercet.model.tensor_names import TensorRule
 from tercet.model.tokenizer import TOKENIZER, Tokenizer
 from tercet.model.weights import Weights, matched_tensors
 from tercet.progress import Progress
 
 FORMATS = ("hf", "gguf")
-_CHUNK = 1 << 22  # values rounded at once, so that what lies between stays small
-# --type to safetensors' name and config.json's.
+_CHUNK = 1 << 22  # values rounded at once, so that intermediate arrays stay small
+# `type` to the type's names in safetensors and in config.json.
 HF_TYPES = {"f32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16")}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written; ``bytes`` is the size of all files, ``seconds`` the time it took."""
+    """The result of an export; ``bytes`` is the size of all files, ``seconds`` the time it took."""
 
     format: str
     path: str
@@ -44,32 +44,36 @@ class Exported:
     parameters: int
     tensors: int
     context_length: int
-    tokenizer: str | None  # llama.cpp's name of how words are split; hf: tokenizer.json, or None
-    merged: str | None  # the adapter
+    tokenizer: str | None  # gguf: llama.cpp's name of the pre-tokenizer; hf: tokenizer.json, or None
+    merged: str | None  # the adapter's directory
     notes: list[str]
 
 
 def export(reference: str, format: str, out: str | Path, type: str | None = None) -> Exported:
-    """Write the model ``reference`` as ``format`` ("hf" or "gguf") to ``out``: a directory or a file.
+    """Write a model in another program's format.
 
-    type: of the matrices. gguf: "f16" (the default), "q8_0", "f32" or "bf16". hf: "f32", "bf16" or
-        "f16" for every tensor; None keeps the type that each is stored in, and is "f32" where an
-        adapter is merged.
+    Args:
+        reference: a checkpoint or adapter, local or on the Hub.
+        format: "hf" for a checkpoint directory, "gguf" for one file.
+        out: the directory or file to write; it must not exist yet (an empty directory may).
+        type: type of the matrices. gguf: "f16" (the default), "q8_0", "f32" or "bf16". hf: "f32",
+            "bf16" or "f16" for every tensor; None keeps the stored type of each, or means "f32" if
+            an adapter is merged.
 
     Raises:
-        UserError: there is no such model, it runs elsewhere, the format can't hold it, there is
-            something at ``out``, or the disk refuses.
+        UserError: there is no such model, it is hosted elsewhere, the format can't hold it, ``out``
+            exists, or it can't be written to.
     """
     started = time.monotonic()
     if format not in FORMATS:
-        raise UserError(f"--format is {format!r}; it must be hf or gguf")
+        raise UserError(f"`format` is {format!r}; it must be hf or gguf")
     allowed = tuple(HF_TYPES) if format == "hf" else GGUF_TYPES
     if type is not None and type not in allowed:
-        raise UserError(f"--type is {type!r}; {format} has {', '.join(allowed)}")
+        raise UserError(f"`type` is {type!r}; for `format={format}` it must be one of {', '.join(allowed)}")
     out, tokenizer = Path(out), None
-    found = parse_reference(reference)
+    model = parse_reference(reference)
     check_free(out, format)
-    source = find_source(found)
+    source = find_source(model)
     weights = Weights(source.base, source.adapter)
     family = FAMILIES[weights.config.family]
     if format == "gguf":
@@ -80,11 +84,11 @@ def export(reference: str, format: str, out: str | Path, type: str | None = None
             read_stop_ids(source.generation),
             out,
             type,
-            _name(reference, found),
+            _name(model),
         )
         size, architecture, tokenizer = out.stat().st_size, written.architecture, written.pre_tokenizer
         tensors, context = written.tensors, written.context_length
-        notes = [*written.notes, *_kept_note(written.kept_f16)]
+        notes = [*written.notes, *_fallback_note(written.f16_fallback)]
     else:
         notes = write_checkpoint(weights, source, out, type)
         type = type or _short(weights.dtype)
@@ -109,18 +113,18 @@ def export(reference: str, format: str, out: str | Path, type: str | None = None
     )
 
 
-def _kept_note(kept: Sequence[str]) -> list[str]:
-    if not kept:
+def _fallback_note(tensors: Sequence[str]) -> list[str]:
+    if not tensors:
         return []
-    some = ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else "")
-    return [f"{len(kept)} tensors stay F16, their columns being no multiple of 32: {some}"]
+    names = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+    return [f"{len(tensors)} tensors stay F16, because their columns are no multiple of 32: {names}"]
 
 
-def _name(text: str, found: Reference) -> str:
-    """What the model is called: runs/mine/model is "mine"."""
-    if found.path is None:
-        return found.name
-    parts = [part for part in Path(text).resolve().parts if part not in ("/", "model")]
+def _name(reference: Reference) -> str:
+    """Return the model's name for other programs to show: "mine" for runs/mine/model."""
+    if reference.path is None:
+        return reference.name
+    parts = [part for part in Path(reference.text).resolve().parts if part not in ("/", "model")]
     return parts[-1] if parts else "model"
 
 
@@ -136,50 +140,50 @@ def find_source(reference: Reference) -> Source:
     """
     if reference.kind not in ("checkpoint", "adapter", "hub"):
         raise UserError(
-            f"{reference.text} can't be exported: only checkpoints and adapters that are files can"
+            f"{reference.text} can't be exported; only checkpoints and adapters, here or on the Hub, can be"
         )
     return source_in(directory_of(reference))
 
 
 def check_free(out: Path, format: str) -> None:
-    """UserError where something is at ``out``: nothing is overwritten but an empty directory."""
+    """Raise UserError if ``out`` exists: nothing is overwritten but an empty directory."""
     if format == "gguf" and out.is_dir():
-        raise UserError(f"--out {out} is a directory; name the file to write, such as {out / 'model.gguf'}")
+        raise UserError(f"`out` {out} is a directory; name the file to write, such as {out / 'model.gguf'}")
     if format == "hf" and out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        raise UserError(f"--out {out} exists already; remove it or choose another name")
+        raise UserError(f"`out` {out} exists already; remove it or choose another name")
 
 
 # Checkpoint directories
 
 
 def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | None) -> list[str]:
-    """A checkpoint directory with nothing else in it; notes for the user.
+    """Write a checkpoint directory with nothing else in it; return notes for the user.
 
-    No more than one tensor is in memory.
+    No more than one tensor is in memory at a time.
 
     Raises:
-        UserError: a value does not fit ``type``, or the disk refuses.
+        UserError: a value does not fit ``type``, or the directory can't be written to.
     """
     config, notes = weights.config, list[str]()
     stored = {rule.name: tensor.dtype for rule, tensor in matched_tensors(config, source.base)}
-    keep = type is None and source.adapter is None
-    whole = HF_TYPES[type or _short(weights.dtype)]
+    keep_types = type is None and source.adapter is None
+    dtype, config_dtype = HF_TYPES[type or _short(weights.dtype)]
     rules = FAMILIES[config.family].tensors(config)
     specs = [
-        Spec(rule.name, HF_TYPES[_short(stored[rule.name])][0] if keep else whole[0], rule.shape)
+        TensorSpec(rule.name, HF_TYPES[_short(stored[rule.name])][0] if keep_types else dtype, rule.shape)
         for rule in rules
     ]
-    hf = config_to_hf(config, whole[1])
+    hf = config_to_hf(config, config_dtype)
     token_ids = {
         key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if hf[key] is not None
     }
     by_name = {rule.name: rule for rule in rules}
     with atomic_directory(out) as temporary, Progress("exporting", weights.parameters, "weights") as bar:
 
-        def data(spec: Spec) -> NDArray[np.uint8]:
-            values = _whole(weights, by_name[spec.name])
+        def data(spec: TensorSpec) -> NDArray[np.uint8]:
+            values = _joined(weights, by_name[spec.name])
             bar.advance(values.size)
             return encode(values, spec.dtype, spec.name)
 
@@ -187,7 +191,7 @@ def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | No
         if (source.tokenizer / TOKENIZER).is_file():
             Tokenizer.load(source.tokenizer).save(temporary)
         else:
-            notes.append(f"{source.tokenizer} has no {TOKENIZER}, so neither has the copy")
+            notes.append(f"{source.tokenizer} has no {TOKENIZER}, so the copy has none either")
         write_json(
             temporary / "generation_config.json", {**token_ids, **read_generation_config(source.generation)}
         )
@@ -195,19 +199,23 @@ def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | No
     return notes
 
 
-def _whole(weights: Weights, rule: TensorRule) -> NDArray[np.float32]:
-    """The family's tensor of our parts: the inverse of `split_rows` and of transposing."""
+def _joined(weights: Weights, rule: TensorRule) -> NDArray[np.float32]:
+    """Return the family's tensor made of our parts: the inverse of `split_rows` and of transposing."""
     parts = [weights(part.name) for part in rule.parts]
-    whole = parts[0]
+    joined = parts[0]
     if len(parts) > 1:
         rest = parts[0].shape[1:]
         grouped = [part.reshape(rule.groups, -1, *rest) for part in parts]
-        whole = np.concatenate(grouped, axis=1).reshape(-1, *rest)
-    return whole.T if rule.transpose else whole
+        joined = np.concatenate(grouped, axis=1).reshape(-1, *rest)
+    return joined.T if rule.transpose else joined
 
 
 def encode(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[np.uint8]:
-    """Float32 values as bytes of safetensors' ``dtype``, rounded to nearest even."""
+    """Return float32 values as bytes of safetensors' ``dtype``, rounded to nearest even.
+
+    Raises:
+        UserError: a finite value of the tensor ``name`` lies beyond float16's range.
+    """
     flat: NDArray[np.float32] = np.ascontiguousarray(values, np.float32).reshape(-1)
     if dtype == "F32":
         return flat.view(np.uint8)
@@ -222,12 +230,12 @@ def _float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if (np.isinf(half) & np.isfinite(values)).any():
-        raise UserError(f"tensor {name} holds values beyond float16's range; use --type bf16 or f32")
+        raise UserError(f"tensor {name} holds values beyond float16's range; use `type=bf16` or `type=f32`")
     return half
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper half of each float32's bits, rounded."""
+    """Return the upper half of each float32's bits, rounded to nearest even."""
     bits = values.view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     # Rounding must not carry a NaN's bits over into the sign, nor cut all of them off.

@@ -1,7 +1,7 @@
-"""One GGUF file of a checkpoint, for llama.cpp and what is built on it.
+"""Write a checkpoint as one GGUF file, for llama.cpp and programs built on it.
 
-The file is written by the ``gguf`` package: metadata first, then one tensor after another, so that
-no more than one of them is in memory.
+The ``gguf`` package writes the file: metadata first, then one tensor after another, so that no more
+than one of them is in memory.
 """
 
 from __future__ import annotations
@@ -33,35 +33,40 @@ from tercet.model.weights import Floats, Weights
 from tercet.progress import Progress
 
 TYPES = ("f16", "q8_0", "f32", "bf16")
-_CHUNK = 1 << 22  # values converted at once: what lies between float32 and the result stays small
+_CHUNK = 1 << 22  # values converted at once, so that intermediate arrays stay small
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written. ``kept_f16``: tensors that Q8_0's blocks of 32 don't divide."""
+    """A summary of the written file. ``f16_fallback``: tensors that Q8_0's blocks of 32 don't divide."""
 
     architecture: str
     tensors: int
     context_length: int
     pre_tokenizer: str
-    kept_f16: tuple[str, ...]
+    f16_fallback: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def write_gguf(
     weights: Weights, tokenizer: Tokenizer, stop_ids: tuple[int, ...], path: Path, type_name: str, name: str
 ) -> Written:
-    """Write ``path``, whole or not at all.
+    """Write a GGUF file, completely or not at all.
 
-    type_name: of matrices, one of `TYPES`; norms, biases and routers are float32 in any case.
-    name: ``general.name``, what programs show.
+    Args:
+        weights: the checkpoint, with its adapter merged if it has one.
+        tokenizer: the model's tokenizer.
+        stop_ids: every token that ends a generation.
+        path: the file to write.
+        type_name: type of matrices, one of `TYPES`; norms, biases and routers are always float32.
+        name: ``general.name``, which programs show.
 
     Raises:
-        UserError: llama.cpp can't compute this model or encode as its tokenizer does, a value does
-            not fit the type, the ``gguf`` package is missing, or the disk refuses.
+        UserError: llama.cpp can't compute this model or can't encode as its tokenizer does, a value
+            does not fit the type, the ``gguf`` package is missing, or the file can't be written.
     """
     if find_spec("gguf") is None:
-        raise UserError("exporting to GGUF needs the gguf package: pip install 'tercet[gguf]'")
+        raise UserError("export to GGUF needs the gguf package; install it with pip install 'tercet[gguf]'")
     import gguf
 
     config = weights.config
@@ -70,7 +75,7 @@ def write_gguf(
     context, notes = context_length(config, graph)
     rope = rope_of(config, graph)
     plan = [(target, _type_of(target, type_name)) for target in targets(config, graph)]
-    kept = tuple(target.name for target, kind in plan if type_name == "q8_0" and kind == "F16")
+    fallback = tuple(target.name for target, kind in plan if type_name == "q8_0" and kind == "F16")
     with replaced_when_complete(path) as temporary:
         writer = gguf.GGUFWriter(temporary, graph.name)
         try:
@@ -84,7 +89,7 @@ def write_gguf(
         tensors=len(plan) + len(rope.tensors),
         context_length=context,
         pre_tokenizer=vocabulary.pre,
-        kept_f16=kept,
+        f16_fallback=fallback,
         notes=(*notes, *_activation_notes(config, graph), *vocabulary.notes),
     )
 
@@ -92,7 +97,7 @@ def write_gguf(
 def _activation_notes(config: ModelConfig, graph: Architecture) -> list[str]:
     if config.activation != "gelu":
         return []
-    return [f"llama.cpp's {graph.name} computes gelu by its tanh form, which differs in the fourth digit"]
+    return [f"llama.cpp's {graph.name} computes gelu in its tanh form, which differs in the fourth digit"]
 
 
 # Metadata
@@ -120,7 +125,7 @@ def _add_model(
     writer.add_file_type(file_types[type_name])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    # Learned positions are a table of this many rows.
+    # Learned positions are a table with this many rows.
     writer.add_context_length(config.max_positions if config.positions == "learned" else context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_layers)
@@ -155,7 +160,7 @@ def _add_windows(writer: Any, config: ModelConfig, graph: Architecture) -> None:
     writer.add_sliding_window(size)
     every = {"gemma2": 2, "gemma3": 6}[graph.name]
     pattern = [config.window(layer) is not None for layer in range(config.num_layers)]
-    # What llama.cpp assumes without the list; older versions don't read it.
+    # Without the list llama.cpp assumes this pattern; older versions don't read the list.
     if pattern != [(layer + 1) % every != 0 for layer in range(config.num_layers)]:
         writer.add_sliding_window_pattern(pattern)
 
@@ -212,7 +217,7 @@ def _add_tokenizer(writer: Any, vocabulary: GGUFTokenizer) -> None:
 
 
 def _type_of(target: Target, type_name: str) -> str:
-    """GGML's name of the type that a tensor is stored in."""
+    """Return GGML's name of the type that a tensor is stored in."""
     if target.exact:
         return "F32"
     if type_name == "q8_0" and target.shape[-1] % 32:
@@ -251,7 +256,7 @@ def _write_tensors(writer: Any, weights: Weights, plan: list[tuple[Target, str]]
 
 
 def _encode(values: Floats, kind: str, into: NDArray[np.uint8], name: str) -> None:
-    """Float32 values [..., columns] as bytes of a GGML type, a few rows at a time."""
+    """Write float32 values [..., columns] to ``into`` as bytes of a GGML type, a few rows at a time."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -261,9 +266,13 @@ def _encode(values: Floats, kind: str, into: NDArray[np.uint8], name: str) -> No
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         if not np.isfinite(part).all():
-            raise UserError(f"tensor {name} holds NaN or infinity; a model that diverged can't be exported")
+            raise UserError(
+                f"tensor {name} holds NaN or infinity, as after training that diverged; export an earlier checkpoint"
+            )
         with np.errstate(over="ignore"):
             encoded = quantize(part, GGMLQuantizationType[kind])
         if kind == "F16" and not np.isfinite(encoded).all():
-            raise UserError(f"tensor {name} holds values beyond float16's range; use --type bf16 or f32")
+            raise UserError(
+                f"tensor {name} holds values beyond float16's range; use `type=bf16` or `type=f32`"
+            )
         encoded_rows[start : start + step] = np.ascontiguousarray(encoded).view(np.uint8)

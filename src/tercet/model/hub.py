@@ -1,4 +1,4 @@
-"""A model on the Hugging Face Hub as a local directory: downloaded once, then from the cache."""
+"""Downloads from the Hugging Face Hub: a model or data set as local files, from the cache when possible."""
 
 from __future__ import annotations
 
@@ -8,62 +8,74 @@ from pathlib import Path
 
 from tercet.errors import UserError
 
-# Weights, configuration and templates. Pickled weights and Python files are never fetched, nor
+# Weights, configuration and templates. Pickled weights and Python files are never fetched, nor are
 # subdirectories (other formats of the same weights) and Mistral's second copy of its weights.
-WANTED = ("*.safetensors", "*.json", "*.jinja")
-UNWANTED = ("*/*", "consolidated*")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
+EXCLUDED_FILES = ("*/*", "consolidated*")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """The directory of ``name`` ("org/name") at ``revision`` (branch, tag or commit).
+    """Return the directory of the model ``name`` ("org/name"), downloaded if it is not in the cache.
 
-    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured. When the Hub can't be reached,
+    HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE are honoured. If the Hub can't be reached,
     a complete snapshot in the cache is used.
+
+    Args:
+        name: the model's name on the Hub.
+        revision: branch, tag or commit; None: the default branch.
 
     Raises:
         UserError: no such model or revision, no permission, no connection, no safetensors.
     """
-    directory = _snapshot(name, revision, "model", WANTED, UNWANTED)
+    directory = _snapshot(name, revision, "model", MODEL_FILES, EXCLUDED_FILES)
     if not any(directory.glob("*.safetensors")):
-        called = name if revision is None else f"{name}@{revision}"
-        raise UserError(f"{called} holds no .safetensors; Tercet reads no other weights (never pickles)")
+        raise UserError(
+            f"{_with_revision(name, revision)} holds no .safetensors file; Tercet reads no other weights "
+            "(never pickles), so choose a model that has one"
+        )
     return directory
 
 
 def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
-    """The directory of the model ``name`` with its tokenizer's files.
+    """Return a directory with the tokenizer files of the model ``name``, as far as it has any.
 
     Raises:
-        UserError: as `fetch`; no tokenizer is told by who reads it.
+        UserError: no such model or revision, no permission, no connection.
     """
-    return _snapshot(name, revision, "model", ("tokenizer*", "special_tokens_map.json", "*.jinja"), UNWANTED)
+    return _snapshot(name, revision, "model", TOKENIZER_FILES, EXCLUDED_FILES)
 
 
 def fetch_dataset(name: str, revision: str | None, patterns: Sequence[str]) -> list[Path]:
-    """The files of the data set ``name`` at ``revision`` that match one of ``patterns``, sorted.
+    """Return the files of the data set ``name`` that match one of ``patterns``, sorted.
 
     Raises:
         UserError: no such data set or revision, no permission, no connection, no such file.
     """
     directory = _snapshot(name, revision, "dataset", patterns, ())
     # A snapshot in the cache may hold files that were fetched for other patterns.
-    found = [
+    files = [
         path
         for path in sorted(directory.rglob("*"))
         if path.is_file()
         and any(fnmatch(path.relative_to(directory).as_posix(), pattern) for pattern in patterns)
     ]
-    if not found:
+    if not files:
         raise UserError(f"the data set {name} holds no file {' '.join(patterns)}")
-    return found
+    return files
+
+
+def _with_revision(name: str, revision: str | None) -> str:
+    return name if revision is None else f"{name}@{revision}"
 
 
 def _snapshot(
-    name: str, revision: str | None, kind: str, wanted: Sequence[str], unwanted: Sequence[str]
+    name: str, revision: str | None, kind: str, patterns: Sequence[str], excluded: Sequence[str]
 ) -> Path:
+    """Return the snapshot directory of a model or data set, with the files that match ``patterns``."""
     from huggingface_hub import constants, errors, snapshot_download
 
-    called = name if revision is None else f"{name}@{revision}"
+    full_name = _with_revision(name, revision)
     hub = constants.ENDPOINT
     page = name if kind == "model" else f"datasets/{name}"
     try:
@@ -72,35 +84,35 @@ def _snapshot(
                 name,
                 revision=revision,
                 repo_type=kind,
-                allow_patterns=list(wanted),
-                ignore_patterns=list(unwanted),
+                allow_patterns=list(patterns),
+                ignore_patterns=list(excluded),
             )
         )
     except errors.GatedRepoError as problem:
         raise UserError(
-            f"{called} is gated: accept its terms at {hub}/{page}, then set HF_TOKEN to your token"
+            f"{full_name} is gated: accept its terms at {hub}/{page}, then set HF_TOKEN to your token"
         ) from problem
     except errors.RevisionNotFoundError as problem:
         raise UserError(f"{name} has no revision {revision!r} on {hub}") from problem
     except errors.RepositoryNotFoundError as problem:
         raise UserError(
-            f"no {kind} {name} on {hub} (a private one needs HF_TOKEN), and no such directory here"
+            f"no {kind} {name} on {hub} (a private {kind} needs HF_TOKEN), and no such directory here"
         ) from problem
     except errors.HFValidationError as problem:
-        raise UserError(f"{called} is not a name the Hub can have: {_line(problem)}") from problem
+        raise UserError(f"{full_name} is not a valid name on the Hub: {_line(problem)}") from problem
     except errors.LocalEntryNotFoundError as problem:
         if constants.is_offline_mode():
             raise UserError(
-                f"{called} is not in the cache, and HF_HUB_OFFLINE forbids fetching it"
+                f"{full_name} is not in the cache, and HF_HUB_OFFLINE forbids downloading it"
             ) from problem
         cause = problem.__cause__ or problem
         if isinstance(cause, errors.RevisionNotFoundError):
             raise UserError(f"{name} has no revision {revision!r} on {hub}") from problem
         raise UserError(
-            f"{called} is no directory here, not in the cache, and {hub} cannot be reached: {_line(cause)}"
+            f"{full_name} is neither a directory here nor in the cache, and {hub} cannot be reached: {_line(cause)}"
         ) from problem
     except (errors.HfHubHTTPError, OSError) as problem:
-        raise UserError(f"cannot fetch {called} from {hub}: {_line(problem)}") from problem
+        raise UserError(f"cannot fetch {full_name} from {hub}: {_line(problem)}") from problem
 
 
 def _line(problem: BaseException) -> str:

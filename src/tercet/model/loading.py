@@ -12,14 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tercet.files import write_json
-from tercet.model.checkpoint import (
-    MAX_SHARD_BYTES,
-    Item,
-    StoredTensor,
-    read_config,
-    write_tensors,
-)
+from tercet.model.checkpoint import MAX_SHARD_BYTES, read_config, write_tensors
 from tercet.model.families import FAMILIES, config_to_hf
+from tercet.model.safetensors_file import Item, StoredTensor
 from tercet.model.tensor_names import split_rows
 from tercet.model.transformer import Transformer
 from tercet.model.weights import matched_tensors

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from tercet.errors import UserError
 from tercet.model.adapter_config import CONFIG, WEIGHTS, AdapterConfig, adapted_modules, read_adapter_config
-from tercet.model.checkpoint import StoredTensor, open_tensors, read_config, read_safetensors
+from tercet.model.checkpoint import open_tensors, read_config
 from tercet.model.config import ModelConfig
 from tercet.model.families import FAMILIES
+from tercet.model.safetensors_file import StoredTensor, read_safetensors
 from tercet.model.tensor_names import TensorRule, split_rows
 
 Floats = NDArray[np.float32]
