@@ -32,7 +32,7 @@ def outcome(completion: Completion) -> tuple[Any, ...]:
 
 def nothing_is_left(engine: Engine) -> None:
     assert not any(engine.pool.users) and engine.pool.available == engine.pool.num_pages
-    assert not engine.pool._coming and not engine._open and not engine._inboxes and not engine.has_work
+    assert not engine.pool._coming and not engine._generations and not engine._inboxes and not engine.has_work
     drafter = engine._drafter
     if drafter is not None:
         assert not drafter._known  # type: ignore[attr-defined]
@@ -41,9 +41,9 @@ def nothing_is_left(engine: Engine) -> None:
 
 
 def every_page_is_accounted_for(engine: Engine) -> None:
-    held = [page for one in engine._running for page in one.pages.pages]
+    held = [page for generation in engine._scheduler.running for page in generation.pages.pages]
     assert [held.count(page) for page in range(engine.pool.num_pages)] == engine.pool.users
-    assert not any(one.pages.pages for one in engine._waiting)
+    assert not any(generation.pages.pages for generation in engine._scheduler.waiting)
 
 
 def test_usage_tells_how_much_of_a_prompt_was_there_already(byte_level: Tokenizer) -> None:
@@ -135,7 +135,7 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture(
             byte_level,
             speculation=drafter(speculation, byte_level),
         )
-    monkeypatch.setattr("tercet.engine.engine.GUESSED_TOKENS", 64)
+    monkeypatch.setattr("tercet.engine.engine.DRAFTED_TOKENS", 64)
     expected = [outcome(alone.generate([one])[0]) for one in requests]
 
     engine = engine_on(
@@ -145,7 +145,7 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture(
         reuse_prefixes=reuse,
         speculation=drafter(speculation, byte_level),
     )
-    monkeypatch.setattr("tercet.engine.engine.GUESSED_TOKENS", guessed)
+    monkeypatch.setattr("tercet.engine.engine.DRAFTED_TOKENS", guessed)
     handles: dict[int, int] = {}
     deltas: dict[int, list[Delta]] = {}
     done: dict[int, Completion] = {}
@@ -434,14 +434,14 @@ def test_an_interrupt_between_the_tokens_of_a_turn_loses_nothing(byte_level: Tok
     engine = engine_on(backend, byte_level)
     handles = [engine.submit(Request((n, n, n, n), GREEDY)) for n in range(3)]
     engine.step()
-    victim = engine._running[1]
-    take = victim.take
+    victim = engine._scheduler.running[1]
+    advance = victim.advance
 
     def interrupted(logits: Any) -> int:
-        victim.take = take  # type: ignore[method-assign]
+        victim.advance = advance  # type: ignore[method-assign]
         raise KeyboardInterrupt
 
-    victim.take = interrupted  # type: ignore[method-assign]
+    victim.advance = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     done = {}
@@ -453,10 +453,10 @@ def test_an_interrupt_between_the_tokens_of_a_turn_loses_nothing(byte_level: Tok
 
 def test_a_drafter_that_fails_is_no_secret(byte_level: Tokenizer) -> None:
     class Failing:
-        def draws(self, sampling: Sampling) -> bool:
+        def samples(self, sampling: Sampling) -> bool:
             return False
 
-        def propose(self, asks: Any) -> Any:
+        def propose(self, requests: Any) -> Any:
             raise OSError("no draft")
 
         def forget(self, sequence: int) -> None:

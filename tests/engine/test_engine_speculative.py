@@ -15,15 +15,17 @@ from scipy.stats import chisquare
 from tercet.engine.engine import Engine
 from tercet.engine.request import Request, Sampling
 from tercet.engine.sampling import Distribution, distribution, take_draft
-from tercet.engine.speculative import Ask, DraftModel, Pace, PromptLookup, check_same_vocabulary
+from tercet.engine.speculative import DraftModel, DraftRequest, Pace, PromptLookup, check_same_vocabulary
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0, max_tokens=40, ignore_eos=True)
 
 
-def ask(tokens: list[int], count: int, sequence: int = 0, sampling: Sampling = GREEDY) -> Ask:
-    return Ask(sequence, tokens, count, sampling, np.random.default_rng(0))
+def draft_request(
+    tokens: list[int], count: int, sequence: int = 0, sampling: Sampling = GREEDY
+) -> DraftRequest:
+    return DraftRequest(sequence, tokens, count, sampling, np.random.default_rng(0))
 
 
 # Prompt lookup
@@ -44,10 +46,12 @@ def ask(tokens: list[int], count: int, sequence: int = 0, sampling: Sampling = G
 def test_lookup_proposes_what_followed_the_longest_match(
     tokens: list[int], count: int, wanted: list[int]
 ) -> None:
-    assert PromptLookup().propose([ask(tokens, count)])[0].tokens == wanted
+    assert PromptLookup().propose([draft_request(tokens, count)])[0].tokens == wanted
     growing = PromptLookup()  # asked at every token, as in decoding
     for end in range(1, len(tokens) + 1):
-        last = growing.propose([ask(tokens[:end], count), ask(tokens[:1], count, sequence=1)])[0].tokens
+        last = growing.propose(
+            [draft_request(tokens[:end], count), draft_request(tokens[:1], count, sequence=1)]
+        )[0].tokens
     assert last == wanted
     growing.forget(0)
     assert list(growing._known) == [1]
@@ -203,8 +207,8 @@ def test_a_draft_model_drafts_what_it_would_write_itself(byte_level: Tokenizer) 
         model = DraftModel(backend, byte_level)
         texts = [rng.integers(0, 300, rng.integers(1, 12)).tolist() for _ in range(3)]
         for _ in range(8):
-            asks = [ask(list(text), 4, number) for number, text in enumerate(texts)]
-            drafts = model.propose(asks)
+            draft_requests = [draft_request(list(text), 4, number) for number, text in enumerate(texts)]
+            drafts = model.propose(draft_requests)
             for text, draft in zip(texts, drafts, strict=True):
                 room = max(0, 4 * pages - len(text) + 1)
                 assert draft.tokens == backend.greedy(text, min(4, room))
@@ -239,7 +243,7 @@ def test_another_vocabulary_is_refused(byte_level: Tokenizer, sentencepiece: Tok
         UserError, match=r"the draft model has another vocabulary \(\d+ tokens; the model has 300;"
     ):
         Engine(FakeBackend(byte_level.vocab_size), byte_level, [], speculation=draft)
-    with pytest.raises(UserError, match="speculation 'magic' is unknown; use 'ngram'"):
+    with pytest.raises(UserError, match="`speculation` is 'magic'; use 'ngram'"):
         Engine(FakeBackend(byte_level.vocab_size), byte_level, [], speculation="magic")  # type: ignore[arg-type]
 
 

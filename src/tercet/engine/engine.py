@@ -1,12 +1,12 @@
-"""The engine: many requests in, their tokens and texts out, in batches of changing members.
+"""The engine: requests in, their tokens and texts out, computed in batches whose members change.
 
-A request waits, runs and finishes. Each turn is one feed of the backend: the next token of every
-running request, or several where they are certain or guessed, and parts of the prompts of those that
-have just joined, so that a long prompt does not hold up the others. A request that needs a page when
-none is left sends the one that came last back to wait; it is computed anew when there is room.
+A request waits, runs and finishes. `Engine.submit` checks it and appends it to the scheduler's queue as
+a `Generation`. Each turn is one feed of the backend in three steps: *schedule* admits waiting requests,
+drafts tokens and chooses what is fed; *run* computes it; *process* extends each output by its logits,
+delivers new text, and removes the requests that have finished.
 
-What a request gets does not depend on its neighbours: sequences never see each other, and each
-request draws from a generator of its own.
+The output of a request does not depend on the other requests: sequences do not attend to each other,
+and each request draws random numbers from its own generator.
 """
 
 from __future__ import annotations
@@ -18,40 +18,45 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from tercet.engine.backend import Backend, Chunk
+import numpy as np
+from numpy.typing import NDArray
+
+from tercet.engine.backend import Backend
+from tercet.engine.generation import Generation
 from tercet.engine.request import Completion, Delta, Request
-from tercet.engine.running import Running
+from tercet.engine.scheduler import Batch, Scheduler
 from tercet.engine.scorer import Scorer, prompt_name
-from tercet.engine.speculative import Ask, Drafter, DraftModel, PromptLookup, check_same_vocabulary
+from tercet.engine.speculative import Drafter, DraftModel, PromptLookup, check_same_vocabulary
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from tercet.engine.constraint import Constraints
+    from tercet.engine.constraint import Constraints, Matcher
 
-MAX_BATCH = 64  # requests that run at the same time, unless asked otherwise
-MAX_WAITING = 1024  # requests that wait; more would wait longer than anybody does
-MIXED_TOKENS = 256  # in a turn with prompts while others decode: bounds how long these wait for a token
-SHORT = 16  # tokens that are fed whole, a turn of a conversation's template, say
-GUESSED_TOKENS = 64  # in a turn with guesses: up to about this many, a feed takes little longer
+MAX_BATCH = 64  # the default number of requests that run at the same time
+MAX_WAITING = 1024  # the default length of the queue; longer queues wait longer than clients do
+DRAFTED_TOKENS = 64  # in a feed with drafts: up to about this many, a feed takes little longer
 
 
 class QueueFull(UserError):
-    """As many requests wait as may; the one that was submitted is not among them."""
+    """The queue has its largest length; the submitted request was not added."""
 
 
 class Engine(Scorer):
-    """Generates from and scores with one model. Not for several threads at once.
+    """Generates from and scores with one model. Not thread-safe.
 
-    stop_ids: tokens that end an output (end of text, end of turn).
-    max_batch: requests that run at the same time at most; the backend may allow fewer.
-    max_waiting: requests that `submit` lets wait at most.
-    reuse_prefixes: whether prompts that begin with the same tokens share what is computed for these.
-    speculation: "ngram" guesses tokens from prompt and output, an engine guesses with its smaller
-        model; None: no guesses.
+    Args:
+        backend: computes the network.
+        tokenizer: the model's.
+        stop_ids: tokens that end an output (end of text, end of turn).
+        max_batch: the largest number of requests that run at the same time; the backend may allow fewer.
+        max_waiting: the largest number of requests that `submit` lets wait.
+        reuse_prefixes: whether prompts that begin with the same tokens share their keys and values.
+        speculation: "ngram" drafts tokens from prompt and output, an engine drafts with its smaller
+            model; None for no drafts.
 
     Raises:
-        UserError: the draft engine's tokenizer is another one.
+        UserError: the draft engine's tokenizer differs.
     """
 
     def __init__(
@@ -67,22 +72,23 @@ class Engine(Scorer):
     ) -> None:
         super().__init__(backend, tokenizer, stop_ids, reuse_prefixes)
         self.max_batch, self.max_waiting = max_batch, max_waiting
+        self._scheduler = Scheduler(backend, self.pool)
         self._drafter = _drafter(speculation, tokenizer)
         self._handles, self._turns = itertools.count(), itertools.count(1)
-        self._waiting: deque[Running] = deque()
-        self._running: list[Running] = []
-        self._open: dict[int, Running] = {}  # both of them by handle
-        self._inboxes: dict[int, deque[Delta]] = {}  # where the deltas of a stream's requests go
+        self._generations: dict[int, Generation] = {}  # by handle: those that wait or run
+        self._inboxes: dict[int, deque[Delta]] = {}  # by handle: the deltas of a stream's requests
+        self._deltas: list[Delta] = []  # of submitted requests, since the last step
         self._constraints: dict[frozenset[int], Constraints] = {}  # of adapters, by their stop tokens
-        self._ready: list[Delta] = []  # those of requests that were submitted
+
+    # Constraints
 
     @cached_property
     def constraints(self) -> Constraints:
-        """Compiles the grammars of requests; made when the first comes."""
+        """Compiles the grammars of requests; made for the first of them."""
         return self._make_constraints(self.stop_ids)
 
     def constraints_for(self, adapter: str | None) -> Constraints:
-        """The same for requests with this adapter, whose stop tokens may be its own.
+        """Return the constraints for requests with this adapter, whose stop tokens may be its own.
 
         Raises:
             UserError: the engine has no adapter of that name.
@@ -95,6 +101,7 @@ class Engine(Scorer):
         return self._constraints[stops]
 
     def _make_constraints(self, stops: frozenset[int]) -> Constraints:
+        """Return constraints whose outputs end with ``stops``."""
         from tercet.engine.constraint import Constraints
 
         return Constraints(self.tokenizer, self.backend.vocab_size, sorted(stops))
@@ -102,307 +109,236 @@ class Engine(Scorer):
     # Whole calls
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """All requests to their end; completions in the order of the requests.
+        """Complete all requests; return the completions in the order of the requests.
 
-        ``seconds`` of a completion count from when its request began to run.
+        ``seconds`` of a completion count from the time when its request began to run.
 
         Raises:
-            UserError: a prompt is empty, too long, or has tokens that the model doesn't know; a
-                request does not fit the cache, or asks for an adapter that isn't there; a constraint
-                is no grammar.
+            UserError: a prompt is empty, too long, or has tokens that the model does not know; a request
+                does not fit the cache, or names an adapter that does not exist; a constraint is no
+                valid grammar.
         """
-        done = {delta.index: delta.completion for delta in self.stream(requests) if delta.completion}
-        return [done[index] for index in range(len(requests))]
+        completions = {delta.index: delta.completion for delta in self.stream(requests) if delta.completion}
+        return [completions[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
-        """The same, piece by piece as text comes. Closing the iterator cancels what still runs."""
+        """Complete all requests; yield each piece of text as it comes.
+
+        Closing the iterator cancels the requests that have not finished.
+
+        Raises:
+            UserError: as `generate`.
+        """
         for index, request in enumerate(requests):
             self._check(request, prompt_name(index, len(requests)))
         return self._stream(requests)
 
     def _stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
+        """Complete requests that have been checked."""
         inbox: deque[Delta] = deque()
         index_of: dict[int, int] = {}
         try:
-            # Shortest first: prompts that join together are of similar length.
+            # Shortest first: prompts that are admitted together have similar lengths.
             for index in sorted(range(len(requests)), key=lambda index: len(requests[index].tokens)):
-                one = self._enqueue(requests[index])
-                index_of[one.handle], self._inboxes[one.handle] = index, inbox
-            left = len(requests)
-            while left:
+                handle = self._enqueue(requests[index])
+                index_of[handle], self._inboxes[handle] = index, inbox
+            unfinished = len(requests)
+            while unfinished:
                 while not inbox:
                     self._turn()
                 delta = inbox.popleft()
                 if delta.error is not None:
                     raise delta.error
-                left -= delta.completion is not None
+                unfinished -= delta.completion is not None
                 yield replace(delta, index=index_of[delta.index])
         finally:
             for handle in index_of:
                 self.cancel(handle)
 
-    # Request by request
+    # Single requests
 
     @property
     def running(self) -> int:
-        """How many requests are being computed; the others wait."""
-        return len(self._running)
+        """The number of requests that are being computed; the others wait."""
+        return len(self._scheduler.running)
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to give."""
-        return bool(self._waiting or self._running or self._ready)
+        """Whether `step` has anything to compute or to return."""
+        return bool(self._generations or self._deltas)
 
     def submit(self, request: Request) -> int:
-        """Let a request wait for its turn; its handle, the ``index`` of the deltas that `step` returns.
+        """Append a request to the queue; return its handle, the ``index`` of its deltas from `step`.
 
         Raises:
             QueueFull: ``max_waiting`` requests wait already.
             UserError: as `generate`.
         """
         self._check(request, "the prompt")
-        if len(self._waiting) >= self.max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting already; send this one again later")
-        return self._enqueue(request).handle
+        waiting = len(self._scheduler.waiting)
+        if waiting >= self.max_waiting:
+            raise QueueFull(f"{waiting} requests are waiting already; send this one again later")
+        return self._enqueue(request)
 
     def cancel(self, handle: int) -> bool:
-        """End a request at once and free its pages; no delta comes any more. False if it had ended."""
+        """End a request at once and free its pages; no delta of it follows. Return False if it had ended."""
         self._inboxes.pop(handle, None)
-        self._ready = [delta for delta in self._ready if delta.index != handle]
-        one = self._open.get(handle)
-        if one is not None:
-            self._leave(one)
-        return one is not None
+        self._deltas = [delta for delta in self._deltas if delta.index != handle]
+        generation = self._generations.get(handle)
+        if generation is not None:
+            self._remove(generation)
+        return generation is not None
 
     def step(self) -> list[Delta]:
-        """One turn; the deltas of submitted requests since the last step.
+        """Compute one turn; return the deltas of submitted requests since the last step.
 
         The last delta of a request has its completion, or the error that ended it: an error of one
-        request never ends another. When the backend raises, so does this, and every request is as
-        before the turn; the next step tries again.
+        request never ends another. When the backend raises, this method raises the same, and every
+        request is in its state before the turn; the next step tries again.
         """
-        if self._waiting or self._running:
+        if self._generations:
             self._turn()
-        ready, self._ready = self._ready, []
-        return ready
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
-    def _check(self, request: Request, what: str) -> None:
+    def _check(self, request: Request, name: str) -> None:
+        """Raise UserError for a request that can never run; ``name`` names its prompt in the message."""
         self.number_of(request.adapter)
-        self._check_tokens(request.tokens, what)
+        self._check_tokens(request.tokens, name)
         limit, room = self._limit(request), self.pool.num_pages * self.pool.page_size
         if len(request.tokens) + limit - 1 > room:
             raise UserError(
-                f"{what} has {len(request.tokens)} tokens and may get {limit} more; the cache holds {room} "
-                "in all; lower max_tokens, shorten the prompt, or give the cache more memory"
+                f"{name} has {len(request.tokens)} tokens and may get {limit} more; the cache holds {room} "
+                "in all; lower `max_tokens`, shorten the prompt, or give the cache more memory"
             )
-        if request.constraint is not None:
-            self.constraints_for(request.adapter).matcher(request.constraint)
+        self._matcher(request)
 
     def _limit(self, request: Request) -> int:
-        # The last token need not be fed, so it may lie one beyond the model's positions.
+        """Return the largest number of tokens that a request may generate."""
+        # The last token is never fed, so it may lie one beyond the model's positions.
         return min(request.sampling.max_tokens, self.max_positions - len(request.tokens) + 1)
 
-    def _enqueue(self, request: Request) -> Running:
-        matcher = None
-        if request.constraint is not None:
-            matcher = self.constraints_for(request.adapter).matcher(request.constraint)
-        limit, stops = self._limit(request), self.stop_ids_of(request.adapter)
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Return the matcher of a request's constraint, if it has one."""
+        if request.constraint is None:
+            return None
+        return self.constraints_for(request.adapter).matcher(request.constraint)
+
+    def _enqueue(self, request: Request) -> int:
+        """Append a request that has been checked to the queue; return its handle."""
+        matcher, stops = self._matcher(request), self.stop_ids_of(request.adapter)
         pages = self.pool.sequence(self.number_of(request.adapter))
-        one = Running(next(self._handles), request, limit, stops, self._bytes_of, pages, matcher)
-        self._open[one.handle] = one
-        self._waiting.append(one)
-        return one
+        handle = next(self._handles)
+        generation = Generation(handle, request, self._limit(request), stops, self._bytes_of, pages, matcher)
+        self._generations[handle] = generation
+        self._scheduler.add(generation)
+        return handle
 
     # A turn
 
     def _turn(self) -> None:
-        changed = self._admit()
-        plan = self._plan()
-        if not plan:
-            if not changed:
-                raise RuntimeError(
-                    "requests wait and none can run: pages are held by nobody the engine knows"
-                )
-            return
-        logits = self.backend.feed([chunk for _, chunk in plan])
-        turn = next(self._turns)
-        for one, chunk in plan:
-            # What was fed ahead counts when it has come.
-            one.turn, one.pages.computed = turn, min(chunk.start + len(chunk.tokens), len(one.tokens))
-        at = 0
-        for one, chunk in plan:
-            rows, at = logits[at : at + len(chunk.outputs)], at + len(chunk.outputs)
-            try:
-                if len(rows):
-                    one.pages.computed += one.take(rows)
-            except Exception as problem:
-                self._fail(one, problem)
-                continue
-            one.pages.share(one.tokens)
-            self._deliver(one)
+        """Feed the backend once: schedule, run, process."""
+        batch = self._schedule()
+        if batch:
+            self._process(batch, self._run(batch))
 
-    def _admit(self) -> bool:
-        """Let those who wait join, in order, as long as there is room; whether anything has changed."""
-        passed: list[Running] = []  # they wait for what others are computing
+    def _schedule(self) -> Batch:
+        """Admit waiting requests and choose the tokens of the next feed; none when no request runs.
+
+        Requests that end without running are delivered here.
+        """
         changed = False
-        most = min(self.max_batch, self.backend.max_chunks)
-        while self._waiting and max(len(self._running), len(passed)) < most:
-            one = self._waiting[0]
-            try:
-                one.begin()
-            except Exception as problem:
-                self._fail(one, problem)
-                changed = True
-                continue
-            if one.finish_reason:
-                self._deliver(one)
-                changed = True
-                continue
-            one.pages.reuse(one.tokens, len(one.tokens) - 1)
-            if one.pages.should_wait(one.tokens, len(one.tokens) - 1):
-                one.pages.close()
-                passed.append(self._waiting.popleft())
-                continue
-            # Those who run will need a page each before long; sending one back costs more than waiting.
-            if not one.pages.reserve(len(one.tokens)) or self.pool.available < len(self._running):
-                one.pages.close()
-                break
-            self._running.append(self._waiting.popleft())
-            one.pages.announce(one.tokens)
-            one.join()
+        for generation in self._scheduler.admit(self.max_batch):
             changed = True
-        self._waiting.extendleft(reversed(passed))
-        return changed
-
-    def _plan(self) -> list[tuple[Running, Chunk]]:
-        """Who is fed what now."""
-        for one in self._running:
-            # If the last turn broke off after its feed, the last token's logits are lost: once more.
-            one.pages.computed = min(one.pages.computed, len(one.tokens) - 1)
+            if generation.ended:
+                self._deliver(generation)
         self._draft()
-        most, short = self.backend.max_tokens, self._short
-        whole: list[Running] = []
-        parts: list[Running] = []
-        for one in self._running:
-            fits = one.missing <= short and not (one.drawn and one.missing + len(one.ahead) + short > most)
-            (whole if fits or one.missing == 1 else parts).append(one)
-        spared = short if parts else 0
-        plan: dict[Running, Chunk] = {}
-        room = most
-        for one in sorted(whole, key=lambda one: one.turn):  # who had to wait last time comes first
-            ahead = len(one.ahead) if one.drawn else max(0, min(len(one.ahead), room - spared - one.missing))
-            needed = one.missing + ahead
-            if needed + spared <= room and self._reserve(one, len(one.tokens) + ahead):
-                plan[one] = one.chunk(one.missing, ahead)
-                room -= needed
-        if any(one.generated for one in whole):
-            room = min(room, max(MIXED_TOKENS - (most - room), spared))
-        for one in sorted(parts, key=lambda one: one.handle):  # who came first ends first
-            count = min(one.missing, room)
-            ahead = len(one.ahead) if count == one.missing else 0
-            if ahead > room - count:
-                count, ahead = count - 1, 0  # the last token comes with those ahead, next time
-            if count > 0 and self._reserve(one, one.pages.computed + count + ahead):
-                plan[one] = one.chunk(count, ahead)
-                room -= count + ahead
-        # Making room for one may have sent back another.
-        running = set(self._running)
-        return [(one, chunk) for one, chunk in plan.items() if one in running]
-
-    @property
-    def _short(self) -> int:
-        """Tokens that are fed whole, before any part of a longer prompt; as many are spared for such parts."""
-        return min(SHORT, self.backend.max_tokens // 2)
+        batch = self._scheduler.schedule()
+        if not batch and not changed:
+            raise RuntimeError(
+                "requests wait and none can run: pages are in use by no request of this engine"
+            )
+        return batch
 
     def _draft(self) -> None:
-        """Guess the next tokens of those who have begun to generate."""
+        """Draft the next tokens of the requests that have begun to generate."""
         if self._drafter is None:
             return
-        rows = [one for one in self._running if one.generated]
-        most = max(0, GUESSED_TOKENS - len(rows)) // max(1, len(rows))
-        most_fed = self.backend.max_tokens - self._short - 1
-        asking: list[tuple[Running, Ask]] = []
-        for one in rows:
-            if one.ahead or one.asked == len(one.tokens):
+        decoding = [generation for generation in self._scheduler.running if generation.generated]
+        share = max(0, DRAFTED_TOKENS - len(decoding)) // max(1, len(decoding))
+        longest = self.backend.max_tokens - self._scheduler.short - 1
+        drafting: list[Generation] = []
+        draft_requests = []
+        for generation in decoding:
+            if generation.lookahead or generation.drafted_at == len(generation.tokens):
                 continue
-            one.asked = len(one.tokens)  # once, however many turns it takes: the pace counts tokens
-            # The last token is never fed; and with the one before it a draft must fit into a turn.
-            count = min(one.pace.next(), one.limit - one.generated - 1, most_fed)
-            # Where guesses are drawn their number is the request's own affair: it changes what is drawn.
-            if not self._drafter.draws(one.sampling):
-                count = min(count, most)
+            # Once for a token, however many turns its feed waits: the pace counts tokens.
+            generation.drafted_at = len(generation.tokens)
+            # The last token is never fed; and a draft must fit into a feed with the token before it.
+            count = min(generation.pace.next(), generation.limit - generation.generated - 1, longest)
+            # The length of a sampled draft changes the output, so it must not depend on other requests.
+            if not self._drafter.samples(generation.sampling):
+                count = min(count, share)
             if count > 0:
-                asking.append((one, one.ask(count)))
-        drafts = self._drafter.propose([ask for _, ask in asking]) if asking else []
-        for (one, _), draft in zip(asking, drafts, strict=True):
-            one.guess(draft)
+                drafting.append(generation)
+                draft_requests.append(generation.draft_request(count))
+        drafts = self._drafter.propose(draft_requests) if draft_requests else []
+        for generation, draft in zip(drafting, drafts, strict=True):
+            generation.set_draft(draft)
 
-    def _reserve(self, one: Running, length: int) -> bool:
-        """Pages for ``length`` tokens, if need be those of requests that came later; False: it had to go."""
-        if one not in self._running:
-            return False
-        while not one.pages.reserve(length):
-            last = max(self._running, key=lambda other: other.handle)
-            self._send_back(last)
-            if last is one:
-                return False
-        return True
+    def _run(self, batch: Batch) -> NDArray[np.float32]:
+        """Feed the chunks of the batch; return the logits [outputs, V] of all its chunks in order."""
+        logits = self.backend.feed([chunk for _, chunk in batch])
+        turn = next(self._turns)
+        for generation, chunk in batch:
+            generation.last_turn = turn
+            # Tokens of the lookahead count as computed when they are part of the output.
+            end = chunk.start + len(chunk.tokens)
+            generation.pages.computed = min(end, len(generation.tokens))
+        return logits
+
+    def _process(self, batch: Batch, logits: NDArray[np.float32]) -> None:
+        """Extend each output of the batch by its rows of the logits, and deliver new text."""
+        begin = 0
+        for generation, chunk in batch:
+            end = begin + len(chunk.outputs)
+            rows, begin = logits[begin:end], end
+            try:
+                if len(rows):
+                    generation.pages.computed += generation.advance(rows)
+            except Exception as error:
+                generation.error = error
+            else:
+                generation.pages.share(generation.tokens)
+            self._deliver(generation)
+
+    def _deliver(self, generation: Generation) -> None:
+        """Deliver the new text of a request, and remove the request if it has ended."""
+        delta = generation.delta()
+        if generation.ended:
+            self._remove(generation)
+        if delta is not None:
+            self._inboxes.get(delta.index, self._deltas).append(delta)
+
+    def _remove(self, generation: Generation) -> None:
+        """Remove a request from the queue or the batch, for good."""
+        del self._generations[generation.handle]
+        self._scheduler.remove(generation)
+        if self._drafter is not None:
+            self._drafter.forget(generation.handle)
 
     def _make_room(self) -> bool:
-        """Send back the request that came last, if any runs."""
-        if not self._running:
-            return False
-        self._send_back(max(self._running, key=lambda one: one.handle))
-        return True
-
-    def _send_back(self, one: Running) -> None:
-        self._running.remove(one)
-        self._release(one)
-        self._waiting.appendleft(one)
-
-    def _fail(self, one: Running, problem: Exception) -> None:
-        # What is not finite, or else wrong, must not be found by others.
-        self._leave(one, forget=True)
-        self._put(Delta(one.handle, "", [], None, error=problem))
-
-    def _deliver(self, one: Running) -> None:
-        delta = one.delta()
-        if one.finish_reason:
-            self._leave(one)
-        if delta is not None:
-            self._put(delta)
-
-    def _put(self, delta: Delta) -> None:
-        inbox = self._inboxes.get(delta.index)
-        if inbox is None:
-            self._ready.append(delta)
-        else:
-            inbox.append(delta)
-
-    def _leave(self, one: Running, forget: bool = False) -> None:
-        """Out of the queue or the batch, for good."""
-        del self._open[one.handle]
-        if one in self._running:
-            self._running.remove(one)
-            self._release(one, forget)
-        else:
-            self._waiting.remove(one)
-        if self._drafter is not None:
-            self._drafter.forget(one.handle)
-
-    def _release(self, one: Running, forget: bool = False) -> None:
-        self.backend.release(one.pages.number)
-        one.pages.close(forget)
+        """Preempt the running request that came last; return False when none runs."""
+        return self._scheduler.make_room()
 
 
 def _drafter(speculation: Literal["ngram"] | Engine | Drafter | None, tokenizer: Tokenizer) -> Drafter | None:
+    """Return the drafter for the setting ``speculation`` of an engine."""
     if speculation == "ngram":
         return PromptLookup()
     if isinstance(speculation, Engine):
         check_same_vocabulary(tokenizer, speculation.tokenizer)
         return DraftModel(speculation.backend, speculation.tokenizer)
     if isinstance(speculation, str):
-        raise UserError(
-            f"speculation {speculation!r} is unknown; use 'ngram' or an engine with a smaller model"
-        )
+        raise UserError(f"`speculation` is {speculation!r}; use 'ngram' or an engine with a smaller model")
     return speculation
