@@ -1,10 +1,10 @@
-"""Whose keys and values lie in which page, and which pages can serve a sequence that comes later.
+"""The pages of keys and values: which sequence uses which, and which of them a later sequence can reuse.
 
-A page that is full is found again by what was computed into it: its key is a hash of its tokens and
-of the key of the page before, so that equal keys mean equal tokens from the sequence's beginning on (and the same adapter).
-A system prompt, a few-shot header or the earlier turns of a conversation are then computed once,
-whoever comes with them next. Pages that nobody uses stay findable until room is needed; the one
-unused for longest goes first.
+A full page is looked up by what was computed into it: its key is a hash of its tokens and of the key of
+the page before it, so equal keys mean equal tokens from the beginning of the sequence on (and the same
+adapter). A system prompt, a few-shot header or the earlier turns of a conversation are therefore
+computed once, whichever request uses them next. A page without users stays in this prefix cache until
+its room is needed; the page unused for longest is dropped first.
 """
 
 from __future__ import annotations
@@ -15,45 +15,50 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-WORTH_WAITING = 2  # pages: for fewer, waiting for another sequence to compute them costs more than it saves
+WORTH_WAITING = 2  # pages; for fewer, waiting for another sequence to compute them costs more than it saves
 
 
 def page_key(before: bytes, tokens: Sequence[int]) -> bytes:
-    """The key of a full page behind the page with key ``before`` (empty for the first)."""
+    """Return the key of a full page behind the page with key ``before`` (empty for the first)."""
     return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class PagePool:
-    """Hands out the pages of one backend, counts their users and finds them again by their keys.
+    """Hands out the pages of one backend, counts their users and looks them up by their keys.
 
-    reuse: False switches the finding off; pages are then free as soon as nobody uses them.
+    Args:
+        num_pages: as in `Backend`.
+        page_size: as in `Backend`.
+        reuse: whether full pages can be looked up. If False, a page is free as soon as it has no user.
     """
 
     def __init__(self, num_pages: int, page_size: int, reuse: bool = True) -> None:
         self.num_pages, self.page_size, self.reuse = num_pages, page_size, reuse
         self.users = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))  # the lowest first: memory can grow with need
-        self._idle: OrderedDict[int, None] = OrderedDict()  # no users but findable, longest unused first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # without users but with a key, longest unused first
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._coming: Counter[bytes] = Counter()  # being computed by some sequence now
+        self._coming: Counter[bytes] = Counter()  # keys of pages that sequences are computing now
         self.numbers = itertools.count()
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give: free ones and those kept only in case they serve again."""
+        """The number of pages that `take` can return: free ones, and cached ones without users."""
         return len(self._free) + len(self._idle)
 
     def pages_for(self, tokens: int) -> int:
-        """How many pages hold ``tokens`` positions."""
+        """Return the number of pages that ``tokens`` positions require."""
         return -(-tokens // self.page_size)
 
     def sequence(self, adapter: int = 0) -> PagedSequence:
-        """A new sequence without pages; its keys and values are those of the network with this adapter."""
+        """Return a new sequence without pages, computed by the network with this adapter."""
         return PagedSequence(self, next(self.numbers), adapter)
 
     def take(self) -> int:
-        """A page with one user and nothing in it. Raises IndexError when none is available."""
+        """Return an empty page with one user. Raise IndexError when none is available."""
         if self._free:
             page = self._free.pop()
         elif self._idle:
@@ -65,7 +70,7 @@ class PagePool:
         return page
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of the longest known beginning of ``keys``, each with one user more."""
+        """Return the pages of the longest cached beginning of ``keys``, and add a user to each."""
         pages = []
         for key in keys:
             page = self._page_of.get(key)
@@ -77,23 +82,22 @@ class PagePool:
         return pages
 
     def share(self, page: int, key: bytes) -> None:
-        """Let a page in use, all its positions computed, be found. Where two have one key, the first counts."""
+        """Add a page in use, with all positions computed, to the cache. Of two with one key the first counts."""
         if self.reuse and key not in self._page_of:
             self._page_of[key] = page
             self._key_of[page] = key
 
     def forget(self, pages: Sequence[int]) -> None:
-        """Let pages in use not be found any more."""
+        """Remove pages in use from the cache."""
         for page in pages:
             key = self._key_of.pop(page, None)
             if key is not None:
                 del self._page_of[key]
 
     def drop(self, pages: Sequence[int]) -> None:
-        """One user less of each of a sequence's pages, given in order."""
-        for page in reversed(
-            pages
-        ):  # a page must not outlive the one before it, without which it isn't found
+        """Remove one user from each of a sequence's pages, given in order."""
+        # The last page first: without the page before it, a page can't be looked up and must not outlive it.
+        for page in reversed(pages):
             self.users[page] -= 1
             if self.users[page]:
                 continue
@@ -103,65 +107,69 @@ class PagePool:
                 self._free.append(page)
 
     def announce(self, keys: Sequence[bytes]) -> None:
-        """Some sequence is about to compute the pages with these keys."""
+        """Note that a sequence is going to compute the pages with these keys."""
         self._coming.update(keys)
 
     def withdraw(self, keys: Sequence[bytes]) -> None:
-        """It has computed them, or will not."""
+        """Note that the sequence has computed these pages, or will not."""
         for key in keys:
             self._coming[key] -= 1
             if not self._coming[key]:
                 del self._coming[key]
 
     def coming(self, keys: Sequence[bytes]) -> bool:
-        """Whether enough of the first ``keys`` are being computed that waiting for them is worth it."""
+        """Return whether enough of the first ``keys`` are being computed to make waiting worthwhile."""
         first = keys[:WORTH_WAITING]
         return len(first) == WORTH_WAITING and all(key in self._coming for key in first)
 
 
 class PagedSequence:
-    """The pages of one sequence, and how much of it is computed.
+    """The pages of one sequence, and how many of its positions are computed.
 
-    number: differs from that of every other sequence of the pool; another one after `close`.
-    computed: keys and values of positions before this one are in the pages.
+    Attributes:
+        pool: hands out the pages.
+        number: differs from that of every other sequence of the pool; `close` changes it.
+        adapter: as in `Chunk`.
+        pages: in the order of their positions.
+        computed: the number of positions whose keys and values are in the pages.
     """
 
     def __init__(self, pool: PagePool, number: int, adapter: int = 0) -> None:
         self.pool, self.number, self.adapter = pool, number, adapter
         self.pages: list[int] = []
         self.computed = 0
-        # What the first page stands behind: other adapters make other keys and values of the same tokens.
+        # The key before the first page: another adapter computes other keys and values for the same tokens.
         self._root = adapter.to_bytes(8, "little") if adapter else b""
-        self._keys: list[bytes] = []  # of the first pages, as far as their tokens were seen
-        self._shared = 0  # pages that can be found, by this sequence or by the one that computed them
+        self._keys: list[bytes] = []  # of the first pages, as far as they were requested
+        self._shared = 0  # the number of first pages that are in the cache
         self._announced: list[bytes] = []
 
-    def reuse(self, tokens: Sequence[int], most: int) -> None:
-        """Take over pages that were computed for the same tokens, up to ``most`` positions.
+    def reuse(self, tokens: Sequence[int], limit: int) -> None:
+        """Take cached pages that were computed for the same tokens, up to ``limit`` positions.
 
         Only for a sequence without pages.
         """
         if self.pool.reuse:
-            keys = self._keys_of(tokens, most // self.pool.page_size)
+            keys = self._keys_of(tokens, limit // self.pool.page_size)
             self.pages = self.pool.find(keys)
             self._shared = len(self.pages)
             self.computed = self._shared * self.pool.page_size
 
-    def should_wait(self, tokens: Sequence[int], most: int) -> bool:
-        """Whether others are computing pages that could be taken over then (after `reuse`)."""
+    def should_wait(self, tokens: Sequence[int], limit: int) -> bool:
+        """Return whether other sequences are computing pages that this one could reuse. Call `reuse` first."""
         if not self.pool.reuse:
             return False
-        return self.pool.coming(self._keys_of(tokens, most // self.pool.page_size)[self._shared :])
+        return self.pool.coming(self._keys_of(tokens, limit // self.pool.page_size)[self._shared :])
 
     def announce(self, tokens: Sequence[int]) -> None:
-        """Say that all of ``tokens`` are going to be computed, so that others may wait for it."""
+        """Note that all of ``tokens`` are going to be computed, so that other sequences can wait for them."""
         if self.pool.reuse:
             keys = self._keys_of(tokens, len(tokens) // self.pool.page_size)
             self._announced = keys[self._shared :][::-1]
             self.pool.announce(self._announced)
 
     def reserve(self, length: int) -> bool:
-        """Have pages for ``length`` positions; False, and nothing has changed, when there are too few."""
+        """Take pages for ``length`` positions. Return False, and take none, when too few are available."""
         missing = self.pool.pages_for(length) - len(self.pages)
         if missing > self.pool.available:
             return False
@@ -169,7 +177,7 @@ class PagedSequence:
         return True
 
     def share(self, tokens: Sequence[int]) -> None:
-        """Let the pages be found that are computed and full of ``tokens``, which nothing will rewrite."""
+        """Add the pages that are full of computed ``tokens`` to the cache; they must not be rewritten."""
         if not self.pool.reuse:
             return
         full = min(self.computed, len(tokens)) // self.pool.page_size
@@ -181,11 +189,11 @@ class PagedSequence:
             if self._announced and self._announced[-1] == key:
                 self.pool.withdraw([self._announced.pop()])
 
-    def fork(self, length: int, whole: int) -> PagedSequence | None:
-        """A sequence with the same first ``length`` positions and room for ``whole``; None without room.
+    def fork(self, length: int, capacity: int) -> PagedSequence | None:
+        """Return a sequence with the same first ``length`` positions and room for ``capacity`` positions.
 
-        Full pages are used by both. One that is partly filled has a counterpart in the new sequence,
-        whose contents the caller copies.
+        Both sequences use the full pages. A page that is partly filled has a counterpart in the new
+        sequence, into which the caller copies its contents. Return None when there is no room.
         """
         if not self.pool.reuse:
             return None  # pages that only one sequence may use can't be forked
@@ -193,16 +201,16 @@ class PagedSequence:
         copy.pages = self.pages[: length // self.pool.page_size]
         for page in copy.pages:
             self.pool.users[page] += 1
-        if not copy.reserve(whole):
+        if not copy.reserve(capacity):
             copy.close()
             return None
         copy.computed = length
         return copy
 
     def close(self, forget: bool = False) -> None:
-        """Give all pages back; ``forget``: what is in them must not be used again.
+        """Return all pages to the pool; with ``forget``, no sequence may reuse their contents.
 
-        The same tokens may begin anew then.
+        The sequence is then empty, and the same tokens can be computed anew.
         """
         if forget:
             self.pool.forget(self.pages)
@@ -213,6 +221,7 @@ class PagedSequence:
         self._announced, self._shared = [], 0
 
     def _keys_of(self, tokens: Sequence[int], pages: int) -> list[bytes]:
+        """Return the keys of the first pages, which are full of ``tokens``."""
         size = self.pool.page_size
         while len(self._keys) < pages:
             begin = len(self._keys) * size

@@ -1,8 +1,8 @@
-"""From one row of logits to one token.
+"""Sampling: from one row of logits to one token.
 
-Everything is on one row, so that a request's tokens never depend on its neighbours, and what is drawn
-from is in float64. The order of the steps, and what each does at its edges (ties stay, the best token
-always stays), are those of transformers' logits processors.
+Every function works on a single row, so the tokens of a request never depend on the rest of its batch,
+and tokens are drawn from weights in float64. The order of the steps, and their behaviour at the edges
+(ties stay, the best token always stays), are those of transformers' logits processors.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from tercet.errors import UserError
 Floats = NDArray[np.float64]
 Scores = NDArray[np.float32] | NDArray[np.float64]
 
-# Values summed or compared at a time where a running sum, or a selection, over all V would take
-# most of the time. Chosen by measurement at V = 50,000 and 150,000; flat between 128 and 1,024.
+# The number of values that are summed or compared at a time, because a running sum or a selection over
+# all V would dominate the time. Measured at V = 50,000 and 150,000: no difference between 128 and 1,024.
 BLOCK = 256
 
-LARGEST = 1e300  # of a score that a penalty has changed
+LARGEST = 1e300  # the largest magnitude of a score that a penalty has changed
 
 
 class Choice(NamedTuple):
-    """A chosen token; its log-probability, the likeliest tokens and the entropy, where the request wants them."""
+    """A chosen token, with its log-probability, the likeliest tokens and the entropy where they are requested."""
 
     token: int
     logprob: float | None
@@ -38,29 +38,31 @@ class Choice(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """Which tokens may come, and their weights: probabilities times some factor above 0.
+    """The tokens that may come next, and their weights: probabilities times a common factor above 0.
 
-    tokens: ascending ids; None: all of the vocabulary.
+    Attributes:
+        tokens: ascending ids; None for the whole vocabulary.
+        weights: of these tokens, in the same order.
     """
 
     tokens: NDArray[np.int64] | None
     weights: Floats
 
     def dense(self, size: int) -> Floats:
-        """Probabilities [size] of all tokens."""
+        """Return the probabilities [size] of all tokens."""
         probabilities = np.zeros(size)
         probabilities[slice(None) if self.tokens is None else self.tokens] = self.weights
         probabilities /= self.weights.sum()
         return probabilities
 
     def draw(self, rng: np.random.Generator) -> int:
-        """One token, by one number of ``rng``."""
+        """Draw a token with one number of ``rng``."""
         place = _draw(self.weights, rng)
         return place if self.tokens is None else int(self.tokens[place])
 
 
 class History:
-    """Which tokens one request has seen: those of the prompt, and how often each was generated."""
+    """The tokens of one request so far: the set of the prompt, and the counts of the output."""
 
     def __init__(self, prompt: Iterable[int]) -> None:
         self.prompt = set(prompt)
@@ -75,18 +77,24 @@ def next_token(
     allowed: NDArray[np.bool_] | None = None,
     drafted: tuple[int, Distribution] | None = None,
 ) -> Choice:
-    """Choose from ``logits`` [V]. Greedy at temperature 0, otherwise drawn with ``rng``.
+    """Choose a token from ``logits`` [V]: the likeliest at temperature 0, otherwise drawn with ``rng``.
 
-    Log-probabilities are of the unmodified distribution: log-softmax of ``logits`` as they are.
+    Log-probabilities are those of the unmodified distribution, the log-softmax of ``logits``.
 
-    allowed: [V], which tokens may come; None: all.
-    drafted: a token drawn from another distribution, which is taken if it may be (see `take_draft`).
+    Args:
+        logits: after the last token of the request.
+        sampling: the settings of the request.
+        history: its tokens so far.
+        rng: its generator.
+        allowed: [V], the tokens that may come next; None for all.
+        drafted: a token that was drawn from another distribution, and that distribution; the token is
+            accepted or replaced by `take_draft`.
 
     Raises:
-        UserError: the logits hold NaN or infinity (weights that are broken or overflow), or no
+        UserError: the logits contain NaN or infinity (the weights are broken, or overflow), or no
             token is allowed.
     """
-    best = int(logits.argmax())  # the first NaN where there is one
+    best = int(logits.argmax())  # the first NaN if there is any
     if not math.isfinite(logits[best]):
         raise UserError("the model's logits are not finite; its weights are broken or overflow in this dtype")
     scores: Scores = logits
@@ -107,36 +115,37 @@ def next_token(
 
 
 def report(logits: NDArray[np.float32], token: int, sampling: Sampling) -> Choice:
-    """``token`` as the choice after ``logits`` [V], with the log-probabilities that are wanted."""
+    """Return ``token`` as the choice after ``logits`` [V], with the requested log-probabilities."""
     if sampling.logprobs is None:
         return Choice(token, None, [])
     logprobs = log_softmax(logits.astype(np.float64))
-    top = [(int(one), float(logprobs[one])) for one in largest(logprobs, sampling.logprobs)]
+    top = [(int(index), float(logprobs[index])) for index in largest(logprobs, sampling.logprobs)]
     return Choice(token, float(logprobs[token]), top, entropy(logprobs))
 
 
 def entropy(logprobs: Floats) -> float:
-    """The surprise to be expected, in nats, of a distribution's log-probabilities [V], none of them infinite."""
+    """Return the entropy, in nats, of a distribution's log-probabilities [V], none of them infinite."""
     return -float(np.dot(np.exp(logprobs), logprobs))
 
 
 def penalize(scores: Floats, sampling: Sampling, history: History) -> None:
     """Add the bias to ``scores`` [V] and apply the three penalties, in place.
 
-    Repetition: tokens of prompt and output; positive logits are divided, negative ones multiplied
-    (Keskar et al. 2019, arXiv:1909.05858). Presence and frequency: tokens of the output only, by
-    OpenAI's formula ``logit - count * frequency - (count > 0) * presence``.
+    The repetition penalty applies to tokens of prompt and output: positive logits are divided by it,
+    negative ones multiplied (Keskar et al. 2019, arXiv:1909.05858). The presence and frequency penalties
+    apply to tokens of the output, by OpenAI's formula
+    ``logit - count * frequency - (count > 0) * presence``.
     """
     for token, bias in (sampling.logit_bias or {}).items():
         if token >= len(scores):
-            raise UserError(f"logit_bias has token {token}; the model knows 0 to {len(scores) - 1}")
+            raise UserError(f"`logit_bias` has token {token}; the model knows 0 to {len(scores) - 1}")
         scores[token] += bias
     if sampling.repetition_penalty != 1:
         seen = np.fromiter(history.prompt | history.output.keys(), dtype=np.int64)
         old = scores[seen]
         with np.errstate(over="ignore"):
             new = np.where(old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty)
-        scores[seen] = new.clip(-LARGEST, LARGEST)  # two infinite ones would have no distance
+        scores[seen] = new.clip(-LARGEST, LARGEST)  # two infinite scores would have no difference
     if history.output and (sampling.presence_penalty or sampling.frequency_penalty):
         seen = np.fromiter(history.output.keys(), dtype=np.int64)
         counts = np.fromiter(history.output.values(), dtype=np.float64)
@@ -144,7 +153,7 @@ def penalize(scores: Floats, sampling: Sampling, history: History) -> None:
 
 
 def distribution(scores: Scores, sampling: Sampling) -> Distribution:
-    """``scores`` [V] after temperature (above 0), top-k, top-p and min-p."""
+    """Return the distribution of ``scores`` [V] after temperature (above 0), top-k, top-p and min-p."""
     tokens: NDArray[np.int64] | None = None
     if 0 < sampling.top_k < len(scores):
         tokens = np.flatnonzero(scores >= _kth_largest(scores, sampling.top_k))
@@ -155,8 +164,8 @@ def distribution(scores: Scores, sampling: Sampling) -> Distribution:
         weights /= sampling.temperature
     np.exp(weights, out=weights)
     if sampling.top_p < 1:
-        # A token stays while those before it do not reach top_p yet. Tokens below this floor weigh at
-        # most 1 - top_p together, so none of them can stay, and few are left to be sorted.
+        # A token stays if the tokens before it do not reach top_p. Tokens below this floor weigh at most
+        # 1 - top_p together, so none of them can stay, and few tokens are left to be sorted.
         total = weights.sum()
         order = np.flatnonzero(weights >= (1 - sampling.top_p) * total / len(weights))
         order = order[np.argsort(-weights[order], kind="stable")]
@@ -169,72 +178,73 @@ def distribution(scores: Scores, sampling: Sampling) -> Distribution:
 
 
 def take_draft(target: Distribution, token: int, draft: Distribution, rng: np.random.Generator) -> int:
-    """A token distributed as ``target``, and often ``token``, which was drawn from ``draft``.
+    """Return a token distributed as ``target``, which is often ``token``, drawn from ``draft``.
 
-    Rejection sampling: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1. The token is kept with
-    probability min(1, p / q); otherwise one is drawn from what ``target`` has more than ``draft``.
+    Rejection sampling: Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1. The token is accepted with
+    probability min(1, p / q); otherwise another one is drawn from the positive part of p - q.
     """
     p = _at(target, np.array([token])) / target.weights.sum()
     q = _at(draft, np.array([token])) / draft.weights.sum()
     if rng.random() * q[0] < p[0]:
         return token
     tokens = np.arange(len(target.weights)) if target.tokens is None else target.tokens
-    more = target.weights / target.weights.sum() - _at(draft, tokens) / draft.weights.sum()
-    more = np.maximum(more, 0)
-    if not more.any():  # equal but for rounding
+    excess = target.weights / target.weights.sum() - _at(draft, tokens) / draft.weights.sum()
+    excess = np.maximum(excess, 0)
+    if not excess.any():  # the distributions are equal up to rounding
         return target.draw(rng)
-    return Distribution(target.tokens, more).draw(rng)
+    return Distribution(target.tokens, excess).draw(rng)
 
 
 def log_softmax(logits: Floats) -> Floats:
-    """Natural log-probabilities [V]."""
+    """Return the natural log-probabilities [V]."""
     shifted: Floats = logits - logits.max()
     shifted -= np.log(np.exp(shifted).sum())
     return shifted
 
 
 def largest(values: Floats, count: int) -> NDArray[np.int64]:
-    """Indices of the ``count`` largest values, best first, lower index first among equals."""
+    """Return the indices of the ``count`` largest values, largest first, lower index first among equals."""
     count = min(count, len(values))
     if count == 0:
         return np.zeros(0, dtype=np.int64)
-    # Everything as large as the last place, so that equals there are decided by index.
+    # All values as large as the last of them, so that ties are decided by index.
     candidates = np.flatnonzero(values >= _kth_largest(values, count))
     return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
 def _kth_largest(values: Scores, k: int) -> float:
-    """The k-th largest of ``values``, k from 1 to their number."""
+    """Return the k-th largest of ``values``, k from 1 to their number."""
     blocks = len(values) // BLOCK
     if k <= blocks:
-        # k blocks have a value as large as the k-th largest of their maxima: few values need selection.
+        # k blocks have a value as large as the k-th largest of their maxima: few values remain to select from.
         maxima = values[: blocks * BLOCK].reshape(BLOCK, blocks).max(axis=0)
         values = values[values >= np.partition(maxima, -k)[-k]]
     return float(np.partition(values, -k)[-k])
 
 
 def _draw(weights: Floats, rng: np.random.Generator) -> int:
-    """An index, each by its share of the sum: first a block, then a place in it."""
+    """Draw an index in proportion to its weight: first a block, then a place in it."""
     edges = np.arange(0, len(weights), BLOCK)
     reach = np.add.reduceat(weights, edges).cumsum()
-    # Scaled to the sum, so that rounding can't leave the draw beyond the last block.
+    # Scaled to the sum, so that rounding can't place the draw beyond the last block.
     aim = rng.random() * reach[-1]
     block = int(np.searchsorted(reach, aim, side="right"))
     inside = weights[edges[block] : edges[block] + BLOCK]
     aim -= reach[block - 1] if block else 0.0
     place = int(np.searchsorted(inside.cumsum(), aim, side="right"))
-    # The block's own running sum may end a rounding error before its share of the whole.
+    # The block's own running sum may end a rounding error below its share of the total.
     return int(edges[block]) + min(place, int(np.flatnonzero(inside)[-1]))
 
 
 def _among(
     tokens: NDArray[np.int64] | None, weights: Floats, places: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], Floats]:
+    """Return the tokens and weights at ``places`` of a distribution."""
     return (places if tokens is None else tokens[places]), weights[places]
 
 
 def _at(distribution: Distribution, tokens: NDArray[np.int64]) -> Floats:
-    """The weights of ``tokens``; 0 for those that can't come."""
+    """Return the weights of ``tokens``; 0 for tokens that the distribution does not contain."""
     if distribution.tokens is None:
         return distribution.weights[tokens]
     places = np.searchsorted(distribution.tokens, tokens).clip(max=len(distribution.tokens) - 1)
