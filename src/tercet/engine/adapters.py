@@ -1,4 +1,4 @@
-"""LoRA adapters that an engine has beside its model's weights."""
+"""LoRA adapters beside the weights of an engine's model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tercet.engine.backend import Backend
+from tercet.engine.text import differing_token
 from tercet.errors import UserError
 from tercet.model.checkpoint import read_generation_config, read_stop_ids
 from tercet.model.tokenizer import TOKENIZER, Tokenizer
@@ -13,11 +14,13 @@ from tercet.model.tokenizer import TOKENIZER, Tokenizer
 
 @dataclass(frozen=True)
 class Adapter:
-    """One of them.
+    """An adapter that is loaded in a backend.
 
-    number: what chunks and pages know it by.
-    tokenizer: its own where its directory has one, say with a chat template; else the base's.
-    stop_ids: tokens that end its outputs.
+    Attributes:
+        number: identifies the adapter in chunks and pages.
+        directory: where it was read from.
+        tokenizer: its own if its directory has one, for example with a chat template; else the base's.
+        stop_ids: tokens that end its outputs.
     """
 
     number: int
@@ -29,18 +32,23 @@ class Adapter:
 def add_adapter(
     backend: Backend, directory: str | Path, tokenizer: Tokenizer, stop_ids: frozenset[int]
 ) -> Adapter:
-    """Give an adapter to the backend. Tokenizer and stop ids: the base's.
+    """Load an adapter into the backend.
+
+    Args:
+        backend: computes the base model.
+        directory: holds the adapter.
+        tokenizer: the base's.
+        stop_ids: the base's.
 
     Raises:
         UserError: the directory holds no adapter for this base, or one whose tokenizer has other tokens.
     """
     directory = Path(directory)
-    own = tokenizer
+    own_tokenizer = tokenizer
     if (directory / TOKENIZER).is_file():
-        own = Tokenizer.load(directory)
-        mine, theirs = (one.backend.get_vocab(with_added_tokens=True) for one in (tokenizer, own))
-        if mine != theirs:
-            token = min(set(mine.items()) ^ set(theirs.items()), key=lambda item: item[1])[0]
+        own_tokenizer = Tokenizer.load(directory)
+        token = differing_token(tokenizer, own_tokenizer)
+        if token is not None:
             raise UserError(
                 f"{directory}: its tokenizer differs from the base's (at {token!r}), so it can't share the "
                 "base's engine; load it as a model of its own"
@@ -48,6 +56,6 @@ def add_adapter(
     stops = stop_ids
     if read_generation_config(directory).get("eos_token_id") is not None:
         stops = frozenset(read_stop_ids(directory))
-    if own.eos_id is not None:
-        stops |= {own.eos_id}
-    return Adapter(backend.add_adapter(directory), directory, own, stops)
+    if own_tokenizer.eos_id is not None:
+        stops |= {own_tokenizer.eos_id}
+    return Adapter(backend.add_adapter(directory), directory, own_tokenizer, stops)

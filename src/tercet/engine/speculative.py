@@ -21,6 +21,7 @@ from tercet.engine.backend import Backend, Chunk, split_calls
 from tercet.engine.cache import PagedSequence, PagePool
 from tercet.engine.request import Sampling
 from tercet.engine.sampling import Distribution, distribution
+from tercet.engine.text import differing_token
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
@@ -296,12 +297,10 @@ def _choose(logits: NDArray[np.float32], job: _Job) -> int:
 
 def check_same_vocabulary(tokenizer: Tokenizer, draft: Tokenizer) -> None:
     """Raise UserError unless both tokenizers have the same tokens under the same ids."""
-    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-    draft_vocabulary = draft.backend.get_vocab(with_added_tokens=True)
-    if vocabulary != draft_vocabulary:
-        difference = set(vocabulary.items()) ^ set(draft_vocabulary.items())
-        token = min(difference, key=lambda item: item[1])[0]
+    token = differing_token(tokenizer, draft)
+    if token is not None:
+        sizes = [len(side.backend.get_vocab(with_added_tokens=True)) for side in (draft, tokenizer)]
         raise UserError(
-            f"the draft model has another vocabulary ({len(draft_vocabulary)} tokens; the model has "
-            f"{len(vocabulary)}; they differ at {token!r}); take a draft model with the same tokenizer"
+            f"the draft model has another vocabulary ({sizes[0]} tokens; the model has {sizes[1]}; "
+            f"they differ at {token!r}); take a draft model with the same tokenizer"
         )
