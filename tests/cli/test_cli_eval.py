@@ -59,7 +59,7 @@ def test_minimal_pairs_for_people(model: str, pairs: str, capsys: pytest.Capture
         (["--limit", "3"], "--limit does nothing for a task file"),
         (["--chat-template"], "--chat-template does nothing for a task file"),
         (["--include-path", "."], "--include-path does nothing for a task file"),
-        (["--quantize", "int3"], "quantization 'int3' is unknown"),
+        (["--quantize", "int3"], "--quantize is 'int3'"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

@@ -95,7 +95,7 @@ def test_a_server_tells_of_what_it_wrote(server: FakeServer, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["--top", "0"], "--top is 0; it must be from 1 to 20"),
-        (["--max-tokens", "0"], "max_tokens is 0; it must be at least 1"),
+        (["--max-tokens", "0"], "is 0; it must be at least 1"),
         (["--system", "S"], "--system needs a chat template"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_template_takes_its_fields_from_var_and_text(server: FakeServer) -> No
         (["hi", "--var", "language=x"], "--var needs --template FILE"),
         (["--template", "gone.txt"], "gone.txt"),
         (["hi", "--price", "1"], "--price is '1'"),
-        (["hi", "--top-p", "2"], "top_p is 2"),
+        (["hi", "--top-p", "2"], "--top-p is 2"),
         (["hi\udcff"], "not valid Unicode"),
     ],
 )

@@ -156,7 +156,7 @@ def test_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str], tiny: Path
     assert "nothing.txt" in told(capsys, model, "--api-key-file", "nothing.txt", *free)
     assert "--no-page removes the page" in told(capsys, model, "--no-page", "--data", "x", *free)
     assert "no adapter directory" in told(capsys, model, "--adapter", f"x={model}", *free)
-    assert "quantization 'int3' is unknown" in told(capsys, model, "--quantize", "int3", *free)
+    assert "--quantize is 'int3'" in told(capsys, model, "--quantize", "int3", *free)
     assert "for models that run here" in told(capsys, "http://127.0.0.1:1/v1#m", "--max-batch", "3", *free)
     assert "missing" in told(capsys, *free).lower()
 

@@ -110,10 +110,10 @@ def test_no_prompt_comes_twice_so_that_no_kept_prefix_helps(engine: Any) -> None
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"batch": 0}, "--batch is 0; it must be at least 1"),
-        ({"new_tokens": 0}, "--new-tokens is 0"),
-        ({"prompt_tokens": 60}, "--prompt-tokens and --new-tokens are 65 together; the model takes 64"),
-        ({"batch": 4}, "--batch is 4; the cache holds 3 sequences of 25 tokens"),
+        ({"batch": 0}, "`batch` is 0; it must be at least 1"),
+        ({"new_tokens": 0}, "`new_tokens` is 0"),
+        ({"prompt_tokens": 60}, "`prompt_tokens` and `new_tokens` are 65 together; the model takes 64"),
+        ({"batch": 4}, "`batch` is 4; the cache holds 3 sequences of 25 tokens"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(engine: Any, changes: dict[str, int], part: str) -> None:
@@ -152,9 +152,9 @@ def test_the_prompt_leaves_room_for_what_is_written_unless_a_length_is_asked_for
 def test_a_hosted_model_and_unknown_settings_are_refused() -> None:
     with pytest.raises(UserError, match="openai:small is a hosted model"):
         bench.bench("openai:small")
-    with pytest.raises(UserError, match="--quantize is 'int2'; it must be int8, int4, bf16, none"):
+    with pytest.raises(UserError, match="`quantize` is 'int2'; it must be int8, int4, bf16, none"):
         bench.bench("runs/mine", quantize="int2")
-    with pytest.raises(UserError, match="--threads is 100000; this machine has"):
+    with pytest.raises(UserError, match="`threads` is 100000; this machine has"):
         bench.bench("runs/mine", threads=100_000)
 
 

@@ -124,12 +124,15 @@ def test_an_adapter_without_its_base_says_so(base: Path, adapted: Any, name: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int3"}, "dtype 'int3' is unknown; use float32, bfloat16, float16"),
-        ({"dtype": "float16"}, "dtype float16 is for GPUs; on a CPU use float32 or bfloat16, or quantize"),
-        ({"threads": 0}, "threads is 0; this machine has"),
-        ({"threads": 9999}, "threads is 9999; this machine has"),
-        ({"quantize": "int3"}, "quantization 'int3' is unknown; use int8, int4, bf16, none"),
-        ({"quantize": "int8", "dtype": "float32"}, "give dtype or quantize, not both"),
+        ({"dtype": "int3"}, "`dtype` is 'int3'; it must be float32, bfloat16, float16"),
+        (
+            {"dtype": "float16"},
+            "`dtype` is 'float16', which is for GPUs; on a CPU use float32 or bfloat16, or `quantize`",
+        ),
+        ({"threads": 0}, "`threads` is 0; this machine has"),
+        ({"threads": 9999}, "`threads` is 9999; this machine has"),
+        ({"quantize": "int3"}, "`quantize` is 'int3'; it must be int8, int4, bf16, none"),
+        ({"quantize": "int8", "dtype": "float32"}, "give `dtype` or `quantize`, not both"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not there; this machine has"),
         ({"device": "meta"}, "device 'meta' is not there"),

@@ -236,7 +236,7 @@ def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
     ],
 )
 def test_a_value_out_of_range_is_one_line_naming_the_field(field: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"^{field} (is|holds) [^\n]+$"):
+    with pytest.raises(UserError, match=rf"^`{field}` (is|holds) [^\n]+$"):
         Sampling(**{field: value})
 
 

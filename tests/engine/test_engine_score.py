@@ -145,7 +145,7 @@ def test_what_cannot_be_scored_is_refused(make_engine: Make) -> None:
         engine.choose(["a", "b"], [["c"]])
     engine.tokenizer = engine.tokenizer.with_template("")
     engine.tokenizer.eos_id = None
-    with pytest.raises(UserError, match="end=False"):
+    with pytest.raises(UserError, match="`end=False`"):
         engine.choose(["a"], [["b"]], end=True)
     with pytest.raises(UserError, match="neither a BOS nor an EOS"):
         engine.score([("", "b")])

@@ -440,7 +440,7 @@ def test_cost_comes_from_usage_and_price(server: FakeServer) -> None:
 def test_an_unknown_setting_names_the_nearest(server: FakeServer, llm: LLM) -> None:
     with pytest.raises(UserError, match="'temprature'; did you mean temperature"):
         llm.chat(HELLO, temprature=1)
-    with pytest.raises(UserError, match="top_p is 3"):
+    with pytest.raises(UserError, match="`top_p` is 3"):
         llm.chat(HELLO, top_p=3)
     assert server.seen == []
 

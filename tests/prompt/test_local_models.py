@@ -160,7 +160,7 @@ def test_a_price_can_be_put_on_local_tokens_too(chat_directory: Path) -> None:
 def test_options_for_hosted_models_are_refused(chat_directory: Path) -> None:
     with pytest.raises(UserError, match="`timeout` and `retries` are for hosted models"):
         LLM(chat_directory, retries=1)
-    with pytest.raises(UserError, match="dtype 'int3' is unknown"):
+    with pytest.raises(UserError, match="`dtype` is 'int3'"):
         LLM(chat_directory, dtype="int3")
 
 

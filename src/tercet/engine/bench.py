@@ -1,6 +1,6 @@
-"""How fast a model runs on this machine, and how near that is to what its memory allows.
+"""A benchmark of a model's speed on this machine, beside the limit that the memory bandwidth sets.
 
-Writing one token reads every weight once, so one sequence can't be faster than memory bandwidth
+Decoding one token reads every weight once, so one sequence cannot be faster than the memory bandwidth
 divided by the bytes of the weights and of the keys and values so far. That limit is measured in the
 same run and reported beside the speed.
 """
@@ -21,26 +21,31 @@ from typing import Any
 import numpy as np
 
 from tercet.engine.backend import Backend, Chunk, split_calls
+from tercet.engine.cpu import QUANTIZATIONS
 from tercet.engine.engine import Engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 from tercet.host import available_cores, peak_memory
 
-QUANTIZATIONS = ("int8", "int4", "bf16", "none")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-PROMPT_TOKENS = 512  # unless asked otherwise
-FIRST_SEQUENCE = 1 << 30  # far from the numbers that an engine gives its sequences
-ARRAY_BYTES = 1 << 28  # read to measure the memory, unless the last-level cache is large
-BANDWIDTH_SECONDS = 1.0  # the best reading within this time, and of ten at least
+PROMPT_TOKENS = 512  # the default
+FIRST_SEQUENCE = 1 << 30  # far above the numbers that an engine gives its sequences
+ARRAY_BYTES = 1 << 28  # read to measure the bandwidth; more where the last-level cache is large
+BANDWIDTH_SECONDS = 1.0  # the best reading within this time counts, of at least ten
 
 Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: ``batch`` sequences of ``prompt_tokens`` read, then ``new_tokens`` written each.
+    """The work that is measured: prefill of ``batch`` prompts, then decoding of new tokens for each.
 
-    prompt_tokens: None: 512, or what the model has room for before the new ones.
+    Attributes:
+        prompt_tokens: tokens of each prompt; None for 512, or fewer where the model's context is short.
+        new_tokens: tokens decoded after each prompt.
+        batch: sequences at the same time.
+        repeat: measurements; their median is reported.
+        seed: of the random tokens.
 
     Raises:
         UserError: a value is below 1.
@@ -55,22 +60,21 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "batch", "repeat"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
 
     @property
     def work(self) -> float:
-        """Tokens that `measure` feeds in all, as its ``advance`` counts them."""
+        """The number of tokens that `measure` feeds in total and reports to its ``advance``."""
         once = self.batch * (self.prompt + self.new_tokens)
         return float((self.repeat + 1) * (once + self.prompt))
 
     @property
     def prompt(self) -> int:
-        """Tokens of a prompt; before `for_model`, what they will be at most."""
+        """The number of tokens of a prompt; before `for_model`, its upper limit."""
         return PROMPT_TOKENS if self.prompt_tokens is None else self.prompt_tokens
 
     def for_model(self, max_positions: int) -> Settings:
-        """The same, with the prompt as long as the model allows where no length was asked for."""
+        """Return the settings with a prompt length that fits the model, where none is set."""
         if self.prompt_tokens is not None:
             return self
         return replace(self, prompt_tokens=max(1, min(PROMPT_TOKENS, max_positions - self.new_tokens)))
@@ -78,7 +82,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Weights:
-    """``parameters``: numbers in the model; ``read``: bytes of the weights that one token needs."""
+    """The size of a model.
+
+    Attributes:
+        parameters: the number of its parameters.
+        nbytes: bytes of the weights in memory.
+        read: bytes of the weights that decoding one token reads.
+    """
 
     parameters: int
     nbytes: int
@@ -87,7 +97,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class Speeds:
-    """One value for each repetition: tokens per second, and seconds to the first token."""
+    """The measurements, one value for each repetition.
+
+    Attributes:
+        prefill: tokens per second.
+        decode: tokens per second.
+        first_token: seconds.
+    """
 
     prefill: list[float]
     decode: list[float]
@@ -96,10 +112,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Report:
-    """What `tercet bench` tells. Rates and the time to the first token are medians of the repetitions.
+    """The result of a benchmark. Rates and the time to the first token are medians of the repetitions.
 
-    ``fraction_of_limit``: the share of the memory bandwidth that decoding one sequence uses; None for
-    a larger batch, where arithmetic may be the limit, and on devices whose memory is not measured.
+    ``fraction_of_limit`` is the share of the memory bandwidth that decoding one sequence uses. It is None
+    for a larger batch, where arithmetic may be the limit, and on devices whose memory is not measured.
     """
 
     model: str
@@ -126,7 +142,7 @@ class Report:
     fraction_of_limit: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the JSON form."""
+        """Return the fields of the JSON form."""
         return asdict(self)
 
 
@@ -137,13 +153,13 @@ def bench(
     threads: int | None = None,
     advance: Advance = lambda tokens: None,
 ) -> Report:
-    """Load a local model and measure it. ``advance`` is told how many more tokens were fed.
+    """Load a local model and measure it. ``advance`` is called with the number of tokens after each feed.
 
     Raises:
         UserError: a hosted or unknown model, a setting out of range, or sequences too long for it.
     """
     if quantize is not None and quantize not in QUANTIZATIONS:
-        raise UserError(f"--quantize is {quantize!r}; it must be {', '.join(QUANTIZATIONS)}")
+        raise UserError(f"`quantize` is {quantize!r}; it must be {', '.join(QUANTIZATIONS)}")
     if threads is not None:
         use_threads(threads)
     begun = time.perf_counter()
@@ -153,7 +169,7 @@ def bench(
     weights, used = weights_of(backend), threads_of(backend)
     settings = settings.for_model(backend.max_positions)
     speeds = measure(engine, settings, advance)
-    peak = peak_memory()  # before the array that the bandwidth is measured with
+    peak = peak_memory()  # before the bandwidth is measured, which allocates a large array
     bandwidth = memory_bandwidth(used) if _device(backend) == "cpu" else None
     decode = statistics.median(speeds.decode)
     fraction = None
@@ -187,24 +203,26 @@ def bench(
 
 
 def load(reference: str, quantize: str | None = None, threads: int | None = None) -> Engine:
-    """The engine of a local reference.
+    """Return the engine of a local reference.
 
     Raises:
-        UserError: it is a hosted model, or holds none that can be loaded.
+        UserError: the reference is a hosted model, or contains none that can be loaded.
     """
     from tercet.engine.load import load_engine, load_transformers_engine
     from tercet.model.reference import parse_reference
     from tercet.model.source import directory_of
 
-    found = parse_reference(reference)
-    if not found.is_local:
+    source = parse_reference(reference)
+    if not source.is_local:
         raise UserError(
-            f"{reference} is a hosted model: its speed is its server's; bench measures local ones"
+            f"{reference} is a hosted model: its speed is its server's; bench measures local models"
         )
-    directory = directory_of(found)
-    if found.kind == "transformers":
+    directory = directory_of(source)
+    if source.kind == "transformers":
         if quantize is not None:
-            raise UserError("--quantize is for models of our own network; transformers: runs them as stored")
+            raise UserError(
+                "`quantize` is for models that Tercet's own network runs; transformers: runs them as stored"
+            )
         return load_transformers_engine(directory)
     return load_engine(directory, quantize=quantize, threads=threads)
 
@@ -213,19 +231,23 @@ def load(reference: str, quantize: str | None = None, threads: int | None = None
 
 
 def measure(engine: Engine, settings: Settings, advance: Advance = lambda tokens: None) -> Speeds:
-    """Every repetition's speeds, after one that is not counted (it maps weights and compiles kernels).
+    """Return the speeds of every repetition.
+
+    One more repetition comes before them and is not counted: it maps weights and compiles kernels.
 
     Raises:
-        UserError: the model or its cache can't hold such sequences.
+        UserError: the model or its cache cannot hold such sequences.
     """
     backend = engine.backend
     rng = np.random.default_rng(settings.seed)
     pages = _pages(backend, settings)
-    # Through the engine first: what is fed past it afterwards overwrites pages that it may keep.
-    first = [first_token(engine, _random(rng, settings.prompt, backend), advance) for _ in _turns(settings)]
+    # Through the engine first: the feeds that bypass it afterwards overwrite pages in its prefix cache.
+    first = [
+        first_token(engine, _random(rng, settings.prompt, backend), advance) for _ in _repetitions(settings)
+    ]
     prefill: list[float] = []
     decode: list[float] = []
-    for _ in _turns(settings):
+    for _ in _repetitions(settings):
         prompts = [_random(rng, settings.prompt, backend) for _ in range(settings.batch)]
         seconds = _prefill(backend, prompts, pages, advance)
         prefill.append(settings.batch * settings.prompt / seconds)
@@ -237,7 +259,7 @@ def measure(engine: Engine, settings: Settings, advance: Advance = lambda tokens
 
 
 def first_token(engine: Engine, prompt: Sequence[int], advance: Advance = lambda tokens: None) -> float:
-    """Seconds from a request with this prompt to its first token."""
+    """Return the seconds from a request with this prompt to its first token."""
     request = Request(tuple(prompt), Sampling(max_tokens=1, temperature=0, ignore_eos=True))
     begun = time.perf_counter()
     engine.generate([request])
@@ -247,7 +269,7 @@ def first_token(engine: Engine, prompt: Sequence[int], advance: Advance = lambda
 
 
 def _prefill(backend: Backend, prompts: list[list[int]], pages: list[list[int]], advance: Advance) -> float:
-    """Seconds to read the prompts, cut as the backend asks; logits are wanted after each one's last token."""
+    """Return the seconds to prefill the prompts, with logits after the last token of each."""
     chunks = [
         Chunk(FIRST_SEQUENCE + row, prompt, 0, pages[row], [len(prompt) - 1])
         for row, prompt in enumerate(prompts)
@@ -258,7 +280,7 @@ def _prefill(backend: Backend, prompts: list[list[int]], pages: list[list[int]],
 def _decode(
     backend: Backend, settings: Settings, pages: list[list[int]], rng: np.random.Generator, advance: Advance
 ) -> float:
-    """Seconds to feed every sequence ``new_tokens`` more, one at a time, with logits after each."""
+    """Return the seconds to feed ``new_tokens`` to every sequence, one at a time, with logits after each."""
     seconds = 0.0
     for step in range(settings.new_tokens):
         tokens = _random(rng, settings.batch, backend)
@@ -271,7 +293,7 @@ def _decode(
 
 
 def _feed(backend: Backend, chunks: list[Chunk], advance: Advance) -> float:
-    """Seconds that the backend takes for the chunks, in as many calls as its bounds ask for."""
+    """Return the seconds that the backend takes for the chunks, in as many calls as its bounds require."""
     seconds = 0.0
     for call in split_calls(backend, chunks):
         begun = time.perf_counter()
@@ -282,39 +304,41 @@ def _feed(backend: Backend, chunks: list[Chunk], advance: Advance) -> float:
 
 
 def _pages(backend: Backend, settings: Settings) -> list[list[int]]:
-    """Pages of every sequence. UserError when there are not enough positions or pages."""
+    """Return the pages of every sequence. Raise UserError when positions or pages are too few."""
     length = settings.prompt + settings.new_tokens
     if length > backend.max_positions:
         raise UserError(
-            f"--prompt-tokens and --new-tokens are {length} together; the model takes {backend.max_positions}"
+            f"`prompt_tokens` and `new_tokens` are {length} together; the model takes {backend.max_positions}"
         )
-    each = -(-length // backend.page_size)
-    if each * settings.batch > backend.num_pages:
-        most = backend.num_pages // each
-        raise UserError(f"--batch is {settings.batch}; the cache holds {most} sequences of {length} tokens")
-    return [list(range(row * each, (row + 1) * each)) for row in range(settings.batch)]
+    pages = -(-length // backend.page_size)  # of one sequence
+    if pages * settings.batch > backend.num_pages:
+        limit = backend.num_pages // pages
+        raise UserError(f"`batch` is {settings.batch}; the cache holds {limit} sequences of {length} tokens")
+    return [list(range(row * pages, (row + 1) * pages)) for row in range(settings.batch)]
 
 
-def _turns(settings: Settings) -> Iterator[int]:
+def _repetitions(settings: Settings) -> Iterator[int]:
+    """Yield the numbers of the repetitions; 0 is not counted."""
     return iter(range(settings.repeat + 1))
 
 
 def _random(rng: np.random.Generator, count: int, backend: Backend) -> list[int]:
-    found: list[int] = rng.integers(0, backend.vocab_size, count).tolist()
-    return found
+    """Return random tokens."""
+    tokens: list[int] = rng.integers(0, backend.vocab_size, count).tolist()
+    return tokens
 
 
 # The machine
 
 
 def use_threads(count: int) -> None:
-    """Compute with ``count`` threads from now on. UserError when there are fewer cores.
+    """Compute with ``count`` threads from now on. Raise UserError when there are fewer cores.
 
-    The variables reach libraries that are not loaded yet.
+    Environment variables set the threads of libraries that are not loaded yet.
     """
     cores = available_cores()
     if not 1 <= count <= cores:
-        raise UserError(f"--threads is {count}; this machine has {cores} cores, so use 1 to {cores}")
+        raise UserError(f"`threads` is {count}; this machine has {cores} cores, so use 1 to {cores}")
     for name in THREAD_VARIABLES:
         os.environ[name] = str(count)
     if torch := sys.modules.get("torch"):
@@ -322,7 +346,7 @@ def use_threads(count: int) -> None:
 
 
 def threads_of(backend: Any) -> int:
-    """How many threads a backend computes with: its own word, or PyTorch's setting."""
+    """Return the number of threads a backend computes with: its own attribute, or PyTorch's setting."""
     own = getattr(backend, "threads", None)
     if own is not None:
         return int(own)
@@ -331,11 +355,11 @@ def threads_of(backend: Any) -> int:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Bytes per second that ``threads`` threads read from memory, at best.
+    """Return the highest measured number of bytes per second that ``threads`` threads read from memory.
 
-    As in STREAM (McCalpin 1995), an array much larger than the last-level cache is gone through in
-    contiguous slices, one a thread; only read, as weights are. The operation is numpy's bitwise or
-    over 64-bit integers: of its reductions the nearest to a compiled loop that does nothing but read
+    As in STREAM (McCalpin 1995), an array much larger than the last-level cache is traversed in
+    contiguous slices, one for each thread. It is only read, as weights are. The operation is numpy's
+    bitwise or over 64-bit integers: of numpy's reductions the nearest to a compiled loop that only reads
     (within 3%; sums of floats and byte-wise operations wait for the arithmetic).
     """
     array = np.ones(max(ARRAY_BYTES, 4 * _cache_bytes()) // 8, np.int64)
@@ -352,7 +376,7 @@ def memory_bandwidth(threads: int) -> float:
 
 
 def _cache_bytes() -> int:
-    """The largest cache of a core, 0 where the system does not tell (Linux does)."""
+    """Return the size of a core's largest cache; 0 where the system does not report it (Linux does)."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     largest = 0
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -366,7 +390,7 @@ def _cache_bytes() -> int:
 
 
 def weights_of(backend: Any) -> Weights:
-    """What a backend's weights take. One that holds no torch module (``model``) tells it itself."""
+    """Return the size of a backend's weights. A backend without a torch module ``model`` reports it itself."""
     model = getattr(backend, "model", None)
     if model is None:
         return Weights(backend.parameters, backend.weight_bytes, backend.weight_bytes_per_token)
@@ -376,7 +400,7 @@ def weights_of(backend: Any) -> Weights:
         for module in model.modules()
         if type(module).__name__ != "Embedding" and hasattr(module, "weight") and module.weight is not None
     }
-    # Of an embedding one row is read, unless it is the output head as well.
+    # Only one row of an embedding is read, unless it is the output head as well.
     looked_up = {
         module.weight.data_ptr() for module in model.modules() if type(module).__name__ == "Embedding"
     } - heads
@@ -392,14 +416,14 @@ def weights_of(backend: Any) -> Weights:
 
 
 def _expert_share(config: Any) -> float:
-    """Experts that a token goes through, of all there are."""
-    there = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
+    """Return the share of the experts that a token uses; 1 without experts."""
+    experts = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
     used = getattr(config, "experts_per_token", 0) or getattr(config, "num_experts_per_tok", 0)
-    return used / there if there and used else 1.0
+    return used / experts if experts and used else 1.0
 
 
 def bytes_per_token(backend: Any, weights: Weights, settings: Settings) -> float:
-    """Bytes of weights, keys and values read for one token of one sequence, on average while decoding."""
+    """Return the mean number of bytes of weights, keys and values that decoding one token reads."""
     per_position = getattr(backend, "cache_bytes_per_token", None)
     length = settings.prompt + (settings.new_tokens + 1) / 2
     if per_position is not None:
@@ -412,15 +436,16 @@ def bytes_per_token(backend: Any, weights: Weights, settings: Settings) -> float
     return float(weights.read + seen * 2 * config.num_kv_heads * config.head_dim * item)
 
 
-def _quantization(backend: Any, asked: str | None) -> str:
-    """What the weights are in memory: the backend's own word (``quantization``), or their type."""
+def _quantization(backend: Any, requested: str | None) -> str:
+    """Return the form of the weights in memory: the backend's attribute ``quantization``, or their dtype."""
     own = getattr(backend, "quantization", None)
     if own is not None:
         return str(own)
     dtype = getattr(getattr(backend, "model", None), "dtype", None)
-    return str(dtype).removeprefix("torch.") if dtype is not None else asked or "none"
+    return str(dtype).removeprefix("torch.") if dtype is not None else requested or "none"
 
 
 def _device(backend: Any) -> str:
+    """Return the type of the device that a backend computes on."""
     device = getattr(getattr(backend, "model", None), "device", None)
     return str(getattr(device, "type", "cpu"))

@@ -1,4 +1,4 @@
-"""From a directory on disk to an engine: a checkpoint, or an adapter on its base."""
+"""Loads an engine from a directory on disk: a checkpoint, or an adapter on its base."""
 
 from __future__ import annotations
 
@@ -36,23 +36,25 @@ def load_engine(
     speculation: Literal["ngram"] | Engine | None = None,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> Engine:
-    """An engine for a checkpoint or adapter directory.
+    """Return an engine for a checkpoint or adapter directory.
 
-    On a CPU Tercet's own kernels compute the network, without torch; elsewhere PyTorch does.
-
-    dtype: "float32", "bfloat16" or "float16" on a GPU, None: the type on disk. On a CPU "float32"
-        means weights as they are, "bfloat16" rounded to that; results are float32 in either case.
-    device: "cuda", "cuda:1", "mps" or "cpu"; None: the first of cuda, mps and cpu that is there.
-    quantize: on a CPU "int8" (what None means unless there is a dtype), "int4", "bf16" or "none".
-    threads: on a CPU; None: its physical cores.
-    speculation: see `Engine`.
-    adapters: directories of adapters to keep beside the weights, by the names that requests choose them by.
+    On a CPU Tercet's own kernels compute the network, without torch; on other devices PyTorch does.
 
     An adapter as ``directory`` is merged into its base, which ``adapter_config.json`` names: a path, absolute or
     relative to the adapter or to the working directory, or a name on the Hub. Its tokenizer is used if it has one.
 
+    Args:
+        directory: holds the checkpoint or the adapter.
+        dtype: on a GPU "float32", "bfloat16" or "float16"; None for the type on disk. On a CPU "float32"
+            keeps the weights as they are and "bfloat16" rounds them; results are float32 in either case.
+        device: "cuda", "cuda:1", "mps" or "cpu"; None for the first available of cuda, mps and cpu.
+        quantize: on a CPU "int8", "int4", "bf16" or "none"; None is "int8" unless ``dtype`` is given.
+        threads: on a CPU; None for one on each physical core.
+        speculation: as in `Engine`.
+        adapters: directories of adapters to load beside the weights, by the names that requests use.
+
     Raises:
-        UserError: the directory holds no model that can be loaded, the device is not there, or an
+        UserError: the directory holds no model that can be loaded, the device is not available, or an
             option does not fit it.
     """
     directory = Path(directory)
@@ -68,13 +70,15 @@ def load_engine(
         from tercet.host import available_cores
 
         if threads is not None and not 1 <= threads <= available_cores():
-            raise UserError(f"threads is {threads}; this machine has {available_cores()} cores for it to use")
+            raise UserError(
+                f"`threads` is {threads}; this machine has {available_cores()} cores for it to use"
+            )
         backend = load_cpu_backend(source.base, source.adapter, _quantization(dtype, quantize), threads)
     else:
         for name, value in (("quantize", quantize), ("threads", threads)):
             if value is not None:
                 raise UserError(
-                    f"{name} is for models that run on a CPU; add device='cpu', or leave {name} out"
+                    f"`{name}` is for models that run on a CPU; add `device=cpu`, or leave `{name}` out"
                 )
         backend = _torch_backend(source.base, source.adapter, dtype, device)
     tokenizer = Tokenizer.load(source.tokenizer)
@@ -114,7 +118,7 @@ def load_reference(
 def load_transformers_engine(
     directory: str | Path, dtype: str | None = None, device: str | None = None
 ) -> Engine:
-    """An engine that runs a checkpoint through the transformers library, whatever its architecture.
+    """Return an engine that runs a checkpoint of any architecture through the transformers library.
 
     Raises:
         UserError: transformers is not installed or cannot load the directory, or it has no tokenizer.json.
@@ -122,18 +126,19 @@ def load_transformers_engine(
     from tercet.engine.transformers_backend import load_transformers
 
     directory = Path(directory)
-    where = find_device(device)
-    backend = load_transformers(directory, _dtype(dtype, where), where)
+    torch_device = find_device(device)
+    backend = load_transformers(directory, _dtype(dtype, torch_device), torch_device)
     tokenizer = Tokenizer.load(directory)
     return Engine(backend, tokenizer, _stop_ids(Source(directory), tokenizer), reuse_prefixes=False)
 
 
 def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: str | None) -> Backend:
+    """Return a backend that computes the network with PyTorch."""
     from tercet.engine.torch_backend import TorchBackend
     from tercet.model.loading import load_model
 
-    where = find_device(device)
-    model = load_model(base, _dtype(dtype, where), where)
+    torch_device = find_device(device)
+    model = load_model(base, _dtype(dtype, torch_device), torch_device)
     if adapter is not None:
         from tercet.model.adapter import load_adapter, merge_lora
 
@@ -143,21 +148,24 @@ def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: 
 
 
 def _quantization(dtype: str | None, quantize: str | None) -> Quantization:
+    """Return the form of the weights in memory on a CPU."""
     if dtype is not None and quantize is not None:
-        raise UserError("give dtype or quantize, not both: on a CPU each says how the weights are kept")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
-    if dtype is not None and dtype not in CPU_DTYPES:
-        raise UserError(f"dtype {dtype} is for GPUs; on a CPU use {' or '.join(CPU_DTYPES)}, or quantize")
-    wanted = CPU_DTYPES[dtype] if dtype is not None else quantize or "int8"
-    for known in QUANTIZATIONS:
-        if wanted == known:
-            return known
-    raise UserError(f"quantization {quantize!r} is unknown; use {', '.join(QUANTIZATIONS)}")
+        raise UserError("give `dtype` or `quantize`, not both: on a CPU each sets the form of the weights")
+    if dtype is not None:
+        _check_dtype(dtype)
+        if dtype not in CPU_DTYPES:
+            raise UserError(
+                f"`dtype` is {dtype!r}, which is for GPUs; on a CPU use {' or '.join(CPU_DTYPES)}, or `quantize`"
+            )
+    name = CPU_DTYPES[dtype] if dtype is not None else quantize or "int8"
+    for quantization in QUANTIZATIONS:
+        if name == quantization:
+            return quantization
+    raise UserError(f"`quantize` is {quantize!r}; it must be {', '.join(QUANTIZATIONS)}")
 
 
 def _device_without_torch() -> str | None:
-    """ "cpu" where no driver of a GPU is installed: importing torch to ask takes a second or two."""
+    """Return "cpu" where no GPU driver is installed, without importing torch, which takes a second or two."""
     drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if apple or sys.platform == "win32" or any(Path(path).exists() for path in drivers):
@@ -166,17 +174,23 @@ def _device_without_torch() -> str | None:
 
 
 def _stop_ids(source: Source, tokenizer: Tokenizer) -> list[int]:
-    """What the checkpoint names and the tokenizer's own: chat models often name one in each place."""
+    """Return the stop tokens of checkpoint and tokenizer: chat models often name one in each place."""
     named = read_stop_ids(source.generation)
     return list(named) if tokenizer.eos_id is None else [*named, tokenizer.eos_id]
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """Return the torch dtype of that name. For None: float32 on a CPU, elsewhere None, the type on disk."""
     import torch
 
     if name is None:
         return torch.float32 if device.type == "cpu" else None
+    _check_dtype(name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _check_dtype(name: str) -> None:
+    """Raise UserError for an unknown dtype."""
     if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is unknown; use {', '.join(DTYPES)}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+        raise UserError(f"`dtype` is {name!r}; it must be {', '.join(DTYPES)}")
