@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.engine import bench
-from tercet.engine.bench import Settings, Weights
+from tercet.engine import bench, memory_traffic
+from tercet.engine.bench import Settings
+from tercet.engine.memory_traffic import Weights
 from tercet.errors import UserError
 
 VOCAB = 50
@@ -159,10 +160,10 @@ def test_a_hosted_model_and_unknown_settings_are_refused() -> None:
 
 
 def test_the_bandwidth_is_one_that_a_machine_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "BANDWIDTH_SECONDS", 0.0)
+    monkeypatch.setattr(memory_traffic, "BANDWIDTH_SECONDS", 0.0)
     array = np.ones(1 << 25, np.int64)
     best = min(_seconds(array) for _ in range(3))
-    measured = bench.memory_bandwidth(1)
+    measured = memory_traffic.memory_bandwidth(1)
     # Beside a copy, which reads and writes: at least as fast, and not faster than a cache could be.
     assert 0.5 * array.nbytes / best < measured < 1e12
 
@@ -204,11 +205,11 @@ def test_weights_that_a_token_does_not_need_are_not_read() -> None:
                 self.head.weight = self.embed.weight
             self.config = SimpleNamespace(num_experts=8, experts_per_token=2)
 
-    untied = bench.weights_of(SimpleNamespace(model=Holder(Network(tied=False))))
+    untied = memory_traffic.weights_of(SimpleNamespace(model=Holder(Network(tied=False))))
     assert untied.parameters == 2 * hidden * vocab + 8 * hidden * hidden
     assert untied.nbytes == 4 * untied.parameters
     assert untied.read == 4 * (hidden * vocab + 2 * hidden * hidden)
-    tied = bench.weights_of(SimpleNamespace(model=Holder(Network(tied=True))))
+    tied = memory_traffic.weights_of(SimpleNamespace(model=Holder(Network(tied=True))))
     assert tied.parameters == hidden * vocab + 8 * hidden * hidden
     assert tied.read == untied.read
 
@@ -229,4 +230,7 @@ def test_keys_and_values_outside_of_a_window_are_not_read() -> None:
     settings = Settings(prompt_tokens=100, new_tokens=1)
     weights = Weights(0, 0, read=500)
     expected = 500 + (10 + 101) * 2 * 2 * 8 * 2
-    assert bench.bytes_per_token(SimpleNamespace(model=model), weights, settings) == expected
+    assert (
+        memory_traffic.bytes_per_token(SimpleNamespace(model=model), weights, settings.mean_length)
+        == expected
+    )

@@ -93,7 +93,7 @@ def test_a_model_that_does_not_show_its_states_is_told(
 ) -> None:
     engine = engine_of(make("llama")[1], "transformers", byte_level)
     monkeypatch.setattr(type(engine.backend.model), "base_model_prefix", "")  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="LlamaForCausalLM of transformers does not show"):
+    with pytest.raises(UserError, match="LlamaForCausalLM of transformers does not expose"):
         engine.embed([[5, 6]])
 
 

@@ -12,10 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ import numpy as np
 from tercet.engine.backend import Backend, Chunk, split_calls
 from tercet.engine.cpu import QUANTIZATIONS
 from tercet.engine.engine import Engine
+from tercet.engine.memory_traffic import bytes_per_token, memory_bandwidth, weights_of
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 from tercet.host import available_cores, peak_memory
@@ -30,8 +28,6 @@ from tercet.host import available_cores, peak_memory
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PROMPT_TOKENS = 512  # the default
 FIRST_SEQUENCE = 1 << 30  # far above the numbers that an engine gives its sequences
-ARRAY_BYTES = 1 << 28  # read to measure the bandwidth; more where the last-level cache is large
-BANDWIDTH_SECONDS = 1.0  # the best reading within this time counts, of at least ten
 
 Advance = Callable[[float], None]
 
@@ -73,26 +69,16 @@ class Settings:
         """The number of tokens of a prompt; before `for_model`, its upper limit."""
         return PROMPT_TOKENS if self.prompt_tokens is None else self.prompt_tokens
 
+    @property
+    def mean_length(self) -> float:
+        """The mean number of positions that a decoded token attends to, itself included."""
+        return self.prompt + (self.new_tokens + 1) / 2
+
     def for_model(self, max_positions: int) -> Settings:
         """Return the settings with a prompt length that fits the model, where none is set."""
         if self.prompt_tokens is not None:
             return self
         return replace(self, prompt_tokens=max(1, min(PROMPT_TOKENS, max_positions - self.new_tokens)))
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The size of a model.
-
-    Attributes:
-        parameters: the number of its parameters.
-        nbytes: bytes of the weights in memory.
-        read: bytes of the weights that decoding one token reads.
-    """
-
-    parameters: int
-    nbytes: int
-    read: int
 
 
 @dataclass(frozen=True)
@@ -174,7 +160,7 @@ def bench(
     decode = statistics.median(speeds.decode)
     fraction = None
     if bandwidth is not None and settings.batch == 1:
-        fraction = decode * bytes_per_token(backend, weights, settings) / bandwidth
+        fraction = decode * bytes_per_token(backend, weights, settings.mean_length) / bandwidth
     prefill, first = statistics.median(speeds.prefill), statistics.median(speeds.first_token)
     return Report(
         model=reference,
@@ -352,88 +338,6 @@ def threads_of(backend: Any) -> int:
         return int(own)
     torch = sys.modules.get("torch")
     return int(torch.get_num_threads()) if torch else available_cores()
-
-
-def memory_bandwidth(threads: int) -> float:
-    """Return the highest measured number of bytes per second that ``threads`` threads read from memory.
-
-    As in STREAM (McCalpin 1995), an array much larger than the last-level cache is traversed in
-    contiguous slices, one for each thread. It is only read, as weights are. The operation is numpy's
-    bitwise or over 64-bit integers: of numpy's reductions the nearest to a compiled loop that only reads
-    (within 3%; sums of floats and byte-wise operations wait for the arithmetic).
-    """
-    array = np.ones(max(ARRAY_BYTES, 4 * _cache_bytes()) // 8, np.int64)
-    slices = np.array_split(array, threads)
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        until, reading = time.perf_counter() + BANDWIDTH_SECONDS, 0
-        while reading < 10 or time.perf_counter() < until:
-            begun = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, slices))
-            best = min(best, time.perf_counter() - begun)
-            reading += 1
-    return array.nbytes / best
-
-
-def _cache_bytes() -> int:
-    """Return the size of a core's largest cache; 0 where the system does not report it (Linux does)."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    largest = 0
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with suppress(OSError, ValueError, KeyError):
-            text = file.read_text().strip()
-            largest = max(largest, int(text[:-1]) * units[text[-1]])
-    return largest
-
-
-# The model
-
-
-def weights_of(backend: Any) -> Weights:
-    """Return the size of a backend's weights. A backend without a torch module ``model`` reports it itself."""
-    model = getattr(backend, "model", None)
-    if model is None:
-        return Weights(backend.parameters, backend.weight_bytes, backend.weight_bytes_per_token)
-    tensors = {tensor.data_ptr(): (name, tensor) for name, tensor in model.named_parameters()}
-    heads = {
-        module.weight.data_ptr()
-        for module in model.modules()
-        if type(module).__name__ != "Embedding" and hasattr(module, "weight") and module.weight is not None
-    }
-    # Only one row of an embedding is read, unless it is the output head as well.
-    looked_up = {
-        module.weight.data_ptr() for module in model.modules() if type(module).__name__ == "Embedding"
-    } - heads
-    total = read = 0.0
-    share = _expert_share(model.config)
-    for pointer, (name, tensor) in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        total += size
-        if pointer not in looked_up:
-            read += size * (share if ".experts." in name else 1)
-    count = sum(tensor.numel() for _, tensor in tensors.values())
-    return Weights(count, int(total), int(read))
-
-
-def _expert_share(config: Any) -> float:
-    """Return the share of the experts that a token uses; 1 without experts."""
-    experts = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
-    used = getattr(config, "experts_per_token", 0) or getattr(config, "num_experts_per_tok", 0)
-    return used / experts if experts and used else 1.0
-
-
-def bytes_per_token(backend: Any, weights: Weights, settings: Settings) -> float:
-    """Return the mean number of bytes of weights, keys and values that decoding one token reads."""
-    per_position = getattr(backend, "cache_bytes_per_token", None)
-    length = settings.prompt + (settings.new_tokens + 1) / 2
-    if per_position is not None:
-        return weights.read + length * float(per_position)
-    model = getattr(backend, "model", None)
-    config = model.config if model is not None else backend.config
-    item = model.dtype.itemsize if model is not None else 4
-    layers = range(config.num_layers)
-    seen = sum(min(length, config.window(layer) or length) for layer in layers)
-    return float(weights.read + seen * 2 * config.num_kv_heads * config.head_dim * item)
 
 
 def _quantization(backend: Any, requested: str | None) -> str:

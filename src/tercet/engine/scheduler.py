@@ -105,10 +105,12 @@ class Scheduler:
         """Divide the running requests into those fed in one piece and those fed in parts."""
         whole: list[Generation] = []
         partial: list[Generation] = []
+        short = self.short
         for generation in self.running:
-            count, sampled = generation.uncomputed, generation.lookahead_is_sampled
-            too_long = sampled and count + len(generation.lookahead) + self.short > limit
-            fits = count <= self.short and not too_long
+            count = generation.uncomputed
+            fits = count <= short
+            if fits and generation.lookahead_is_sampled:
+                fits = count + len(generation.lookahead) + short <= limit
             (whole if fits or count == 1 else partial).append(generation)
         return whole, partial
 
@@ -118,7 +120,7 @@ class Scheduler:
         """Add all uncomputed tokens of each request, except ``spared`` tokens of room; return the room left."""
         for generation in sorted(whole, key=lambda generation: generation.last_turn):  # longest wait first
             count, lookahead = generation.uncomputed, len(generation.lookahead)
-            if not generation.lookahead_is_sampled:
+            if lookahead and not generation.lookahead_is_sampled:
                 lookahead = max(0, min(lookahead, room - spared - count))
             if count + lookahead + spared > room:
                 continue
