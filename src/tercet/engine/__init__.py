@@ -1,1 +1,1 @@
-"""Tokens out: requests, sampling, KV cache, batched generation and scoring."""
+"""Generation and scoring of tokens: requests, batches, sampling, constraints, and the key/value cache."""

@@ -173,7 +173,7 @@ class TransformersBackend:
         """Raise UserError: a model of transformers computes each sequence with the weights it has."""
         raise UserError(
             f"{directory}: adapters can't be chosen by request for a model that transformers runs; "
-            "merge it first (tercet export ADAPTER --format hf), or leave out 'transformers:'"
+            "merge it first with tercet export, or leave out 'transformers:'"
         )
 
     def release(self, sequence: int) -> None:
