@@ -47,12 +47,12 @@ class FakeBackend:
         for token in history:
             value = (value * 1_000_003 + token + 1) % (1 << 61)
         seed = [value, self.salt, adapter] if adapter else [value, self.salt]
-        own = np.random.default_rng(seed).normal(0, 2, self.vocab_size)
-        common = np.random.default_rng([value]).normal(0, 2, self.vocab_size)
-        return (self.blend * common + (1 - self.blend) * own).astype(np.float32)
+        own_logits = np.random.default_rng(seed).normal(0, 2, self.vocab_size)
+        common_logits = np.random.default_rng([value]).normal(0, 2, self.vocab_size)
+        return (self.blend * common_logits + (1 - self.blend) * own_logits).astype(np.float32)
 
     def _rows(self, chunks: Sequence[Chunk]) -> list[NDArray[np.float32]]:
-        """The logits at each wanted place."""
+        """The logits after each output."""
         adapters = [chunk.adapter for chunk in chunks for _ in chunk.outputs]
         # Tests put a function of the history alone in the place of `logits`.
         return [
@@ -61,7 +61,7 @@ class FakeBackend:
         ]
 
     def _places(self, chunks: Sequence[Chunk]) -> list[list[int]]:
-        """The history at each wanted place; checks the rules and writes the slots."""
+        """The history up to each output; checks the rules and writes the slots."""
         assert 0 < len(chunks) <= self.max_chunks
         assert sum(len(chunk.tokens) for chunk in chunks) <= self.max_tokens
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
@@ -78,9 +78,9 @@ class FakeBackend:
             assert len(set(chunk.pages)) == len(chunk.pages)
             assert list(chunk.outputs) == sorted(set(chunk.outputs))
             assert all(0 <= place < len(chunk.tokens) for place in chunk.outputs)
-            mine = set(chunk.pages[chunk.start // self.page_size : -(-end // self.page_size)])
-            assert not mine & written, "two sequences write to one page"
-            written |= mine
+            pages = set(chunk.pages[chunk.start // self.page_size : -(-end // self.page_size)])
+            assert not pages & written, "two sequences write to one page"
+            written |= pages
             read |= set(chunk.pages[: chunk.start // self.page_size])
         assert not read & written, "one sequence writes to what another reads"
         for chunk in chunks:
@@ -90,15 +90,15 @@ class FakeBackend:
                     position,
                     chunk.adapter,
                 )
-        found = []
+        histories = []
         for chunk in chunks:
             stored = self.slots[list(chunk.pages)].reshape(-1, 3)
             for place in chunk.outputs:
-                here = stored[: chunk.start + place + 1]
-                assert (here[:, 1] == np.arange(len(here))).all(), "a slot holds another position"
-                assert (here[:, 2] == chunk.adapter).all(), "a slot was computed with another adapter"
-                found.append(here[:, 0].tolist())
-        return found
+                slots = stored[: chunk.start + place + 1]
+                assert (slots[:, 1] == np.arange(len(slots))).all(), "a slot holds another position"
+                assert (slots[:, 2] == chunk.adapter).all(), "a slot was computed with another adapter"
+                histories.append(slots[:, 0].tolist())
+        return histories
 
     def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
         rows = self._rows(chunks)
@@ -108,10 +108,10 @@ class FakeBackend:
         self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         values, likeliest = [], []
-        for row, wanted in zip(self._rows(chunks), targets, strict=True):
+        for row, tokens in zip(self._rows(chunks), targets, strict=True):
             logits = row.astype(np.float64)
-            values += (logits[list(wanted)] - np.log(np.exp(logits).sum())).tolist()
-            likeliest += [int(logits.argmax()) == token for token in wanted]
+            values += (logits[list(tokens)] - np.log(np.exp(logits).sum())).tolist()
+            likeliest += [int(logits.argmax()) == token for token in tokens]
         return np.array(values, dtype=np.float32), np.array(likeliest, dtype=np.bool_)
 
     def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:

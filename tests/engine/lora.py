@@ -62,5 +62,5 @@ def make_adapter(base: Path, directory: Path, seed: int = 3, **fields: Any) -> A
 
 @torch.no_grad()
 def logits_of(model: Any, tokens: Sequence[int]) -> Logits:
-    found: Logits = model(torch.tensor([list(tokens)])).logits[0].float().numpy()
-    return found
+    logits: Logits = model(torch.tensor([list(tokens)])).logits[0].float().numpy()
+    return logits

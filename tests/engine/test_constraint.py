@@ -154,9 +154,9 @@ def test_text_matches_its_regular_expression(walker: Walker, pattern: str) -> No
     [["yes", "no"], ["ab", "abc", "ab cd", " ab"], ["日本語", 'Grüße\n"x"\\', "</s>"], [f"{n * 7919}" for n in range(3000)]],
 )  # fmt: skip
 def test_text_is_one_of_its_choices(walker: Walker, choices: list[str]) -> None:
-    found = {walker(Grammar.choices(choices)) for _ in range(40)}
-    assert found <= set(choices)
-    assert len(found) >= 2
+    texts = {walker(Grammar.choices(choices)) for _ in range(40)}
+    assert texts <= set(choices)
+    assert len(texts) >= 2
 
 
 def test_text_is_derived_from_its_grammar(walker: Walker) -> None:
@@ -175,21 +175,21 @@ def test_masks_are_those_of_llguidance_reading_tokenizer_json_itself(byte_level:
     )
     steps = 0
     for _ in range(10):
-        own, other = (
+        matcher, reference = (
             walker.constraints.matcher(Grammar.json_schema(Person.model_json_schema())),
             LLMatcher(table, source),
         )
         while True:
-            bits = np.unpackbits(np.frombuffer(other.compute_bitmask(), np.uint8), bitorder="little")
-            assert own.mask()[: byte_level.vocab_size].tolist() == bits[: byte_level.vocab_size].tolist()
-            assert own.forced() == other.compute_ff_tokens()
-            assert own.ended == other.is_stopped()
-            step = walker.step(own)
+            bits = np.unpackbits(np.frombuffer(reference.compute_bitmask(), np.uint8), bitorder="little")
+            assert matcher.mask()[: byte_level.vocab_size].tolist() == bits[: byte_level.vocab_size].tolist()
+            assert matcher.forced() == reference.compute_ff_tokens()
+            assert matcher.ended == reference.is_stopped()
+            step = walker.step(matcher)
             if not step:
                 break
             for token in step:
-                own.accept(token)
-                assert other.consume_token(token)
+                matcher.accept(token)
+                assert reference.consume_token(token)
             steps += 1
     assert steps > 100
 
@@ -330,9 +330,9 @@ def test_matchers_of_one_grammar_are_independent_and_compiled_once(
         Grammar, "compile", lambda self, table: compiled.append(self) or compile_one(self, table)
     )
     constraints = Constraints(byte_level, byte_level.vocab_size, [])
-    one, other = constraints.matcher(Grammar.regex("ab")), constraints.matcher(Grammar.regex("ab"))
-    one.accept(byte_level.encode("a")[0])
-    assert other.mask().nonzero()[0].tolist() == byte_level.encode("a")
+    first, second = constraints.matcher(Grammar.regex("ab")), constraints.matcher(Grammar.regex("ab"))
+    first.accept(byte_level.encode("a")[0])
+    assert second.mask().nonzero()[0].tolist() == byte_level.encode("a")
     assert len(compiled) == 1
     for number in range(COMPILED):
         constraints.matcher(Grammar.regex(f"ab{number}"))
@@ -436,8 +436,8 @@ def test_what_is_no_grammar_at_all(build: Callable[[], Grammar], message: str) -
 def test_grammars_compare_by_what_they_say() -> None:
     assert Grammar.choices(["a", "b", "a"]) == Grammar.choices(("a", "b"))
     assert len({Grammar.regex("a"), Grammar.regex("a"), Grammar.lark("a")}) == 2
-    one, other = ({"properties": {a: {}, b: {}}} for a, b in ("xy", "yx"))
-    assert Grammar.json_schema(one) != Grammar.json_schema(other)  # in this order they are written
+    ascending, descending = ({"properties": {a: {}, b: {}}} for a, b in ("xy", "yx"))
+    assert Grammar.json_schema(ascending) != Grammar.json_schema(descending)  # in this order they are written
 
 
 def test_the_referee_would_notice() -> None:

@@ -63,10 +63,12 @@ def greedy(tokens: tuple[int, ...], adapter: str | None, count: int = 8) -> Requ
     )
 
 
-def close(one: Completion, other: Completion, exact: bool = False) -> None:
-    assert one.tokens == other.tokens
-    mine, its = ([token.logprob for token in completion.logprobs or []] for completion in (one, other))
-    assert mine == (its if exact else pytest.approx(its, abs=1e-4))
+def close(completion: Completion, reference: Completion, exact: bool = False) -> None:
+    assert completion.tokens == reference.tokens
+    logprobs, expected = (
+        [token.logprob for token in side.logprobs or []] for side in (completion, reference)
+    )
+    assert logprobs == (expected if exact else pytest.approx(expected, abs=1e-4))
 
 
 # PyTorch
@@ -75,8 +77,8 @@ def close(one: Completion, other: Completion, exact: bool = False) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_torch_gives_the_logits_of_peft(make: Make, tmp_path: Path, case: str) -> None:
     family, fields, lora = CASES[case]
-    theirs, base = make(family, **fields)
-    models = [theirs]
+    base_model, base = make(family, **fields)
+    models = [base_model]
     backend = TorchBackend(load_model(base), page_size=4)
     for number, name in enumerate(("one", "other")):
         models.append(make_adapter(base, tmp_path / name, number, **lora))
@@ -100,9 +102,9 @@ def test_bfloat16_on_torch_is_near(make: Make, tmp_path: Path) -> None:
     model = make_adapter(base, tmp_path / "adapter")
     backend = TorchBackend(load_model(base, torch.bfloat16))
     backend.add_adapter(tmp_path / "adapter")
-    found = backend.feed([Chunk(0, [5, 6, 7], 0, [0], range(3), 1)])
+    logits = backend.feed([Chunk(0, [5, 6, 7], 0, [0], range(3), 1)])
     expected = logits_of(model, [5, 6, 7])
-    assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    assert 0 < np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
 
 
 # Requests
@@ -118,9 +120,9 @@ def test_requests_get_what_the_merged_adapter_gives(
         greedy((*HEADER, number), name) for number in (5, 6) for name in ("one", None, "other", "one")
     ]
     merged = {name: on_cpu(directory) for name, directory in both.items()} | {None: on_cpu(base)}
-    for request, found in zip(requests, engine.generate(requests), strict=True):
+    for request, completion in zip(requests, engine.generate(requests), strict=True):
         [alone] = merged[request.adapter].generate([greedy(request.tokens, None)])  # type: ignore[index]
-        close(found, alone)
+        close(completion, alone)
     written = {
         name: engine.generate([greedy((*HEADER, 5), name)])[0].tokens for name in ("one", "other", None)
     }
@@ -133,9 +135,11 @@ def test_neighbours_with_other_adapters_change_no_bit(
 ) -> None:
     engine = on_cpu(base, both, quantize=quantize, threads=2)
     requests = [greedy((*HEADER[: 9 * n], n + 5), name) for n in range(5) for name in ("one", None, "other")]
-    alone = [on_cpu(base, both, quantize=quantize, threads=1).generate([one])[0] for one in requests[:6]]
-    for found, expected in zip(engine.generate(requests), alone, strict=False):
-        close(found, expected, exact=True)
+    alone = [
+        on_cpu(base, both, quantize=quantize, threads=1).generate([request])[0] for request in requests[:6]
+    ]
+    for completion, expected in zip(engine.generate(requests), alone, strict=False):
+        close(completion, expected, exact=True)
     plain = on_cpu(base, quantize=quantize).generate([requests[1]])[0]
     close(engine.generate([requests[1]])[0], plain, exact=True)
 
@@ -144,7 +148,9 @@ def test_a_prefix_is_found_by_the_same_adapter_only(base: Path, both: dict[str, 
     engine = on_cpu(base, both)
     fed: list[int] = []
     feed = engine.backend.feed
-    engine.backend.feed = lambda chunks: fed.append(sum(len(one.tokens) for one in chunks)) or feed(chunks)  # type: ignore[method-assign, func-returns-value]
+    engine.backend.feed = lambda chunks: (
+        fed.append(sum(len(chunk.tokens) for chunk in chunks)) or feed(chunks)
+    )  # type: ignore[method-assign, func-returns-value]
     for name, missing in (("one", 151), ("one", 23), ("other", 151), (None, 151), ("other", 23), (None, 23)):
         fed.clear()
         engine.generate([greedy((*HEADER, 5), name, 1)])
@@ -160,19 +166,19 @@ def test_scores_choices_vectors_and_log_probabilities_are_the_merged_adapters(
     texts, choices = ["The quick", "The other"], [[" dog", " fox jumps"], [" one"]]
     for name in ("one", "other", None, "one"):
         merged = on_cpu(base if name is None else both[name])
-        found, expected = engine.score(pairs, adapter=name), merged.score(pairs)
-        for mine, its in zip(found, expected, strict=True):
-            assert mine.token_logprobs == pytest.approx(its.token_logprobs, abs=1e-4)
-        for one, other in zip(
+        scores, expected = engine.score(pairs, adapter=name), merged.score(pairs)
+        for score, expected_score in zip(scores, expected, strict=True):
+            assert score.token_logprobs == pytest.approx(expected_score.token_logprobs, abs=1e-4)
+        for entry, expected_entry in zip(
             engine.choose(texts, choices, adapter=name), merged.choose(texts, choices), strict=True
         ):
-            assert one == pytest.approx(other, abs=1e-4)
+            assert entry == pytest.approx(expected_entry, abs=1e-4)
         np.testing.assert_allclose(engine.embed(tokens, adapter=name), merged.embed(tokens), atol=1e-4)
         for row, other_row in zip(
             engine.prompt_logprobs(tokens, 1, adapter=name), merged.prompt_logprobs(tokens, 1), strict=True
         ):
-            assert [one.logprob for one in row[1:] if one] == pytest.approx(
-                [one.logprob for one in other_row[1:] if one], abs=1e-4
+            assert [entry.logprob for entry in row[1:] if entry] == pytest.approx(
+                [entry.logprob for entry in other_row[1:] if entry], abs=1e-4
             )
 
 
@@ -208,7 +214,7 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture_of_adapters(
     tmp_path: Path,
     requests: list[Request],
     pages: int,
-    most: int,
+    max_tokens: int,
     speculation: Any,
     scored: str | None,
 ) -> None:
@@ -220,8 +226,8 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture_of_adapters(
         engine.add_adapter("other", tmp_path)
         return engine
 
-    expected = [engine_with(num_pages=200).generate([one])[0].tokens for one in requests]
-    engine = engine_with(num_pages=pages, max_tokens=most)
+    expected = [engine_with(num_pages=200).generate([request])[0].tokens for request in requests]
+    engine = engine_with(num_pages=pages, max_tokens=max_tokens)
     handles = [engine.submit(request) for request in requests]
     deltas = engine.step() + engine.step()
     prompts, labels = ["The quick", "The quick brown"], [[" dog", " fox"], ["s"]]
@@ -267,8 +273,8 @@ def test_a_grammar_ends_with_the_adapters_stop_tokens(base: Path, both: dict[str
             for seed in range(12)
         ]
         done = engine.generate(requests)
-        assert all(one.text and set(one.text) <= set("abc") for one in done)
-        ends = {one.tokens[-1] for one in done} & {77, *engine.stop_ids}
+        assert all(completion.text and set(completion.text) <= set("abc") for completion in done)
+        ends = {completion.tokens[-1] for completion in done} & {77, *engine.stop_ids}
         assert ends and ends <= engine.stop_ids_of(name) and (77 in ends) == (name == "one")
 
 

@@ -16,31 +16,31 @@ def test_a_key_says_all_tokens_from_the_beginning_on() -> None:
 
 def test_pages_are_found_by_their_tokens_once_they_are_full_and_computed() -> None:
     pool = PagePool(8, 2)
-    one = pool.sequence()
-    assert one.reserve(5) and len(one.pages) == 3
-    one.computed = 3
-    one.share([1, 2, 3, 4, 5])
-    other = pool.sequence()
-    other.reuse([1, 2, 3, 4, 5], 4)
-    assert (other.pages, other.computed) == (one.pages[:1], 2), "the second page is half computed"
-    other.close()
-    one.computed = 5
-    one.share([1, 2, 3, 4, 5])
-    for tokens, most, pages in (([1, 2, 3, 4], 4, 2), ([1, 2, 3, 4], 3, 1), ([9, 2, 3, 4], 4, 0)):
-        other = pool.sequence()
-        other.reuse(tokens, most)
-        assert other.pages == one.pages[:pages]
-        other.close()
+    sequence = pool.sequence()
+    assert sequence.reserve(5) and len(sequence.pages) == 3
+    sequence.computed = 3
+    sequence.share([1, 2, 3, 4, 5])
+    later = pool.sequence()
+    later.reuse([1, 2, 3, 4, 5], 4)
+    assert (later.pages, later.computed) == (sequence.pages[:1], 2), "the second page is half computed"
+    later.close()
+    sequence.computed = 5
+    sequence.share([1, 2, 3, 4, 5])
+    for tokens, limit, pages in (([1, 2, 3, 4], 4, 2), ([1, 2, 3, 4], 3, 1), ([9, 2, 3, 4], 4, 0)):
+        later = pool.sequence()
+        later.reuse(tokens, limit)
+        assert later.pages == sequence.pages[:pages]
+        later.close()
 
 
 def test_the_pages_unused_for_longest_go_first_and_those_in_use_never() -> None:
     pool = PagePool(4, 1)
     for token in (1, 2):
-        one = pool.sequence()
-        one.reserve(2)
-        one.computed = 2
-        one.share([token, 0])
-        one.close()
+        sequence = pool.sequence()
+        sequence.reserve(2)
+        sequence.computed = 2
+        sequence.share([token, 0])
+        sequence.close()
     assert pool.available == 4
     user = pool.sequence()
     user.reuse([1, 0], 1)  # the first page of the older one is in use again
@@ -48,11 +48,11 @@ def test_the_pages_unused_for_longest_go_first_and_those_in_use_never() -> None:
     assert not new.reserve(4) and new.pages == [] and pool.available == 3
     assert new.reserve(2)
     assert not set(new.pages) & set(user.pages)
-    for tokens, found in (([1, 0], 1), ([2, 0], 1)):  # the last pages of both are gone, the deepest first
-        other = pool.sequence()
-        other.reuse(tokens, 2)
-        assert len(other.pages) == found
-        other.close()
+    for tokens, count in (([1, 0], 1), ([2, 0], 1)):  # the last pages of both are gone, the deepest first
+        later = pool.sequence()
+        later.reuse(tokens, 2)
+        assert len(later.pages) == count
+        later.close()
     with pytest.raises(IndexError, match="in use"):
         for _ in range(4):
             pool.take()
@@ -61,17 +61,17 @@ def test_the_pages_unused_for_longest_go_first_and_those_in_use_never() -> None:
 def test_who_computes_the_same_is_waited_for_if_it_is_worth_it() -> None:
     pool = PagePool(16, 2)
     tokens = list(range(9))
-    one = pool.sequence()
-    one.reserve(9)
-    one.announce(tokens)
-    other = pool.sequence()
-    assert other.should_wait(tokens, 8) and not other.should_wait(tokens, 2)
+    sequence = pool.sequence()
+    sequence.reserve(9)
+    sequence.announce(tokens)
+    later = pool.sequence()
+    assert later.should_wait(tokens, 8) and not later.should_wait(tokens, 2)
     assert not pool.sequence().should_wait([0, 1, 2, 9], 4), "one page is not worth a turn"
-    one.computed = 8
-    one.share(tokens)
-    other.reuse(tokens, 8)
-    assert other.computed == 8 and not other.should_wait(tokens, 8)
-    one.close()
+    sequence.computed = 8
+    sequence.share(tokens)
+    later.reuse(tokens, 8)
+    assert later.computed == 8 and not later.should_wait(tokens, 8)
+    sequence.close()
     third = pool.sequence()
     third.reserve(6)
     third.announce([5, 6, 7, 8, 9, 10])
@@ -81,27 +81,27 @@ def test_who_computes_the_same_is_waited_for_if_it_is_worth_it() -> None:
 
 def test_a_fork_uses_full_pages_and_has_its_own_for_the_rest() -> None:
     pool = PagePool(5, 2)
-    one = pool.sequence()
-    one.reserve(3)
-    fork = one.fork(3, 5)
-    assert fork is not None and fork.pages[0] == one.pages[0]
-    assert len({*fork.pages, *one.pages}) == 4 and pool.users[one.pages[0]] == 2
-    assert one.fork(3, 6) is None and pool.available == 1 and pool.users[one.pages[0]] == 2
-    one.close()
+    sequence = pool.sequence()
+    sequence.reserve(3)
+    fork = sequence.fork(3, 5)
+    assert fork is not None and fork.pages[0] == sequence.pages[0]
+    assert len({*fork.pages, *sequence.pages}) == 4 and pool.users[sequence.pages[0]] == 2
+    assert sequence.fork(3, 6) is None and pool.available == 1 and pool.users[sequence.pages[0]] == 2
+    sequence.close()
     fork.close()
     assert pool.available == 5 and not any(pool.users)
 
 
 def test_what_must_not_be_used_again_is_not_found() -> None:
     pool = PagePool(4, 2)
-    one = pool.sequence()
-    one.reserve(4)
-    one.computed = 4
-    one.share([1, 2, 3, 4])
-    one.close(forget=True)
-    other = pool.sequence()
-    other.reuse([1, 2, 3, 4], 4)
-    assert other.pages == []
+    sequence = pool.sequence()
+    sequence.reserve(4)
+    sequence.computed = 4
+    sequence.share([1, 2, 3, 4])
+    sequence.close(forget=True)
+    later = pool.sequence()
+    later.reuse([1, 2, 3, 4], 4)
+    assert later.pages == []
 
 
 actions = st.tuples(st.sampled_from(["begin", "grow", "close"]), st.integers(0, 5), st.integers(1, 9))
@@ -119,15 +119,15 @@ def test_pages_are_never_lost_nor_used_twice(steps: list[tuple[str, int, int]], 
             owned[number].reuse(tokens[number], 8)
             owned[number].announce(tokens[number][:8])
         elif action == "grow" and number in owned:
-            one = owned[number]
-            if one.reserve(one.computed + size):
-                one.computed += size
-                one.share(tokens[number])
+            sequence = owned[number]
+            if sequence.reserve(sequence.computed + size):
+                sequence.computed += size
+                sequence.share(tokens[number])
         elif action == "close" and number in owned:
             owned.pop(number).close()
-        counts = [sum(page in one.pages for one in owned.values()) for page in range(6)]
+        counts = [sum(page in sequence.pages for sequence in owned.values()) for page in range(6)]
         assert counts == pool.users
         assert pool.available == counts.count(0)
-    for one in owned.values():
-        one.close()
+    for sequence in owned.values():
+        sequence.close()
     assert pool.available == 6 and not any(pool.users) and not pool._coming

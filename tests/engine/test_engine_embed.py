@@ -69,10 +69,10 @@ def test_vectors_are_the_mean_of_transformers_last_hidden_states(
     family, fields = CASES[case]
     _, directory = make(family, **fields)
     prompts = random_prompts(9)
-    found = engine_of(directory, device, byte_level).embed(prompts)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected(directory, prompts), atol=1e-4, rtol=0)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    vectors = engine_of(directory, device, byte_level).embed(prompts)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected(directory, prompts), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mamba", "openai-gpt"])
@@ -84,8 +84,8 @@ def test_architectures_that_only_transformers_runs(tmp_path: Path, byte_level: T
     config = transformers.AutoConfig.for_model(name, vocab_size=61, **fields)
     transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(tmp_path)
     prompts = random_prompts(3)
-    found = engine_of(tmp_path, "transformers", byte_level).embed(prompts)
-    np.testing.assert_allclose(found, expected(tmp_path, prompts), atol=1e-4, rtol=0)
+    vectors = engine_of(tmp_path, "transformers", byte_level).embed(prompts)
+    np.testing.assert_allclose(vectors, expected(tmp_path, prompts), atol=1e-4, rtol=0)
 
 
 def test_a_model_that_does_not_show_its_states_is_told(
@@ -110,8 +110,8 @@ def test_neighbours_and_threads_change_no_bit(
     monkeypatch.setattr(engine.backend, "max_tokens", 77)  # so that prompts are cut
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(len(prompts))
-        found = engine.embed([prompts[number] for number in order])
-        np.testing.assert_array_equal(found, alone[order])
+        vectors = engine.embed([prompts[number] for number in order])
+        np.testing.assert_array_equal(vectors, alone[order])
 
 
 def test_logits_are_the_same_before_and_after(make: Make, byte_level: Tokenizer) -> None:
@@ -130,18 +130,18 @@ def test_logits_are_the_same_before_and_after(make: Make, byte_level: Tokenizer)
     st.integers(0, 9),
 )
 def test_embedding_between_the_turns_of_others_changes_nothing(
-    byte_level: Tokenizer, prompts: list[list[int]], most: int, pages: int, turns: int
+    byte_level: Tokenizer, prompts: list[list[int]], max_tokens: int, pages: int, turns: int
 ) -> None:
     vocab = byte_level.vocab_size
     request = Request(tuple(range(10, 30)), Sampling(temperature=0, max_tokens=8, ignore_eos=True))
     [alone] = Engine(FakeBackend(vocab), byte_level, []).generate([request])
-    backend = FakeBackend(vocab, num_pages=pages, max_tokens=most)
+    backend = FakeBackend(vocab, num_pages=pages, max_tokens=max_tokens)
     engine = Engine(backend, byte_level, [])
     engine.submit(request)
     deltas = [delta for _ in range(turns) for delta in engine.step()]
-    found = engine.embed(prompts)
-    assert len(found) == len(prompts)
-    for prompt, vector in zip(prompts, found, strict=True):
+    vectors = engine.embed(prompts)
+    assert len(vectors) == len(prompts)
+    for prompt, vector in zip(prompts, vectors, strict=True):
         rows = [backend.logits(prompt[: place + 1])[:8] for place in range(len(prompt))]
         mean = np.mean(np.array(rows, np.float64), axis=0)
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-6)

@@ -122,18 +122,18 @@ def test_greedy_outputs_are_the_best_allowed_tokens(
         speculation = Engine(FakeBackend(300, blend=0.5, salt=1), byte_level, [])
     engine = engine_on(backend, byte_level, speculation=speculation)
     sampling = Sampling(temperature=0, max_tokens=max_tokens, logprobs=logprobs, ignore_eos=True)
-    completions = engine.generate([request(prompt, wanted, sampling) for prompt, wanted in cases])
-    for (prompt, wanted), completion in zip(cases, completions, strict=True):
-        assert completion.tokens == by_hand(backend, prompt, wanted, sampling)
-        assert completion.finish_reason == ("stop" if len(wanted) <= max_tokens else "length")
+    completions = engine.generate([request(prompt, places, sampling) for prompt, places in cases])
+    for (prompt, places), completion in zip(cases, completions, strict=True):
+        assert completion.tokens == by_hand(backend, prompt, places, sampling)
+        assert completion.finish_reason == ("stop" if len(places) <= max_tokens else "length")
         check_logprobs(backend, prompt, completion, logprobs)
     assert not any(engine.pool.users)
 
 
 def check_logprobs(
-    backend: FakeBackend, prompt: Sequence[int], completion: Completion, wanted: int | None
+    backend: FakeBackend, prompt: Sequence[int], completion: Completion, top: int | None
 ) -> None:
-    if wanted is None:
+    if top is None:
         assert completion.logprobs is None
         return
     assert completion.logprobs is not None
@@ -152,10 +152,10 @@ def test_certain_tokens_come_without_a_feed_of_their_own(byte_level: Tokenizer) 
     for logprobs, feeds in ((None, [[7], [5]]), (1, [[7], [5], [4]])):
         backend = FakeBackend(300)
         # Three certain tokens, one of two, four certain ones, one of two, three certain ones.
-        wanted: Places = (ONE,) * 3 + (TWO,) + (ONE,) * 4 + (TWO,) + (ONE,) * 3
+        places: Places = (ONE,) * 3 + (TWO,) + (ONE,) * 4 + (TWO,) + (ONE,) * 3
         sampling = Sampling(temperature=0, logprobs=logprobs)
-        completion = engine_on(backend, byte_level).generate([request([1, 2, 3, 4], wanted, sampling)])[0]
-        assert completion.tokens == by_hand(backend, [1, 2, 3, 4], wanted, sampling)
+        completion = engine_on(backend, byte_level).generate([request([1, 2, 3, 4], places, sampling)])[0]
+        assert completion.tokens == by_hand(backend, [1, 2, 3, 4], places, sampling)
         assert completion.finish_reason == "stop" and completion.usage.completion_tokens == 12
         assert backend.fed == feeds
         check_logprobs(backend, [1, 2, 3, 4], completion, logprobs)
@@ -185,17 +185,17 @@ def test_a_stop_token_ends_where_the_form_allows_it(byte_level: Tokenizer) -> No
 
 
 def test_draws_keep_to_what_is_allowed_and_repeat_with_their_seed(byte_level: Tokenizer) -> None:
-    wanted: Places = (frozenset(range(5, 60)), ONE, frozenset(range(70, 90)), TWO) * 4
+    places: Places = (frozenset(range(5, 60)), ONE, frozenset(range(70, 90)), TWO) * 4
     outputs = []
     for speculation in (None, "ngram", Engine(FakeBackend(300, blend=0.9, salt=1), byte_level, [])):
         for _ in range(2):
             engine = engine_on(FakeBackend(300, blend=0.9), byte_level, speculation=speculation)  # type: ignore[arg-type]
-            sampled = [request([1, 2], wanted, Sampling(temperature=1, seed=seed)) for seed in range(5)]
-            outputs.append([one.tokens for one in engine.generate(sampled)])
+            sampled = [request([1, 2], places, Sampling(temperature=1, seed=seed)) for seed in range(5)]
+            outputs.append([completion.tokens for completion in engine.generate(sampled)])
     assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
     assert outputs[4] == outputs[5]
     for tokens in itertools.chain.from_iterable(outputs):
-        assert all(token in allowed for token, allowed in zip(tokens, wanted, strict=True))
+        assert all(token in allowed for token, allowed in zip(tokens, places, strict=True))
 
 
 def test_what_a_constraint_refuses_is_refused_at_once_and_a_dead_end_fails_alone(

@@ -30,19 +30,23 @@ def prompts(
     return [rng.integers(3, vocab, rng.integers(shortest, longest + 1)).tolist() for _ in range(count)]
 
 
-def same(one: Completion, other: Completion) -> None:
-    assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)
-    assert (one.usage, one.logprobs is None) == (other.usage, other.logprobs is None)
-    for mine, its in zip(one.logprobs or [], other.logprobs or [], strict=True):
-        assert mine.logprob == pytest.approx(its.logprob, abs=1e-5)
-        assert [entry[:2] for entry in mine.top] == [entry[:2] for entry in its.top]
+def same(completion: Completion, expected: Completion) -> None:
+    assert (completion.tokens, completion.text, completion.finish_reason) == (
+        expected.tokens,
+        expected.text,
+        expected.finish_reason,
+    )
+    assert (completion.usage, completion.logprobs is None) == (expected.usage, expected.logprobs is None)
+    for entry, expected_entry in zip(completion.logprobs or [], expected.logprobs or [], strict=True):
+        assert entry.logprob == pytest.approx(expected_entry.logprob, abs=1e-5)
+        assert [token[:2] for token in entry.top] == [token[:2] for token in expected_entry.top]
 
 
 # Against transformers
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "mistral"])
-def theirs(request: pytest.FixtureRequest) -> Any:
+def reference_model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
     common: dict[str, Any] = {
         "vocab_size": 300,
@@ -70,15 +74,15 @@ def theirs(request: pytest.FixtureRequest) -> Any:
 
 
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(
-    theirs: Any, tmp_path: Path, byte_level: Tokenizer
+    reference_model: Any, tmp_path: Path, byte_level: Tokenizer
 ) -> None:
-    theirs.save_pretrained(tmp_path)
+    reference_model.save_pretrained(tmp_path)
     engine = Engine(TorchBackend(load_model(tmp_path)), byte_level, [299])
     batch = prompts(6)
     completions = engine.generate([Request(tuple(tokens), GREEDY) for tokens in batch])
     for tokens, completion in zip(batch, completions, strict=True):
         ids = torch.tensor([tokens])
-        reference = theirs.generate(
+        reference = reference_model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -94,19 +98,19 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
             continue
         assert completion.tokens == generated
         with torch.no_grad():
-            logprobs = theirs(reference[None]).logits[0].log_softmax(-1)
+            logprobs = reference_model(reference[None]).logits[0].log_softmax(-1)
         assert completion.logprobs is not None
         for place, (token, entry) in enumerate(zip(generated, completion.logprobs, strict=True), len(tokens)):
             assert entry.logprob == pytest.approx(float(logprobs[place - 1, token]), abs=2e-4)
-            wanted = logprobs[place - 1].topk(2)
-            assert [alternative[0] for alternative in entry.top] == wanted.indices.tolist()
+            likeliest = logprobs[place - 1].topk(2)
+            assert [alternative[0] for alternative in entry.top] == likeliest.indices.tolist()
 
 
 def test_sampled_tokens_follow_transformers_distribution_step_by_step(
-    theirs: Any, tmp_path: Path, byte_level: Tokenizer
+    reference_model: Any, tmp_path: Path, byte_level: Tokenizer
 ) -> None:
     """Two tokens deep, 4,000 requests in one call: shares equal the exact joint probabilities."""
-    theirs.save_pretrained(tmp_path)
+    reference_model.save_pretrained(tmp_path)
     engine = Engine(TorchBackend(load_model(tmp_path)), byte_level, [])
     sampling: dict[str, Any] = {"temperature": 0.8, "top_k": 3, "max_tokens": 2}
     requests = [Request((5, 6, 7), Sampling(**sampling, seed=seed)) for seed in range(4000)]
@@ -114,11 +118,13 @@ def test_sampled_tokens_follow_transformers_distribution_step_by_step(
 
     def top3(ids: list[int]) -> dict[int, float]:
         with torch.no_grad():
-            values, tokens = (theirs(torch.tensor([ids])).logits[0, -1] / 0.8).topk(3)
+            values, tokens = (reference_model(torch.tensor([ids])).logits[0, -1] / 0.8).topk(3)
         return dict(zip(tokens.tolist(), values.softmax(-1).tolist(), strict=True))
 
     joint = {
-        (one, two): p * q for one, p in top3([5, 6, 7]).items() for two, q in top3([5, 6, 7, one]).items()
+        (first, second): p * q
+        for first, p in top3([5, 6, 7]).items()
+        for second, q in top3([5, 6, 7, first]).items()
     }
     assert set(drawn) <= set(joint)
     for pair, probability in joint.items():
@@ -157,7 +163,7 @@ def test_a_request_gets_the_same_alone_and_in_any_batch(
     make_engine: Make, requests: list[Request], room: int, max_batch: int, header: list[int]
 ) -> None:
     """Whatever the mixture, the room in the cache and the batch, with and without a shared prefix."""
-    requests = [Request((*header, *one.tokens), one.sampling) for one in requests]
+    requests = [Request((*header, *request.tokens), request.sampling) for request in requests]
     engine = make_engine(room=room, max_batch=max_batch)
     for together, request in zip(engine.generate(requests), requests, strict=True):
         same(together, make_engine().generate([request])[0])
@@ -376,7 +382,7 @@ def test_closing_the_stream_cancels(make_engine: Make) -> None:
 def test_an_interrupt_comes_through_and_the_engine_works_on(make_engine: Make) -> None:
     engine = make_engine()
     request = Request((5, 6), GREEDY)
-    wanted = engine.generate([request])[0]
+    expected = engine.generate([request])[0]
     original = engine.backend.feed
 
     def interrupted(chunks: Sequence[Chunk]) -> Any:
@@ -388,4 +394,4 @@ def test_an_interrupt_comes_through_and_the_engine_works_on(make_engine: Make) -
     with pytest.raises(KeyboardInterrupt):
         engine.generate([request])
     engine.backend.feed = original  # type: ignore[method-assign]
-    same(engine.generate([request])[0], wanted)
+    same(engine.generate([request])[0], expected)

@@ -45,7 +45,7 @@ def next_logits(engine: Any) -> np.ndarray:
     return last
 
 
-def theirs(base: Path) -> np.ndarray:
+def reference_logits(base: Path) -> np.ndarray:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         found: np.ndarray = model(torch.tensor([PROMPT])).logits[0, -1].numpy()
@@ -56,7 +56,7 @@ def test_a_checkpoint_runs_in_int8_on_a_cpu_unless_asked(base: Path) -> None:
     assert load_engine(base, device="cpu").backend.quantization == "int8"  # type: ignore[attr-defined]
     for options, error in (({}, 0.3), ({"quantize": "none"}, 1e-4), ({"dtype": "float32"}, 1e-4)):
         engine = load_engine(base, device="cpu", **options)  # type: ignore[arg-type]
-        np.testing.assert_allclose(next_logits(engine), theirs(base), atol=error)
+        np.testing.assert_allclose(next_logits(engine), reference_logits(base), atol=error)
     half = load_engine(base, dtype="bfloat16", device="cpu")
     assert half.backend.quantization == "bf16"  # type: ignore[attr-defined]
     request = Request(tuple(PROMPT), Sampling(max_tokens=3, temperature=0))
@@ -67,7 +67,7 @@ def test_other_devices_run_through_torch(base: Path) -> None:
     """The "device" is still this CPU, which is all there is in tests."""
     backend = load._torch_backend(base, None, None, "cpu")
     logits = backend.feed([Chunk(0, PROMPT, 0, [0], [len(PROMPT) - 1])])
-    np.testing.assert_allclose(logits[0], theirs(base), atol=1e-4)
+    np.testing.assert_allclose(logits[0], reference_logits(base), atol=1e-4)
 
 
 def test_every_stop_token_of_checkpoint_and_tokenizer_stops(base: Path, byte_level: Tokenizer) -> None:
@@ -100,10 +100,10 @@ def test_an_adapter_runs_merged_into_its_base(
     monkeypatch.chdir(base.parent)
     engine = load_engine(adapter, device="cpu", quantize="none")
     with torch.no_grad():
-        wanted = adapted(torch.tensor([PROMPT])).logits[0, -1].numpy()
-    mine = next_logits(engine)
-    np.testing.assert_allclose(mine, wanted, atol=1e-4)
-    assert np.abs(mine - next_logits(load_engine(base, device="cpu"))).max() > 0.1
+        expected = adapted(torch.tensor([PROMPT])).logits[0, -1].numpy()
+    logits = next_logits(engine)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert np.abs(logits - next_logits(load_engine(base, device="cpu"))).max() > 0.1
     assert {290, 291} < engine.stop_ids, "the base's, as the adapter has no generation_config.json"
 
 

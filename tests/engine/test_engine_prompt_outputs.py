@@ -58,15 +58,15 @@ def test_each_token_has_the_log_softmax_of_transformers(
     model, directory = make(family, vocab_size=300)
     engine = any_engine(with_tokenizer(directory, byte_level), device)
     prompts = random_prompts(9, 40, 300)
-    for prompt, found in zip(prompts, engine.prompt_logprobs(prompts, 3), strict=True):
-        assert len(found) == len(prompt) and found[0] is None
-        wanted = log_softmax(model, prompt)
-        for place, one in enumerate(found[1:], 1):
-            assert one is not None and one.token_id == prompt[place]
-            row = wanted[place - 1]
-            assert one.logprob == pytest.approx(row[prompt[place]], abs=1e-4)
-            assert [token for token, _, _ in one.top] == np.argsort(-row, kind="stable")[:3].tolist()
-            for token, _, logprob in one.top:
+    for prompt, entries in zip(prompts, engine.prompt_logprobs(prompts, 3), strict=True):
+        assert len(entries) == len(prompt) and entries[0] is None
+        expected = log_softmax(model, prompt)
+        for place, entry in enumerate(entries[1:], 1):
+            assert entry is not None and entry.token_id == prompt[place]
+            row = expected[place - 1]
+            assert entry.logprob == pytest.approx(row[prompt[place]], abs=1e-4)
+            assert [token for token, _, _ in entry.top] == np.argsort(-row, kind="stable")[:3].tolist()
+            for token, _, logprob in entry.top:
                 assert logprob == pytest.approx(row[token], abs=1e-4)
 
 
@@ -87,11 +87,15 @@ def any_engine(directory: Path, device: str) -> Engine:
 def test_the_numbers_are_those_of_score(make_engine: MakeEngine, byte_level: Tokenizer) -> None:
     engine = make_engine()
     prompts = [byte_level.encode(text) for text in TEXTS if len(text) > 1]
-    scores = engine.score([(byte_level.decode(one[:1]), byte_level.decode(one[1:])) for one in prompts])
-    for prompt, score, found in zip(prompts, scores, engine.prompt_logprobs(prompts, 1), strict=True):
+    scores = engine.score(
+        [(byte_level.decode(prompt[:1]), byte_level.decode(prompt[1:])) for prompt in prompts]
+    )
+    for prompt, score, entries in zip(prompts, scores, engine.prompt_logprobs(prompts, 1), strict=True):
         if score.tokens == prompt[1:]:
-            assert [one.logprob for one in found[1:] if one] == pytest.approx(score.token_logprobs, abs=1e-5)
-        assert score.is_greedy == all(one.top[0][0] == one.token_id for one in found[1:] if one)
+            assert [entry.logprob for entry in entries[1:] if entry] == pytest.approx(
+                score.token_logprobs, abs=1e-5
+            )
+        assert score.is_greedy == all(entry.top[0][0] == entry.token_id for entry in entries[1:] if entry)
 
 
 def test_what_was_generated_reads_as_it_was_written(make: Make, byte_level: Tokenizer) -> None:
@@ -116,9 +120,9 @@ def test_bytes_joined_give_the_text(
         tokens = tokenizer.encode(text)
         pieces = engine.token_pieces(tokens)
         assert b"".join(data for _, data in pieces).decode() == text
-        [found] = engine.prompt_logprobs([tokens])
-        assert [(one.token, one.bytes) for one in found[1:] if one] == pieces[1:]
-        assert all(one.top == [] for one in found[1:] if one)
+        [entries] = engine.prompt_logprobs([tokens])
+        assert [(entry.token, entry.bytes) for entry in entries[1:] if entry] == pieces[1:]
+        assert all(entry.top == [] for entry in entries[1:] if entry)
 
 
 def test_prompts_that_cannot_be_read_are_refused(make_engine: MakeEngine) -> None:
@@ -158,26 +162,26 @@ def test_logits_that_are_not_finite_are_told_and_not_kept(byte_level: Tokenizer)
     st.integers(0, 9),
 )
 def test_reading_between_the_turns_of_others_changes_nothing(
-    byte_level: Tokenizer, prompts: list[list[int]], most: int, chunks: int, pages: int, turns: int
+    byte_level: Tokenizer, prompts: list[list[int]], max_tokens: int, chunks: int, pages: int, turns: int
 ) -> None:
     """However small calls and cache are: requests are sent back if need be, and end as if alone."""
     sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
     requests = [Request((*range(10, 30), number), sampling) for number in range(3)]
     vocab = byte_level.vocab_size
     alone = Engine(FakeBackend(vocab, num_pages=200), byte_level, [])
-    expected = [one.tokens for one in alone.generate(requests)]
+    expected = [completion.tokens for completion in alone.generate(requests)]
 
-    backend = FakeBackend(vocab, num_pages=pages, max_tokens=most, max_chunks=chunks)
+    backend = FakeBackend(vocab, num_pages=pages, max_tokens=max_tokens, max_chunks=chunks)
     engine = Engine(backend, byte_level, [])
     handles = [engine.submit(request) for request in requests]
     deltas = [delta for _ in range(turns) for delta in engine.step()]
-    found = engine.prompt_logprobs(prompts, 1)
-    for prompt, read in zip(prompts, found, strict=True):
-        for place, one in enumerate(read[1:], 1):
+    results = engine.prompt_logprobs(prompts, 1)
+    for prompt, entries in zip(prompts, results, strict=True):
+        for place, entry in enumerate(entries[1:], 1):
             row = backend.logits(prompt[:place]).astype(np.float64)
-            assert one is not None
-            assert one.logprob == pytest.approx(row[prompt[place]] - np.log(np.exp(row).sum()), abs=1e-6)
-            assert one.top[0][0] == row.argmax()
+            assert entry is not None
+            assert entry.logprob == pytest.approx(row[prompt[place]] - np.log(np.exp(row).sum()), abs=1e-6)
+            assert entry.top[0][0] == row.argmax()
     while engine.has_work:
         deltas += engine.step()
     ended = {delta.index: delta.completion.tokens for delta in deltas if delta.completion}
@@ -193,10 +197,12 @@ def test_few_logits_are_in_memory_at_once(make_engine: MakeEngine, monkeypatch: 
     rows: list[int] = []
     feed = engine.backend.feed
     monkeypatch.setattr(
-        engine.backend, "feed", lambda chunks: rows.append(len(found := feed(chunks))) or found
+        engine.backend, "feed", lambda chunks: rows.append(len(logits := feed(chunks))) or logits
     )
-    for one, other in zip(engine.prompt_logprobs(prompts, 2), expected, strict=True):
-        logprobs = [[token.logprob for token in tokens[1:] if token] for tokens in (one, other)]
+    for entries, expected_entries in zip(engine.prompt_logprobs(prompts, 2), expected, strict=True):
+        logprobs = [
+            [token.logprob for token in tokens[1:] if token] for tokens in (entries, expected_entries)
+        ]
         assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-5)
     assert max(rows) <= 7
 

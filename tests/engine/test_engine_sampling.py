@@ -29,7 +29,7 @@ def logits(seed: int, spread: float = 3, size: int = VOCAB) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, spread, size).astype(np.float32)
 
 
-def theirs(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
+def transformers_distribution(raw: np.ndarray, sampling: Sampling) -> np.ndarray:
     warpers: Any = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -56,7 +56,9 @@ def test_temperature_and_truncation_are_those_of_transformers(
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     raw = logits(seed, spread)
-    np.testing.assert_allclose(distribution(raw, sampling).dense(VOCAB), theirs(raw, sampling), atol=1e-9)
+    np.testing.assert_allclose(
+        distribution(raw, sampling).dense(VOCAB), transformers_distribution(raw, sampling), atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,22 +73,22 @@ def test_large_vocabularies_are_worked_through_in_blocks_with_the_same_result(
         raw = logits(seed, size=size)
         if "top_p" not in settings:  # which of two equals is cut there is nobody's rule
             raw = np.round(raw, 1)
-        wanted = theirs(raw, sampling)
-        found = distribution(raw, sampling)
-        np.testing.assert_allclose(found.dense(size), wanted, atol=1e-9)
+        expected = transformers_distribution(raw, sampling)
+        result = distribution(raw, sampling)
+        np.testing.assert_allclose(result.dense(size), expected, atol=1e-9)
         # A number u draws the token at which the running sum passes u.
         for u in (0.0, 0.2, 0.5, 0.9, 1 - 2**-53):
-            token = found.draw(SimpleNamespace(random=lambda u=u: u))  # type: ignore[arg-type]
-            reach = wanted.cumsum()
-            assert wanted[token] > 0
-            assert reach[token] - wanted[token] - 1e-9 <= u * reach[-1] <= reach[token] + 1e-9
+            token = result.draw(SimpleNamespace(random=lambda u=u: u))  # type: ignore[arg-type]
+            reach = expected.cumsum()
+            assert expected[token] > 0
+            assert reach[token] - expected[token] - 1e-9 <= u * reach[-1] <= reach[token] + 1e-9
     assert largest(raw.astype(np.float64), 9).tolist() == np.argsort(-raw, kind="stable")[:9].tolist()
 
 
 def test_equal_logits_at_the_kth_place_all_stay_as_in_transformers() -> None:
     raw = np.array([1, 3, 1, 1, 0], dtype=np.float32)
     sampling = Sampling(temperature=1, top_k=2)
-    np.testing.assert_allclose(distribution(raw, sampling).dense(5), theirs(raw, sampling))
+    np.testing.assert_allclose(distribution(raw, sampling).dense(5), transformers_distribution(raw, sampling))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 5.0])
@@ -109,10 +111,10 @@ def test_presence_and_frequency_follow_the_formula_over_the_output_only() -> Non
     history.output.update([7, 9, 9])
     scores = raw.astype(np.float64)
     penalize(scores, Sampling(presence_penalty=0.5, frequency_penalty=0.25), history)
-    wanted = raw.astype(np.float64)
-    wanted[7] -= 0.5 + 1 * 0.25
-    wanted[9] -= 0.5 + 2 * 0.25
-    np.testing.assert_allclose(scores, wanted)
+    expected = raw.astype(np.float64)
+    expected[7] -= 0.5 + 1 * 0.25
+    expected[9] -= 0.5 + 2 * 0.25
+    np.testing.assert_allclose(scores, expected)
 
 
 def test_a_bias_is_that_of_transformers_and_comes_before_the_penalties() -> None:
@@ -151,11 +153,11 @@ def test_greedy_takes_the_best_after_penalties_and_reports_the_unmodified_probab
     history.output[0] = 1
     sampling = Sampling(temperature=0, frequency_penalty=1.0, logprobs=2)
     choice = next_token(raw, sampling, history, np.random.default_rng(0))
-    wanted = torch.log_softmax(torch.from_numpy(raw), -1)
+    expected = torch.log_softmax(torch.from_numpy(raw), -1)
     assert choice.token == 1
-    assert choice.logprob == pytest.approx(float(wanted[1]), abs=1e-6)
+    assert choice.logprob == pytest.approx(float(expected[1]), abs=1e-6)
     assert [token for token, _ in choice.top] == [0, 1]
-    assert [value for _, value in choice.top] == pytest.approx(wanted[:2].tolist(), abs=1e-6)
+    assert [value for _, value in choice.top] == pytest.approx(expected[:2].tolist(), abs=1e-6)
 
 
 def test_draws_follow_the_distribution_and_repeat_with_their_seed() -> None:
@@ -167,7 +169,7 @@ def test_draws_follow_the_distribution_and_repeat_with_their_seed() -> None:
 
     share = np.bincount(draws(0, 20_000), minlength=VOCAB) / 20_000
     # Five standard errors of a share: sqrt(1/4 / 20000) = 0.0035.
-    np.testing.assert_allclose(share, theirs(raw, sampling), atol=0.018)
+    np.testing.assert_allclose(share, transformers_distribution(raw, sampling), atol=0.018)
     assert draws(1, 20) == draws(1, 20) != draws(2, 20)
 
 
@@ -175,12 +177,12 @@ def test_only_allowed_tokens_come_and_log_probabilities_stay_the_models_own() ->
     raw, rng = logits(9), np.random.default_rng(0)
     allowed = np.zeros(VOCAB, dtype=np.bool_)
     allowed[[4, 8]] = True
-    wanted = torch.log_softmax(torch.from_numpy(raw), -1)
+    expected = torch.log_softmax(torch.from_numpy(raw), -1)
     for temperature in (0.0, 1.0):
         sampling = Sampling(temperature=temperature, logprobs=1)
         choice = next_token(raw, sampling, History([]), rng, allowed)
         assert choice.token in (4, 8)
-        assert choice.logprob == pytest.approx(float(wanted[choice.token]), abs=1e-6)
+        assert choice.logprob == pytest.approx(float(expected[choice.token]), abs=1e-6)
         assert choice.top[0][0] == int(raw.argmax())
     assert next_token(raw, Sampling(temperature=0), History([]), rng, allowed).token == (
         4 if raw[4] > raw[8] else 8
@@ -248,5 +250,5 @@ def test_one_stop_string_may_be_given_as_it_is() -> None:
 def test_the_most_extreme_penalty_leaves_a_token_to_draw(penalty: float) -> None:
     logits = np.array([3.0, 2.0, -1.0, 0.5], np.float32)
     sampling = Sampling(repetition_penalty=penalty)
-    found = next_token(logits, sampling, History([0, 1]), np.random.default_rng(0))
-    assert found.token in ((0, 1) if penalty < 1 else (2, 3))
+    result = next_token(logits, sampling, History([0, 1]), np.random.default_rng(0))
+    assert result.token in ((0, 1) if penalty < 1 else (2, 3))

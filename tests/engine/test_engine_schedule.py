@@ -48,10 +48,10 @@ def every_page_is_accounted_for(engine: Engine) -> None:
 
 def test_usage_tells_how_much_of_a_prompt_was_there_already(byte_level: Tokenizer) -> None:
     prompt = tuple(range(11))
-    for reuse, wanted in ((True, 8), (False, 0)):  # pages of 4; the last token is always read
+    for reuse, expected in ((True, 8), (False, 0)):  # pages of 4; the last token is always read
         engine = engine_on(FakeBackend(byte_level.vocab_size), byte_level, reuse_prefixes=reuse)
         first, again = (engine.generate([Request(prompt, GREEDY)])[0].usage for _ in range(2))
-        assert (first.cached_tokens, again.cached_tokens) == (0, wanted)
+        assert (first.cached_tokens, again.cached_tokens) == (0, expected)
 
 
 # Any mixture
@@ -126,7 +126,7 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture(
     if speculation != "drawn":
         alone = engine_on(FakeBackend(vocab, num_pages=200, blend=0.8), byte_level, reuse_prefixes=False)
     if speculation == "greedy":
-        requests = [Request(one.tokens, Sampling(temperature=0, max_tokens=9)) for one in requests]
+        requests = [Request(request.tokens, Sampling(temperature=0, max_tokens=9)) for request in requests]
     if speculation == "drawn":
         # Drafts that are drawn change what a seed gives, but not with what else is there.
         shape |= {"max_tokens": max(shape["max_tokens"], 40)}  # room for the longest draft
@@ -136,7 +136,7 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture(
             speculation=drafter(speculation, byte_level),
         )
     monkeypatch.setattr("tercet.engine.engine.DRAFTED_TOKENS", 64)
-    expected = [outcome(alone.generate([one])[0]) for one in requests]
+    expected = [outcome(alone.generate([request])[0]) for request in requests]
 
     engine = engine_on(
         FakeBackend(vocab, **shape, blend=0.8),
@@ -204,12 +204,12 @@ def test_scores_do_not_depend_on_the_room(
         engine.step()
     score_continuations(backend, engine.pool, before, engine._make_room)
     score_continuations(backend, engine.pool, continuations, engine._make_room)
-    for one in continuations:
-        wanted = []
-        for place in range(one.begin, len(one.tokens)):
-            logits = backend.logits(one.tokens[:place]).astype(np.float64)
-            wanted.append(logits[one.tokens[place]] - np.log(np.exp(logits).sum()))
-        assert one.logprobs == pytest.approx(wanted, abs=1e-5)
+    for continuation in continuations:
+        expected = []
+        for place in range(continuation.begin, len(continuation.tokens)):
+            logits = backend.logits(continuation.tokens[:place]).astype(np.float64)
+            expected.append(logits[continuation.tokens[place]] - np.log(np.exp(logits).sum()))
+        assert continuation.logprobs == pytest.approx(expected, abs=1e-5)
     completions = [delta for _ in range(200) for delta in engine.step() if delta.completion]
     assert [delta.index for delta in completions] == [handle]
     assert completions[0].completion is not None
@@ -355,15 +355,15 @@ def test_streams_and_submitted_requests_go_side_by_side(byte_level: Tokenizer) -
     streams = [engine.stream([Request((n,), GREEDY), Request((n, n), GREEDY)]) for n in (1, 2)]
     completions: list[list[Delta]] = [[], []]
     for _ in range(100):
-        for stream, found in zip(streams, completions, strict=True):
+        for stream, ends in zip(streams, completions, strict=True):
             delta = next(stream, None)
             if delta is not None and delta.completion is not None:
-                found.append(delta)
-    for n, found in enumerate(completions, 1):
-        for delta in found:
+                ends.append(delta)
+    for n, ends in enumerate(completions, 1):
+        for delta in ends:
             assert delta.completion is not None
             assert delta.completion.tokens == backend.greedy((n,) * (delta.index + 1), 12)
-        assert len(found) == 2
+        assert len(ends) == 2
     mine = engine.step()
     assert {delta.index for delta in mine} == {handle} and mine[-1].completion is not None
     assert mine[-1].completion.tokens == backend.greedy((9, 9), 12)
@@ -375,7 +375,7 @@ def test_streams_and_submitted_requests_go_side_by_side(byte_level: Tokenizer) -
 
 def test_a_request_that_fails_fails_alone(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size)
-    wanted = backend.greedy((1, 2, 3, 4, 5), 12)
+    expected = backend.greedy((1, 2, 3, 4, 5), 12)
     backend.broken.add((7, 7, 7, 7, 7, *backend.greedy((7, 7, 7, 7, 7), 2)))
     engine = engine_on(backend, byte_level)
     good, bad = (engine.submit(Request(tokens, GREEDY)) for tokens in ((1, 2, 3, 4, 5), (7,) * 5))
@@ -383,7 +383,7 @@ def test_a_request_that_fails_fails_alone(byte_level: Tokenizer) -> None:
     while engine.has_work:
         ends |= {delta.index: delta for delta in engine.step() if delta.completion or delta.error}
     assert isinstance(ends[bad].error, UserError) and "not finite" in str(ends[bad].error)
-    assert ends[good].completion is not None and ends[good].completion.tokens == wanted
+    assert ends[good].completion is not None and ends[good].completion.tokens == expected
     nothing_is_left(engine)
     other = engine.pool.sequence()
     other.reuse([7] * 5, 4)
@@ -403,7 +403,7 @@ def test_a_step_that_raises_can_be_repeated(
     sampled.append(Request(tuple(range(30)), GREEDY))
     backend = FakeBackend(byte_level.vocab_size, max_tokens=24, blend=0.8)
     plain = engine_on(backend, byte_level, speculation=drafter(speculation, byte_level))
-    expected = [outcome(one) for one in plain.generate(sampled)]
+    expected = [outcome(completion) for completion in plain.generate(sampled)]
     calls = iter(range(10_000))
     feed = backend.feed
 

@@ -57,10 +57,10 @@ def test_a_score_is_the_log_probability_of_the_continuations_tokens(
     for (prompt, continuation), score in zip(pairs, engine.score(pairs), strict=True):
         before, whole = byte_level.encode(prompt), byte_level.encode(prompt + continuation)
         assert whole[: len(before)] == before
-        wanted = by_hand(engine, whole, len(before))
+        expected = by_hand(engine, whole, len(before))
         assert score.tokens == whole[len(before) :]
-        assert score.token_logprobs == pytest.approx(wanted, abs=1e-5)
-        assert score.logprob == pytest.approx(sum(wanted), abs=1e-4)
+        assert score.token_logprobs == pytest.approx(expected, abs=1e-5)
+        assert score.logprob == pytest.approx(sum(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -79,15 +79,15 @@ def test_scores_are_transformers_loss(family: str, tmp_path: Path, byte_level: T
         else transformers.LlamaConfig(**small, intermediate_size=64)
     )
     auto: Any = transformers.AutoModelForCausalLM
-    theirs = auto.from_config(config).eval()
-    theirs.save_pretrained(tmp_path)
+    reference_model = auto.from_config(config).eval()
+    reference_model.save_pretrained(tmp_path)
     engine = Engine(TorchBackend(load_model(tmp_path)), byte_level, [])
     prompt, continuation = "The quick brown fox", " jumps over the lazy dog"
     ids = torch.tensor([byte_level.encode(prompt + continuation)])
     labels = ids.clone()
     labels[0, : len(byte_level.encode(prompt))] = -100
     with torch.no_grad():
-        loss = float(theirs(ids, labels=labels).loss)
+        loss = float(reference_model(ids, labels=labels).loss)
     score = engine.score([(prompt, continuation)])[0]
     assert -score.logprob / len(score.tokens) == pytest.approx(loss, abs=1e-4)
 
@@ -214,8 +214,8 @@ def test_choices_are_scored_as_one_by_one(
         for label, value in zip(LABELS, values, strict=True):
             score = engine.score([(prompt, label)])[0]
             whole = [*tokenizer.encode(prompt + label), *ending]
-            wanted = by_hand(engine, whole, len(whole) - len(ending) - len(score.tokens))
-            assert value == pytest.approx(sum(wanted), abs=1e-4)
+            expected = by_hand(engine, whole, len(whole) - len(ending) - len(score.tokens))
+            assert value == pytest.approx(sum(expected), abs=1e-4)
 
 
 def test_each_prompt_may_have_choices_of_its_own(make_engine: Make) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -32,7 +31,7 @@ def draft_request(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "count", "wanted"),
+    ("tokens", "count", "expected"),
     [
         ([1, 2, 3, 4, 9, 1, 2, 3], 3, [4, 9, 1]),
         ([1, 2, 3, 7, 2, 3, 8, 1, 2, 3], 1, [7]),  # three tokens alike count more than two later on
@@ -44,15 +43,15 @@ def draft_request(
     ],
 )
 def test_lookup_proposes_what_followed_the_longest_match(
-    tokens: list[int], count: int, wanted: list[int]
+    tokens: list[int], count: int, expected: list[int]
 ) -> None:
-    assert PromptLookup().propose([draft_request(tokens, count)])[0].tokens == wanted
+    assert PromptLookup().propose([draft_request(tokens, count)])[0].tokens == expected
     growing = PromptLookup()  # asked at every token, as in decoding
     for end in range(1, len(tokens) + 1):
         last = growing.propose(
             [draft_request(tokens[:end], count), draft_request(tokens[:1], count, sequence=1)]
         )[0].tokens
-    assert last == wanted
+    assert last == expected
     growing.forget(0)
     assert list(growing._known) == [1]
 
@@ -154,7 +153,7 @@ def test_draws_with_a_draft_model_follow_the_large_models_distribution(
     for fake in fakes:
         fake.logits = lru_cache(lambda history, fake=fake: FakeBackend.logits(fake, history))  # type: ignore[method-assign]
         inner = fake._places
-        fake._places = lambda chunks, inner=inner: [tuple(one) for one in inner(chunks)]  # type: ignore[method-assign]
+        fake._places = lambda chunks, inner=inner: [tuple(history) for history in inner(chunks)]  # type: ignore[method-assign]
     count = 3000
     sampling = Sampling(max_tokens=4, **settings)  # type: ignore[arg-type]
     exact = joint(lambda history: fakes[0].logits(tuple(history)), (1, 2), sampling, 4)
@@ -162,8 +161,8 @@ def test_draws_with_a_draft_model_follow_the_large_models_distribution(
     completions = engine.generate(
         [Request((1, 2), Sampling(max_tokens=4, seed=seed, **settings)) for seed in range(count)]  # type: ignore[arg-type]
     )
-    assert sum(one.drafted for one in completions) > count
-    seen = Counter(tuple(one.tokens) for one in completions)
+    assert sum(completion.drafted for completion in completions) > count
+    seen = Counter(tuple(completion.tokens) for completion in completions)
     assert set(seen) <= set(exact)
     # Rare outputs together, as the test wants at least five of each.
     common = [tokens for tokens, share in exact.items() if share * count >= 5]
@@ -266,19 +265,23 @@ def test_networks_with_drafts_write_what_they_write_alone(
     plain = make_engine(**changes).generate(requests)
     for speculation in ("ngram", near):
         drafted = make_engine(options={"speculation": speculation}, **changes).generate(requests)
-        assert [one.tokens for one in drafted] == [one.tokens for one in plain]
-        assert sum(one.drafted for one in drafted) > 0
+        assert [completion.tokens for completion in drafted] == [completion.tokens for completion in plain]
+        assert sum(completion.drafted for completion in drafted) > 0
         if speculation is near:
-            assert 0 < sum(one.accepted for one in drafted) < sum(one.drafted for one in drafted)
+            assert (
+                0
+                < sum(completion.accepted for completion in drafted)
+                < sum(completion.drafted for completion in drafted)
+            )
 
 
 def test_logprobs_of_guessed_tokens_are_those_without_guesses(byte_level: Tokenizer) -> None:
     sampling = Sampling(temperature=0, max_tokens=30, logprobs=2, ignore_eos=True)
-    one, other = (
+    completion, plain = (
         Engine(FakeBackend(byte_level.vocab_size, repeats=1), byte_level, [], speculation=option).generate(
             [Request((1, 2), sampling)]
         )[0]
         for option in ("ngram", None)
     )
-    assert one.accepted > 0 and one.logprobs == other.logprobs
-    assert list(itertools.chain(one.tokens)) == other.tokens
+    assert completion.accepted > 0 and completion.logprobs == plain.logprobs
+    assert completion.tokens == plain.tokens

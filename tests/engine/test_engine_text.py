@@ -34,15 +34,15 @@ def before_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
 def test_any_cut_into_tokens_gives_the_text_before_the_first_stop(
     text: str, places: list[int], stops: list[str]
 ) -> None:
-    wanted, stopped = before_first_stop(text, stops)
+    expected, stopped = before_first_stop(text, stops)
     stream = TextStream(stops)
     pieces = []
     for data in cut(text.encode(), places):
         pieces.append(stream.push(data))
-        assert wanted.startswith("".join(pieces)), "a part of a stop string or of a character leaked"
+        assert expected.startswith("".join(pieces)), "a part of a stop string or of a character leaked"
     assert stream.stopped == stopped
     pieces.append(stream.finish())
-    assert "".join(pieces) == wanted
+    assert "".join(pieces) == expected
 
 
 @settings(derandomize=True, max_examples=300)

@@ -61,25 +61,25 @@ def test_any_chunks_give_the_logits_of_a_plain_forward_pass(
     pages = [order[25 * n : 25 * n + 25] for n in range(4)]
     tokens: list[list[int]] = [[] for _ in range(4)]
     for call in calls:
-        chunks, wanted = [], []
+        chunks, expected = [], []
         for sequence, start, count in call:
             new = [random.randrange(300) for _ in range(count)]
             tokens[sequence][start:] = new
             places = sorted(random.sample(range(count), random.randint(0, min(3, count))))
             needed = -(-(start + count) // 4) + random.randint(0, 1)  # one page more than needed is fine
             chunks.append(Chunk(sequence, new, start, pages[sequence][:needed], places))
-            wanted += [by_hand(backend, tokens[sequence])[start + place] for place in places]
-        targets = [[random.randrange(300) for _ in range(random.randint(0, 2))] for _ in wanted]
+            expected += [by_hand(backend, tokens[sequence])[start + place] for place in places]
+        targets = [[random.randrange(300) for _ in range(random.randint(0, 2))] for _ in expected]
         logits = backend.feed(chunks)
-        assert logits.shape == (len(wanted), 300) and logits.dtype == np.float32
-        for row, reference, asked in zip(logits, wanted, targets, strict=True):
+        assert logits.shape == (len(expected), 300) and logits.dtype == np.float32
+        for row, reference, row_targets in zip(logits, expected, targets, strict=True):
             np.testing.assert_allclose(row, reference, atol=2e-5)
-            asked.append(int(reference.argmax()))
+            row_targets.append(int(reference.argmax()))
         logprobs, likeliest = backend.logprobs(chunks, targets)  # the same once more: it overwrites itself
         reference = [
             (float(torch.log_softmax(torch.from_numpy(row), -1)[token]), token == int(row.argmax()))
-            for row, asked in zip(wanted, targets, strict=True)
-            for token in asked
+            for row, row_targets in zip(expected, targets, strict=True)
+            for token in row_targets
         ]
         np.testing.assert_allclose(logprobs, [value for value, _ in reference], atol=2e-5)
         assert likeliest.tolist() == [best for _, best in reference]
@@ -89,25 +89,25 @@ def test_what_a_page_held_before_never_shows(make_engine: Make) -> None:
     """Not even where it is not finite, which masking alone would not hide."""
     backend = backend_of(make_engine(room=64))
     tokens = list(range(5, 22))
-    wanted = by_hand(backend, tokens)
+    expected = by_hand(backend, tokens)
     backend.feed([Chunk(0, [1] * 64, 0, range(16), [])])
     with torch.inference_mode():
         for layer in (*backend._pages.keys, *backend._pages.values):
             layer.fill_(float("nan"))
     for start, end in ((0, 6), (6, 7), (7, 17)):
         chunk = Chunk(1, tokens[start:end], start, [7, 3, 9, 1, 4], [end - start - 1])
-        np.testing.assert_allclose(backend.feed([chunk])[0], wanted[end - 1], atol=2e-5)
+        np.testing.assert_allclose(backend.feed([chunk])[0], expected[end - 1], atol=2e-5)
 
 
 def test_copied_pages_hold_the_same(make_engine: Make) -> None:
     backend = backend_of(make_engine())
     tokens = list(range(5, 16))
-    wanted = by_hand(backend, tokens)
+    expected = by_hand(backend, tokens)
     backend.feed([Chunk(0, tokens[:10], 0, [0, 1, 2], [])])
     backend.copy_pages([(2, 200), (1, 90)])
     for pages in ([0, 1, 200], [0, 90, 200]):
         np.testing.assert_allclose(
-            backend.feed([Chunk(1, tokens[10:], 10, pages, [0])])[0], wanted[10], atol=2e-5
+            backend.feed([Chunk(1, tokens[10:], 10, pages, [0])])[0], expected[10], atol=2e-5
         )
     backend.release(1)
 
@@ -158,10 +158,15 @@ def test_long_chunks_are_cut_to_calls_in_order() -> None:
         Chunk(3, [8], 0, [3], [0]),
     ]
     calls = list(split_calls(Bounds(), chunks))  # type: ignore[arg-type]
-    assert [[(one.sequence, one.start, len(one.tokens)) for one in call] for call in calls] == [
+    assert [[(chunk.sequence, chunk.start, len(chunk.tokens)) for chunk in call] for call in calls] == [
         [(0, 0, 2), (1, 3, 3)],
         [(1, 6, 5)],
         [(1, 11, 1), (2, 0, 1)],
         [(3, 0, 1)],
     ]
-    assert [[list(one.outputs) for one in call] for call in calls] == [[[1], [0, 2]], [[]], [[0], []], [[0]]]
+    assert [[list(chunk.outputs) for chunk in call] for call in calls] == [
+        [[1], [0, 2]],
+        [[]],
+        [[0], []],
+        [[0]],
+    ]

@@ -69,7 +69,7 @@ class Chunk:
     sequence: int
     tokens: Sequence[int]
     start: int
-    wanted: Sequence[int]
+    outputs: Sequence[int]
     pages: Sequence[int] = ()
 
 
@@ -124,10 +124,10 @@ def test_greedy_tokens_are_those_of_generate(both: Any) -> None:
     for n, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            theirs = model.generate(
+            reference = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
             )
-        assert tokens[n] == theirs[0].tolist()
+        assert tokens[n] == reference[0].tolist()
         backend.release(n)
 
 
@@ -148,13 +148,13 @@ def test_any_order_of_feeding_and_rewinding_gives_the_same_logits(
         new = rng.integers(0, VOCAB, int(rng.choice([1, 2, 5, 11]))).tolist()
         start = start if start + len(new) <= POSITIONS else 0
         tokens = held[number] = held[number][:start] + new
-        wanted = np.flatnonzero(rng.random(len(new)) < 0.5).tolist()
-        right = whole_logits(model, tokens)[start:][wanted]
-        chunk = Chunk(number, new, start, wanted)
+        outputs = np.flatnonzero(rng.random(len(new)) < 0.5).tolist()
+        right = whole_logits(model, tokens)[start:][outputs]
+        chunk = Chunk(number, new, start, outputs)
         if rng.random() < 0.5:
             np.testing.assert_allclose(backend.feed([chunk]), right, atol=1e-4)
             continue
-        targets = [rng.integers(0, VOCAB, int(rng.integers(4))).tolist() for _ in wanted]
+        targets = [rng.integers(0, VOCAB, int(rng.integers(4))).tolist() for _ in outputs]
         logprobs, likeliest = backend.logprobs([chunk], targets)
         right_logprobs = torch.from_numpy(right).log_softmax(-1).numpy()
         places = [(row, token) for row, tokens in enumerate(targets) for token in tokens]
