@@ -46,7 +46,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def sentencepiece() -> Tokenizer:
-    """As in Llama 2: "▁" for spaces, bytes for unknown characters, BOS in front, first space dropped."""
+    """Sentencepiece as in Llama 2: "▁" for spaces, bytes for unknown characters, BOS first, first space dropped."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, processors, trainers
 
@@ -78,7 +78,7 @@ def sentencepiece() -> Tokenizer:
 
 
 def network(vocab_size: int, seed: int = 0, **changes: object) -> Transformer:
-    """A random Qwen3-shaped network; weights large enough that its choices are clear."""
+    """Return a random Qwen3-shaped network, with weights large enough to make its choices clear."""
     fields: dict[str, object] = {
         "family": "qwen3",
         "vocab_size": vocab_size,

@@ -28,7 +28,11 @@ class FakeBackend:
         blend: float = 0.0,
         repeats: int = 0,
     ) -> None:
-        """salt: another network; blend: how much all networks agree; repeats: tokens that matter, 0: all."""
+        """Make a network.
+
+        salt: distinguishes networks; blend: how much all networks agree; repeats: the number of last tokens
+        that determine the logits, 0 for all.
+        """
         self.vocab_size, self.max_positions = vocab_size, max_positions
         self.page_size, self.num_pages = page_size, num_pages
         self.max_tokens, self.max_chunks = max_tokens, max_chunks
@@ -39,7 +43,7 @@ class FakeBackend:
         self.broken: set[tuple[int, ...]] = set()  # histories after which the logits are not finite
 
     def logits(self, history: Sequence[int], adapter: int = 0) -> NDArray[np.float32]:
-        """After ``history``: what the tests take for the truth."""
+        """The correct logits after ``history``."""
         if tuple(history) in self.broken:
             return np.full(self.vocab_size, np.nan, np.float32)
         history = history[-self.repeats :] if self.repeats else history
@@ -54,7 +58,7 @@ class FakeBackend:
     def _rows(self, chunks: Sequence[Chunk]) -> list[NDArray[np.float32]]:
         """The logits after each output."""
         adapters = [chunk.adapter for chunk in chunks for _ in chunk.outputs]
-        # Tests put a function of the history alone in the place of `logits`.
+        # Tests replace `logits` by a function of the history alone.
         return [
             self.logits(history, adapter) if adapter else self.logits(history)
             for history, adapter in zip(self._places(chunks), adapters, strict=True)
@@ -131,7 +135,7 @@ class FakeBackend:
         pass
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """What decoding by hand gives."""
+        """The tokens of greedy decoding, step by step."""
         tokens = list(prompt)
         for _ in itertools.repeat(None, count):
             tokens.append(int(self.logits(tokens).argmax()))

@@ -1,4 +1,4 @@
-"""Adapters made by peft on tiny checkpoints, far from zero, and what peft says of them."""
+"""Adapters made by peft on tiny checkpoints, far from zero, and their logits by peft."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def make_adapter(base: Path, directory: Path, seed: int = 3, **fields: Any) -> Any:
-    """Save an adapter of random numbers; peft's model with it."""
+    """Save an adapter of random numbers; return peft's model with it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": "all-linear", **fields}

@@ -1,4 +1,4 @@
-"""Constraints: random outputs under the mask, checked by what knows the form without us (pydantic, re)."""
+"""Constraints: random outputs under the mask, checked by independent validators (pydantic, re)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Walker:
             assert mask[self.eos]
             return []
         allowed = [int(token) for token in mask.nonzero()[0] if token != self.eos]
-        # Sooner or later to the end of a string or list.
+        # Prefer the end of a string or list, so that outputs end.
         ends = [token for token in allowed if self.bytes_of(token)[:1] in (b'"', b"]", b"}", b",")]
         token = self.random.choice(ends if ends and self.random.random() < 0.3 else allowed)
         assert matcher.valid([token]) == 1
@@ -109,7 +109,7 @@ def only_letters(constraints_for: str) -> Tokenizer:
     return Tokenizer.from_backend(backend, eos="</s>")
 
 
-# What is written
+# Outputs
 
 
 def test_json_is_valid_under_its_schema(walker: Walker) -> None:
@@ -126,7 +126,7 @@ def test_json_is_valid_under_its_schema(walker: Walker) -> None:
         Literal["</s>", "<s> <unk>", 7, None],
     ],
 )
-def test_other_json_is_too(walker: Walker, form: Any) -> None:
+def test_json_of_other_types_is_valid_too(walker: Walker, form: Any) -> None:
     checked = TypeAdapter(form)
     for _ in range(8):
         checked.validate_json(walker(Grammar.json_schema(checked.json_schema())))
@@ -194,7 +194,7 @@ def test_masks_are_those_of_llguidance_reading_tokenizer_json_itself(byte_level:
     assert steps > 100
 
 
-def test_a_schema_that_names_properties_gets_no_others(byte_level: Tokenizer) -> None:
+def test_a_schema_with_properties_allows_no_others(byte_level: Tokenizer) -> None:
     def begins(text: str, schema: dict[str, Any]) -> bool:
         matcher = Constraints(byte_level, byte_level.vocab_size, []).matcher(Grammar.json_schema(schema))
         tokens = byte_level.encode(text)
@@ -230,7 +230,7 @@ def test_a_schema_inside_of_a_lark_rule_is_as_strict_as_alone(walker: Walker) ->
 # Forced tokens, ends, speculation
 
 
-def test_what_is_certain_is_encoded_as_the_tokenizer_does(walker: Walker) -> None:
+def test_forced_text_is_encoded_as_the_tokenizer_does(walker: Walker) -> None:
     text = "The quick brown fox jumps over the lazy dog"
     matcher = walker.constraints.matcher(Grammar.choices([text]))
     forced = matcher.forced()
@@ -255,7 +255,7 @@ def test_a_last_token_that_may_be_joined_with_more_is_left_to_the_model(byte_lev
     assert matcher.mask()[the].all()
 
 
-def test_a_character_of_several_tokens_is_finished(byte_level: Tokenizer) -> None:
+def test_a_character_of_several_tokens_is_completed(byte_level: Tokenizer) -> None:
     matcher = Constraints(byte_level, byte_level.vocab_size, []).matcher(Grammar.regex("[語誤]"))
     tokens = byte_level.encode("語")
     assert len(tokens) == 3
@@ -305,7 +305,7 @@ def test_valid_counts_and_changes_nothing(walker: Walker) -> None:
     assert matcher.valid([a, a, a]) == 2
 
 
-def test_a_token_that_is_not_allowed_is_our_mistake(walker: Walker) -> None:
+def test_a_token_that_is_not_allowed_raises_value_error(walker: Walker) -> None:
     for wrong in (walker.eos, walker.vocab_size, -1):
         with pytest.raises(ValueError, match="token") as problem:
             walker.constraints.matcher(Grammar.regex("[a-d]{3}")).accept(wrong)
@@ -336,14 +336,14 @@ def test_matchers_of_one_grammar_are_independent_and_compiled_once(
     assert len(compiled) == 1
     for number in range(COMPILED):
         constraints.matcher(Grammar.regex(f"ab{number}"))
-    constraints.matcher(Grammar.regex("ab"))  # forgotten meanwhile
+    constraints.matcher(Grammar.regex("ab"))  # dropped from the cache meanwhile
     assert len(compiled) == COMPILED + 2
 
 
-# What is refused
+# Errors
 
 
-def test_characters_that_no_token_can_write() -> None:
+def test_characters_without_a_token_are_an_error() -> None:
     tokenizer = only_letters("abc ")
     constraints = Constraints(tokenizer, tokenizer.vocab_size, [])
     assert constraints.matcher(Grammar.choices(["a b", "x y"])).mask().nonzero()[0].tolist() == [1]
@@ -356,7 +356,7 @@ def test_characters_that_no_token_can_write() -> None:
         matcher.mask()
 
 
-def test_a_grammar_beyond_the_parsers_limits_is_told_as_that(byte_level: Tokenizer) -> None:
+def test_a_grammar_beyond_the_parsers_limits_is_reported_as_such(byte_level: Tokenizer) -> None:
     many = " | ".join(f'"a{number}"' for number in range(3000))
     matcher = Constraints(byte_level, byte_level.vocab_size, []).matcher(Grammar.lark(f"start: {many}"))
     with pytest.raises(GrammarError, match=r"too complex to follow \(.*max is 2000.*\); make it simpler"):
@@ -388,7 +388,7 @@ def test_a_grammar_beyond_the_parsers_limits_is_told_as_that(byte_level: Tokeniz
         ),
     ],
 )
-def test_a_wrong_schema_is_told_with_its_place(
+def test_the_error_of_an_invalid_schema_names_its_place(
     byte_level: Tokenizer, schema: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(GrammarError) as problem:
@@ -408,7 +408,7 @@ def test_a_wrong_schema_is_told_with_its_place(
         (Grammar.lark('x: "a"'), "grammar: no start rule found"),
     ],
 )
-def test_a_wrong_grammar_is_told_in_one_line(grammar: Grammar, message: str) -> None:
+def test_the_error_of_an_invalid_grammar_is_one_line(grammar: Grammar, message: str) -> None:
     with pytest.raises(GrammarError) as problem:
         grammar.check()
     assert str(problem.value) == message
@@ -428,18 +428,18 @@ def test_a_wrong_grammar_is_told_in_one_line(grammar: Grammar, message: str) -> 
         (lambda: Grammar.lark(None), "`grammar` is None"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_no_grammar_at_all(build: Callable[[], Grammar], message: str) -> None:
+def test_arguments_that_are_no_grammar_are_refused(build: Callable[[], Grammar], message: str) -> None:
     with pytest.raises(GrammarError, match=message):
         build()
 
 
-def test_grammars_compare_by_what_they_say() -> None:
+def test_grammars_compare_by_their_content() -> None:
     assert Grammar.choices(["a", "b", "a"]) == Grammar.choices(("a", "b"))
     assert len({Grammar.regex("a"), Grammar.regex("a"), Grammar.lark("a")}) == 2
     ascending, descending = ({"properties": {a: {}, b: {}}} for a, b in ("xy", "yx"))
     assert Grammar.json_schema(ascending) != Grammar.json_schema(descending)  # in this order they are written
 
 
-def test_the_referee_would_notice() -> None:
+def test_the_validators_notice_invalid_outputs() -> None:
     with pytest.raises(ValidationError):
         Person.model_validate_json('{"name": "A", "age": 151, "tags": []}')

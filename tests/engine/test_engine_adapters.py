@@ -1,4 +1,4 @@
-"""Adapters chosen by request: one engine, one base, and what each request gets is its adapter's alone."""
+"""Adapters chosen by request: on one engine and one base, each request gets the output of its own adapter."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_bfloat16_on_torch_is_near(make: Make, tmp_path: Path) -> None:
 def test_requests_get_what_the_merged_adapter_gives(
     base: Path, both: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All at once, with a header in common, of which each adapter has keys and values of its own."""
+    """All requests run at once, with a common header, for which each adapter has its own keys and values."""
     engine = on_cpu(base, both) if kind == "kernels" else on_torch(base, both)
     requests = [
         greedy((*HEADER, number), name) for number in (5, 6) for name in ("one", None, "other", "one")
@@ -126,7 +126,9 @@ def test_requests_get_what_the_merged_adapter_gives(
     written = {
         name: engine.generate([greedy((*HEADER, 5), name)])[0].tokens for name in ("one", "other", None)
     }
-    assert len({tuple(tokens) for tokens in written.values()}) == 3, "the test would see no mistake"
+    assert len({tuple(tokens) for tokens in written.values()}) == 3, (
+        "the adapters differ, so the test can fail"
+    )
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -144,7 +146,7 @@ def test_neighbours_with_other_adapters_change_no_bit(
     close(engine.generate([requests[1]])[0], plain, exact=True)
 
 
-def test_a_prefix_is_found_by_the_same_adapter_only(base: Path, both: dict[str, Path]) -> None:
+def test_a_cached_prefix_is_reused_by_the_same_adapter_only(base: Path, both: dict[str, Path]) -> None:
     engine = on_cpu(base, both)
     fed: list[int] = []
     feed = engine.backend.feed
@@ -316,7 +318,7 @@ def change_config(directory: Path, **fields: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["kernels", "torch"])
-def test_adapters_that_cannot_stand_beside_a_base_are_refused(
+def test_adapters_that_change_more_than_linear_layers_or_do_not_fit_are_refused(
     base: Path, both: dict[str, Path], fields: dict[str, Any], part: str, kind: str
 ) -> None:
     engine = on_cpu(base) if kind == "kernels" else on_torch(base, {})
@@ -324,7 +326,7 @@ def test_adapters_that_cannot_stand_beside_a_base_are_refused(
     with pytest.raises(UserError) as caught:
         engine.add_adapter("one", both["one"])
     assert part in str(caught.value) and str(both["one"]) in str(caught.value)
-    engine.add_adapter("one", both["other"])  # nothing of the first is left
+    engine.add_adapter("one", both["other"])  # nothing of the refused adapter remains
     assert engine.generate([greedy((5, 6), "one")])[0].tokens
 
 
@@ -338,7 +340,7 @@ def test_an_adapter_of_another_base_is_refused(make: Make, base: Path, tmp_path:
         engine.add_adapter("base", base)
 
 
-def test_weights_that_are_missing_or_left_over_are_told(base: Path, both: dict[str, Path]) -> None:
+def test_missing_weights_are_reported(base: Path, both: dict[str, Path]) -> None:
     path = both["one"] / "adapter_model.safetensors"
     tensors = load_file(path)
     name = next(iter(tensors))
@@ -358,12 +360,12 @@ def test_a_tokenizer_with_other_tokens_is_refused(
         on_cpu(base, both)
 
 
-def test_adapters_stand_beside_a_base_only(base: Path, both: dict[str, Path]) -> None:
+def test_an_adapter_as_model_takes_no_further_adapters(base: Path, both: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="is an adapter, merged into its base"):
         on_cpu(both["one"], {"other": both["other"]})
 
 
-def test_transformers_takes_none(base: Path, both: dict[str, Path]) -> None:
+def test_models_of_transformers_take_no_adapters(base: Path, both: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="merge it first"):
         load_transformers_engine(base).add_adapter("one", both["one"])
 

@@ -1,4 +1,4 @@
-"""The bench: a backend whose every feed takes a known time, and numbers worked out by hand."""
+"""The bench on a backend whose feeds take a known time, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class FakeBackend:
-    """Keeps what it was fed, checks the rules of the protocol, and lets the clock run."""
+    """Records its chunks, checks the rules of the protocol, and advances the clock."""
 
     vocab_size, max_positions = VOCAB, 64
     page_size, num_pages = 8, 12
@@ -96,14 +96,14 @@ def test_speeds_are_tokens_over_the_time_that_feeding_took(engine: Any) -> None:
     assert engine.backend.held == {}, "every sequence is released"
 
 
-def test_logits_are_wanted_only_where_a_token_would_be_drawn(engine: Any) -> None:
+def test_logits_are_requested_only_where_a_token_would_be_sampled(engine: Any) -> None:
     bench.measure(engine, SETTINGS)
     calls = engine.backend.calls[: len(engine.backend.calls) // 3]
     assert [[chunk.outputs for chunk in call] for call in calls[:4]] == [[[]], [[3], []], [[7], []], [[11]]]
     assert all(chunk.outputs == [0] for call in calls[4:] for chunk in call)
 
 
-def test_no_prompt_comes_twice_so_that_no_kept_prefix_helps(engine: Any) -> None:
+def test_no_prompt_repeats_so_that_the_prefix_cache_does_not_help(engine: Any) -> None:
     bench.measure(engine, SETTINGS)
     assert len(set(engine.prompts)) == len(engine.prompts) == 3
 
@@ -123,14 +123,14 @@ def test_what_cannot_be_measured_is_refused(engine: Any, changes: dict[str, int]
     assert part in str(caught.value)
 
 
-def test_the_report_puts_speed_beside_the_limit_of_the_memory(
+def test_the_report_relates_speed_to_the_memory_bandwidth(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "load", lambda reference, quantize, threads: engine)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda threads: 10_000.0)
     report = bench.bench("runs/mine", dataclasses.replace(SETTINGS, batch=1))
     decode = 5 / (5 * PER_CALL + 5 * PER_TOKEN)
-    # Keys and values of positions 20 to 24: between 21 and 25 of them are there at a step, 23 on average.
+    # Keys and values of positions 20 to 24: a step reads between 21 and 25 of them, 23 on average.
     assert report.fraction_of_limit == pytest.approx(decode * (1000 + 23 * 10) / 10_000)
     assert (report.backend, report.quantization, report.threads) == ("fake", "int8", 1)
     assert (report.parameters, report.weight_bytes) == (1000, 1200)
@@ -144,7 +144,7 @@ def test_the_report_puts_speed_beside_the_limit_of_the_memory(
     assert bench.bench("runs/mine", SETTINGS).fraction_of_limit is None
 
 
-def test_the_prompt_leaves_room_for_what_is_written_unless_a_length_is_asked_for() -> None:
+def test_the_default_prompt_leaves_room_for_the_new_tokens() -> None:
     assert Settings(new_tokens=100).for_model(2048).prompt == 512
     assert Settings(new_tokens=100).for_model(256).prompt == 156
     assert Settings(prompt_tokens=512, new_tokens=100).for_model(256).prompt == 512
@@ -159,12 +159,12 @@ def test_a_hosted_model_and_unknown_settings_are_refused() -> None:
         bench.bench("runs/mine", threads=100_000)
 
 
-def test_the_bandwidth_is_one_that_a_machine_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bandwidth_is_plausible_for_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_traffic, "BANDWIDTH_SECONDS", 0.0)
     array = np.ones(1 << 25, np.int64)
     best = min(_seconds(array) for _ in range(3))
     measured = memory_traffic.memory_bandwidth(1)
-    # Beside a copy, which reads and writes: at least as fast, and not faster than a cache could be.
+    # A copy reads and writes, so reading is at least half as fast; and it is not faster than a cache could be.
     assert 0.5 * array.nbytes / best < measured < 1e12
 
 
@@ -174,7 +174,7 @@ def _seconds(array: np.ndarray) -> float:
     return bench.time.perf_counter() - begun
 
 
-def test_threads_reach_libraries_that_are_loaded_and_those_that_are_not(
+def test_the_threads_are_set_in_loaded_and_in_unloaded_libraries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in bench.THREAD_VARIABLES:
@@ -190,7 +190,7 @@ def test_threads_reach_libraries_that_are_loaded_and_those_that_are_not(
 
 
 def test_weights_that_a_token_does_not_need_are_not_read() -> None:
-    """An embedding is looked up, unless it is the head too; of eight experts two are used."""
+    """Only one row of an embedding is read, unless it is the head too; two of eight experts are used."""
     hidden, vocab = 4, 10
 
     class Network(torch.nn.Module):
@@ -215,7 +215,7 @@ def test_weights_that_a_token_does_not_need_are_not_read() -> None:
 
 
 class Holder(torch.nn.Module):
-    """As models are: the network inside another module."""
+    """A network inside another module, as in real models."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()

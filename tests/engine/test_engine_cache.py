@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from tercet.engine.cache import PagePool, page_key
 
 
-def test_a_key_says_all_tokens_from_the_beginning_on() -> None:
+def test_a_key_identifies_all_tokens_from_the_beginning_on() -> None:
     first = page_key(b"", [1, 2])
     assert page_key(b"", [1, 2]) == first != page_key(b"", [2, 1])
     assert page_key(first, [3, 4]) != page_key(b"", [3, 4])
     assert page_key(b"", [1 << 40]) != page_key(b"", [0])
 
 
-def test_pages_are_found_by_their_tokens_once_they_are_full_and_computed() -> None:
+def test_full_computed_pages_are_reused_for_the_same_tokens() -> None:
     pool = PagePool(8, 2)
     sequence = pool.sequence()
     assert sequence.reserve(5) and len(sequence.pages) == 3
@@ -33,7 +33,7 @@ def test_pages_are_found_by_their_tokens_once_they_are_full_and_computed() -> No
         later.close()
 
 
-def test_the_pages_unused_for_longest_go_first_and_those_in_use_never() -> None:
+def test_the_pages_unused_for_longest_are_dropped_first_and_pages_in_use_never() -> None:
     pool = PagePool(4, 1)
     for token in (1, 2):
         sequence = pool.sequence()
@@ -48,7 +48,7 @@ def test_the_pages_unused_for_longest_go_first_and_those_in_use_never() -> None:
     assert not new.reserve(4) and new.pages == [] and pool.available == 3
     assert new.reserve(2)
     assert not set(new.pages) & set(user.pages)
-    for tokens, count in (([1, 0], 1), ([2, 0], 1)):  # the last pages of both are gone, the deepest first
+    for tokens, count in (([1, 0], 1), ([2, 0], 1)):  # the last page of each is dropped
         later = pool.sequence()
         later.reuse(tokens, 2)
         assert len(later.pages) == count
@@ -58,7 +58,7 @@ def test_the_pages_unused_for_longest_go_first_and_those_in_use_never() -> None:
             pool.take()
 
 
-def test_who_computes_the_same_is_waited_for_if_it_is_worth_it() -> None:
+def test_waiting_for_pages_that_another_sequence_computes() -> None:
     pool = PagePool(16, 2)
     tokens = list(range(9))
     sequence = pool.sequence()
@@ -66,7 +66,7 @@ def test_who_computes_the_same_is_waited_for_if_it_is_worth_it() -> None:
     sequence.announce(tokens)
     later = pool.sequence()
     assert later.should_wait(tokens, 8) and not later.should_wait(tokens, 2)
-    assert not pool.sequence().should_wait([0, 1, 2, 9], 4), "one page is not worth a turn"
+    assert not pool.sequence().should_wait([0, 1, 2, 9], 4), "one page is not worth waiting for"
     sequence.computed = 8
     sequence.share(tokens)
     later.reuse(tokens, 8)
@@ -76,10 +76,12 @@ def test_who_computes_the_same_is_waited_for_if_it_is_worth_it() -> None:
     third.reserve(6)
     third.announce([5, 6, 7, 8, 9, 10])
     third.close()
-    assert not pool.sequence().should_wait([5, 6, 7, 8, 9, 10], 6), "it will not come any more"
+    assert not pool.sequence().should_wait([5, 6, 7, 8, 9, 10], 6), (
+        "no sequence computes these pages any more"
+    )
 
 
-def test_a_fork_uses_full_pages_and_has_its_own_for_the_rest() -> None:
+def test_a_fork_shares_full_pages_and_has_its_own_for_the_rest() -> None:
     pool = PagePool(5, 2)
     sequence = pool.sequence()
     sequence.reserve(3)
@@ -92,7 +94,7 @@ def test_a_fork_uses_full_pages_and_has_its_own_for_the_rest() -> None:
     assert pool.available == 5 and not any(pool.users)
 
 
-def test_what_must_not_be_used_again_is_not_found() -> None:
+def test_forgotten_pages_are_not_reused() -> None:
     pool = PagePool(4, 2)
     sequence = pool.sequence()
     sequence.reserve(4)

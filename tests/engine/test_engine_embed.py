@@ -1,4 +1,4 @@
-"""Vectors of texts, against what transformers' decoders give, and against themselves in other company."""
+"""Vectors of texts, against transformers' decoders, and against the same texts in other batches."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def engine_of(directory: Path, device: str, tokenizer: Tokenizer, **options: Any
 
 @torch.no_grad()
 def expected(directory: Path, prompts: list[list[int]]) -> NDArray[np.float32]:
-    """By transformers' own decoder without a head."""
+    """The vectors by transformers' own decoder without a head."""
     decoder = transformers.AutoModel.from_pretrained(directory).eval()
     means = [decoder(torch.tensor([prompt])).last_hidden_state[0].mean(0) for prompt in prompts]
     return torch.nn.functional.normalize(torch.stack(means), dim=-1).numpy()
@@ -88,7 +88,7 @@ def test_architectures_that_only_transformers_runs(tmp_path: Path, byte_level: T
     np.testing.assert_allclose(vectors, expected(tmp_path, prompts), atol=1e-4, rtol=0)
 
 
-def test_a_model_that_does_not_show_its_states_is_told(
+def test_a_model_that_does_not_expose_its_states_is_refused(
     make: Make, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(make("llama")[1], "transformers", byte_level)
@@ -101,7 +101,7 @@ def test_a_model_that_does_not_show_its_states_is_told(
 def test_neighbours_and_threads_change_no_bit(
     make: Make, byte_level: Tokenizer, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Crew, "note", lambda *_: None)  # every step takes all threads
+    monkeypatch.setattr(Crew, "note", lambda *_: None)  # so that every step uses all threads
     _, directory = make("qwen3", max_position_embeddings=256)
     prompts = random_prompts(30, 200)
     engine = engine_of(directory, "kernels", byte_level, quantization=quantization, threads=1)
@@ -114,7 +114,7 @@ def test_neighbours_and_threads_change_no_bit(
         np.testing.assert_array_equal(vectors, alone[order])
 
 
-def test_logits_are_the_same_before_and_after(make: Make, byte_level: Tokenizer) -> None:
+def test_embedding_changes_no_logits(make: Make, byte_level: Tokenizer) -> None:
     engine = engine_of(make("llama")[1], "kernels", byte_level)
     request = Request((5, 6, 7), Sampling(max_tokens=9, seed=0, logprobs=2))
     before = engine.generate([request])[0].logprobs
@@ -129,7 +129,7 @@ def test_logits_are_the_same_before_and_after(make: Make, byte_level: Tokenizer)
     st.sampled_from([12, 40]),
     st.integers(0, 9),
 )
-def test_embedding_between_the_turns_of_others_changes_nothing(
+def test_embedding_between_the_turns_of_requests_changes_nothing(
     byte_level: Tokenizer, prompts: list[list[int]], max_tokens: int, pages: int, turns: int
 ) -> None:
     vocab = byte_level.vocab_size

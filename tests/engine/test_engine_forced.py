@@ -1,4 +1,4 @@
-"""Outputs under a constraint, with a matcher that is a list: which tokens may come at each place."""
+"""Outputs under a constraint, with a matcher that is a list of the tokens allowed at each place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Places = tuple[frozenset[int], ...]
 @dataclass(frozen=True)
 class FakeGrammar:
     places: Places
-    endless: bool = False  # after the places: the end, or anything
+    endless: bool = False  # whether anything, or only the end, may follow the places
 
 
 class FakeMatcher:
@@ -50,7 +50,7 @@ class FakeMatcher:
         return found
 
     def accept(self, token: int) -> None:
-        assert token in self._allowed(len(self.taken)), "the engine took what is not allowed"
+        assert token in self._allowed(len(self.taken)), "the engine chose a token that is not allowed"
         self.taken.append(token)
 
     def valid(self, tokens: Sequence[int]) -> int:
@@ -142,16 +142,16 @@ def check_logprobs(
         logits = backend.logits([*prompt, *completion.tokens[:place]]).astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum())
         assert entry.logprob == pytest.approx(logprobs[entry.token_id], abs=1e-6)
-        assert entry.top[0][0] == int(logits.argmax()), "the model's own, whatever is allowed"
+        assert entry.top[0][0] == int(logits.argmax()), "the likeliest token of the model, allowed or not"
 
 
 ONE, TWO = frozenset([40]), frozenset([50, 60])
 
 
-def test_certain_tokens_come_without_a_feed_of_their_own(byte_level: Tokenizer) -> None:
+def test_forced_tokens_need_no_feed_of_their_own(byte_level: Tokenizer) -> None:
     for logprobs, feeds in ((None, [[7], [5]]), (1, [[7], [5], [4]])):
         backend = FakeBackend(300)
-        # Three certain tokens, one of two, four certain ones, one of two, three certain ones.
+        # Three forced tokens, one of two, four forced ones, one of two, three forced ones.
         places: Places = (ONE,) * 3 + (TWO,) + (ONE,) * 4 + (TWO,) + (ONE,) * 3
         sampling = Sampling(temperature=0, logprobs=logprobs)
         completion = engine_on(backend, byte_level).generate([request([1, 2, 3, 4], places, sampling)])[0]
@@ -161,7 +161,7 @@ def test_certain_tokens_come_without_a_feed_of_their_own(byte_level: Tokenizer) 
         check_logprobs(backend, [1, 2, 3, 4], completion, logprobs)
 
 
-def test_an_output_that_is_all_certain_needs_no_model(byte_level: Tokenizer) -> None:
+def test_an_output_that_is_forced_entirely_needs_no_model(byte_level: Tokenizer) -> None:
     backend = FakeBackend(300)
     engine = engine_on(backend, byte_level)
     handle = engine.submit(request([1], (ONE,) * 3, Sampling()))
@@ -170,10 +170,10 @@ def test_an_output_that_is_all_certain_needs_no_model(byte_level: Tokenizer) -> 
     assert deltas[0].completion.tokens == [40] * 3 and backend.fed == [] and not engine.has_work
 
 
-def test_a_stop_token_ends_where_the_form_allows_it(byte_level: Tokenizer) -> None:
+def test_a_stop_token_ends_the_output_where_the_grammar_allows_it(byte_level: Tokenizer) -> None:
     backend = FakeBackend(300)
     original = backend.logits
-    # The stop token is always the likeliest; it must not come before the form allows it.
+    # The stop token is always the likeliest; it must not come before the grammar allows it.
     backend.logits = lambda history: original(history) + 50 * (np.arange(300) == 299)  # type: ignore[method-assign]
     for ignore in (True, False):
         sampling = Sampling(max_tokens=20, temperature=0, ignore_eos=ignore)
@@ -184,7 +184,7 @@ def test_a_stop_token_ends_where_the_form_allows_it(byte_level: Tokenizer) -> No
         assert completion.finish_reason == "stop"
 
 
-def test_draws_keep_to_what_is_allowed_and_repeat_with_their_seed(byte_level: Tokenizer) -> None:
+def test_sampled_tokens_are_allowed_and_repeat_with_their_seed(byte_level: Tokenizer) -> None:
     places: Places = (frozenset(range(5, 60)), ONE, frozenset(range(70, 90)), TWO) * 4
     outputs = []
     for speculation in (None, "ngram", Engine(FakeBackend(300, blend=0.9, salt=1), byte_level, [])):
@@ -198,7 +198,7 @@ def test_draws_keep_to_what_is_allowed_and_repeat_with_their_seed(byte_level: To
         assert all(token in allowed for token, allowed in zip(tokens, places, strict=True))
 
 
-def test_what_a_constraint_refuses_is_refused_at_once_and_a_dead_end_fails_alone(
+def test_an_invalid_constraint_is_refused_at_once_and_a_dead_end_fails_alone(
     byte_level: Tokenizer,
 ) -> None:
     engine = engine_on(FakeBackend(300), byte_level)

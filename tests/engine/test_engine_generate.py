@@ -92,7 +92,9 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers(
             suppress_tokens=None,
         )[0]
         generated = reference[len(tokens) :].tolist()
-        if 299 in completion.tokens:  # transformers forbids the stop token where we go on past it
+        if (
+            299 in completion.tokens
+        ):  # transformers forbids the stop token, and this request continues after it
             place = completion.tokens.index(299)
             assert completion.tokens[:place] == generated[:place]
             continue
@@ -162,7 +164,7 @@ requests = st.builds(Request, st.lists(st.integers(0, 298), min_size=1, max_size
 def test_a_request_gets_the_same_alone_and_in_any_batch(
     make_engine: Make, requests: list[Request], room: int, max_batch: int, header: list[int]
 ) -> None:
-    """Whatever the mixture, the room in the cache and the batch, with and without a shared prefix."""
+    """For any mixture, cache size and batch size, with and without a shared prefix."""
     requests = [Request((*header, *request.tokens), request.sampling) for request in requests]
     engine = make_engine(room=room, max_batch=max_batch)
     for together, request in zip(engine.generate(requests), requests, strict=True):
@@ -178,7 +180,7 @@ def test_sliding_windows_and_learned_positions_batch_too(make_engine: Make, chan
 
 
 class Recording:
-    """A backend that notes the shape of every feed."""
+    """A backend that records the shape of every feed."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -193,7 +195,7 @@ class Recording:
         return self.inner.feed(chunks)
 
 
-def test_finished_rows_leave_at_once_and_waiting_ones_join(make_engine: Make) -> None:
+def test_finished_requests_end_at_once_and_waiting_ones_are_admitted(make_engine: Make) -> None:
     engine = make_engine(max_batch=4)
     recording = engine.backend = Recording(engine.backend)
     batch = [Request((5 + n,), Sampling(max_tokens=n, temperature=0, ignore_eos=True)) for n in range(1, 7)]
@@ -201,8 +203,8 @@ def test_finished_rows_leave_at_once_and_waiting_ones_join(make_engine: Make) ->
     decodes = sum(len(feed) for feed in recording.feeds)
     assert decodes == 1 + 2 + 3 + 4 + 5 + 6, "no row is computed after its last token"
     assert max(map(len, recording.feeds)) <= 4
-    # The fifth and sixth take the places of the first and second: 1 + 5 and 2 + 6 turns beside 3 and 4.
-    assert len(recording.feeds) == 8, "waiting requests run beside the others, not after them"
+    # The fifth and sixth follow the first and second: 1 + 5 and 2 + 6 turns beside 3 and 4.
+    assert len(recording.feeds) == 8, "waiting requests run beside the running ones, not after them"
 
 
 def test_the_cache_budget_bounds_every_batch(make_engine: Make) -> None:
@@ -219,17 +221,17 @@ def test_a_prefix_shared_by_all_prompts_is_fed_once(make_engine: Make) -> None:
     engine = make_engine()
     recording = engine.backend = Recording(engine.backend)
     together = engine.generate(batch)
-    # The first computes all of its prompt; the others share the whole pages of the header, 60 tokens.
+    # The first request computes all of its prompt; the rest share the full pages of the header, 60 tokens.
     assert len(recording.feeds[0]) == 1 and 63 <= recording.feeds[0][0] <= 69
     assert len(recording.feeds[1]) == 5 and max(recording.feeds[1]) <= 9
     for completion, request in zip(together, batch, strict=True):
         same(completion, make_engine().generate([request])[0])
 
 
-# How an output ends
+# Ends of outputs
 
 
-def test_stop_tokens_end_the_output_and_are_no_text(make_engine: Make, byte_level: Tokenizer) -> None:
+def test_stop_tokens_end_the_output_and_add_no_text(make_engine: Make, byte_level: Tokenizer) -> None:
     prompt = tuple(byte_level.encode("The quick"))
     free = make_engine().generate([Request(prompt, GREEDY)])[0]
     assert free.finish_reason == "length" and free.usage.completion_tokens == 12 == len(free.tokens)
@@ -258,13 +260,13 @@ def test_stop_strings_end_the_output_before_them(make_engine: Make, byte_level: 
         assert ended.tokens == free.tokens[: len(ended.tokens)] and len(ended.tokens) < 60
 
 
-def test_outputs_end_where_the_model_does(make_engine: Make) -> None:
+def test_outputs_end_at_the_models_last_position(make_engine: Make) -> None:
     longest = tuple(prompts(1, shortest=128, longest=128)[0])
     for size in (120, 127, 128):
         completion = make_engine().generate(
             [Request(longest[:size], Sampling(max_tokens=500, temperature=0, ignore_eos=True))]
         )[0]
-        # The last token is not fed any more, so it may be the one after the last position.
+        # The last token is never fed, so it may lie one beyond the last position.
         assert len(completion.tokens) == 128 - size + 1
         assert completion.finish_reason == "length"
 
@@ -278,7 +280,7 @@ def test_outputs_end_where_the_model_does(make_engine: Make) -> None:
         ((-1,), "prompt 2 has token -1"),
     ],
 )
-def test_a_wrong_prompt_is_refused_before_anything_runs(
+def test_an_invalid_prompt_is_refused_before_any_request_runs(
     make_engine: Make, tokens: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(UserError) as problem:
@@ -286,7 +288,7 @@ def test_a_wrong_prompt_is_refused_before_anything_runs(
     assert message in str(problem.value)
 
 
-def test_no_requests_no_completions(make_engine: Make) -> None:
+def test_no_requests_give_no_completions(make_engine: Make) -> None:
     assert make_engine().generate([]) == []
 
 
@@ -313,7 +315,7 @@ def test_deltas_joined_are_the_completion(
     for index, pieces in deltas.items():
         completion = pieces[-1].completion
         assert completion is not None and all(piece.completion is None for piece in pieces[:-1])
-        assert all(piece.text for piece in pieces[:-1]), "a delta comes when there is something to show"
+        assert all(piece.text for piece in pieces[:-1]), "a delta comes only when there is text to show"
         assert "".join(piece.text for piece in pieces) == completion.text
         assert [token for piece in pieces for token in piece.tokens] == completion.tokens
         assert [entry for piece in pieces for entry in piece.logprobs or []] == completion.logprobs
@@ -325,7 +327,7 @@ def test_deltas_joined_are_the_completion(
 
 
 class Scripted:
-    """A backend that says given tokens after a prompt of one, whatever that is."""
+    """A backend that generates a given script after any prompt of one token."""
 
     max_positions, page_size, num_pages, max_tokens, max_chunks = 128, 16, 8, 64, 8
 
@@ -379,7 +381,7 @@ def test_closing_the_stream_cancels(make_engine: Make) -> None:
     assert next(stream, None) is None
 
 
-def test_an_interrupt_comes_through_and_the_engine_works_on(make_engine: Make) -> None:
+def test_an_interrupt_is_raised_and_the_engine_still_works(make_engine: Make) -> None:
     engine = make_engine()
     request = Request((5, 6), GREEDY)
     expected = engine.generate([request])[0]

@@ -52,7 +52,7 @@ def reference_logits(base: Path) -> np.ndarray:
     return found
 
 
-def test_a_checkpoint_runs_in_int8_on_a_cpu_unless_asked(base: Path) -> None:
+def test_a_checkpoint_runs_in_int8_on_a_cpu_by_default(base: Path) -> None:
     assert load_engine(base, device="cpu").backend.quantization == "int8"  # type: ignore[attr-defined]
     for options, error in (({}, 0.3), ({"quantize": "none"}, 1e-4), ({"dtype": "float32"}, 1e-4)):
         engine = load_engine(base, device="cpu", **options)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ def test_a_checkpoint_runs_in_int8_on_a_cpu_unless_asked(base: Path) -> None:
 
 
 def test_other_devices_run_through_torch(base: Path) -> None:
-    """The "device" is still this CPU, which is all there is in tests."""
+    """The "device" is still this CPU, the only device in tests."""
     backend = load._torch_backend(base, None, None, "cpu")
     logits = backend.feed([Chunk(0, PROMPT, 0, [0], [len(PROMPT) - 1])])
     np.testing.assert_allclose(logits[0], reference_logits(base), atol=1e-4)
@@ -76,7 +76,7 @@ def test_every_stop_token_of_checkpoint_and_tokenizer_stops(base: Path, byte_lev
 
 @pytest.fixture
 def adapted(base: Path) -> Any:
-    """peft's model on the base, its adapter far from zero and stored beside the base."""
+    """peft's model on the base, with an adapter far from zero that is stored beside the base."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
@@ -114,7 +114,7 @@ def test_an_adapter_runs_merged_into_its_base(
         (None, "field 'base_model_name_or_path' is empty"),
     ],
 )
-def test_an_adapter_without_its_base_says_so(base: Path, adapted: Any, name: str, message: str) -> None:
+def test_an_adapter_without_its_base_is_refused(base: Path, adapted: Any, name: str, message: str) -> None:
     rename_base(base.parent / "adapter", name)
     with pytest.raises(UserError) as problem:
         load_engine(base.parent / "adapter", device="cpu")

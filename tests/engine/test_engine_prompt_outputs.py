@@ -1,4 +1,4 @@
-"""What the engine says of given texts: log-probabilities of their tokens, and vectors."""
+"""The log-probabilities of a prompt's tokens, and the scheduling of the feeds that compute them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def log_softmax(model: Any, tokens: Sequence[int]) -> np.ndarray:
 
 
 def with_tokenizer(directory: Path, tokenizer: Tokenizer) -> Path:
-    """A tiny checkpoint has none."""
+    """Add a tokenizer: a tiny checkpoint has none."""
     tokenizer.save(directory)
     return directory
 
@@ -84,7 +84,7 @@ def any_engine(directory: Path, device: str) -> Engine:
     return Engine(TorchBackend(load_model(directory)), tokenizer, [])
 
 
-def test_the_numbers_are_those_of_score(make_engine: MakeEngine, byte_level: Tokenizer) -> None:
+def test_the_log_probabilities_are_those_of_score(make_engine: MakeEngine, byte_level: Tokenizer) -> None:
     engine = make_engine()
     prompts = [byte_level.encode(text) for text in TEXTS if len(text) > 1]
     scores = engine.score(
@@ -98,7 +98,9 @@ def test_the_numbers_are_those_of_score(make_engine: MakeEngine, byte_level: Tok
         assert score.is_greedy == all(entry.top[0][0] == entry.token_id for entry in entries[1:] if entry)
 
 
-def test_what_was_generated_reads_as_it_was_written(make: Make, byte_level: Tokenizer) -> None:
+def test_a_generated_text_has_the_log_probabilities_of_its_generation(
+    make: Make, byte_level: Tokenizer
+) -> None:
     """Bit for bit on the CPU: the same tokens, texts, bytes, numbers and alternatives."""
     _, directory = make("qwen3", vocab_size=300)
     engine = load_engine(with_tokenizer(directory, byte_level), device="cpu")
@@ -142,7 +144,7 @@ def test_prompts_that_cannot_be_read_are_refused(make_engine: MakeEngine) -> Non
         make_engine(room=40).prompt_logprobs([[5] * 42])
 
 
-def test_logits_that_are_not_finite_are_told_and_not_kept(byte_level: Tokenizer) -> None:
+def test_logits_that_are_not_finite_are_an_error_and_stay_out_of_the_cache(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size)
     engine = Engine(backend, byte_level, [])
     backend.broken = {(5, 6, 7)}
@@ -161,10 +163,10 @@ def test_logits_that_are_not_finite_are_told_and_not_kept(byte_level: Tokenizer)
     st.sampled_from([12, 40]),
     st.integers(0, 9),
 )
-def test_reading_between_the_turns_of_others_changes_nothing(
+def test_reading_between_the_turns_of_requests_changes_nothing(
     byte_level: Tokenizer, prompts: list[list[int]], max_tokens: int, chunks: int, pages: int, turns: int
 ) -> None:
-    """However small calls and cache are: requests are sent back if need be, and end as if alone."""
+    """For any size of calls and cache: requests may be preempted, and end as if they ran alone."""
     sampling = Sampling(temperature=0, max_tokens=8, ignore_eos=True)
     requests = [Request((*range(10, 30), number), sampling) for number in range(3)]
     vocab = byte_level.vocab_size
@@ -207,7 +209,7 @@ def test_few_logits_are_in_memory_at_once(make_engine: MakeEngine, monkeypatch: 
     assert max(rows) <= 7
 
 
-def test_what_was_read_serves_the_request_that_follows(make_engine: MakeEngine) -> None:
+def test_a_prompt_that_was_read_is_cached_for_the_next_request(make_engine: MakeEngine) -> None:
     engine = make_engine()
     prompt = list(range(20, 61))
     engine.prompt_logprobs([prompt])
@@ -220,7 +222,7 @@ def test_what_was_read_serves_the_request_that_follows(make_engine: MakeEngine) 
 
     engine.backend.feed = counting  # type: ignore[method-assign]
     engine.generate([Request(tuple(prompt), Sampling(max_tokens=1))])
-    assert fed == [1], "40 of 41 tokens are in pages of 4 already"
+    assert fed == [1], "40 of 41 tokens are in full pages of 4"
 
 
 def test_scoring_does_not_wait_for_a_request_that_runs(byte_level: Tokenizer) -> None:

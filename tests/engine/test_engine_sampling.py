@@ -45,7 +45,7 @@ def transformers_distribution(raw: np.ndarray, sampling: Sampling) -> np.ndarray
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(
     st.integers(0, 1000),
-    st.sampled_from([3.0, 0.1]),  # a clear choice; all tokens almost alike
+    st.sampled_from([3.0, 0.1]),  # a clear choice; nearly equal tokens
     st.floats(0.05, 3),
     st.sampled_from([0, 1, 2, 10, 49, 50, 90]),
     st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
@@ -65,13 +65,11 @@ def test_temperature_and_truncation_are_those_of_transformers(
     "settings", [{}, {"top_k": 1}, {"top_k": 7}, {"top_k": 300}, {"top_k": 40, "top_p": 0.7}]
 )
 @pytest.mark.parametrize("size", [255, 256, 3000, 5000])
-def test_large_vocabularies_are_worked_through_in_blocks_with_the_same_result(
-    settings: dict[str, float], size: int
-) -> None:
+def test_blocks_give_the_same_result_for_large_vocabularies(settings: dict[str, float], size: int) -> None:
     sampling = Sampling(temperature=0.9, **settings)  # type: ignore[arg-type]
     for seed in range(3):
         raw = logits(seed, size=size)
-        if "top_p" not in settings:  # which of two equals is cut there is nobody's rule
+        if "top_p" not in settings:  # no rule says which of two equal tokens is cut there
             raw = np.round(raw, 1)
         expected = transformers_distribution(raw, sampling)
         result = distribution(raw, sampling)
@@ -139,7 +137,7 @@ def test_a_bias_of_100_is_always_taken_and_one_of_minus_100_never() -> None:
         assert best not in {next_token(raw, never, History([]), rng).token for _ in range(50)}
 
 
-def test_a_bias_on_a_token_that_is_not_there_is_refused() -> None:
+def test_a_bias_on_an_unknown_token_is_refused() -> None:
     with pytest.raises(UserError, match="the model knows 0 to 49"):
         next_token(logits(1), Sampling(logit_bias={VOCAB: 1.0}), History([]), np.random.default_rng(0))
     for wrong in ({-1: 1.0}, {"3": 1.0}, {3: 101}, {3: float("nan")}, {3: True}):
@@ -237,17 +235,17 @@ def test_logits_that_are_not_finite_are_refused(broken: float) -> None:
         ("stop", (3,)),
     ],
 )
-def test_a_value_out_of_range_is_one_line_naming_the_field(field: str, value: Any) -> None:
+def test_the_error_of_a_value_out_of_range_is_one_line_with_the_field(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=rf"^`{field}` (is|holds) [^\n]+$"):
         Sampling(**{field: value})
 
 
-def test_one_stop_string_may_be_given_as_it_is() -> None:
+def test_a_single_stop_string_needs_no_tuple() -> None:
     assert Sampling(stop="\n").stop == ("\n",)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("penalty", [1e-320, 1e-308, 1e308])
-def test_the_most_extreme_penalty_leaves_a_token_to_draw(penalty: float) -> None:
+def test_the_most_extreme_penalty_leaves_a_token_to_sample(penalty: float) -> None:
     logits = np.array([3.0, 2.0, -1.0, 0.5], np.float32)
     sampling = Sampling(repetition_penalty=penalty)
     result = next_token(logits, sampling, History([0, 1]), np.random.default_rng(0))

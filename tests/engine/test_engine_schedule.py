@@ -1,4 +1,4 @@
-"""The scheduler against a backend that shows every wrong page as a wrong token."""
+"""The scheduler on a backend in which every wrong page gives a wrong token."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def every_page_is_accounted_for(engine: Engine) -> None:
     assert not any(generation.pages.pages for generation in engine._scheduler.waiting)
 
 
-def test_usage_tells_how_much_of_a_prompt_was_there_already(byte_level: Tokenizer) -> None:
+def test_usage_reports_the_cached_tokens_of_a_prompt(byte_level: Tokenizer) -> None:
     prompt = tuple(range(11))
-    for reuse, expected in ((True, 8), (False, 0)):  # pages of 4; the last token is always read
+    for reuse, expected in ((True, 8), (False, 0)):  # pages of 4; the last token is always fed
         engine = engine_on(FakeBackend(byte_level.vocab_size), byte_level, reuse_prefixes=reuse)
         first, again = (engine.generate([Request(prompt, GREEDY)])[0].usage for _ in range(2))
         assert (first.cached_tokens, again.cached_tokens) == (0, expected)
@@ -121,14 +121,14 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture(
     cancelled: dict[int, int],
     pauses: list[int],
 ) -> None:
-    """Whatever comes when, is cancelled when, and however few pages and tokens a turn there are."""
+    """For any order of requests and cancellations, and for few pages and few tokens in a turn."""
     vocab = byte_level.vocab_size
     if speculation != "drawn":
         alone = engine_on(FakeBackend(vocab, num_pages=200, blend=0.8), byte_level, reuse_prefixes=False)
     if speculation == "greedy":
         requests = [Request(request.tokens, Sampling(temperature=0, max_tokens=9)) for request in requests]
     if speculation == "drawn":
-        # Drafts that are drawn change what a seed gives, but not with what else is there.
+        # Sampled drafts change the output of a seed, but it does not depend on other requests.
         shape |= {"max_tokens": max(shape["max_tokens"], 40)}  # room for the longest draft
         alone = engine_on(
             FakeBackend(vocab, num_pages=200, blend=0.8),
@@ -178,7 +178,7 @@ def test_a_request_gets_the_same_alone_and_in_any_mixture(
 
 @st.composite
 def continuations(draw: st.DrawFn) -> list[Continuation]:
-    """Over few tokens, so that many begin alike, and scored from anywhere on."""
+    """Continuations of few different tokens, so that many share a prefix, scored from any place on."""
     pieces = []
     for _ in range(draw(st.integers(1, 9))):
         tokens = [*draw(headers), *draw(st.lists(st.integers(0, 1), min_size=2, max_size=9))]
@@ -196,7 +196,7 @@ def test_scores_do_not_depend_on_the_room(
     shape: dict[str, int],
     reuse: bool,
 ) -> None:
-    """Beside a request that runs, and has to leave when there is no room for both."""
+    """Beside a running request, which is preempted when there is no room for both."""
     backend = FakeBackend(byte_level.vocab_size, **shape)
     engine = engine_on(backend, byte_level, reuse_prefixes=reuse)
     handle = engine.submit(Request((1, 2, 3) * 8, GREEDY))
@@ -220,7 +220,7 @@ def test_scores_do_not_depend_on_the_room(
 # Shared prefixes
 
 
-def test_a_conversation_goes_on_from_the_pages_of_its_last_turn(byte_level: Tokenizer) -> None:
+def test_a_conversation_reuses_the_pages_of_its_earlier_turns(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size)
     engine = engine_on(backend, byte_level)
     prompt = tuple(range(20))
@@ -232,7 +232,7 @@ def test_a_conversation_goes_on_from_the_pages_of_its_last_turn(byte_level: Toke
     assert backend.fed[0] == [34 - 28]
 
 
-def test_what_is_not_shared_is_computed(byte_level: Tokenizer) -> None:
+def test_without_reuse_every_prompt_is_computed(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size)
     engine = engine_on(backend, byte_level, reuse_prefixes=False)
     for _ in range(2):
@@ -251,7 +251,7 @@ def test_the_same_prompt_many_times_is_computed_once(byte_level: Tokenizer) -> N
 # Turns
 
 
-def test_a_long_prompt_does_not_stall_those_who_decode(byte_level: Tokenizer) -> None:
+def test_a_long_prompt_does_not_stall_requests_that_decode(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size, num_pages=400, max_tokens=1000, max_positions=1200)
     engine = engine_on(backend, byte_level)
     first = engine.submit(Request((1, 2), Sampling(temperature=0, max_tokens=9, ignore_eos=True)))
@@ -265,7 +265,7 @@ def test_a_long_prompt_does_not_stall_those_who_decode(byte_level: Tokenizer) ->
     nothing_is_left(engine)
 
 
-def test_who_came_last_goes_back_when_pages_run_out_and_nobody_is_lost(byte_level: Tokenizer) -> None:
+def test_the_last_request_is_preempted_when_pages_run_out_and_none_is_lost(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size, num_pages=9, max_tokens=64)
     engine = engine_on(backend, byte_level)
     prompts = [tuple(range(n, n + 8)) for n in (0, 20, 40)]
@@ -274,13 +274,13 @@ def test_who_came_last_goes_back_when_pages_run_out_and_nobody_is_lost(byte_leve
     order = []
     while engine.has_work:
         order += [delta for delta in engine.step() if delta.completion]
-    assert [delta.index for delta in order] == handles, "who came first ends first"
+    assert [delta.index for delta in order] == handles, "requests end in order of arrival"
     for delta, prompt in zip(order, prompts, strict=True):
         assert delta.completion is not None and delta.completion.tokens == backend.greedy(prompt, 25)
     nothing_is_left(engine)
 
 
-def test_what_can_never_fit_is_refused_in_one_line(byte_level: Tokenizer) -> None:
+def test_a_request_that_can_never_fit_is_refused_in_one_line(byte_level: Tokenizer) -> None:
     engine = engine_on(FakeBackend(byte_level.vocab_size, num_pages=5), byte_level)
     assert engine.generate([Request((1,) * 9, GREEDY)])[0].usage.completion_tokens == 12  # 20 positions
     with pytest.raises(
@@ -291,8 +291,8 @@ def test_what_can_never_fit_is_refused_in_one_line(byte_level: Tokenizer) -> Non
         score_continuations(engine.backend, engine.pool, [Continuation(0, [1] * 22, 1)])
 
 
-def test_who_is_sent_back_while_a_turn_is_planned_is_not_fed(byte_level: Tokenizer) -> None:
-    """Few tokens a turn, so that those who came last are planned first at times; found about every tenth time."""
+def test_a_request_preempted_during_scheduling_is_not_fed(byte_level: Tokenizer) -> None:
+    """With few tokens in a turn, later requests are sometimes scheduled first; about every tenth run shows it."""
     rng = np.random.default_rng(0)
     for _ in range(60):
         backend = FakeBackend(
@@ -315,7 +315,7 @@ def test_who_is_sent_back_while_a_turn_is_planned_is_not_fed(byte_level: Tokeniz
 # The queue
 
 
-def test_the_queue_is_bounded_and_says_so(byte_level: Tokenizer) -> None:
+def test_a_full_queue_refuses_requests(byte_level: Tokenizer) -> None:
     engine = engine_on(FakeBackend(byte_level.vocab_size), byte_level, max_batch=1, max_waiting=2)
     engine.submit(Request((1,), GREEDY))
     engine.step()
@@ -330,7 +330,7 @@ def test_the_queue_is_bounded_and_says_so(byte_level: Tokenizer) -> None:
     assert len(engine.generate([Request((1,), GREEDY)] * 5)) == 5, "a call's own list is not bounded"
 
 
-def test_a_cancelled_request_is_gone_at_once(byte_level: Tokenizer) -> None:
+def test_a_cancelled_request_ends_at_once(byte_level: Tokenizer) -> None:
     engine = engine_on(FakeBackend(byte_level.vocab_size), byte_level, max_batch=1)
     running, waiting = (engine.submit(Request((1, 2, 3, n), GREEDY)) for n in (4, 5))
     engine.step()
@@ -348,7 +348,7 @@ def test_closing_a_stream_frees_its_pages(byte_level: Tokenizer) -> None:
     nothing_is_left(engine)
 
 
-def test_streams_and_submitted_requests_go_side_by_side(byte_level: Tokenizer) -> None:
+def test_streams_and_submitted_requests_run_side_by_side(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size)
     engine = engine_on(backend, byte_level)
     handle = engine.submit(Request((9, 9), GREEDY))
@@ -370,7 +370,7 @@ def test_streams_and_submitted_requests_go_side_by_side(byte_level: Tokenizer) -
     nothing_is_left(engine)
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_request_that_fails_fails_alone(byte_level: Tokenizer) -> None:
@@ -387,7 +387,7 @@ def test_a_request_that_fails_fails_alone(byte_level: Tokenizer) -> None:
     nothing_is_left(engine)
     other = engine.pool.sequence()
     other.reuse([7] * 5, 4)
-    assert other.pages == [], "nobody goes on from what is broken"
+    assert other.pages == [], "no request reuses the broken pages"
     with pytest.raises(UserError, match="not finite"):
         engine.generate([Request((1,), GREEDY), Request((7,) * 5, GREEDY)])
     nothing_is_left(engine)
@@ -398,7 +398,7 @@ def test_a_request_that_fails_fails_alone(byte_level: Tokenizer) -> None:
 def test_a_step_that_raises_can_be_repeated(
     byte_level: Tokenizer, failing: set[int], after: bool, speculation: str | None
 ) -> None:
-    """The backend fails before or after it has computed, as an interrupt may come at any time."""
+    """The backend fails before or after it computes, because an interrupt may come at any time."""
     sampled = [Request((1, 2, 3, n), Sampling(max_tokens=9, seed=n, temperature=1)) for n in range(4)]
     sampled.append(Request(tuple(range(30)), GREEDY))
     backend = FakeBackend(byte_level.vocab_size, max_tokens=24, blend=0.8)
@@ -451,7 +451,7 @@ def test_an_interrupt_between_the_tokens_of_a_turn_loses_nothing(byte_level: Tok
         assert done[handle].tokens == backend.greedy((n, n, n, n), 12)
 
 
-def test_a_drafter_that_fails_is_no_secret(byte_level: Tokenizer) -> None:
+def test_the_error_of_a_drafter_is_raised(byte_level: Tokenizer) -> None:
     class Failing:
         def samples(self, sampling: Sampling) -> bool:
             return False

@@ -24,14 +24,14 @@ LABELS = [" dog", " fox", " the", " the other", " the other one", " small model"
 
 
 def by_hand(engine: Engine, tokens: Sequence[int], begin: int) -> list[float]:
-    """One forward pass over everything, without a cache."""
+    """One forward pass over all tokens, without a cache."""
     with torch.no_grad():
         logprobs = engine.backend.model(torch.tensor([tokens[:-1]]))[0].log_softmax(-1)  # type: ignore[attr-defined]
     return [float(logprobs[place - 1, tokens[place]]) for place in range(begin, len(tokens))]
 
 
 class Recording:
-    """A backend that counts the tokens it is fed, and the pages it sees."""
+    """A backend that counts its feeds, tokens and pages."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.fed, self.feeds, self.pages = inner, 0, 0, set[int]()
@@ -135,7 +135,7 @@ def test_greedy_means_that_greedy_decoding_writes_it(make_engine: Make, byte_lev
     assert [piece.is_greedy for piece in pieces] == [True, False]
 
 
-def test_what_cannot_be_scored_is_refused(make_engine: Make) -> None:
+def test_texts_that_cannot_be_scored_are_refused(make_engine: Make) -> None:
     engine = make_engine()
     with pytest.raises(UserError, match="continuation '' is empty"):
         engine.score([("The", "")])
@@ -151,12 +151,12 @@ def test_what_cannot_be_scored_is_refused(make_engine: Make) -> None:
         engine.score([("", "b")])
 
 
-# Any sequences, any sharing
+# Any sequences with any shared prefixes
 
 
 @st.composite
 def continuations(draw: st.DrawFn) -> list[Continuation]:
-    """Groups over few tokens, so that prefixes of every kind are shared."""
+    """Groups of few different tokens, so that prefixes of every kind are shared."""
     header = draw(st.sampled_from([[], list(range(20, 60))]))
     few = st.integers(3, 5)
     pieces = []
@@ -172,14 +172,14 @@ def continuations(draw: st.DrawFn) -> list[Continuation]:
 @settings(derandomize=True, max_examples=80, deadline=None)
 @given(continuations(), st.sampled_from([52, 100, 10_000]))
 def test_sharing_changes_no_score(make_engine: Make, pieces: list[Continuation], room: int) -> None:
-    """Each equals a forward pass of its own, whatever is shared and however small the cache."""
+    """Each score equals that of a forward pass of its own, for any sharing and any size of the cache."""
     engine = make_engine(room=room)
     score_continuations(engine.backend, engine.pool, pieces)
     for piece in pieces:
         assert piece.logprobs == pytest.approx(by_hand(engine, piece.tokens, piece.begin), abs=1e-5)
 
 
-def test_a_prompt_may_fill_the_model_while_others_go_on(make_engine: Make) -> None:
+def test_a_prompt_may_fill_all_positions_while_others_continue(make_engine: Make) -> None:
     """128 positions, all fed; learned positions have no entry beyond them."""
     engine = make_engine(positions="learned", qk_norm="none")
     full = [5] * 128

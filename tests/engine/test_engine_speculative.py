@@ -34,11 +34,11 @@ def draft_request(
     ("tokens", "count", "expected"),
     [
         ([1, 2, 3, 4, 9, 1, 2, 3], 3, [4, 9, 1]),
-        ([1, 2, 3, 7, 2, 3, 8, 1, 2, 3], 1, [7]),  # three tokens alike count more than two later on
-        ([5, 1, 6, 1, 7, 1], 2, [7, 1]),  # the latest of equals
+        ([1, 2, 3, 7, 2, 3, 8, 1, 2, 3], 1, [7]),  # a match of three tokens beats a later match of two
+        ([5, 1, 6, 1, 7, 1], 2, [7, 1]),  # the latest of equal matches
         ([5, 6, 7], 2, []),
         ([5], 2, []),
-        ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),  # what repeats goes on repeating
+        ([1, 2, 1, 2], 5, [1, 2, 1, 2, 1]),  # repeated text is continued by repetition
         ([4, 4], 3, [4, 4, 4]),
     ],
 )
@@ -46,7 +46,7 @@ def test_lookup_proposes_what_followed_the_longest_match(
     tokens: list[int], count: int, expected: list[int]
 ) -> None:
     assert PromptLookup().propose([draft_request(tokens, count)])[0].tokens == expected
-    growing = PromptLookup()  # asked at every token, as in decoding
+    growing = PromptLookup()  # a draft is requested at every token, as in decoding
     for end in range(1, len(tokens) + 1):
         last = growing.propose(
             [draft_request(tokens[:end], count), draft_request(tokens[:1], count, sequence=1)]
@@ -56,10 +56,10 @@ def test_lookup_proposes_what_followed_the_longest_match(
     assert list(growing._known) == [1]
 
 
-# How long
+# The length of drafts
 
 
-def test_drafts_grow_where_they_are_right_and_pause_where_they_are_wrong() -> None:
+def test_drafts_grow_while_accepted_and_pause_while_rejected() -> None:
     pace = Pace()
     assert pace.next() == 4
     pace.note(4, 4)
@@ -72,12 +72,12 @@ def test_drafts_grow_where_they_are_right_and_pause_where_they_are_wrong() -> No
         fed += count
         if count:
             pace.note(count, 0)
-    assert fed < 1000 * 0.03, "tokens fed for nothing, of those that come"
+    assert fed < 1000 * 0.03, "rejected tokens, as a share of the output"
     pace.note(1, 1)
     assert any(pace.next() for _ in range(100)), "and drafts come back"
 
 
-def test_guesses_that_are_never_right_cost_next_to_nothing(byte_level: Tokenizer) -> None:
+def test_drafts_that_are_never_accepted_cost_little(byte_level: Tokenizer) -> None:
     backend = FakeBackend(byte_level.vocab_size, num_pages=200, max_positions=700)
     draft = Engine(
         FakeBackend(byte_level.vocab_size, num_pages=200, max_positions=700, salt=1), byte_level, []
@@ -88,14 +88,14 @@ def test_guesses_that_are_never_right_cost_next_to_nothing(byte_level: Tokenizer
     assert sum(map(sum, backend.fed)) < 600 * 1.1
 
 
-# What comes out
+# Outputs
 
 
-def test_greedy_tokens_are_the_same_and_come_in_fewer_feeds(byte_level: Tokenizer) -> None:
+def test_greedy_tokens_are_the_same_and_take_fewer_feeds(byte_level: Tokenizer) -> None:
     accepted = 0
     for seed in range(20):
         prompt = tuple(np.random.default_rng(seed).integers(0, 300, 12).tolist())
-        # One token decides about the next: most outputs run in circles before long.
+        # Each token alone determines the next, so most outputs soon repeat.
         backends = [FakeBackend(byte_level.vocab_size, repeats=1, salt=seed) for _ in range(3)]
         own = Engine(FakeBackend(byte_level.vocab_size, repeats=1, salt=seed), byte_level, [])
         options: list[Any] = [None, "ngram", own]
@@ -106,14 +106,14 @@ def test_greedy_tokens_are_the_same_and_come_in_fewer_feeds(byte_level: Tokenize
         assert plain.tokens == ngram.tokens == draft.tokens == backends[0].greedy(prompt, 40)
         assert (plain.drafted, plain.accepted) == (0, 0)
         accepted += ngram.accepted
-        assert draft.accepted == draft.drafted, "the same model guesses right every time"
+        assert draft.accepted == draft.drafted, "drafts of the same model are always accepted"
         assert len(backends[0].fed) == 40
         assert len(backends[2].fed) <= 7, "one prompt, then 4 + 1, 8 + 1, ... tokens"
         assert len(ngram.tokens) == len(backends[1].fed) + ngram.accepted
     assert accepted > 100
 
 
-def test_a_seed_gives_the_same_draws_with_lookup_as_without(byte_level: Tokenizer) -> None:
+def test_a_seed_gives_the_same_tokens_with_prompt_lookup_as_without(byte_level: Tokenizer) -> None:
     for seed in range(20):
         request = Request((1, 2, 3, 1, 2), Sampling(max_tokens=40, top_k=2, seed=seed, ignore_eos=True))
         with_lookup, without = (
@@ -145,7 +145,7 @@ def joint(
     "settings", [{"top_k": 3, "temperature": 1.5}, {"top_p": 0.5, "temperature": 1.2}, {"min_p": 0.2}]
 )
 @pytest.mark.parametrize("blend", [0.0, 0.7, 1.0])
-def test_draws_with_a_draft_model_follow_the_large_models_distribution(
+def test_tokens_sampled_with_a_draft_model_follow_the_large_models_distribution(
     byte_level: Tokenizer, settings: dict[str, float], blend: float
 ) -> None:
     """Joint over four tokens, three of which may be drafted: chi-square against exact probabilities."""
@@ -164,7 +164,7 @@ def test_draws_with_a_draft_model_follow_the_large_models_distribution(
     assert sum(completion.drafted for completion in completions) > count
     seen = Counter(tuple(completion.tokens) for completion in completions)
     assert set(seen) <= set(exact)
-    # Rare outputs together, as the test wants at least five of each.
+    # Rare outputs together, because the chi-square test requires at least five of each.
     common = [tokens for tokens, share in exact.items() if share * count >= 5]
     observed = [seen[tokens] for tokens in common]
     expected = [exact[tokens] * count for tokens in common]
@@ -190,7 +190,7 @@ def test_taking_a_draft_keeps_the_targets_distribution() -> None:
             kept += taken == token
         assert set(drawn) <= {1, 4, 6}
         assert chisquare([drawn[1], drawn[4], drawn[6]], [2400, 800, 4800]).pvalue > 0.001
-        # Kept with probability sum of min(p, q).
+        # Accepted with probability sum of min(p, q).
         p, q = target.dense(7), draft.dense(7)
         assert kept / 8000 == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
 
@@ -198,8 +198,8 @@ def test_taking_a_draft_keeps_the_targets_distribution() -> None:
 # The draft model's own pages
 
 
-def test_a_draft_model_drafts_what_it_would_write_itself(byte_level: Tokenizer) -> None:
-    """However its last draft went, with room for one sequence or for several."""
+def test_a_draft_model_drafts_its_own_greedy_tokens(byte_level: Tokenizer) -> None:
+    """Whatever part of its last draft was accepted, with room for one sequence or for several."""
     rng = np.random.default_rng(0)
     for pages in (9, 40):
         backend = FakeBackend(byte_level.vocab_size, num_pages=pages, max_tokens=5, max_chunks=2)
@@ -218,7 +218,7 @@ def test_a_draft_model_drafts_what_it_would_write_itself(byte_level: Tokenizer) 
         assert not any(model._pool.users) and not model._known
 
 
-def test_a_draft_model_sees_no_further_than_its_positions(byte_level: Tokenizer) -> None:
+def test_drafts_end_at_the_draft_models_last_position(byte_level: Tokenizer) -> None:
     short = Engine(FakeBackend(byte_level.vocab_size, max_positions=16), byte_level, [])
     backend = FakeBackend(byte_level.vocab_size)
     completion = Engine(backend, byte_level, [], speculation=short).generate([Request((1, 2, 3), GREEDY)])[0]
@@ -226,7 +226,7 @@ def test_a_draft_model_sees_no_further_than_its_positions(byte_level: Tokenizer)
     assert completion.accepted == completion.drafted > 0
 
 
-def test_a_broken_draft_model_breaks_nothing(byte_level: Tokenizer) -> None:
+def test_a_broken_draft_model_does_not_break_the_request(byte_level: Tokenizer) -> None:
     draft = FakeBackend(byte_level.vocab_size)
     draft.logits = lambda history: np.full(byte_level.vocab_size, np.nan, np.float32)  # type: ignore[method-assign]
     backend = FakeBackend(byte_level.vocab_size)
@@ -250,7 +250,7 @@ def test_another_vocabulary_is_refused(byte_level: Tokenizer, sentencepiece: Tok
 
 
 @pytest.mark.parametrize("changes", [{}, {"windows": (6, None)}, {"positions": "learned", "qk_norm": "none"}])
-def test_networks_with_drafts_write_what_they_write_alone(
+def test_networks_write_the_same_with_drafts_as_without(
     make_engine: Callable[..., Engine], changes: dict[str, Any]
 ) -> None:
     """A draft network whose weights are nearly those of the large one; greedy."""
@@ -275,7 +275,7 @@ def test_networks_with_drafts_write_what_they_write_alone(
             )
 
 
-def test_logprobs_of_guessed_tokens_are_those_without_guesses(byte_level: Tokenizer) -> None:
+def test_logprobs_are_the_same_with_drafts_as_without(byte_level: Tokenizer) -> None:
     sampling = Sampling(temperature=0, max_tokens=30, logprobs=2, ignore_eos=True)
     completion, plain = (
         Engine(FakeBackend(byte_level.vocab_size, repeats=1), byte_level, [], speculation=option).generate(

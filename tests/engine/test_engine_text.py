@@ -21,7 +21,7 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 
 
 def before_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The definition: read on until the text ends with a stop; cut the longest such stop."""
+    """The definition: read until the text ends with a stop string; cut the longest such string."""
     for end in range(1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -31,7 +31,7 @@ def before_first_stop(text: str, stops: list[str]) -> tuple[str, bool]:
 
 @settings(derandomize=True, max_examples=500)
 @given(texts, st.lists(st.integers(0, 100), max_size=12), stops)
-def test_any_cut_into_tokens_gives_the_text_before_the_first_stop(
+def test_any_division_into_tokens_gives_the_text_before_the_first_stop(
     text: str, places: list[int], stops: list[str]
 ) -> None:
     expected, stopped = before_first_stop(text, stops)
@@ -47,7 +47,7 @@ def test_any_cut_into_tokens_gives_the_text_before_the_first_stop(
 
 @settings(derandomize=True, max_examples=300)
 @given(st.lists(st.binary(max_size=5), max_size=8))
-def test_bytes_that_are_no_text_become_what_decode_makes_of_them(tokens: list[bytes]) -> None:
+def test_invalid_bytes_become_the_same_as_in_bytes_decode(tokens: list[bytes]) -> None:
     stream = TextStream()
     text = "".join(stream.push(data) for data in tokens) + stream.finish()
     assert text == b"".join(tokens).decode("utf-8", errors="replace")
@@ -59,7 +59,7 @@ def test_text_comes_as_soon_as_it_cannot_be_a_stop() -> None:
     assert stream.push(b"\n") == ""
     assert stream.push(b"no") == "\n\nno"
     assert stream.push(b"\n\n") == ""
-    assert stream.finish() == "\n\n", "what was held back is released at the end"
+    assert stream.finish() == "\n\n", "text that was held back is released at the end"
 
 
 def test_a_stop_that_ends_within_a_token_and_a_character_that_spans_two() -> None:
@@ -109,7 +109,7 @@ def test_a_leading_space_stays_after_a_prompt_and_goes_at_the_beginning(sentence
 
 
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
-def test_every_byte_has_a_token_that_gives_it(name: str, request: pytest.FixtureRequest) -> None:
+def test_every_byte_has_a_token_that_writes_it(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer: Tokenizer = request.getfixturevalue(name)
     bytes_of = TokenBytes(tokenizer)
     for text in ("🦊", "日", "é", "\n", "\x00"):

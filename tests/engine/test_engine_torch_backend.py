@@ -32,13 +32,13 @@ def by_hand(backend: TorchBackend, tokens: list[int]) -> np.ndarray:
 
 @st.composite
 def feeds(draw: st.DrawFn) -> list[list[tuple[int, int, int]]]:
-    """Calls of (sequence, start, count): every sequence goes on, or is rewound first."""
+    """Calls of (sequence, start, count): every sequence is continued, or rewound first."""
     lengths = [0] * 4
     calls = []
     for _ in range(draw(st.integers(1, 6))):
         call = []
         for sequence in draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True)):
-            # The last of the hundred positions at most: a chunk has at least one token.
+            # At most the last of the hundred positions, because a chunk has at least one token.
             start = min(99, draw(st.sampled_from([lengths[sequence], lengths[sequence] * 2 // 3])))
             count = draw(st.sampled_from([1, 1, 2, 5, 17, 40]))
             call.append((sequence, start, min(count, 100 - start)))
@@ -66,7 +66,9 @@ def test_any_chunks_give_the_logits_of_a_plain_forward_pass(
             new = [random.randrange(300) for _ in range(count)]
             tokens[sequence][start:] = new
             places = sorted(random.sample(range(count), random.randint(0, min(3, count))))
-            needed = -(-(start + count) // 4) + random.randint(0, 1)  # one page more than needed is fine
+            needed = -(-(start + count) // 4) + random.randint(
+                0, 1
+            )  # one page more than necessary is allowed
             chunks.append(Chunk(sequence, new, start, pages[sequence][:needed], places))
             expected += [by_hand(backend, tokens[sequence])[start + place] for place in places]
         targets = [[random.randrange(300) for _ in range(random.randint(0, 2))] for _ in expected]
@@ -75,7 +77,7 @@ def test_any_chunks_give_the_logits_of_a_plain_forward_pass(
         for row, reference, row_targets in zip(logits, expected, targets, strict=True):
             np.testing.assert_allclose(row, reference, atol=2e-5)
             row_targets.append(int(reference.argmax()))
-        logprobs, likeliest = backend.logprobs(chunks, targets)  # the same once more: it overwrites itself
+        logprobs, likeliest = backend.logprobs(chunks, targets)  # the same chunks again overwrite themselves
         reference = [
             (float(torch.log_softmax(torch.from_numpy(row), -1)[token]), token == int(row.argmax()))
             for row, row_targets in zip(expected, targets, strict=True)
@@ -85,8 +87,8 @@ def test_any_chunks_give_the_logits_of_a_plain_forward_pass(
         assert likeliest.tolist() == [best for _, best in reference]
 
 
-def test_what_a_page_held_before_never_shows(make_engine: Make) -> None:
-    """Not even where it is not finite, which masking alone would not hide."""
+def test_earlier_contents_of_a_page_do_not_matter(make_engine: Make) -> None:
+    """Even where they are not finite, which masking alone would not hide."""
     backend = backend_of(make_engine(room=64))
     tokens = list(range(5, 22))
     expected = by_hand(backend, tokens)
@@ -99,7 +101,7 @@ def test_what_a_page_held_before_never_shows(make_engine: Make) -> None:
         np.testing.assert_allclose(backend.feed([chunk])[0], expected[end - 1], atol=2e-5)
 
 
-def test_copied_pages_hold_the_same(make_engine: Make) -> None:
+def test_copied_pages_have_the_same_contents(make_engine: Make) -> None:
     backend = backend_of(make_engine())
     tokens = list(range(5, 16))
     expected = by_hand(backend, tokens)
@@ -112,7 +114,7 @@ def test_copied_pages_hold_the_same(make_engine: Make) -> None:
     backend.release(1)
 
 
-def test_memory_is_taken_with_need_and_never_more_than_the_budget(make_engine: Make) -> None:
+def test_memory_grows_when_required_up_to_the_budget(make_engine: Make) -> None:
     backend = backend_of(make_engine(room=2000))
     assert backend.num_pages == 500 and backend._pages.count == 0
     backend.feed([Chunk(0, [5, 6], 0, [3], [])])
@@ -124,7 +126,7 @@ def test_memory_is_taken_with_need_and_never_more_than_the_budget(make_engine: M
     )
 
 
-def test_passes_waste_little_and_keep_their_bounds(make_engine: Make) -> None:
+def test_passes_pad_little_and_keep_their_bounds(make_engine: Make) -> None:
     backend = backend_of(make_engine())
 
     def passes(*sizes: tuple[int, int]) -> list[list[int]]:
@@ -137,8 +139,8 @@ def test_passes_waste_little_and_keep_their_bounds(make_engine: Make) -> None:
     assert passes((30, 1), (30, 1), (30, 1), (100, 1)) == [[0, 1], [2], [3]]
 
 
-def test_stretched_positions_do_not_depend_on_neighbours(make_engine: Make) -> None:
-    """Dynamic scaling takes its frequencies from the length at hand, which must be the row's own."""
+def test_scaled_positions_do_not_depend_on_other_sequences(make_engine: Make) -> None:
+    """Dynamic scaling takes its frequencies from the length of the pass, which must be that of the row."""
     scaling = RopeScaling("dynamic", 4.0, 16)
     backend = backend_of(make_engine(rope_scaling=scaling))
     rows = [[5] * 10, [6] * 40, [7] * 60]

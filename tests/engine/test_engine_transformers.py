@@ -30,7 +30,7 @@ LLAMA_LIKE: dict[str, Any] = {
 }  # fmt: skip
 GPT2_LIKE: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": POSITIONS}
 STATE: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
-# Longer texts than 16 tokens are rotated with other factors.
+# Texts of more than 16 tokens are rotated with other factors.
 LONGROPE: dict[str, Any] = LLAMA_LIKE | {
     "original_max_position_embeddings": 16,
     "rope_parameters": {
@@ -38,7 +38,7 @@ LONGROPE: dict[str, Any] = LLAMA_LIKE | {
         "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
     },
 }  # fmt: skip
-# Architecture: its fields, and the fastest way in which it goes on correctly.
+# Architecture: its fields, and its fastest correct mode.
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "opt": (
         {"hidden_size": 32, "num_hidden_layers": 3, "ffn_dim": 48, "num_attention_heads": 4,
@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The engine's, as far as this backend reads it."""
+    """The fields of the engine's chunk that this backend reads."""
 
     sequence: int
     tokens: Sequence[int]
@@ -101,7 +101,7 @@ def whole_logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
     return logits
 
 
-def test_it_goes_on_in_the_fastest_way_that_is_right(both: Any) -> None:
+def test_a_model_runs_in_the_fastest_correct_mode(both: Any) -> None:
     name, backend, _ = both
     assert backend.mode == MODELS[name][1]
     assert backend.vocab_size == VOCAB
@@ -109,7 +109,7 @@ def test_it_goes_on_in_the_fastest_way_that_is_right(both: Any) -> None:
 
 
 def test_greedy_tokens_are_those_of_generate(both: Any) -> None:
-    """Two sequences in turns, one's prompt fed in two parts, beyond windows and switches of factors."""
+    """Two sequences in turns, one prompt in two parts, beyond sliding windows and the switch of factors."""
     _, backend, model = both
     prompts = [[5, 6, 7, 8, 9, 10, 11], [20, 3, 60, 41]]
     tokens = [list(prompt) for prompt in prompts]
@@ -181,7 +181,7 @@ def test_the_memory_of_keys_and_values_is_counted_by_hand() -> None:
     assert backend.num_pages == (1 << 20) // (64 * per_token)
 
 
-def test_a_state_that_does_not_grow_is_one_page_a_sequence() -> None:
+def test_a_state_that_does_not_grow_is_one_page_for_each_sequence() -> None:
     backend = TransformersBackend(tiny("mamba"), cache_bytes=1 << 20)
     state = 3 * 64 * (8 + 4) * 4  # layers, inner width, state and convolution, float32
     assert backend.page_size == backend.max_positions
@@ -206,25 +206,25 @@ def raising(problem: BaseException) -> Callable[..., Any]:
     return run
 
 
-def test_a_gap_before_the_fed_tokens_is_our_mistake() -> None:
+def test_a_gap_before_the_fed_tokens_raises_value_error() -> None:
     with pytest.raises(ValueError, match="holds 0 tokens; it is fed from 3"):
         TransformersBackend(tiny("opt")).feed([Chunk(0, [8], 3, [0])])
 
 
-def test_half_precision_goes_on_in_the_same_way(tmp_path: Path) -> None:
+def test_half_precision_runs_in_the_same_mode(tmp_path: Path) -> None:
     tiny("opt").to(torch.bfloat16).save_pretrained(tmp_path)
     backend = load_transformers(tmp_path)
     assert (backend.model.dtype, backend.mode) == (torch.bfloat16, "chunks")
     assert load_transformers(tmp_path, torch.float32).model.dtype == torch.float32
 
 
-def test_a_model_that_looks_ahead_is_refused() -> None:
+def test_a_model_that_attends_to_later_tokens_is_refused() -> None:
     model = tiny("xlnet", d_model=32, n_layer=3, n_head=4, d_inner=48, eos_token_id=2)
     with pytest.raises(UserError, match="XLNetLMHeadModel is no causal language model"):
         TransformersBackend(model)
 
 
-def test_weights_that_are_broken_are_told() -> None:
+def test_broken_weights_are_reported() -> None:
     model = tiny("opt")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
@@ -232,7 +232,7 @@ def test_weights_that_are_broken_are_told() -> None:
         TransformersBackend(model)
 
 
-def test_a_missing_library_is_told_with_the_command_that_installs_it(
+def test_the_error_of_a_missing_library_names_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -245,7 +245,7 @@ def unknown_type(directory: Path) -> None:
 
 
 def own_code(directory: Path) -> None:
-    """A directory that asks for its own Python file to be run."""
+    """A directory whose config requests that its own Python file is run."""
     (directory / "mine.py").write_text("raise SystemExit('ran')\n")
     auto_map = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
     rewrite_config(directory, model_type="mine", auto_map=auto_map)
