@@ -1,4 +1,4 @@
-"""Batches are a pure function of seed and step, and lose nothing."""
+"""Batches are a pure function of seed and step, and contain every example."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,14 +7,14 @@ from tercet.data.batches import IGNORED, Encoded, items_at, micro_batches, padde
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
-def test_each_item_comes_once_a_pass(count: int, per_step: int, seed: int) -> None:
-    steps = count * 2  # enough for 2 * per_step passes
+def test_each_item_comes_once_an_epoch(count: int, per_step: int, seed: int) -> None:
+    steps = count * 2  # enough for 2 * per_step epochs
     seen = [item for step in range(steps) for item in items_at(step, per_step, count, seed)]
     for start in range(0, len(seen) - count + 1, count):
         assert sorted(seen[start : start + count]) == list(range(count))
 
 
-def test_passes_come_in_different_orders() -> None:
+def test_epochs_have_different_orders() -> None:
     assert items_at(0, 50, 50, 0) != items_at(1, 50, 50, 0) != list(range(50))
 
 

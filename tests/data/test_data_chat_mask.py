@@ -1,4 +1,4 @@
-"""What is trained on: the assistant's words and its stop token, nothing of anybody else's."""
+"""Training covers the assistant's text and its stop token, and no other text."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# As reasoning models do: earlier turns are rendered without the thinking block.
+# As for reasoning models, earlier turns are rendered without the thinking block.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -53,7 +53,7 @@ def make_tokenizer(template: str, trim_offsets: bool = True) -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    # GPT-2's post-processor trims spaces from offsets: a token's span must cover them all the same.
+    # GPT-2's post-processor trims spaces from offsets: a token's span must cover them nevertheless.
     backend.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     special = ["<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>"]
     trainer = trainers.BpeTrainer(
@@ -69,7 +69,7 @@ def make_tokenizer(template: str, trim_offsets: bool = True) -> Tokenizer:
 
 
 def trained_on(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[list[str]]:
-    """For each training text, the decoded runs of supervised tokens."""
+    """Return the decoded runs of supervised tokens of each training text."""
     result = []
     for rendered in mask_conversation(tokenizer, messages):
         example = encode_spans(tokenizer, rendered.text, [(s.start, s.end) for s in rendered.spans])
@@ -121,7 +121,7 @@ def test_a_template_that_renders_the_last_turn_differently_gives_one_text_a_turn
     ]
 
 
-def test_the_text_before_an_answer_is_what_the_model_is_given_at_inference() -> None:
+def test_the_text_before_an_answer_is_the_prompt_at_inference() -> None:
     for template in (CHATML, LLAMA3, MISTRAL, THINKING):
         tokenizer = make_tokenizer(template)
         messages = talk("hi", "Hello", "so", "bye")
@@ -141,7 +141,7 @@ def test_the_text_before_an_answer_is_what_the_model_is_given_at_inference() -> 
         (TWICE, "renders the assistant's message 2 2 times"),
     ],
 )
-def test_a_template_that_cannot_be_proven_is_refused_with_the_reason(template: str, reason: str) -> None:
+def test_a_template_that_fails_a_check_is_refused_with_the_reason(template: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         mask_conversation(make_tokenizer(template), talk("hi", "Hello"))
 
@@ -164,19 +164,19 @@ CONTENT = st.text(
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3), st.sampled_from([CHATML, MISTRAL]))
-def test_whatever_is_said_the_supervised_tokens_spell_the_answers(
+def test_the_supervised_tokens_of_any_conversation_spell_its_answers(
     exchanges: list[tuple[str, str]], template: str
 ) -> None:
     tokenizer = make_tokenizer(template)
     messages = talk(*(text for exchange in exchanges for text in exchange))
     for rendered in mask_conversation(tokenizer, messages):
         example = encode_spans(tokenizer, rendered.text, [(s.start, s.end) for s in rendered.spans])
-        kept = [
+        supervised_ids = [
             token
             for token, supervised in zip(example.ids.tolist(), example.supervised.tolist(), strict=True)
             if supervised
         ]
-        wanted = "".join(rendered.text[s.start : s.end] for s in rendered.spans)
-        text = tokenizer.decode(kept, skip_special=False)
+        answers = "".join(rendered.text[s.start : s.end] for s in rendered.spans)
+        text = tokenizer.decode(supervised_ids, skip_special=False)
         # A token may hold the last character before an answer together with its first.
-        assert wanted in text and len(text) - len(wanted) <= 8 * len(rendered.spans)
+        assert answers in text and len(text) - len(answers) <= 8 * len(rendered.spans)

@@ -1,4 +1,4 @@
-"""No test example, and no near-copy of one, is left in a corpus; the rest of the corpus is."""
+"""Test examples and near-copies of them are removed from a corpus; the rest of it stays."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def cleaned(text: str, *tests: str) -> str | None:
 
 
 def squeezed(text: str) -> str:
-    """An independent normal form: letters and digits only, words between single spaces."""
+    """Return an independent normal form: letters and digits only, words separated by single spaces."""
     return f" {' '.join(re.sub('[^a-z0-9]+', ' ', text.lower()).split())} "
 
 
-def test_only_the_passage_with_the_test_text_goes() -> None:
+def test_only_the_passage_with_the_test_text_is_removed() -> None:
     text = f"First things first.\n\n{TEST}\n\nLast of all.\n"
     document, removed = Decontaminator(["something else entirely here", TEST]).clean(Document(text, "s", "d"))
     assert document == Document("First things first.\n\nLast of all.\n", "s", "d")
-    assert [(one.passage, one.test, one.test_text, one.document) for one in removed] == [(TEST, 1, TEST, "d")]
+    assert [(passage.passage, passage.test, passage.test_text, passage.document) for passage in removed] == [
+        (TEST, 1, TEST, "d")
+    ]
     assert removed[0].reason == "holds the whole test text"
 
 
@@ -47,12 +49,12 @@ def test_only_the_passage_with_the_test_text_goes() -> None:
         TEST.replace("longest", "l\uff4fngest"),  # full-width o: the same under NFKC
     ],
 )
-def test_wrapping_indentation_case_and_punctuation_hide_nothing(copy: str) -> None:
+def test_wrapping_indentation_case_and_punctuation_do_not_hide_a_copy(copy: str) -> None:
     assert cleaned(f"Keep.\n\n{copy}\n\nKeep too.", TEST) == "Keep.\n\nKeep too."
 
 
-def test_a_copy_with_a_word_changed_goes_and_a_text_with_half_a_sentence_in_common_stays() -> None:
-    # 16 words make 12 5-grams. A change in the middle spoils five of them: 7 of 12 are left.
+def test_a_copy_with_a_changed_word_is_removed_and_a_text_that_shares_half_a_sentence_stays() -> None:
+    # 16 words make 12 5-grams. A change in the middle removes five of them: 7 of 12 remain.
     near = TEST.replace("given", "whole")
     _, removed = Decontaminator([TEST]).clean(Document(near, "s", "d"))
     assert removed[0].share == pytest.approx(7 / 12)
@@ -61,18 +63,18 @@ def test_a_copy_with_a_word_changed_goes_and_a_text_with_half_a_sentence_in_comm
     assert cleaned(other, TEST) == other  # 7 words of it: 3 of 12 5-grams
 
 
-def test_a_copy_cut_by_blank_lines_goes_as_a_whole() -> None:
+def test_a_copy_divided_by_blank_lines_is_removed_completely() -> None:
     middle = TEST.replace("given ", "given\n\n")
     assert cleaned(f"Keep.\n\n{middle}\n\nKeep too.", TEST) == "Keep.\n\nKeep too."
 
 
-def test_removal_that_brings_a_test_text_together_is_noticed() -> None:
+def test_a_removal_that_joins_the_parts_of_a_test_text_is_noticed() -> None:
     short = "alpha beta gamma delta"
     text = f"alpha beta\n\n{TEST}\n\ngamma delta"
     assert cleaned(text, TEST, short) is None
 
 
-def test_texts_of_four_words_are_found_inside_of_a_passage_and_shorter_ones_only_alone() -> None:
+def test_texts_of_four_words_match_inside_a_passage_and_shorter_ones_only_a_whole_passage() -> None:
     assert cleaned("Then close the open file, please.\n\nKeep.", "Close the open file.") == "Keep."
     assert cleaned("Please close the file.\n\nClose the file!\n\nKeep.", "Close the file") == (
         "Please close the file.\n\nKeep."
@@ -80,7 +82,7 @@ def test_texts_of_four_words_are_found_inside_of_a_passage_and_shorter_ones_only
     assert cleaned("anything", "", "?!") == "anything"
 
 
-def test_texts_of_five_to_seven_words_are_found_whole_and_not_in_part() -> None:
+def test_texts_of_five_to_seven_words_match_completely_or_not_at_all() -> None:
     test = "Raised when the queue is full."
     assert cleaned(f"x {test} y\n\nKeep.", test) == "Keep."
     part = "Raised when the queue is empty."
@@ -93,7 +95,7 @@ def test_scripts_without_spaces_are_compared_by_character() -> None:
     assert cleaned("返回一个空的列表。", test) == "返回一个空的列表。"
 
 
-def test_a_document_with_nothing_left_is_none_and_counts_are_kept() -> None:
+def test_an_empty_result_is_none_and_counted() -> None:
     decontaminator = Decontaminator([TEST, "no document has this sentence"])
     documents = [
         Document(TEST, "s", "gone"),
@@ -127,7 +129,7 @@ def test_passages_joined_are_the_text() -> None:
     assert words("Don't stop_here: 3.5%") == ["dont", "stop", "here", "3", "5"]
 
 
-# Few distinct words, so that texts overlap by chance in every way there is.
+# Few distinct words, so that random texts overlap in every possible way.
 sentence = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=14).map(" ".join)
 document_text = st.lists(st.tuples(sentence, st.sampled_from(["\n", "\n\n", ". ", "\n \n"])), max_size=8).map(
     lambda parts: "".join(part + end for part, end in parts)
@@ -136,7 +138,9 @@ document_text = st.lists(st.tuples(sentence, st.sampled_from(["\n", "\n\n", ". "
 
 @settings(max_examples=300, deadline=None)
 @given(document_text, st.lists(sentence, min_size=1, max_size=4), st.data())
-def test_what_is_left_never_holds_a_test_text(text: str, tests: list[str], data: st.DataObject) -> None:
+def test_a_cleaned_document_never_contains_a_test_text(
+    text: str, tests: list[str], data: st.DataObject
+) -> None:
     place = data.draw(st.integers(0, len(text)))
     inserted = data.draw(st.sampled_from(tests))
     holder = f"{text[:place]} {inserted} {text[place:]}"
@@ -165,5 +169,5 @@ def test_megabytes_take_seconds() -> None:
     decontaminator = Decontaminator(" ".join(chance.choices(vocabulary, k=12)) for _ in range(500))
     started = time.process_time()
     decontaminator.clean(Document(text, "s", "d"))
-    # At 5 MB/s; the rate measured on documentation is 8 to 15, so that a slow machine passes too.
+    # 5 MB/s; the rate measured on documentation is 8 to 15 MB/s, so a slow machine passes too.
     assert time.process_time() - started < len(text) / 1e6 / 5 + 1.0

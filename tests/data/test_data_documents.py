@@ -1,4 +1,4 @@
-"""Documents out of files of every kind, and one clear line for each kind of broken one."""
+"""Documents are read from files of every kind; each kind of defect gives a clear one-line message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def texts(*sources: Path | str) -> list[str]:
 
 
 def fault(*sources: Path | str) -> str:
-    """The message of the error that reading these sources ends with: one line."""
+    """Return the one-line message of the error that reading these sources raises."""
     with pytest.raises(UserError) as caught:
         texts(*sources)
     message = str(caught.value)
@@ -73,7 +73,7 @@ def test_line_ends_and_byte_order_marks_are_not_text(write: Any) -> None:
         ("a.tsv", "text\tid\né 1\t1\ntwo\t2\n"),
     ],
 )
-def test_every_kind_of_file_gives_its_texts_also_gzipped(
+def test_every_kind_of_file_gives_its_texts_also_with_gzip(
     write: Any, name: str, content: str, gz: str
 ) -> None:
     assert [text.strip() for text in texts(write(name + gz, content))] == ["é 1", "two"]
@@ -95,7 +95,7 @@ def test_parquet(tmp_path: Path, gz: bool) -> None:
     assert skipped == {"empty": 1}
 
 
-def test_conversations_become_their_messages_texts(write: Any) -> None:
+def test_a_conversation_becomes_the_texts_of_its_messages(write: Any) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
@@ -121,12 +121,12 @@ def test_empty_files_and_rows_are_counted(write: Any, tmp_path: Path) -> None:
     write("d/a.txt", "")
     write("d/b.jsonl", '{"text": ""}\n{"text": null}\n{"text": "kept"}')
     skipped: Counter[str] = Counter()
-    assert [one.text for one in read_documents([str(tmp_path / "d")], skipped)] == ["kept"]
+    assert [document.text for document in read_documents([str(tmp_path / "d")], skipped)] == ["kept"]
     assert skipped == {"empty": 3}
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("empty.txt", "", "empty.txt holds no text"),
         ("blank.jsonl", "\n\n", "blank.jsonl holds no text"),
@@ -152,8 +152,8 @@ def test_empty_files_and_rows_are_counted(write: Any, tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
     ],
 )
-def test_bad_input_is_one_line(write: Any, name: str, content: str | bytes, said: str) -> None:
-    assert said in fault(write(name, content))
+def test_bad_input_is_one_line(write: Any, name: str, content: str | bytes, message: str) -> None:
+    assert message in fault(write(name, content))
 
 
 def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
@@ -171,36 +171,34 @@ def test_broken_gzip_is_one_line(write: Any, tmp_path: Path, damage: str) -> Non
     assert "is not a whole gzip file" in fault(path)
 
 
-def test_missing_paths_and_unknown_builtins_are_refused_before_anything_is_read(
-    write: Any, tmp_path: Path
-) -> None:
+def test_missing_paths_and_unknown_builtins_are_refused_before_reading(write: Any, tmp_path: Path) -> None:
     good = write("books.txt", "x")
-    for wrong, said in [
+    for wrong, message in [
         (str(tmp_path / "bocks.txt"), "did you mean books.txt?"),
         (str(tmp_path / "none" / "x.txt"), "there is no file or directory"),
         ("builtin:python-doc", "builtin:python-docs"),
     ]:
         with pytest.raises(UserError, match="no ") as caught:
             read_documents([str(good), wrong])  # not iterated
-        assert said in str(caught.value)
+        assert message in str(caught.value)
     (tmp_path / "bare").mkdir()
     assert "directory without documents" in fault(tmp_path / "bare")
     assert "no data given" in fault()
 
 
-def test_reading_streams_so_that_the_first_documents_come_before_a_fault_further_on(write: Any) -> None:
+def test_documents_before_a_fault_are_read(write: Any) -> None:
     path = write("a.jsonl", '{"text": "first"}\n' + "broken")
     assert next(read_documents([str(path)])).text == "first"
 
 
-def test_the_builtin_corpus_is_a_source_like_any_other(write: Any) -> None:
+def test_the_builtin_corpus_is_a_source(write: Any) -> None:
     path = write("a.txt", "mine")
     documents = list(islice(read_documents([str(path), "builtin:python-docs"]), 3))
     assert documents[0].text == "mine"
     assert all(document.source.startswith("stdlib/") for document in documents[1:])
 
 
-def test_the_fingerprint_changes_with_the_files_and_with_nothing_else(write: Any, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_only_with_the_files(write: Any, tmp_path: Path) -> None:
     write("d/a.txt", "one")
     root, builtin = str(tmp_path / "d"), "builtin:python-docs"
     before = source_fingerprint([root, builtin])
@@ -241,9 +239,9 @@ def test_the_members_of_an_archive_are_read_in_the_order_of_their_names(tmp_path
         pq.write_table(pa.table({"text": ["three"]}), table)
         archive.writestr("e.parquet", table.getvalue().to_pybytes())
     skipped: Counter[str] = Counter()
-    found = list(read_documents([str(tmp_path / "a.zip")], skipped))
-    assert [document.text for document in found] == ["one", "two", "three"]
-    assert found[0].id == f"{(tmp_path / 'a.zip').as_posix()}/a/one.txt:1"
+    documents = list(read_documents([str(tmp_path / "a.zip")], skipped))
+    assert [document.text for document in documents] == ["one", "two", "three"]
+    assert documents[0].id == f"{(tmp_path / 'a.zip').as_posix()}/a/one.txt:1"
     assert skipped == {"not UTF-8 text": 1}
 
 
@@ -257,7 +255,7 @@ def test_a_page_gives_its_paragraphs(write: Any) -> None:
     assert texts(write("deep.html", "<div>" * 20_000 + "deep")) == ["deep"]
 
 
-def test_in_a_directory_what_is_broken_is_told_counted_and_left_out(
+def test_defects_in_a_directory_are_reported_counted_and_skipped(
     write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = gzip.compress("".join(f'{{"text": "row {n}"}}\n' for n in range(5000)).encode())
@@ -277,9 +275,9 @@ def test_in_a_directory_what_is_broken_is_told_counted_and_left_out(
     }.items():
         (tmp_path / "d" / name).write_bytes(content)
     skipped: Counter[str] = Counter()
-    found = [document.text for document in read_documents([str(tmp_path / "d")], skipped)]
-    # Whole rows before the break of the gzip file stay.
-    assert found[0] == "row 0" and found[-4:] == ["kept", "kept too", "fine", "the last"]
+    read = [document.text for document in read_documents([str(tmp_path / "d")], skipped)]
+    # Complete rows before the break in the gzip file are read.
+    assert read[0] == "row 0" and read[-4:] == ["kept", "kept too", "fine", "the last"]
     assert skipped == {
         "not a whole gzip file": 1,
         "binary": 1,
@@ -293,11 +291,11 @@ def test_in_a_directory_what_is_broken_is_told_counted_and_left_out(
         "not a whole zip archive": 1,
         "not a whole zstandard file": 1,
     }
-    said = capsys.readouterr().err
-    assert "c.txt is not UTF-8 text (byte 3)" in said and "e.jsonl:2 is not valid JSON" in said
+    message = capsys.readouterr().err
+    assert "c.txt is not UTF-8 text (byte 3)" in message and "e.jsonl:2 is not valid JSON" in message
 
 
-def test_many_faults_of_a_kind_are_told_three_times(
+def test_three_faults_of_a_kind_are_reported_and_the_rest_only_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "kept"}\n' + "no\n" * 50)
@@ -308,7 +306,7 @@ def test_many_faults_of_a_kind_are_told_three_times(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_left_out(tmp_path: Path) -> None:
+def test_a_file_without_permission_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("secret")
     (tmp_path / "a.txt").chmod(0)
     (tmp_path / "b.txt").write_text("open")
@@ -324,10 +322,10 @@ def test_offsets_and_licences(write: Any) -> None:
         '{"text": "c"}',
     ]
     path = write("a.jsonl", "\n".join(rows))
-    found = list(read_documents([str(path)]))
-    assert [document.licence for document in found] == ["CC0", "MIT", None]
+    documents = list(read_documents([str(path)]))
+    assert [document.licence for document in documents] == ["CC0", "MIT", None]
     data = path.read_bytes()
-    assert [json.loads(data[document.offset :].splitlines()[0])["text"] for document in found] == [
+    assert [json.loads(data[document.offset :].splitlines()[0])["text"] for document in documents] == [
         "\u00e9",
         "b",
         "c",
@@ -341,7 +339,7 @@ def test_a_huge_text_file_is_divided_at_a_blank_line(write: Any, monkeypatch: py
     assert texts(write("a.txt", "one\n\ntwo words\n\nthree\n")) == ["one\n\ntwo words\n", "three\n"]
 
 
-def test_how_much_text_there_is_follows_from_the_files(write: Any) -> None:
+def test_the_amount_of_text_is_estimated_from_the_files(write: Any) -> None:
     plain, packed = write("d/a.txt", "x" * 1000), write("d/b.jsonl.gz", "y" * 100_000)
     assert source_bytes([str(plain)]) == 1000
     assert source_bytes([str(plain.parent)]) == int(1000 + UNPACKED * packed.stat().st_size)

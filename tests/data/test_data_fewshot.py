@@ -18,12 +18,12 @@ def test_balanced_shots_take_the_labels_in_turn() -> None:
     assert set(shots) <= set(TRAIN)
 
 
-def test_a_label_that_runs_out_leaves_its_turns_to_the_others() -> None:
+def test_a_label_without_examples_left_is_passed_over() -> None:
     train = [*[Example(f"h{n}", "ham") for n in range(8)], Example("s", "spam")]
     assert Counter(shot.target for shot in choose(train, 6, LABELS)) == {"ham": 5, "spam": 1}
 
 
-def test_the_seed_alone_decides() -> None:
+def test_shots_depend_only_on_the_seed() -> None:
     assert choose(TRAIN, 6, LABELS, seed=3) == choose(TRAIN, 6, LABELS, seed=3)
     assert len({tuple(choose(TRAIN, 6, LABELS, seed=seed)) for seed in range(5)}) == 5
 
@@ -55,7 +55,7 @@ def test_similar_works_on_texts_of_one_character_and_on_empty_ones() -> None:
     assert len(choose(train, 3, method="similar", query="")) == 3
 
 
-def test_what_cannot_be_chosen_is_refused() -> None:
+def test_impossible_choices_are_refused() -> None:
     with pytest.raises(UserError, match="9 shots from 3 train examples"):
         choose(TRAIN[:3], 9, LABELS)
     with pytest.raises(UserError, match="balanced and similar"):
@@ -66,7 +66,7 @@ def test_what_cannot_be_chosen_is_refused() -> None:
         choose(TRAIN, 2, ["ham", "eggs"])
 
 
-def test_the_text_for_a_base_model_ends_open_with_the_query() -> None:
+def test_the_text_for_a_base_model_ends_with_the_unanswered_query() -> None:
     shots = [Example("Text: a\nLabel:", "ham"), Example("Text: b\nLabel:\n", "spam")]
     assert few_shot_text(shots, "Text: c\nLabel:", "Sort these.") == (
         "Sort these.\n\nText: a\nLabel: ham\n\nText: b\nLabel:\nspam\n\nText: c\nLabel:"

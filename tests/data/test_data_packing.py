@@ -1,4 +1,4 @@
-"""Packing: every token is predicted once, nothing crosses a document, little is padding."""
+"""Every token is predicted once, pieces do not cross documents, and there is little padding."""
 
 import itertools
 import time
@@ -18,7 +18,7 @@ END = 0
 
 
 def stream_of(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    """A stream whose tokens are all different but for the ends (0), and where its documents start."""
+    """Return a stream of distinct tokens (0 ends a document) and the starts of its documents."""
     numbers = itertools.count(1)
     tokens, starts = [END], []
     for length in lengths:
@@ -56,7 +56,7 @@ def test_every_token_is_predicted_once_from_its_own_document(lengths: list[int],
 
 
 def brute_force(lengths: list[int], width: int) -> int:
-    """Rows that best-fit decreasing opens, one piece at a time."""
+    """Return how many rows best-fit decreasing opens if it places a single piece at a time."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [left for left in room if left >= length]
@@ -69,7 +69,7 @@ def brute_force(lengths: list[int], width: int) -> int:
 
 @given(st.lists(st.integers(1, 20), max_size=80), st.integers(20, 30))
 @settings(max_examples=200, deadline=None)
-def test_best_fit_opens_the_rows_that_one_piece_at_a_time_opens(lengths: list[int], width: int) -> None:
+def test_best_fit_opens_as_many_rows_as_placing_single_pieces(lengths: list[int], width: int) -> None:
     rows = best_fit(np.array(lengths, np.int64), width)
     assert len(set(rows.tolist())) == brute_force(lengths, width)
     filled = np.bincount(rows, weights=lengths) if lengths else np.zeros(0)
@@ -78,7 +78,7 @@ def test_best_fit_opens_the_rows_that_one_piece_at_a_time_opens(lengths: list[in
 
 @pytest.mark.parametrize("mean", [30, 200, 700, 3000])
 @pytest.mark.parametrize("width", [256, 512])
-def test_little_is_padding(mean: int, width: int) -> None:
+def test_there_is_little_padding(mean: int, width: int) -> None:
     rng = np.random.default_rng(mean)
     lengths = np.maximum(1, rng.lognormal(np.log(mean), 0.9, 3000)).astype(int)
     packing = pack(np.concatenate(([1], 1 + np.cumsum(lengths + 1))), width)
@@ -86,8 +86,8 @@ def test_little_is_padding(mean: int, width: int) -> None:
     assert packing.lengths.sum() == lengths.sum() + len(lengths)
 
 
-def test_rows_that_nothing_fits_into_are_filled_by_cutting() -> None:
-    lengths = np.full(100, 60)  # of 61 predictions: one a row of 100, which would waste a third
+def test_pieces_are_cut_to_fill_rows_that_no_piece_fits() -> None:
+    lengths = np.full(100, 60)  # 61 predictions each: one per row of 100 would waste a third
     packing = pack(np.concatenate(([1], 1 + np.cumsum(lengths + 1))), 100)
     assert packing.rows == 61 and packing.waste == 0
 
@@ -100,7 +100,7 @@ def test_two_million_pieces_take_seconds() -> None:
     assert np.bincount(rows, weights=lengths).max() <= 512
 
 
-def test_a_packed_row_gives_what_its_documents_give_alone() -> None:
+def test_a_packed_row_gives_the_logits_of_its_separate_documents() -> None:
     torch.manual_seed(0)
     model = Transformer(
         ModelConfig(
@@ -114,7 +114,7 @@ def test_a_packed_row_gives_what_its_documents_give_alone() -> None:
     tokens, _, positions, segments = batch(stream, packing, [0])
     assert positions is not None and segments is not None
     with torch.no_grad():
-        together = model(*(torch.from_numpy(one) for one in (tokens, positions, segments)))[0]
+        together = model(*(torch.from_numpy(array) for array in (tokens, positions, segments)))[0]
         for piece in range(3):
             begin, length = int(packing.begins[piece]), int(packing.lengths[piece])
             alone = model(torch.from_numpy(stream[begin : begin + length].astype(np.int64))[None])[0]

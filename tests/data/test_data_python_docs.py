@@ -1,4 +1,4 @@
-"""The built-in corpus: what Python's own documentation says, without importing anything."""
+"""The built-in corpus: Python's own documentation, read without importing a module."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def docs_of(module: str) -> dict[str, Docstring]:
 
 
 @pytest.mark.parametrize("module", ["json", "textwrap", "heapq", "statistics"])
-def test_docstrings_are_those_that_python_itself_shows(module: str) -> None:
-    found = docs_of(module)
+def test_docstrings_equal_those_of_the_imported_objects(module: str) -> None:
+    docstrings = docs_of(module)
     imported = importlib.import_module(module)
-    assert found[module].text == (inspect.getdoc(imported) or "").strip()
+    assert docstrings[module].text == (inspect.getdoc(imported) or "").strip()
     checked = 0
     for name, value in vars(imported).items():
         if inspect.isfunction(value) and value.__module__ == module and value.__doc__:
-            docstring = found[f"{module}.{name}"]
+            docstring = docstrings[f"{module}.{name}"]
             assert docstring.text == (inspect.getdoc(value) or "").strip()
             names = inspect.signature(value).parameters
             shown = docstring.signature.strip("()").replace("*", "").split(", ")
-            assert [one for one in shown if one] == list(names)
+            assert [name for name in shown if name] == list(names)
             checked += 1
     assert checked
 
 
-def test_names_signatures_and_the_order_of_the_source(tmp_path: Path) -> None:
+def test_names_signatures_and_source_order(tmp_path: Path) -> None:
     path = tmp_path / "example.py"
     path.write_text(EXAMPLE)
     file = ModuleFile(path, "pack.example", "package/pack")
-    assert [(one.name, one.signature, one.text) for one in read_docstrings(file)] == [
+    assert [(docstring.name, docstring.signature, docstring.text) for docstring in read_docstrings(file)] == [
         ("pack.example", "", "A module.\n\nIndented more."),
         ("pack.example.plain", "(a, b, *rest, c, **others)", "A function with \\d."),
         ("pack.example.Thing", "", "A class."),
@@ -85,7 +85,7 @@ def tree(root: Path, files: dict[str, str | bytes]) -> None:
 
 @pytest.fixture
 def small_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python with one standard module and a few packages."""
+    """Set up a Python with a single standard module and a few packages."""
     tree(
         tmp_path,
         {
@@ -109,7 +109,7 @@ def small_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_python")
-def test_what_is_left_out_is_counted_and_nothing_comes_twice(recwarn: pytest.WarningsRecorder) -> None:
+def test_skipped_files_are_counted_and_repetitions_removed(recwarn: pytest.WarningsRecorder) -> None:
     skipped: Counter[str] = Counter()
     documents = list(iterate("docstrings", skipped=skipped))
     assert documents[0].source == "stdlib/one"
@@ -123,11 +123,11 @@ def test_what_is_left_out_is_counted_and_nothing_comes_twice(recwarn: pytest.War
 
 
 @pytest.mark.usefixtures("small_python")
-def test_kinds_docstrings_come_first_then_source() -> None:
+def test_docstrings_come_before_source() -> None:
     kinds = [document.id.partition(":")[0] for document in iterate("all")]
     assert kinds == ["docstrings"] * 4 + ["source"] * 4
-    assert [one.id for one in iterate("source")] == [one.id for one in iterate("all")][4:]
-    source = {one.id: one.text for one in iterate("source")}
+    assert [document.id for document in iterate("source")] == [document.id for document in iterate("all")][4:]
+    source = {document.id: document.text for document in iterate("source")}
     assert source["source:beta.latin"] == '# coding: latin-1\n"""Café."""'
     with pytest.raises(ValueError, match="docstrings, source, all"):
         next(iterate("prose"))  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_the_standard_library_comes_first_and_then_packages_mixed() -> None:
     assert sum(len(document.text) for document in standard) > 1_000_000
     packages = [document.source for document in documents[len(standard) :]]
     assert packages and all(source.startswith("package/") for source in packages)
-    changes = sum(one != two for one, two in pairwise(packages))
+    changes = sum(left != right for left, right in pairwise(packages))
     assert len(set(packages)) > 8 and changes > len(packages) / 2
 
 

@@ -1,4 +1,4 @@
-"""Reading tables: every format gives the same rows, and what is broken is named with its line."""
+"""Every format of a table gives the same rows; errors name the broken line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_tsv_without_header_and_with_stray_quotes(tmp_path: Path) -> None:
     ]
 
 
-def test_quoting_can_be_switched(tmp_path: Path) -> None:
+def test_quoting_can_be_set(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text('a\tb\n"x\ty"\tz\n')
     assert read_rows(path, quoting=True) == [{"a": "x\ty", "b": "z"}]
@@ -94,7 +94,7 @@ def test_other_encodings(tmp_path: Path) -> None:
         ("a", b"x", "its name has no suffix"),
     ],
 )
-def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_errors_name_the_defect(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         read_rows(tmp_path / name)
@@ -109,7 +109,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         read_rows(tmp_path, format="csv")
 
 
-def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(UserError, match="`columns` is for csv and tsv"):
         read_rows(tmp_path / "a.jsonl", columns=["a"])

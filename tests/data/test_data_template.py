@@ -21,17 +21,17 @@ def test_values_that_are_not_strings_are_written_as_json() -> None:
     assert rendered == '{"x": [1, "é"]} null true 1.5'
 
 
-def test_a_value_is_never_searched_for_fields() -> None:
+def test_braces_in_values_are_not_fields() -> None:
     assert Template("{a}").render({"a": "{b} {{", "b": "no"}) == "{b} {{"
 
 
 @given(st.text())
-def test_any_text_survives_when_its_braces_are_doubled(text: str) -> None:
+def test_any_text_with_doubled_braces_renders_as_itself(text: str) -> None:
     assert Template(text.replace("{", "{{").replace("}", "}}")).render({}) == text
 
 
 @given(st.text())
-def test_any_value_stands_as_it_is(value: str) -> None:
+def test_any_value_is_inserted_unchanged(value: str) -> None:
     assert Template("<{x}>").render({"x": value}) == f"<{value}>"
 
 
@@ -47,14 +47,14 @@ def test_any_value_stands_as_it_is(value: str) -> None:
         ("{__class__.}}", "column 13"),
     ],
 )
-def test_a_brace_that_stands_for_nothing_is_refused_with_its_place(text: str, where: str) -> None:
+def test_an_unpaired_brace_is_refused_with_its_position(text: str, where: str) -> None:
     with pytest.raises(UserError) as caught:
         Template(text)
     assert where in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_unused_fields_are_told_in_one_line() -> None:
+def test_missing_and_unused_fields_are_reported_in_one_line() -> None:
     template = Template("{question} {context}", where="ask.txt")
     with pytest.raises(UserError) as caught:
         template.render({"questoin": "?", "context": "-"}, all_used=True)
@@ -64,13 +64,13 @@ def test_missing_and_unused_fields_are_told_in_one_line() -> None:
     assert "\n" not in message
 
 
-def test_unused_values_are_fine_unless_all_must_be_used() -> None:
+def test_unused_values_are_accepted_unless_all_must_be_used() -> None:
     assert Template("{a}").render({"a": "1", "b": "2"}) == "1"
     with pytest.raises(UserError, match=r"nothing uses \{b\}"):
         Template("{a}").render({"a": "1", "b": "2"}, all_used=True)
 
 
-def test_a_template_file_loses_only_the_newline_that_ends_it(tmp_path: Path) -> None:
+def test_a_template_file_loses_only_its_final_newline(tmp_path: Path) -> None:
     path = tmp_path / "ask.txt"
     path.write_text("Q: {q}\nA:\n\n", encoding="utf-8")
     assert Template.load(path).render({"q": "why?"}) == "Q: why?\nA:\n"

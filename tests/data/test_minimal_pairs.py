@@ -22,12 +22,12 @@ def row(number: int, group: str, **more: Any) -> dict[str, Any]:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    text = "".join(json.dumps(one) + "\n" for one in rows).encode()
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return path
 
 
-def test_blimps_fields_from_a_directory_of_plain_and_compressed_files(tmp_path: Path) -> None:
+def test_a_directory_of_plain_and_compressed_files_with_blimp_fields(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl.gz", [row(2, "second")])
     write(tmp_path / "a.jsonl", [row(1, "first", linguistics_term="agreement")])
     (tmp_path / "SOURCE.txt").write_text("not pairs")
@@ -39,14 +39,14 @@ def test_blimps_fields_from_a_directory_of_plain_and_compressed_files(tmp_path: 
     assert read_pairs(tmp_path / "a.jsonl", group="linguistics_term")[0].group == "agreement"
 
 
-def test_other_fields_and_a_file_for_a_group(tmp_path: Path) -> None:
+def test_other_fields_and_the_file_name_as_group(tmp_path: Path) -> None:
     write(tmp_path / "verbs.jsonl", [{"right": "He goes.", "wrong": "He go."}])
     (tmp_path / "nouns.csv").write_text("right,wrong\nOne cat.,One cats.\n")
     pairs = read_pairs([tmp_path / "verbs.jsonl", tmp_path / "nouns.csv"], good="right", bad="wrong")
     assert pairs == [Pair("He goes.", "He go.", "verbs"), Pair("One cat.", "One cats.", "nouns")]
 
 
-def test_a_number_can_name_a_group(tmp_path: Path) -> None:
+def test_a_group_may_be_a_number(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row(1, "x", level=3)])
     assert read_pairs(path, group="level")[0].group == "3"
 
@@ -54,19 +54,19 @@ def test_a_number_can_name_a_group(tmp_path: Path) -> None:
 PAIRS = [Pair(f"good {n}", f"bad {n}", f"group {n % 3}") for n in range(60)]
 
 
-def test_a_sample_takes_so_many_of_each_group_in_their_order() -> None:
+def test_a_sample_takes_a_number_of_pairs_per_group_in_order() -> None:
     chosen = sample_pairs(PAIRS, 5)
     assert len(chosen) == 15 and {pair.group for pair in chosen} == {"group 0", "group 1", "group 2"}
     assert chosen == [pair for pair in PAIRS if pair in chosen]
     assert sample_pairs(PAIRS, 100) == PAIRS
 
 
-def test_a_sample_depends_on_the_pairs_alone() -> None:
+def test_a_sample_depends_only_on_the_pairs() -> None:
     shuffled = PAIRS.copy()
     random.Random(1).shuffle(shuffled)
     assert set(sample_pairs(shuffled, 5)) == set(sample_pairs(PAIRS, 5))
-    assert set(sample_pairs(PAIRS, 5)) < set(sample_pairs(PAIRS, 6))  # more adds, and changes nothing
-    # One more pair in a group moves at most one out of it.
+    assert set(sample_pairs(PAIRS, 5)) < set(sample_pairs(PAIRS, 6))  # a larger sample contains the smaller
+    # A new pair in a group displaces at most one other.
     more = set(sample_pairs([*PAIRS, Pair("good x", "bad x", "group 0")], 5))
     assert len(more & set(sample_pairs(PAIRS, 5))) >= 14
 
@@ -92,12 +92,12 @@ def test_the_sample_of_a_file(tmp_path: Path) -> None:
         ([row(1, "a")], {"sample": 0}, "the sample is 0 pairs a group; it must be 1 or more"),
     ],
 )
-def test_mistakes(tmp_path: Path, rows: list[dict[str, Any]], options: Any, message: str) -> None:
+def test_mistakes_are_named(tmp_path: Path, rows: list[dict[str, Any]], options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_pairs(write(tmp_path / "pairs.jsonl", rows), **options)
 
 
-def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+def test_paths_without_pairs_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "pairs.jsonl", [row(1, "a")])
     with pytest.raises(
         UserError, match=r"there is no file or directory .*pair\.jsonl; did you mean pairs\.jsonl"
