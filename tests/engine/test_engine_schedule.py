@@ -451,6 +451,30 @@ def test_an_interrupt_between_the_tokens_of_a_turn_loses_nothing(byte_level: Tok
         assert done[handle].tokens == backend.greedy((n, n, n, n), 12)
 
 
+def test_an_interrupt_during_admission_loses_no_deferred_request(byte_level: Tokenizer) -> None:
+    """The second request waits for the pages of the first while the third is interrupted."""
+    backend = FakeBackend(byte_level.vocab_size)
+    engine = engine_on(backend, byte_level)
+    prompts = [(*range(20), 1), (*range(20), 2), (5,)]
+    handles = [engine.submit(Request(prompt, GREEDY)) for prompt in prompts]
+    third = engine._scheduler.waiting[2]
+    prepare = third.prepare
+
+    def interrupted() -> None:
+        third.prepare = prepare  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    third.prepare = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    done = {}
+    while engine.has_work:
+        done |= {delta.index: delta.completion for delta in engine.step() if delta.completion}
+    for handle, prompt in zip(handles, prompts, strict=True):
+        assert done[handle].tokens == backend.greedy(prompt, 12)
+    nothing_is_left(engine)
+
+
 def test_the_error_of_a_drafter_is_raised(byte_level: Tokenizer) -> None:
     class Failing:
         def samples(self, sampling: Sampling) -> bool:
