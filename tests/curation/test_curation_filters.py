@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tercet.curation.filters import PRESETS, Rules, mask_personal_data
+from tercet.curation.filters import PRESETS, Rules
 from tercet.curation.language import identify
+from tercet.curation.personal_data import mask_personal_data
+from tercet.curation.pipeline import curate
 from tercet.curation.text_statistics import STOP_WORDS, count, duplicate_grams, top_gram
 from tercet.errors import UserError
 
@@ -103,9 +105,9 @@ def test_repeated_grams_are_those_of_plain_python(tokens: list[str], n: int) -> 
     _, words = count(" ".join(tokens))
     grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     times = Counter(grams)
-    most = max(times.values(), default=0)
-    longest = max((len(" ".join(gram)) for gram, number in times.items() if number == most), default=0)
-    assert top_gram(words, n) == (most * longest if most > 1 else 0)
+    max_times = max(times.values(), default=0)
+    longest = max((len(" ".join(gram)) for gram, number in times.items() if number == max_times), default=0)
+    assert top_gram(words, n) == (max_times * longest if max_times > 1 else 0)
     seen: set[tuple[str, ...]] = set()
     start = length = 0
     while start < len(grams):
@@ -118,7 +120,7 @@ def test_repeated_grams_are_those_of_plain_python(tokens: list[str], n: int) -> 
     assert duplicate_grams(words, n) == length
 
 
-def test_prose_stays_under_every_preset() -> None:
+def test_prose_stays_with_every_preset() -> None:
     for preset in PRESETS:
         assert Rules(preset)(PROSE) is None
 
@@ -152,16 +154,16 @@ UNENDED = "\n".join(" ".join(BARE[start : start + 8]) for start in range(0, len(
         (PROSE + " " + PROSE[:200].split("\n")[0], "max_duplicate_5_grams"),
     ],
 )  # fmt: skip
-def test_each_rule_takes_what_it_is_for_and_nothing_else_does(text: str, rule: str) -> None:
-    dropped = Rules("web")(text)
-    assert dropped is not None and dropped.rule == rule
-    # Without it, another rule may object, but not this one: the limit is what decided.
-    off = {rule: 0.0 if rule.startswith("min_") else float("inf")}
-    again = Rules("web", overrides=off)(text)
-    assert again is None or again.rule != rule
+def test_each_rule_drops_the_text_that_breaks_it(text: str, rule: str) -> None:
+    reason = Rules("web")(text)
+    assert reason is not None and reason.rule == rule
+    # With this rule disabled, only another rule may drop the text: its limit decided.
+    disabled = {rule: 0.0 if rule.startswith("min_") else float("inf")}
+    reason = Rules("web", overrides=disabled)(text)
+    assert reason is None or reason.rule != rule
 
 
-def test_limits_are_where_the_papers_put_them() -> None:
+def test_limits_are_those_of_the_papers() -> None:
     # Gopher: 50 words stay, 49 go.
     fifty = " ".join(PROSE.split()[:49])
     assert Rules("light", overrides={"min_words": 50})(fifty + " quay.") is None
@@ -177,15 +179,15 @@ def test_limits_are_where_the_papers_put_them() -> None:
     )
 
 
-def test_scripts_without_spaces_are_not_taken_for_one_long_word() -> None:
-    # No character comes twice, so that nothing is repeated.
+def test_text_without_spaces_is_no_single_long_word() -> None:
+    # No character occurs twice, so that nothing is repeated.
     text = "\u3002".join("".join(chr(0x4E00 + 40 * line + place) for place in range(40)) for line in range(6))
     dropped = Rules("light")(text)
     assert dropped is None
     assert count(text)[0].sentences == 5
 
 
-def test_languages() -> None:
+def test_texts_in_other_languages_are_dropped() -> None:
     german = (
         "Der Hafen war still, als die Boote von den Inseln zurückkamen. Niemand auf dem Kai hatte sie vor dem "
         "Abend erwartet, und so standen die Waagen noch unter dem Segeltuch, das Eis war nicht gebrochen."
@@ -195,30 +197,30 @@ def test_languages() -> None:
     assert only_german(german) is None
     dropped = only_german(PROSE)
     assert dropped is not None and dropped.rule == "language" and dropped.detail.startswith("en")
-    # English stop words are not asked of German text.
+    # German text needs no English stop words.
     assert "min_stop_words" not in {row["rule"] for row in Rules("web", languages=["de"]).describe()}
 
 
-def test_rules_can_be_sent_to_other_processes() -> None:
+def test_rules_can_be_pickled_for_other_processes() -> None:
     rules = pickle.loads(pickle.dumps(Rules("web", languages=["en"])))
     assert rules(PROSE) is None and rules("short").rule == "min_words"
 
 
-def test_wrong_choices_are_named() -> None:
+def test_unknown_presets_rules_and_languages_are_named() -> None:
     with pytest.raises(UserError, match="no rules 'strict'; choose none, light, web"):
         Rules("strict")
     with pytest.raises(UserError, match=r"no rule 'max_word' \(did you mean max_words\?\)"):
         Rules("web", overrides={"max_word": 3})
     with pytest.raises(UserError, match="it must be 0 or more"):
         Rules("web", overrides={"max_words": float("nan")})
-    with pytest.raises(UserError, match=r"--language xx: no such language; known are .*de, "):
+    with pytest.raises(UserError, match=r"`languages` has 'xx', which is unknown; known are .*de, "):
         Rules("web", languages=["xx"])
 
 
 @pytest.mark.parametrize(
     "text", ["", " ", "\n\n", "\0", "\ud800", "a" * 5_000_000, "\n" * 300_000, "a b " * 400_000]
 )
-def test_odd_texts_are_judged(text: str) -> None:
+def test_unusual_texts_are_judged(text: str) -> None:
     dropped = Rules("web")(text)
     assert dropped is not None
     assert Rules("none")(text) is None
@@ -228,7 +230,7 @@ def test_odd_texts_are_judged(text: str) -> None:
     ("text", "masked"),
     [
         ("write to a.b+c@mail.example.org.", "write to [EMAIL]."),
-        ("IBAN GB82 WEST 1234 5698 7654 32 please", "IBAN [IBAN] please"),  # the standard's own example
+        ("IBAN GB82 WEST 1234 5698 7654 32 please", "IBAN [IBAN] please"),  # the example of the standard
         ("IBAN GB83 WEST 1234 5698 7654 32", None),  # one digit off
         ("card 4111 1111 1111 1111, 378282246310005", "card [CARD], [CARD]"),  # test numbers of the networks
         ("card 4111 1111 1111 1112", None),
@@ -242,15 +244,15 @@ def test_odd_texts_are_judged(text: str) -> None:
     ],
 )
 def test_personal_data_is_masked(text: str, masked: str | None) -> None:
-    result, found = mask_personal_data(text)
+    result, counts = mask_personal_data(text)
     assert result == (masked or text)
-    assert found.total() == result.count("[")
+    assert counts.total() == result.count("[")
 
 
 @pytest.mark.parametrize(
     "unit", ["a", "@", "1", "1 ", ":", "a@", "+1-", "1.1.1.", "AB12", "(", "+1 (1) ", "a:b:", "4111 ", "a.@"]
 )
-def test_hostile_text_takes_time_in_proportion(unit: str) -> None:
+def test_masking_time_grows_in_proportion_to_hostile_text(unit: str) -> None:
     def seconds(length: int) -> float:
         text = unit * (length // len(unit))
         begun = time.perf_counter()
@@ -261,9 +263,7 @@ def test_hostile_text_takes_time_in_proportion(unit: str) -> None:
     assert seconds(400_000) < 40 * min(seconds(50_000) for _ in range(3)) + 0.2
 
 
-def test_curate_drops_by_rule_and_masks(tmp_path: Path) -> None:
-    from tercet.curation.pipeline import curate
-
+def test_curate_drops_by_rule_and_masks_personal_data(tmp_path: Path) -> None:
     source = tmp_path / "pages.jsonl"
     rows = [
         {"text": PROSE, "license": "CC0"},
@@ -276,8 +276,8 @@ def test_curate_drops_by_rule_and_masks(tmp_path: Path) -> None:
     assert made.dropped == {"min_words": 1, "min_sentences": 1}
     table = pq.read_table(tmp_path / "out" / "data").to_pylist()
     assert {row["masked"] for row in table} == {0, 1}
-    [kept] = [row for row in table if not row["masked"]]
-    assert (kept["text"], kept["licence"], kept["offset"]) == (PROSE, "CC0", 0)
+    [unmasked] = [row for row in table if not row["masked"]]
+    assert (unmasked["text"], unmasked["licence"], unmasked["offset"]) == (PROSE, "CC0", 0)
     [masked] = [row for row in table if row["masked"]]
     assert masked["text"].endswith("Write to [EMAIL].")
     # The offset is where the row begins in the file.

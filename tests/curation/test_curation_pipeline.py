@@ -1,4 +1,4 @@
-"""Raw text to shards: what stays is what should, the same however the work is cut, killed or divided."""
+"""Raw text to shards: the right documents stay, for every division of the work and after every kill."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sentence(generator: random.Random, length: int) -> str:
 
 
 def write_corpus(directory: Path, documents: int = 60) -> Path:
-    """Texts that are all different, and at the end: an exact copy, a near one, a test text, an empty row."""
+    """Write different texts, then an exact copy, a near-copy, a test text and an empty row."""
     generator = random.Random(documents)
     texts = [sentence(generator, generator.randint(20, 60)) for _ in range(documents)]
     long = sentence(generator, 300)
@@ -61,8 +61,8 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def report(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "report.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return content
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filtering, "PART_CHARACTERS", 2000)
 
 
-def test_what_is_dropped_and_what_stays(tmp_path: Path, small_parts: None) -> None:
+def test_copies_and_test_texts_are_dropped_and_the_rest_stays(tmp_path: Path, small_parts: None) -> None:
     data = write_corpus(tmp_path)
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     made = run(data, tmp_path / "out", decontaminate={"planets": [TEST]}, shard_mb=0.005)
@@ -92,28 +92,30 @@ def test_what_is_dropped_and_what_stays(tmp_path: Path, small_parts: None) -> No
     }  # fmt: skip
 
 
-def test_the_report_accounts_for_everything(tmp_path: Path, small_parts: None) -> None:
+def test_the_report_accounts_for_every_document(tmp_path: Path, small_parts: None) -> None:
     data = write_corpus(tmp_path)
     run(data, tmp_path / "out", decontaminate={"planets": [TEST, "not there at all, anywhere"]})
-    told = report(tmp_path / "out")
-    dropped = {row["reason"]: row for row in told["dropped"]}
+    account = report(tmp_path / "out")
+    dropped = {row["reason"]: row for row in account["dropped"]}
     [exact] = dropped["exact duplicate"]["examples"]
     assert exact["id"] == f"{data.as_posix()}:62"
     assert exact["detail"] == f"of {data.as_posix()}:4"
     [near] = dropped["near-duplicate"]["examples"]
     assert (near["id"], near["detail"]) == (f"{data.as_posix()}:63", f"of {data.as_posix()}:61")
-    assert told["read"]["documents"] - sum(row["documents"] for row in told["dropped"]) == 62
-    assert told["written"]["documents"] == 62
-    [source] = told["sources"]
-    assert source["read"] == told["read"]
-    assert source["written"] == told["written"]
+    assert account["read"]["documents"] - sum(row["documents"] for row in account["dropped"]) == 62
+    assert account["written"]["documents"] == 62
+    [source] = account["sources"]
+    assert source["read"] == account["read"]
+    assert source["written"] == account["written"]
     assert source["dropped"]["documents"] == 3
-    assert {(cluster["first"], cluster["documents"], cluster["exact"]) for cluster in told["clusters"]} == {
+    assert {
+        (cluster["first"], cluster["documents"], cluster["exact"]) for cluster in account["clusters"]
+    } == {
         (f"{data.as_posix()}:4", 2, 1),
         (f"{data.as_posix()}:61", 2, 0),
     }
-    assert told["decontamination"]["sets"] == [{"name": "planets", "texts": 2, "found": 1}]
-    assert told["decontamination"]["passages_removed"] == 2
+    assert account["decontamination"]["sets"] == [{"name": "planets", "texts": 2, "found": 1}]
+    assert account["decontamination"]["passages_removed"] == 2
     page = (tmp_path / "out" / "report.html").read_text()
     for words in (
         "exact duplicate",
@@ -126,7 +128,7 @@ def test_the_report_accounts_for_everything(tmp_path: Path, small_parts: None) -
         assert words in page
 
 
-def test_what_documents_say_is_no_markup(tmp_path: Path) -> None:
+def test_the_text_of_documents_is_escaped_in_the_page(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
         json.dumps({"text": "<script>alert(1)</script>"}) + "\n" + json.dumps({"text": "x"}) + "\n"
@@ -155,14 +157,14 @@ def test_the_output_is_the_same_for_any_number_of_processes(
         weights={str(data): 1.5},
     )
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    one, two = report(tmp_path / "one"), report(tmp_path / "two")
-    for account in (one, two):
+    accounts = [report(tmp_path / name) for name in ("one", "two")]
+    for account in accounts:
         for timing in ("seconds", "stages", "bytes_per_second"):
             account.pop(timing)
-    assert one == two
+    assert accounts[0] == accounts[1]
 
 
-def test_the_order_follows_from_the_seed_and_the_documents_do_not(tmp_path: Path) -> None:
+def test_the_seed_decides_the_order_and_not_the_documents(tmp_path: Path) -> None:
     data = write_corpus(tmp_path)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(data, tmp_path / name, seed=seed)
@@ -172,9 +174,9 @@ def test_the_order_follows_from_the_seed_and_the_documents_do_not(tmp_path: Path
     assert sorted(first) == sorted(other) != first
 
 
-def test_a_source_can_be_repeated_thinned_out_and_left_out(tmp_path: Path) -> None:
+def test_a_source_can_be_repeated_sampled_and_left_out(tmp_path: Path) -> None:
     names = [str(write_corpus(tmp_path / str(size), size)) for size in (50, 300, 70)]
-    # Other random texts in each, but for the test text, which the first source keeps.
+    # The sources differ except for the test text, which stays in the first source.
     weights = {names[0]: 2.0, names[1]: 0.5, names[2]: 0.0}
     made = run(names, tmp_path / "out", weights=weights)
     found = rows(tmp_path / "out")
@@ -198,7 +200,7 @@ def test_a_share_is_a_share_of_the_text_written(tmp_path: Path) -> None:
     assert size / made.bytes == pytest.approx(0.25, abs=0.04)
 
 
-def test_factors_by_hand() -> None:
+def test_factors_are_as_computed_by_hand() -> None:
     sizes = {"a": 100, "b": 300, "c": 50}
     assert factors({}, sizes) == {"a": 1, "b": 1, "c": 1}
     assert factors({"a": Weight(3.0)}, sizes)["a"] == 3
@@ -211,12 +213,12 @@ def test_factors_by_hand() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"d": Weight(2.0)}, "no text of this source"),
+        ({"d": Weight(2.0)}, "of which no text is left"),
         ({"a": Weight(1.0, share=True)}, "leave nothing for the rest"),
         ({"a": Weight(0.6, share=True), "b": Weight(0.5, share=True)}, "110%"),
     ],
 )
-def test_weights_that_cannot_be(weights: dict[str, Weight], message: str) -> None:
+def test_impossible_weights_are_refused(weights: dict[str, Weight], message: str) -> None:
     with pytest.raises(UserError, match=message):
         factors(weights, {"a": 100, "b": 300} if len(weights) == 2 else {"a": 100, "b": 300, "c": 50})
 
@@ -224,33 +226,33 @@ def test_weights_that_cannot_be(weights: dict[str, Weight], message: str) -> Non
 @pytest.mark.parametrize(
     "text", ["books", "=2", "books=two", "books=-1", "books=nan", "books=120%", "books=0%"]
 )
-def test_a_weight_that_is_none(text: str) -> None:
-    with pytest.raises(UserError, match="--weight"):
+def test_a_malformed_weight_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="`weights` is given"):
         parse_weight(text)
 
 
-def test_weights_are_read() -> None:
+def test_weights_are_parsed() -> None:
     assert parse_weight("a=b.txt=2") == ("a=b.txt", Weight(2.0))
     assert parse_weight("web=30%") == ("web", Weight(0.3, share=True))
 
 
-def test_draws_are_uniform_and_of_their_own() -> None:
+def test_draws_are_uniform_and_independent_of_the_order() -> None:
     ids = [f"d{number}" for number in range(4000)]
     drawn = copies(1.25, ids, seed=0)
     assert set(drawn.tolist()) == {1, 2}
     assert abs((drawn == 2).mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     keys = order_keys(ids, 0, 0)
     assert abs((keys < 2**63).mean() - 0.5) < 4 * 0.5 / 4000**0.5
-    # What is drawn must not stand together in the corpus.
+    # Drawn documents must not be neighbours in the corpus.
     assert abs((keys[drawn == 2] < 2**63).mean() - 0.5) < 4 * 0.5 / 1000**0.5
 
 
 VOCABULARY = st.sampled_from([*"abcdefg", "don't", "日本", "x_y", "É", ".", "\n\n"])
-SOME_TEXT = st.lists(VOCABULARY, max_size=40).map(" ".join)
+RANDOM_TEXT = st.lists(VOCABULARY, max_size=40).map(" ".join)
 
 
-@given(st.lists(SOME_TEXT, max_size=5), st.lists(SOME_TEXT, min_size=1, max_size=6), st.data())
-def test_whatever_decontamination_would_touch_is_a_suspect(
+@given(st.lists(RANDOM_TEXT, max_size=5), st.lists(RANDOM_TEXT, min_size=1, max_size=6), st.data())
+def test_every_document_that_decontamination_changes_is_a_suspect(
     tests: list[str], texts: list[str], data: st.DataObject
 ) -> None:
     if tests:  # most random texts match nothing
@@ -259,9 +261,9 @@ def test_whatever_decontamination_would_touch_is_a_suspect(
             f"a b {data.draw(st.sampled_from(tests))} c",
             f"f g\n\n{data.draw(st.sampled_from(tests))}",
         ]
-    found = Suspects(tests)(texts)
+    suspects = Suspects(tests)(texts)
     decontaminator = Decontaminator(tests)
-    for text, suspect in zip(texts, found.tolist(), strict=True):
+    for text, suspect in zip(texts, suspects.tolist(), strict=True):
         _, removed = decontaminator.clean(Document(text, "s", "d"))
         assert suspect or not removed
 
@@ -273,7 +275,7 @@ def test_most_documents_are_no_suspects() -> None:
     assert Suspects(tests)([*texts, TEST]).tolist() == [False] * 50 + [True]
 
 
-def test_test_texts_of_a_file(tmp_path: Path) -> None:
+def test_test_texts_are_read_from_files(tmp_path: Path) -> None:
     table = tmp_path / "t.jsonl"
     table.write_text('{"question": "how many?", "answer": "7"}\n{"prompt": "p", "question": "q"}\n')
     assert read_test_texts(table) == ["how many?", "p"]
@@ -289,14 +291,15 @@ def test_test_texts_of_a_file(tmp_path: Path) -> None:
 
 
 def test_tallies_add_up_and_survive_json() -> None:
-    one, two = Tally(), Tally()
-    for tally, count in ((one, 2), (two, 3)):
+    first, second = Tally(), Tally()
+    for tally, count in ((first, 2), (second, 3)):
         for number in range(count):
-            tally.came_in("a", 10)
+            tally.add_read("a", 10)
             tally.drop("rules", "short", "a", 10, {"id": f"{count}-{number}", "text": "", "detail": ""})
-    one.add(Tally.from_json(json.loads(json.dumps(two.to_json()))))
-    assert (one.read["a"].documents, one.dropped["short"].amount.bytes, one.lost["a"].documents) == (5, 50, 5)
-    assert [example["id"] for example in one.dropped["short"].examples] == ["2-0", "2-1", "3-0"]
+    first.add(Tally.from_json(json.loads(json.dumps(second.to_json()))))
+    short = first.dropped["short"]
+    assert (first.read["a"].documents, short.amount.bytes, first.lost["a"].documents) == (5, 50, 5)
+    assert [example["id"] for example in first.dropped["short"].examples] == ["2-0", "2-1", "3-0"]
 
 
 PROGRAM = """
@@ -306,7 +309,7 @@ from tercet.curation.pipeline import curate
 filtering.PART_CHARACTERS = 2000
 name, call = sys.argv[3], int(sys.argv[4])
 if name:
-    module = next(one for one in (shards, matching, writing) if hasattr(one, name))
+    module = next(module for module in (shards, matching, writing) if hasattr(module, name))
     original, count = getattr(module, name), 0
     def counted(*arguments):
         global count
@@ -333,7 +336,7 @@ def program(data: Path, out: Path, name: str = "", call: int = 0) -> subprocess.
     ("name", "call"),
     [("write_hashes", 3), ("find_duplicates", 1), ("write_scattered", 4), ("write_shard", 2)],
 )
-def test_a_killed_run_goes_on_and_ends_the_same(
+def test_a_killed_run_resumes_with_the_same_result(
     tmp_path: Path, small_parts: None, name: str, call: int
 ) -> None:
     data = write_corpus(tmp_path)
@@ -342,7 +345,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     assert not (tmp_path / "killed" / "report.json").exists()
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / ".work").glob("*.read.json")}
     made = run(data, tmp_path / "killed", decontaminate={"t": [TEST]}, shard_mb=0.005)
-    assert made.bytes_per_second is None  # what the first process did has no time
+    assert made.bytes_per_second is None  # the time of the first process is unknown
     assert done or name == "write_hashes"
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert report(tmp_path / "killed")["dropped"] == report(tmp_path / "whole")["dropped"]
@@ -350,7 +353,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     assert not (tmp_path / "killed" / ".work").exists()
 
 
-def test_parts_that_are_done_are_not_done_again(
+def test_finished_parts_are_not_repeated(
     tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_corpus(tmp_path)
@@ -373,7 +376,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
         run(data, tmp_path / "out", seed=1)
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, small_parts: None) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_loses_nothing(tmp_path: Path, small_parts: None) -> None:
     data = write_corpus(tmp_path)
     run(data, tmp_path / "whole", decontaminate={"t": [TEST]}, shard_mb=0.005)
     limited = f"""
@@ -414,8 +417,8 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     parent.wait()
     parent.stdout.close()
     assert workers
-    until = time.monotonic() + 10
-    while time.monotonic() < until and any(alive(worker) for worker in workers):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(alive(worker) for worker in workers):
         time.sleep(0.05)
     assert not any(alive(worker) for worker in workers)
 
@@ -429,7 +432,7 @@ def alive(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_mistake_in_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
+def test_a_user_error_in_a_worker_is_reported_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(UserError, match=r"bad\.jsonl"):
@@ -440,22 +443,22 @@ def test_a_mistake_in_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"engine": "spark"}, "local, ray"),
-        ({"processes": 0}, "--processes is 0"),
-        ({"bands": 0}, "--bands is 0"),
-        ({"shard_mb": 0}, "--shard-mb is 0"),
+        ({"processes": 0}, "`processes` is 0"),
+        ({"bands": 0}, "`bands` is 0"),
+        ({"shard_mb": 0}, "`shard_mb` is 0"),
         ({"seed": -1}, "`seed` is -1"),
-        ({"weights": {"books": 2.0}}, "--weight books: there is no such source"),
+        ({"weights": {"books": 2.0}}, "`weights` names 'books', which is no source"),
         ({"decontaminate": ["nowhere.jsonl"]}, "nowhere.jsonl"),
     ],
 )
-def test_a_users_mistake_is_one_line(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_a_user_error_is_one_line(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     data = write_corpus(tmp_path)
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         run(data, tmp_path / "out", **options)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_data_that_is_not_there_leaves_no_directory(tmp_path: Path) -> None:
+def test_missing_data_creates_no_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file or directory"):
         run(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "out").exists()

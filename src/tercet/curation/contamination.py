@@ -1,7 +1,7 @@
-"""Which documents may hold test texts, told fast; `tercet.data.decontaminate` then looks at those.
+"""Find the documents that may hold test texts, so that `tercet.data.decontaminate` examines only those.
 
-Most documents share no word 5-gram, or too few, with any test text. That is seen on hashes, for a whole
-part of the corpus at once. What this lets through is a superset of what the Decontaminator touches.
+Most documents share no word n-gram, or too few, with any test text. Hashes show that fast, for a whole part
+of the corpus at once. The documents selected here are a superset of those that the Decontaminator changes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tercet.errors import UserError
 from tercet.files import read_text
 
 _TEXT_FIELDS = ("text", "prompt", "question", "input", "sentence")
-_BITS = 20  # of a hash: a table of a megabyte, which stays in the cache
+_BITS = 20  # of a hash: a table of a megabyte, which fits into the processor's cache
 
 
 def read_test_texts(path: str | Path) -> list[str]:
-    """The test texts of a benchmark file: a ``.txt`` has one a line, a table one a row.
+    """Read the test texts of a benchmark file: one a line from ``.txt`` and ``.md``, one a row from a table.
 
     Raises:
-        UserError: the file can't be read, or its rows have none of the fields text, prompt, question,
+        UserError: The file can't be read, or its rows have none of the fields text, prompt, question,
             input and sentence.
     """
     path = Path(path)
@@ -38,10 +38,10 @@ def read_test_texts(path: str | Path) -> list[str]:
         for number, row in enumerate(read_rows(path), start=1):
             field = next((name for name in _TEXT_FIELDS if isinstance(row.get(name), str)), None)
             if field is None:
-                there = ", ".join(map(str, row)) or "none"
+                fields = ", ".join(map(str, row)) or "none"
                 raise UserError(
                     f"{path}, row {number}: no test text; the field must be one of {', '.join(_TEXT_FIELDS)}; "
-                    f"there are: {there}"
+                    f"there are: {fields}"
                 )
             texts.append(row[field])
     if not texts:
@@ -50,11 +50,7 @@ def read_test_texts(path: str | Path) -> list[str]:
 
 
 class Suspects:
-    """Says which documents a Decontaminator of the same texts has to look at.
-
-    Args:
-        texts: the test texts.
-    """
+    """A filter for the documents that a Decontaminator of the same test texts must examine."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         words, bounds = word_hashes(list(texts))
@@ -63,32 +59,32 @@ class Suspects:
             n = min(N, end - start)
             if not n:
                 continue
-            found = set(gram_hashes(words[start:end], np.array([0, end - start]), n)[0].tolist())
-            # A near-copy holds a share of the test's n-grams, the copy of a shorter one all.
+            grams = set(gram_hashes(words[start:end], np.array([0, end - start]), n)[0].tolist())
+            # A near-copy holds a share of the test's n-grams; a copy of a short test holds all of them.
             share = SHARE if end - start >= NEAR_MINIMUM_WORDS else 1.0
-            least = math.ceil(share * len(found))
-            known = needed.setdefault(n, {})
-            for gram in found:
-                known[gram] = min(least, known.get(gram, least))
-        self._tables = {n: _Table(known) for n, known in needed.items()}
+            minimum = math.ceil(share * len(grams))
+            minima = needed.setdefault(n, {})
+            for gram in grams:
+                minima[gram] = min(minimum, minima.get(gram, minimum))
+        self._tables = {n: _Table(minima) for n, minima in needed.items()}
 
     def __call__(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Which texts may hold a test text, shape (texts,)."""
+        """Return for each text whether it may hold a test text, shape (texts,)."""
         words, bounds = word_hashes(texts)
-        found = np.zeros(len(texts), dtype=bool)
+        suspect = np.zeros(len(texts), dtype=bool)
         for n, table in self._tables.items():
             grams, starts = gram_hashes(words, bounds, n)
             places, needed = table.hits(grams)
             owners = np.searchsorted(starts, places, side="right") - 1
             counts = np.bincount(owners, minlength=len(texts))
-            least = np.full(len(texts), np.iinfo(np.int64).max)
-            np.minimum.at(least, owners, needed)
-            found |= counts >= least
-        return found
+            minimum = np.full(len(texts), np.iinfo(np.int64).max)
+            np.minimum.at(minimum, owners, needed)
+            suspect |= counts >= minimum
+        return suspect
 
 
 class _Table:
-    """The test texts' n-grams, and of how many of them a document must hold one more for a match."""
+    """The n-grams of the test texts, each with the fewest n-grams that one of its tests needs for a match."""
 
     def __init__(self, needed: Mapping[int, int]) -> None:
         self._grams = np.array(sorted(needed), dtype=np.uint64)
@@ -97,9 +93,9 @@ class _Table:
         self._maybe[self._grams >> np.uint64(64 - _BITS)] = True
 
     def hits(self, grams: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The places of ``grams`` that are known, and for each how many its texts need at least."""
+        """Return the places of ``grams`` that are in the table, and the n-grams needed for a match of each."""
         places = np.flatnonzero(self._maybe[grams >> np.uint64(64 - _BITS)])
-        where = np.searchsorted(self._grams, grams[places])
-        where[where == len(self._grams)] = 0
-        same = self._grams[where] == grams[places]
-        return places[same], self._needed[where[same]]
+        entries = np.searchsorted(self._grams, grams[places])
+        entries[entries == len(self._grams)] = 0
+        same = self._grams[entries] == grams[places]
+        return places[same], self._needed[entries[same]]

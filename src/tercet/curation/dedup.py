@@ -1,14 +1,14 @@
-"""Copies of documents: exact ones by a hash, near ones by MinHash and locality-sensitive hashing.
+"""Find copies of documents: exact ones by a hash, near ones by MinHash and locality-sensitive hashing.
 
 A document is the set of its word 5-grams. Its MinHash signature (Broder 1997) has 14 bands of 8
-values; two documents are taken as near-duplicates where one band agrees, which at a Jaccard similarity
-``s`` of their sets happens with probability 1 - (1 - s^8)^14: 5% at 0.5, 56% at 0.7, 77% at 0.75, 92% at
+values; two documents count as near-duplicates if any band agrees, which at a Jaccard similarity ``s`` of
+their sets happens with probability 1 - (1 - s^8)^14: 5% at 0.5, 56% at 0.7, 77% at 0.75, 92% at
 0.8, half at 0.69. These are FineWeb's numbers (Penedo et al. 2024, arXiv 2406.17557, section 3.4), chosen
-there for a threshold of 0.75. Near-duplicates of near-duplicates are one cluster; the first document of
+there for a threshold of 0.75. Near-duplicates of near-duplicates form one cluster; the first document of
 a cluster, in the order of reading, stays.
 
-Memory holds no document and no signature: the hashes of all bands are on disk, one part's after the
-other's, and `duplicates` goes over them band by band.
+Memory holds no document and no signature: the hashes of all bands are on disk, part after part, and are read
+band by band.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tercet.curation.hashing import Hashes, gram_hashes, mixed, word_hashes
 from tercet.curation.settings import BANDS, ROWS
 
 NGRAM = 5
-_SORTED_AT_ONCE = 4_000_000  # hashes: 32 MB and their order as much again
+_SORTED_AT_ONCE = 4_000_000  # hashes: 32 MB, and as much for their order
 _WHITE_SPACE = b" \t\n\r\v\f"
 
 Indices = NDArray[np.signedinteger]
@@ -33,12 +33,13 @@ Indices = NDArray[np.signedinteger]
 
 @dataclass(frozen=True)
 class MinHash:
-    """How near-duplicates are found.
+    """The parameters of near-duplicate detection.
 
     Attributes:
-        bands, rows: more bands find more, more rows are stricter.
-        ngram: words in a shingle.
-        seed: of the random permutations.
+        bands: Bands of a signature; more bands find more near-copies.
+        rows: Values in a band; more rows are stricter.
+        ngram: Words in a shingle.
+        seed: Of the random permutations.
     """
 
     bands: int = BANDS
@@ -48,16 +49,16 @@ class MinHash:
 
     @property
     def threshold(self) -> float:
-        """The similarity at which a pair is found as likely as not."""
+        """The similarity at which a pair is found with probability one half."""
         return float((1 - 0.5 ** (1 / self.bands)) ** (1 / self.rows))
 
     def probability(self, similarity: float) -> float:
-        """The chance that two documents of this Jaccard similarity share a band."""
+        """Return the probability that two documents of this Jaccard similarity share a band."""
         return float(1 - (1 - similarity**self.rows) ** self.bands)
 
 
 def exact_keys(texts: Sequence[str]) -> Hashes:
-    """A 128-bit hash of each text without its white space, shape (2, texts)."""
+    """Hash each text without its white space to 128 bits, shape (2, texts)."""
     digests = b"".join(_digest(text) for text in texts)
     return np.frombuffer(digests, dtype="<u8").reshape(-1, 2).T.astype(np.uint64)
 
@@ -68,10 +69,13 @@ def _digest(text: str) -> bytes:
 
 
 def band_keys(texts: Sequence[str], minhash: MinHash) -> tuple[Hashes, NDArray[np.int64]]:
-    """A 64-bit hash of each band of each text, shape (bands, texts), and the texts' numbers of words.
+    """Hash each band of each text to 64 bits.
 
-    A text of fewer words than a shingle is one shingle; one without words has the hash 0 in every band
-    and is nobody's near-duplicate.
+    A text of fewer words than a shingle is one shingle. A text without words has the hash 0 in every band,
+    and is no near-duplicate of any other.
+
+    Returns:
+        The hashes, shape (bands, texts), and the number of words of each text.
     """
     from rensa import RMinHash
 
@@ -89,7 +93,7 @@ def band_keys(texts: Sequence[str], minhash: MinHash) -> tuple[Hashes, NDArray[n
 
 
 def _shingles(words: Hashes, bounds: NDArray[np.int64], n: int) -> tuple[Hashes, NDArray[np.int64]]:
-    """The n-grams of each text; all of its words as one where they are fewer than ``n``."""
+    """Hash the n-grams of each text; a text of fewer than ``n`` words is one n-gram."""
     grams, starts = gram_hashes(words, bounds, n)
     counts = np.diff(bounds)
     short = np.flatnonzero((counts > 0) & (counts < n))
@@ -106,18 +110,21 @@ def _shingles(words: Hashes, bounds: NDArray[np.int64], n: int) -> tuple[Hashes,
 
 
 class Columns(Protocol):
-    """Hashes of all documents, a named column at a time, one part of the documents after the other."""
+    """The hashes of all documents, by column."""
 
-    def parts(self, name: str) -> Iterator[Hashes]: ...
+    def parts(self, name: str) -> Iterator[Hashes]:
+        """Yield the hashes of the column ``name``, one part of the documents after the other."""
+        ...
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Which documents are copies. ``first[i]`` is i itself, or the document that stays in i's place.
+    """The clusters of copies among all documents.
 
     Attributes:
-        first: shape (documents,).
-        exact: whether the copy is exact, shape (documents,).
+        first: For each document the index of the document that stays in its place, or its own index if it
+            stays; shape (documents,).
+        exact: Whether the document is an exact copy, shape (documents,).
     """
 
     first: Indices
@@ -125,11 +132,12 @@ class Duplicates:
 
     @property
     def kept(self) -> NDArray[np.bool_]:
+        """Whether each document stays, shape (documents,)."""
         return np.asarray(self.first == np.arange(len(self.first), dtype=self.first.dtype))
 
 
 def exact_duplicates(columns: Columns, count: int) -> Duplicates:
-    """Documents whose 128-bit keys (columns ``exact0`` and ``exact1``) are those of an earlier one."""
+    """Find the documents whose 128-bit keys (columns ``exact0`` and ``exact1``) occurred before."""
     first = _numbers(count)
     exact = np.zeros(count, dtype=np.bool_)
     for low, places in _in_pieces(columns, "exact0", count):
@@ -143,7 +151,7 @@ def exact_duplicates(columns: Columns, count: int) -> Duplicates:
 
 
 def near_duplicates(columns: Columns, exact: Duplicates, minhash: MinHash) -> Duplicates:
-    """The clusters of those that are no exact copies, by the columns ``band0``, ``band1`` and so on."""
+    """Join the documents that are no exact copies into clusters, by the columns ``band0``, ``band1`` and so on."""
     count = len(exact.first)
     parents = _numbers(count)
     for band in range(minhash.bands):
@@ -157,62 +165,64 @@ def near_duplicates(columns: Columns, exact: Duplicates, minhash: MinHash) -> Du
             _union(parents, places[joined], places[heads[joined]])
     while _shortened(parents):
         pass
-    # An exact copy goes where the document goes that it is a copy of.
+    # An exact copy belongs to the cluster of its original.
     return Duplicates(_looked_up(parents, exact.first), exact.exact)
 
 
 def _numbers(count: int) -> Indices:
-    """0 to ``count`` - 1, in 32 bits where they fit: a hundred million short documents are 400 MB."""
+    """Return 0 to ``count`` - 1, in 32 bits if they fit: 400 MB for a hundred million short documents."""
     return np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
 
 
 def _in_pieces(columns: Columns, name: str, count: int) -> Iterator[tuple[Hashes, Indices]]:
-    """The column's hashes with their documents' numbers, divided by value so that each piece is small.
+    """Yield the column's hashes and their documents in small pieces, divided by the value of the hash.
 
     Equal hashes are in one piece.
     """
     pieces = max(1, -(-count // _SORTED_AT_ONCE))
     for piece in range(pieces):
-        found: list[Hashes] = []
+        hashes: list[Hashes] = []
         places: list[Indices] = []
         start = 0
         for part in columns.parts(name):
-            # The high bits: the low ones would do as well, the hashes are uniform.
+            # Any bits would do: the hashes are uniform.
             chosen = np.flatnonzero((part >> np.uint64(32)) % np.uint64(pieces) == piece)
-            found.append(part[chosen])
+            hashes.append(part[chosen])
             places.append(np.asarray(chosen + start, dtype=np.int64))
             start += len(part)
-        if found:
-            yield np.concatenate(found), np.concatenate(places)
+        if hashes:
+            yield np.concatenate(hashes), np.concatenate(places)
 
 
 def _gathered(columns: Columns, name: str, places: Indices) -> Hashes:
-    """The column at ``places``, which ascend."""
-    found = np.empty(len(places), dtype=np.uint64)
+    """Return the column's hashes at ``places``, which ascend."""
+    hashes = np.empty(len(places), dtype=np.uint64)
     start = done = 0
     for part in columns.parts(name):
         end = int(np.searchsorted(places, start + len(part)))
-        found[done:end] = part[places[done:end] - start]
+        hashes[done:end] = part[places[done:end] - start]
         start, done = start + len(part), end
-    return found
+    return hashes
 
 
 def _heads(same: NDArray[np.bool_], count: int) -> Indices:
-    """Where the run of equal values that each of ``count`` sorted values is in begins.
+    """Return, for each of ``count`` sorted values, the index at which its run of equal values begins.
 
-    same: of each value but the first, whether it equals the one before it.
+    Args:
+        same: For each value but the first, whether it equals the previous value.
+        count: The number of values.
     """
     begins = np.ones(count, dtype=np.bool_)
     begins[1:] = ~same
-    found: Indices = np.maximum.accumulate(np.where(begins, np.arange(count), 0))
-    return found
+    heads: Indices = np.maximum.accumulate(np.where(begins, np.arange(count), 0))
+    return heads
 
 
-def _union(parents: Indices, ones: Indices, others: Indices) -> None:
-    """Join each pair. The lowest number of a cluster is its root, and no parent is above its child."""
-    new = np.flatnonzero(parents[ones] != parents[others])
-    for one, other in zip(ones[new].tolist(), others[new].tolist(), strict=True):
-        first, second = _root(parents, one), _root(parents, other)
+def _union(parents: Indices, left: Indices, right: Indices) -> None:
+    """Join each pair. The lowest index of a cluster is its root, and no parent is above its child."""
+    new = np.flatnonzero(parents[left] != parents[right])
+    for a, b in zip(left[new].tolist(), right[new].tolist(), strict=True):
+        first, second = _root(parents, a), _root(parents, b)
         if first != second:
             parents[max(first, second)] = min(first, second)
 
@@ -224,7 +234,7 @@ def _root(parents: Indices, node: int) -> int:
 
 
 def _shortened(parents: Indices) -> bool:
-    """Lead everyone to its parent's parent; whether that changed anything."""
+    """Replace each parent by its own parent, and return whether that changed anything."""
     grand = _looked_up(parents, parents)
     changed = not np.array_equal(grand, parents)
     parents[:] = grand
@@ -232,8 +242,8 @@ def _shortened(parents: Indices) -> bool:
 
 
 def _looked_up(table: Indices, places: Indices) -> Indices:
-    """``table[places]``, some at a time: numpy makes 64-bit copies of the places it looks up."""
-    found = np.empty_like(places)
+    """Return ``table[places]``, computed in pieces, because numpy makes 64-bit copies of the indices."""
+    values = np.empty_like(places)
     for start in range(0, len(places), _SORTED_AT_ONCE):
-        found[start : start + _SORTED_AT_ONCE] = table[places[start : start + _SORTED_AT_ONCE]]
-    return found
+        values[start : start + _SORTED_AT_ONCE] = table[places[start : start + _SORTED_AT_ONCE]]
+    return values

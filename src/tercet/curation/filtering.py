@@ -1,4 +1,4 @@
-"""The first stage: documents are read, the rules drop some, the rest is masked, hashed and written in parts."""
+"""The first stage: read documents, drop some by the rules, mask and hash the rest, write it in parts."""
 
 from __future__ import annotations
 
@@ -11,45 +11,52 @@ import numpy as np
 import pyarrow as pa
 
 from tercet.curation import dedup, shards
-from tercet.curation.filters import Rules, mask_personal_data
+from tercet.curation.filters import Rules
 from tercet.curation.hashing import word_hashes
+from tercet.curation.personal_data import mask_personal_data
 from tercet.curation.tally import Tally, example
-from tercet.curation.work import Settings, Work
+from tercet.curation.work import StageSettings, Work
 from tercet.data.document import Document
 from tercet.data.documents import read_documents
 from tercet.files import read_json, write_json
 
-PART_CHARACTERS = 8_000_000  # of text: what a process works on at once
-LARGEST = 1_000_000_000  # bytes of one document; a table's text column ends at twice that
+PART_CHARACTERS = 8_000_000  # of the text that a process works on at once
+MAX_DOCUMENT_BYTES = 1_000_000_000  # a table's text column holds twice as many
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sources that are read one after the other by one reader, and their place among all."""
+    """Sources that one reader reads one after the other.
+
+    Attributes:
+        number: The index of the group among all.
+        sources: As `tercet.data.documents.read_documents` takes them.
+    """
 
     number: int
     sources: tuple[str, ...]
 
     def part(self, number: int) -> str:
+        """Return the name of a part of the group; names sort in the order of reading."""
         return f"{self.number:06d}-{number:06d}"
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about ``PART_CHARACTERS``."""
-    held: list[Document] = []
+    """Yield documents in lists of about ``PART_CHARACTERS``."""
+    batch: list[Document] = []
     size = 0
     for document in documents:
-        held.append(document)
+        batch.append(document)
         size += len(document.text)
         if size >= PART_CHARACTERS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def filter_group(work: Work, group: Group) -> int:
-    """Read a group's sources and filter all of their parts; the bytes of text that were read."""
+    """Read and filter all parts of a group, and return the bytes of text that were read."""
     size = parts = 0
     skipped: Counter[str] = Counter()
     for number, documents in enumerate(batches(read_documents(group.sources, skipped))):
@@ -60,51 +67,53 @@ def filter_group(work: Work, group: Group) -> int:
 
 
 def finish_group(work: Work, group: Group, parts: int, skipped: Mapping[str, int]) -> None:
-    """Note that a group is read to its end."""
+    """Write the marker of a group that was read to its end."""
     write_json(work.path(f"{group.number:06d}.group.json"), {"parts": parts, "skipped": dict(skipped)})
 
 
 def group_is_done(work: Work, group: Group) -> bool:
+    """Return whether a group was read to its end."""
     return work.path(f"{group.number:06d}.group.json").is_file()
 
 
 def part_is_read(work: Work, part: str) -> bool:
+    """Return whether a part was read and filtered."""
     return work.path(f"{part}.read.json").is_file()
 
 
 def filter_batch(work: Work, part: tuple[str, Sequence[Document]]) -> int:
-    """`filter_part` with one argument, as workers call it."""
+    """Call `filter_part` with one argument, as workers do."""
     return filter_part(work, *part)
 
 
 def filter_part(work: Work, part: str, documents: Sequence[Document]) -> int:
-    """Apply the rules to a part's documents, mask, hash and write what stays; the bytes that came in."""
+    """Apply the rules to a part's documents, mask, hash and write the rest, and return the bytes that were read."""
     if part_is_read(work, part):
         return sum(amount["bytes"] for amount in read_json(work.path(f"{part}.read.json"))["read"].values())
     settings, tally = work.settings, Tally()
     rules = rules_of(settings)
-    kept: list[Document] = []
+    documents_kept: list[Document] = []
     masked: list[int] = []
     for document in documents:
         size = len(document.text.encode("utf-8"))
-        tally.came_in(document.source, size)
-        if size > LARGEST:
-            told = example(document.id, document.text, f"{size:,} bytes")
-            tally.drop("reading", "larger than 1 GB", document.source, size, told)
+        tally.add_read(document.source, size)
+        if size > MAX_DOCUMENT_BYTES:
+            shown = example(document.id, document.text, f"{size:,} bytes")
+            tally.drop("reading", "larger than 1 GB", document.source, size, shown)
             continue
-        if dropped := rules(document.text):
-            told = example(document.id, document.text, dropped.detail)
-            tally.drop("rules", dropped.rule, document.source, size, told)
+        if reason := rules(document.text):
+            shown = example(document.id, document.text, reason.detail)
+            tally.drop("rules", reason.rule, document.source, size, shown)
             continue
-        found: Counter[str] = Counter()
+        values: Counter[str] = Counter()
         if settings.mask_personal_data:
-            text, found = mask_personal_data(document.text)
+            text, values = mask_personal_data(document.text)
             document = replace(document, text=text)
-            tally.personal.update(found)
-            tally.masked_documents += bool(found)
-        masked.append(found.total())
-        kept.append(document)
-    texts = [document.text for document in kept]
+            tally.personal.update(values)
+            tally.masked_documents += bool(values)
+        masked.append(values.total())
+        documents_kept.append(document)
+    texts = [document.text for document in documents_kept]
     hashes = dedup.exact_keys(texts)
     if settings.minhash:
         keys, words = dedup.band_keys(texts, settings.minhash)
@@ -113,10 +122,10 @@ def filter_part(work: Work, part: str, documents: Sequence[Document]) -> int:
         words = np.diff(word_hashes(texts)[1])
     columns = {
         "text": texts,
-        "source": [document.source for document in kept],
-        "id": [document.id for document in kept],
-        "offset": [document.offset for document in kept],
-        "licence": [document.licence for document in kept],
+        "source": [document.source for document in documents_kept],
+        "id": [document.id for document in documents_kept],
+        "offset": [document.offset for document in documents_kept],
+        "licence": [document.licence for document in documents_kept],
         "bytes": [len(text.encode("utf-8")) for text in texts],
         "words": words,
         "masked": masked,
@@ -127,8 +136,12 @@ def filter_part(work: Work, part: str, documents: Sequence[Document]) -> int:
     return sum(amount.bytes for amount in tally.read.values())
 
 
-def rules_of(settings: Settings) -> Rules:
-    """The rules that drop documents. UserError where there are no such rules."""
+def rules_of(settings: StageSettings) -> Rules:
+    """Return the rules of the settings.
+
+    Raises:
+        UserError: There is no such preset, rule or language.
+    """
     return _rules(settings.preset, settings.languages, settings.rules)
 
 

@@ -1,8 +1,8 @@
-"""The rules that drop documents: each has a number, a published source, and gives its reason.
+"""The rules that drop documents; each has a limit and a published source, and gives its reason.
 
 Thresholds are those of C4 (Raffel et al. 2020, arXiv:1910.10683), Gopher (Rae et al. 2021,
-arXiv:2112.11446, section A.1 and table A1) and FineWeb (Penedo et al. 2024, arXiv:2406.17557). Documents
-stay or go whole; lines are never cut out of them.
+arXiv:2112.11446, section A.1 and table A1) and FineWeb (Penedo et al. 2024, arXiv:2406.17557). A document
+stays or is dropped as a whole; no lines are removed from it.
 """
 
 from __future__ import annotations
@@ -10,52 +10,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
-from tercet.curation import PRESETS
 from tercet.curation.language import Languages
-from tercet.curation.personal_data import mask_personal_data
+from tercet.curation.reason import Reason
+from tercet.curation.settings import Preset
 from tercet.curation.text_statistics import STOP_WORDS, Counts, Words, count, duplicate_grams, top_gram
 from tercet.errors import UserError, nearest
 
-__all__ = ["PRESETS", "Dropped", "Rules", "mask_personal_data"]
-
-LONGEST = 4_000_000  # characters of a document that are looked at: enough to judge it, and bounds memory
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """Why a document goes: the rule, and what was found."""
-
-    rule: str
-    detail: str
+PRESETS: tuple[str, ...] = get_args(Preset)
+MEASURED_CHARACTERS = 4_000_000  # of a document: enough to judge it, and a bound of memory
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """A number of a text that must not be below (``min_``) or above (``max_``) a limit.
-
-    web, light: the limit in each preset; None where the preset has no such rule.
-    """
+    """A measurement of a text that must not be below (``min_``) or above (``max_``) a limit."""
 
     name: str
-    web: float | None
+    web: float | None  # the limit in this preset; None: the preset has no such rule
     light: float | None
     meaning: str
     source: str
-    measure: Callable[[Counts], float | None]  # None: the rule says nothing of such a text
+    measure: Callable[[Counts], float | None]  # None: the rule does not apply to this text
 
 
 def _share(part: str, whole: str) -> Callable[[Counts], float | None]:
     def measure(counts: Counts) -> float | None:
-        of = getattr(counts, whole)
-        return getattr(counts, part) / of if of else None  # a share of nothing is no share
+        total = getattr(counts, whole)
+        return getattr(counts, part) / total if total else None
 
     return measure
 
 
 def _mean_length(counts: Counts) -> float | None:
-    # Where each character is a word, lengths say nothing.
+    # In scripts where each character is a word, lengths mean nothing.
     if not counts.plain_words or 2 * counts.unspaced > counts.plain_words:
         return None
     return counts.plain_length / counts.plain_words
@@ -85,7 +73,7 @@ _STRUCTURE = (
           _share("duplicate_paragraph_length", "characters")),
 )  # fmt: skip
 _ENGLISH = _Rule(
-    "min_stop_words", 2, None, f"different ones of {', '.join(STOP_WORDS)}", "Gopher", lambda c: c.stop_words
+    "min_stop_words", 2, None, f"different words of {', '.join(STOP_WORDS)}", "Gopher", lambda c: c.stop_words
 )
 _PHRASE = "max_lorem_ipsum"
 _TOP = {2: 0.2, 3: 0.18, 4: 0.16}
@@ -93,19 +81,7 @@ _REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 class Rules:
-    """Rules that judge a text: ``rules(text)`` is None where it stays, else the first reason to drop it.
-
-    Args:
-        preset: ``web`` for pages of the web; ``light`` for books, code and notes, of which only scraps and
-            what repeats itself go; ``none``.
-        languages: ISO 639-1 codes of those that stay; None: all, and the language is not looked for.
-        overrides: other limits by the name of the rule. ``inf`` switches a ``max_`` rule off, 0 a ``min_`` one.
-
-    The rule on stop words is of English: it holds where ``languages`` is None or has ``en`` alone.
-
-    Raises:
-        UserError: there is no such preset, rule or language.
-    """
+    """The rules of a preset; calling them with a text gives the first reason to drop it, or None."""
 
     def __init__(
         self,
@@ -114,6 +90,19 @@ class Rules:
         languages: Sequence[str] | None = None,
         overrides: Mapping[str, float] | None = None,
     ) -> None:
+        """Choose the rules.
+
+        The rule on stop words is for English: it applies if ``languages`` is None or ``en`` alone.
+
+        Args:
+            preset: ``web`` for web pages; ``light`` for books, code and notes, of which only scraps and
+                repetitive texts are dropped; ``none``.
+            languages: ISO 639-1 codes of the languages that stay; None: all, without identification.
+            overrides: Other limits by the name of the rule. ``inf`` disables a ``max_`` rule, 0 a ``min_`` rule.
+
+        Raises:
+            UserError: There is no such preset, rule or language.
+        """
         self._arguments = (preset, None if languages is None else tuple(languages), dict(overrides or {}))
         if preset not in PRESETS:
             raise UserError(f"there are no rules {preset!r}; choose {', '.join(PRESETS)}")
@@ -135,7 +124,7 @@ class Rules:
             if math.isnan(limit) or limit < 0:
                 raise UserError(f"the limit of {name} is {limit}; it must be 0 or more")
             numbers[name] = limit
-        # What can never be broken costs no time.
+        # A rule that no text can break is left out, so that it costs no time.
         self._limits = {
             name: limit
             for name, limit in numbers.items()
@@ -152,44 +141,45 @@ class Rules:
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Made again in the other process: the language model is large, and rules hold functions.
+        # Another process makes the rules again: the language model is large, and rules hold functions.
         return _rules, self._arguments
 
-    def __call__(self, text: str) -> Dropped | None:
-        text = text[:LONGEST]
+    def __call__(self, text: str) -> Reason | None:
+        """Return the first reason to drop ``text``, or None if it stays."""
+        text = text[:MEASURED_CHARACTERS]
         if self._limits:
             if _PHRASE in self._limits:
-                found = text.count("orem ipsum") + text.count("OREM IPSUM")
-                if found > self._limits[_PHRASE]:
-                    return Dropped(_PHRASE, f"{found} times")
+                times = text.count("orem ipsum") + text.count("OREM IPSUM")
+                if times > self._limits[_PHRASE]:
+                    return Reason(_PHRASE, f"{times} times")
             counts, words = count(text)
-            if dropped := self._judge(counts) or self._judge_repetition(counts, words):
-                return dropped
+            if reason := self._judge(counts) or self._judge_repetition(counts, words):
+                return reason
         return self._languages(text) if self._languages is not None else None
 
-    def _judge(self, counts: Counts) -> Dropped | None:
-        for rule, measure, least, limit in self._structure:
+    def _judge(self, counts: Counts) -> Reason | None:
+        for rule, measure, is_minimum, limit in self._structure:
             value = measure(counts)
-            if value is not None and (value < limit if least else value > limit):
-                side = "fewer than" if least else "more than"
-                return Dropped(rule.name, f"{value:,.4g} {rule.meaning}, {side} {limit:,g}")
+            if value is not None and (value < limit if is_minimum else value > limit):
+                side = "fewer than" if is_minimum else "more than"
+                return Reason(rule.name, f"{value:,.4g} {rule.meaning}, {side} {limit:,g}")
         return None
 
-    def _judge_repetition(self, counts: Counts, words: Words) -> Dropped | None:
+    def _judge_repetition(self, counts: Counts, words: Words) -> Reason | None:
         for n, limit in self._top:
-            if (found := top_gram(words, n) / max(1, counts.characters)) > limit:
-                return Dropped(_top_name(n), f"{found:.3f} of the characters, more than {limit:g}")
+            if (share := top_gram(words, n) / max(1, counts.characters)) > limit:
+                return Reason(_top_name(n), f"{share:.3f} of the characters, more than {limit:g}")
         for n, limit in self._repeated:
             if (length := duplicate_grams(words, n)) > limit * counts.characters:
-                found = length / counts.characters
-                return Dropped(_repeated_name(n), f"{found:.3f} of the characters, more than {limit:g}")
-            # Where no n words come twice, no longer run does.
+                share = length / counts.characters
+                return Reason(_repeated_name(n), f"{share:.3f} of the characters, more than {limit:g}")
+            # If no n words occur twice, no longer sequence does.
             if not length:
                 break
         return None
 
     def describe(self) -> list[dict[str, Any]]:
-        """The rules in force, for the report: name, limit, what is measured, where the number is from."""
+        """Return the active rules for the report: name, limit, what is measured, the source of the limit."""
         described = [
             {"rule": name, "limit": limit, "of": meaning, "source": source}
             for name, meaning, source in _all()
@@ -199,6 +189,7 @@ class Rules:
 
 
 def _rules(preset: str, languages: Sequence[str] | None, overrides: Mapping[str, float]) -> Rules:
+    """Make rules from positional arguments, as unpickling does."""
     return Rules(preset, languages=languages, overrides=overrides)
 
 
@@ -211,6 +202,7 @@ def _repeated_name(n: int) -> str:
 
 
 def _all() -> Iterator[tuple[str, str, str]]:
+    """Yield name, meaning and source of every rule."""
     for rule in (*_STRUCTURE, _ENGLISH):
         yield rule.name, rule.meaning, rule.source
     yield _PHRASE, "times lorem ipsum", "C4"

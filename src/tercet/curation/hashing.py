@@ -1,9 +1,9 @@
-"""Words and word n-grams as 64-bit numbers, computed for many documents at once.
+"""Hash words and word n-grams to 64 bits, for many documents at once.
 
-The words are those of `tercet.data.decontaminate.words` (case folded, punctuation left out, each
-character of an unspaced script a word), so that what is counted here can be checked there. A word's
-number is a polynomial in its characters modulo 2^64, mixed; all of a batch comes out of a few numpy
-passes over its characters, some hundred times faster than Python strings in sets.
+The words are those of `tercet.data.decontaminate.words` (case folded, without punctuation, each character of
+an unspaced script a word), so that counts here can be checked there. The hash of a word is a polynomial in
+its characters modulo 2^64, mixed. A few numpy operations over the characters of a batch compute all hashes,
+about a hundred times faster than sets of Python strings.
 """
 
 from __future__ import annotations
@@ -15,25 +15,21 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from tercet.curation.characters import HASH_BASE, TABLE_SIZE, UNSPACED_RANGES
+
 Hashes = NDArray[np.uint64]
 
-_CHUNK = 1 << 20  # characters worked on at once: 8 MB an array
-_BASE = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
-_LETTER, _UNSPACED = 1, 2  # classes of characters; 0 stands between words
-_TABLE = 0x33480  # above the last ideographs no character is part of a word
-_UNSPACED_RANGES = (
-    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF),
-    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF),
-)  # fmt: skip
+_CHUNK = 1 << 20  # characters of one operation: 8 MB an array
+_LETTER, _UNSPACED = 1, 2  # classes of characters; 0 separates words
 
 
 def mixed(values: Hashes) -> Hashes:
-    """A bijection of 64-bit numbers that spreads every bit over all (the finaliser of SplitMix64)."""
+    """Mix the bits of 64-bit numbers with a bijection: the finaliser of SplitMix64."""
     return _mix(values.copy())
 
 
 def _mix(values: Hashes) -> Hashes:
-    """`mixed` in place, some at a time: no second array of a large document's words."""
+    """Mix in place and in pieces, without a second array of a large document's words."""
     flat = values.reshape(-1)
     for start in range(0, len(flat), _CHUNK):
         part = flat[start : start + _CHUNK]
@@ -47,25 +43,27 @@ def _mix(values: Hashes) -> Hashes:
 
 @cache
 def _classes() -> NDArray[np.uint8]:
-    table = np.zeros(_TABLE + 1, dtype=np.uint8)
-    table[:_TABLE] = np.fromiter(map(str.isalnum, map(chr, range(_TABLE))), dtype=np.uint8, count=_TABLE)
-    for first, last in _UNSPACED_RANGES:
+    table = np.zeros(TABLE_SIZE + 1, dtype=np.uint8)
+    table[:TABLE_SIZE] = np.fromiter(
+        map(str.isalnum, map(chr, range(TABLE_SIZE))), dtype=np.uint8, count=TABLE_SIZE
+    )
+    for first, last in UNSPACED_RANGES:
         table[first : last + 1] = _UNSPACED
     return table
 
 
 @cache
 def _powers() -> tuple[Hashes, Hashes]:
-    """``_BASE`` to the power of each place in a chunk, and the inverses modulo 2^64."""
-    inverse = pow(_BASE, -1, 1 << 64)
+    """Return the powers of ``HASH_BASE`` for each place in a chunk, and their inverses modulo 2^64."""
+    inverse = pow(HASH_BASE, -1, 1 << 64)
     ones = np.ones(_CHUNK + 1, dtype=np.uint64)
     up, down = ones.copy(), ones
-    up[1:], down[1:] = np.uint64(_BASE), np.uint64(inverse)
+    up[1:], down[1:] = np.uint64(HASH_BASE), np.uint64(inverse)
     return np.cumprod(up, dtype=np.uint64), np.cumprod(down, dtype=np.uint64)
 
 
 def folded(text: str) -> str:
-    """The text as its words are compared: NFKC, case folded, without apostrophes."""
+    """Normalise a text for the comparison of words: NFKC, case folded, without apostrophes."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "")
     else:
@@ -74,39 +72,39 @@ def folded(text: str) -> str:
 
 
 def word_hashes(texts: Sequence[str]) -> tuple[Hashes, NDArray[np.int64]]:
-    """The words of all texts one after the other, and where each text's begin.
+    """Hash the words of all texts.
 
     Returns:
-        The hashes, shape (words,), and the bounds, shape (texts + 1,): text i has the words from
-        bounds[i] to bounds[i + 1].
+        The hashes, text after text, shape (words,), and the bounds, shape (texts + 1,): text i has the words
+        from bounds[i] to bounds[i + 1].
     """
-    found: list[Hashes] = []
+    parts: list[Hashes] = []
     counts = np.zeros(len(texts) + 1, dtype=np.int64)
     for first, pieces in _chunks(texts):
         hashes, places = _hash_words("\n".join(pieces))
         ends = np.cumsum([len(piece) + 1 for piece in pieces])
-        until = np.searchsorted(places, ends)
-        counts[first + 1 : first + 1 + len(pieces)] += np.diff(until, prepend=0)
-        found.append(hashes)
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.uint64), np.cumsum(counts)
+        bounds = np.searchsorted(places, ends)
+        counts[first + 1 : first + 1 + len(pieces)] += np.diff(bounds, prepend=0)
+        parts.append(hashes)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64), np.cumsum(counts)
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Texts in groups of at most a chunk's characters, with the number of the first.
+    """Yield normalised texts in groups of at most `_CHUNK` characters, each with the index of its first text.
 
-    A longer text comes in several pieces, cut between words where there is a space in reach.
+    A longer text is yielded in several pieces, cut between words if a chunk has a space.
     """
-    held: list[str] = []
+    group: list[str] = []
     size = first = 0
     for index, raw in enumerate(texts):
         text = folded(raw)
-        if held and size + len(text) + 1 > _CHUNK:
-            yield first, held
-            held, size = [], 0
-        if not held:
+        if group and size + len(text) + 1 > _CHUNK:
+            yield first, group
+            group, size = [], 0
+        if not group:
             first = index
         if len(text) <= _CHUNK - 1:
-            held.append(text)
+            group.append(text)
             size += len(text) + 1
             continue
         start = 0
@@ -116,17 +114,19 @@ def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
                 end = max(text.rfind(" ", start, end), text.rfind("\n", start, end)) + 1 or end
             yield index, [text[start:end]]
             start = end
-    if held:
-        yield first, held
+    if group:
+        yield first, group
 
 
 def _hash_words(text: str) -> tuple[Hashes, NDArray[np.int64]]:
-    """The hash of each word of a chunk, and its first character's place."""
+    """Return the hash of each word of a chunk, and the place of its first character."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    kinds = _classes()[np.minimum(points, _TABLE)]
+    kinds = _classes()[np.minimum(points, TABLE_SIZE)]
     inside = kinds > 0
     alone = kinds == _UNSPACED
-    joins = np.zeros(len(points) + 1, dtype=bool)  # whether a character goes on with the word before it
+    joins = np.zeros(
+        len(points) + 1, dtype=bool
+    )  # whether a character continues the word of the previous one
     joins[1:-1] = (kinds[1:] == _LETTER) & (kinds[:-1] == _LETTER)
     starts = np.flatnonzero(inside & (alone | ~joins[:-1]))
     ends = np.flatnonzero(inside & (alone | ~joins[1:])) + 1
@@ -137,15 +137,16 @@ def _hash_words(text: str) -> tuple[Hashes, NDArray[np.int64]]:
 
 
 def gram_hashes(words: Hashes, bounds: NDArray[np.int64], n: int) -> tuple[Hashes, NDArray[np.int64]]:
-    """The word n-grams of every text, in order, and where each text's begin.
+    """Hash the word n-grams of every text; a text with fewer than ``n`` words has none.
 
-    A text with fewer than ``n`` words has none.
+    Returns:
+        The hashes, text after text, and the bounds of each text, as `word_hashes` gives them.
     """
     counts = np.maximum(np.diff(bounds) - n + 1, 0)
     if len(words) < n:
         return np.zeros(0, dtype=np.uint64), np.zeros(len(bounds), dtype=np.int64)
     runs = _runs(words, n)
-    # Places where a gram begins whose words all belong to one text.
+    # Only the n-grams whose words all belong to one text.
     whole = np.ones(len(runs), dtype=bool)
     for back in range(1, n):
         borders = bounds[1:-1] - back
@@ -154,10 +155,10 @@ def gram_hashes(words: Hashes, bounds: NDArray[np.int64], n: int) -> tuple[Hashe
 
 
 def _runs(words: Hashes, n: int) -> Hashes:
-    """The hash of the ``n`` words from each place on: order counts."""
+    """Hash the ``n`` words from each place on, in their order."""
     length = len(words) - n + 1
     total = words[:length].copy()
     for place in range(1, n):
-        total *= np.uint64(_BASE)
+        total *= np.uint64(HASH_BASE)
         total += words[place : place + length]
     return _mix(total)

@@ -1,4 +1,4 @@
-"""The second stage: which documents are copies, and from that how many shards there will be."""
+"""The second stage: find the documents that are copies, and plan the shards."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ import pyarrow as pa
 
 from tercet.curation import dedup, mixture, shards
 from tercet.curation.dedup import Duplicates
+from tercet.curation.tally import EXAMPLES
 from tercet.curation.work import Work
 from tercet.files import atomic_directory, write_json
 
-CLUSTERS = 10  # of duplicates, that the report shows
-_MEMBERS = 4  # of a cluster, beside the first, whose ids are shown
+CLUSTERS = 10  # of duplicates in the report
+_MEMBERS = 4  # of a cluster in the report, besides the first
 
 
 def find_duplicates(work: Work) -> None:
-    """Write which documents are copies (``duplicates``) and how many shards there will be (``plan.json``)."""
+    """Write the clusters of copies (``duplicates``) and the plan of the shards (``plan.json``)."""
     if work.path("plan.json").is_file():
         return
     parts = work.parts()
     files = shards.HashFiles([work.path(f"{part}.npy") for part in parts], work.hash_names())
     lengths = files.lengths()
-    found = dedup.exact_duplicates(files, sum(lengths))
+    duplicates = dedup.exact_duplicates(files, sum(lengths))
     if work.settings.minhash:
-        found = dedup.near_duplicates(files, found, work.settings.minhash)
-    sizes = _sizes_of_sources(work, parts, lengths, found)
+        duplicates = dedup.near_duplicates(files, duplicates, work.settings.minhash)
+    sizes = _sizes_of_sources(work, parts, lengths, duplicates)
     factors = mixture.factors(dict(work.settings.weights), sizes)
     expected = sum(factors[source] * size for source, size in sizes.items())
-    clusters = largest_clusters(found)
-    copies = [*np.flatnonzero(found.exact)[:3], *np.flatnonzero(~found.kept & ~found.exact)[:3]]
+    clusters = largest_clusters(duplicates)
+    exact = np.flatnonzero(duplicates.exact)[:EXAMPLES]
+    near = np.flatnonzero(~duplicates.kept & ~duplicates.exact)[:EXAMPLES]
     with atomic_directory(work.path("duplicates")) as temporary:
-        np.save(temporary / "first.npy", found.first)
-        np.save(temporary / "exact.npy", found.exact)
+        np.save(temporary / "first.npy", duplicates.first)
+        np.save(temporary / "exact.npy", duplicates.exact)
     write_json(
         work.path("plan.json"),
         {
@@ -43,35 +45,39 @@ def find_duplicates(work: Work) -> None:
             "factors": factors,
             "starts": [0, *np.cumsum(lengths).tolist()],
             "clusters": clusters,
-            "copies": [[int(place), int(found.first[place])] for place in copies],
+            "copies": [[int(place), int(duplicates.first[place])] for place in [*exact, *near]],
         },
     )
 
 
 def _sizes_of_sources(
-    work: Work, parts: Sequence[str], lengths: Sequence[int], found: Duplicates
+    work: Work, parts: Sequence[str], lengths: Sequence[int], duplicates: Duplicates
 ) -> dict[str, int]:
-    """The bytes of what is no copy, by source."""
+    """Return the bytes of the documents that stay, by source."""
     sizes: Counter[str] = Counter()
     start = 0
     for part, length in zip(parts, lengths, strict=True):
         table = shards.read_part(work.path(f"{part}.arrow"), ["source", "bytes"])
-        table = table.filter(pa.array(found.kept[start : start + length]))
+        table = table.filter(pa.array(duplicates.kept[start : start + length]))
         for row in table.group_by("source").aggregate([("bytes", "sum")]).to_pylist():
             sizes[row["source"]] += row["bytes_sum"]
         start += length
     return dict(sizes)
 
 
-def largest_clusters(found: Duplicates) -> list[dict[str, Any]]:
-    """The clusters with most copies: how many documents, the first one's number, some members' numbers."""
-    sizes = np.bincount(found.first, minlength=len(found.first)) if len(found.first) else np.zeros(0, int)
+def largest_clusters(duplicates: Duplicates) -> list[dict[str, Any]]:
+    """Return the clusters with most copies: their sizes, and the indices of the first document and of a few others."""
+    sizes = (
+        np.bincount(duplicates.first, minlength=len(duplicates.first))
+        if len(duplicates.first)
+        else np.zeros(0, int)
+    )
     order = np.argsort(-sizes, kind="stable")[:CLUSTERS]
     return [
         {
             "documents": int(sizes[head]),
-            "exact": int(np.count_nonzero((found.first == head) & found.exact)),
-            "members": np.flatnonzero(found.first == head)[: _MEMBERS + 1].tolist(),
+            "exact": int(np.count_nonzero((duplicates.first == head) & duplicates.exact)),
+            "members": np.flatnonzero(duplicates.first == head)[: _MEMBERS + 1].tolist(),
         }
         for head in order
         if sizes[head] > 1

@@ -1,7 +1,7 @@
-"""Personal data in a text: found by its form, checked by its check digits, replaced by its kind.
+"""Mask personal data: find it by its form, verify its check digits, replace it by its kind.
 
-What has no check digits is masked only in forms that hardly mean anything else. Names and postal
-addresses are not looked for. All patterns are bounded, so that time grows with the text and no faster.
+Data without check digits is masked only in forms that hardly mean anything else. Names and postal addresses
+are not masked. All patterns are bounded, so that time grows in proportion to the text.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-# Patterns begin with what is rare, a look back comes last or after it: the search skips ordinary text fast.
+# Patterns begin with something rare, and a lookbehind comes after it: the search skips ordinary text fast.
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])"
 )
 _IBAN = re.compile(r"[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 _COLONS = re.compile(r":[0-9A-Fa-f]{0,4}:")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]{3,39}(?![\w:])")
-_RUN = re.compile(r"[+(]?[0-9][0-9 .()/+-]{6,}")  # whatever holds one of the following
+_RUN = re.compile(r"[+(]?[0-9][0-9 .()/+-]{6,}")  # contains every match of the following patterns
 _NUMBERS = (
     ("IP_ADDRESS", re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\w|\.[0-9])")),
     ("CARD", re.compile(r"(?<![\w.,-])[2-6][0-9]{3}(?:[ -]?[0-9]{4}){2}[ -]?[0-9]{1,7}(?![\w-])")),
@@ -36,11 +36,14 @@ Span = tuple[int, int, str]
 
 
 def mask_personal_data(text: str) -> tuple[str, Counter[str]]:
-    """``text`` with personal data replaced, and how often each kind was.
+    """Replace personal data in ``text``.
 
-    ``[EMAIL]``; ``[IP_ADDRESS]`` (public ones; private and reserved addresses are nobody's); ``[PHONE]``
-    (with a country code, or ten digits in North American form); ``[IBAN]`` and ``[CARD]`` (where the
-    check digits are right: ISO 7064 mod 97-10 and ISO/IEC 7812 Luhn).
+    The kinds are ``[EMAIL]``; ``[IP_ADDRESS]`` (public addresses only; private and reserved ones identify
+    nobody); ``[PHONE]`` (with a country code, or ten digits in North American form); ``[IBAN]`` and
+    ``[CARD]`` (with correct check digits: ISO 7064 mod 97-10 and ISO/IEC 7812 Luhn).
+
+    Returns:
+        The masked text, and the number of values by kind.
     """
     spans = [*_numbers(text), *_ibans(text)]
     if "@" in text:
@@ -49,25 +52,25 @@ def mask_personal_data(text: str) -> tuple[str, Counter[str]]:
         spans += _ipv6(text)
     if not spans:
         return text, Counter()
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     pieces: list[str] = []
     end = 0
     for first, last, kind in sorted(spans):
-        if first < end:  # inside of one that was replaced
+        if first < end:  # inside a span that was replaced
             continue
         pieces += [text[end:first], f"[{kind}]"]
-        found[kind] += 1
+        counts[kind] += 1
         end = last
-    return "".join([*pieces, text[end:]]), found
+    return "".join([*pieces, text[end:]]), counts
 
 
 def _numbers(text: str) -> Iterator[Span]:
-    """IPv4 addresses, card and phone numbers."""
+    """Yield the spans of IPv4 addresses, card and phone numbers."""
     for run in _RUN.finditer(text):
         if sum(map(run.group().count, "0123456789")) < 4:
             continue
         for kind, pattern in _NUMBERS:
-            # One character more, so that what must not follow is seen.
+            # One character more, for the lookahead at the end of a pattern.
             for match in pattern.finditer(text, run.start(), run.end() + 1):
                 if _CHECKS[kind](match.group()):
                     yield *match.span(), kind

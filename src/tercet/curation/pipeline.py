@@ -1,8 +1,8 @@
-"""Curation: raw text into a corpus. Read, filter, mask, take out copies and test texts, mix, shuffle, write.
+"""Turn raw text into a corpus: read, filter, mask, remove copies and test texts, mix, shuffle, write.
 
-`curate` runs the stages (`filtering`, `matching`, `writing`) one after the other. Each leaves whole files
-and markers below ``OUT/.work``, so the same command goes on where a killed one stopped; the directory goes
-when ``OUT/data`` and the report are there.
+`curate` runs the stages (`filtering`, `matching`, `writing`) one after the other. Each writes whole files and
+markers below ``OUT/.work``, so the same command resumes a killed one; the directory is deleted when
+``OUT/data`` and the report are complete.
 """
 
 from __future__ import annotations
@@ -24,41 +24,35 @@ from tercet.curation.filtering import Group
 from tercet.curation.report import Account, account, write_report
 from tercet.curation.settings import CurateSettings
 from tercet.curation.weights import Weight
-from tercet.curation.work import Settings, Work
-from tercet.curation.workers import Workers, open_workers, usable_cores
+from tercet.curation.work import StageSettings, Work
+from tercet.curation.workers import Workers, open_workers
 from tercet.data.document import Document
 from tercet.data.documents import read_documents, source_fingerprint
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_json, write_json
+from tercet.host import available_cores
 from tercet.progress import Progress, say
 from tercet.run_directory import open_run
 from tercet.settings import keyword_form
 
-_FORMAT = 1  # of what the stages leave: a run of another format is not gone on with
+_FORMAT = 1  # of the files of the stages: a run with another format cannot be resumed
 
 
 @dataclass(frozen=True)
 class Curated:
-    """What came of it. Sizes in bytes are of UTF-8 text.
+    """The result of a curation. Sizes in bytes are of UTF-8 text."""
 
-    Attributes:
-        data: the directory of the shards.
-        dropped: documents by reason.
-        seconds: of the process that finished the work.
-        bytes_per_second: text read in a second; None where the run was resumed.
-    """
-
-    data: str
-    report: str
+    data: str  # the directory of the shards
+    report: str  # the path of the page
     shards: int
-    documents: int
-    bytes: int
+    documents: int  # written
+    bytes: int  # written
     documents_read: int
     bytes_read: int
-    dropped: dict[str, int]
-    skipped: dict[str, int]
-    seconds: float
-    bytes_per_second: float | None
+    dropped: dict[str, int]  # documents by reason
+    skipped: dict[str, int]  # rows that could not be read as documents, by reason
+    seconds: float  # of the process that finished the work
+    bytes_per_second: float | None  # of text read; None after a resumed run
 
 
 def curate_with(requested: CurateSettings) -> Curated:
@@ -83,9 +77,9 @@ def curate_with(requested: CurateSettings) -> Curated:
     """
     names = requested.sources
     out = Path(requested.out)
-    processes = usable_cores() if requested.processes is None else requested.processes
+    processes = available_cores() if requested.processes is None else requested.processes
     tests = _test_texts(requested.decontaminate)
-    settings = Settings(
+    settings = StageSettings(
         preset=requested.preset,
         languages=None if requested.languages is None else tuple(requested.languages),
         rules=tuple(sorted((requested.rules or {}).items())),
@@ -98,8 +92,9 @@ def curate_with(requested: CurateSettings) -> Curated:
         seed=requested.seed,
         shard_bytes=max(1, round(requested.shard_mb * 1e6)),
     )
-    filtering.rules_of(settings)  # what is wrong with them is told before anything is written
-    read_documents(names)  # and so is a path that isn't there
+    # Report mistakes in the rules and missing paths before anything is written.
+    filtering.rules_of(settings)
+    read_documents(names)
     config = {
         "data": names,
         **asdict(settings),
@@ -111,7 +106,7 @@ def curate_with(requested: CurateSettings) -> Curated:
         if finished is not None:
             say(f"{out} holds this corpus already")
             return finished
-        say(f"writing to {out}; if this is stopped, the same command goes on from there")
+        say(f"writing to {out}; the same command resumes an interrupted run")
         return _run(out, Work(out / ".work", settings), names, tests, processes, requested.engine)
 
 
@@ -121,6 +116,7 @@ curate = keyword_form(CurateSettings, curate_with, "curate")
 def _run(
     out: Path, work: Work, data: list[str], tests: dict[str, Sequence[str]], processes: int, engine: str
 ) -> Curated:
+    """Run the stages that are not finished yet, write the report and delete the working directory."""
     started = time.monotonic()
     resumed = work.directory.is_dir()
     if tests:
@@ -128,16 +124,16 @@ def _run(
     seconds: dict[str, float] = {}
 
     def timed(stage: str, action: Callable[[], Any]) -> Any:
-        begin = time.monotonic()
+        begun = time.monotonic()
         result = action()
-        seconds[stage] = round(time.monotonic() - begin, 3)
+        seconds[stage] = round(time.monotonic() - begun, 3)
         return result
 
     with open_workers(engine, processes) as workers:
         timed("read and filter", lambda: _read(work, data, workers))
         timed("duplicates", lambda: matching.find_duplicates(work))
         count = read_json(work.path("plan.json"))["shards"]
-        timed("take out and mix", lambda: _scatter(work, workers))
+        timed("decontaminate and mix", lambda: _scatter(work, workers))
         timed("write", lambda: _write(work, out / "data", count, workers))
     result = account(
         work, out / "data", data, tests, seconds=time.monotonic() - started, stages=seconds, resumed=resumed
@@ -164,10 +160,9 @@ def _read(work: Work, data: Sequence[str], workers: Workers) -> None:
 
 
 def _read_here(work: Work, groups: Iterable[Group], workers: Workers) -> Iterator[int]:
-    """This process reads, one document after the other, and the workers filter: one large file keeps all busy."""
-    read: deque[tuple[Group, int, Counter[str]]] = (
-        deque()
-    )  # groups read to their end, their parts not all done
+    """Read in this process and filter in the workers, so that a single large file keeps all workers busy."""
+    # Groups that were read to their end, while some of their parts are still being filtered.
+    read: deque[tuple[Group, int, Counter[str]]] = deque()
     done: Counter[int] = Counter()
     order: deque[int] = deque()
 
@@ -195,7 +190,7 @@ def _read_here(work: Work, groups: Iterable[Group], workers: Workers) -> Iterato
 
 def _scatter(work: Work, workers: Workers) -> None:
     pieces = writing.scatter_pieces(work)
-    with Progress("taking out copies", len(work.parts()), "parts") as bar:
+    with Progress("removing copies", len(work.parts()), "parts") as bar:
         for _ in workers.map(partial(writing.scatter_part, work), pieces):
             bar.advance()
 
@@ -206,12 +201,13 @@ def _write(work: Work, directory: Path, count: int, workers: Workers) -> None:
             bar.advance()
 
 
-def _test_texts(given: Mapping[str, Sequence[str]] | Sequence[str | Path]) -> dict[str, Sequence[str]]:
-    if isinstance(given, Mapping):
-        return {name: list(texts) for name, texts in given.items()}
-    if isinstance(given, str | Path):
-        given = [given]
-    return {str(path): read_test_texts(path) for path in given}
+def _test_texts(tests: Mapping[str, Sequence[str]] | Sequence[str | Path]) -> dict[str, Sequence[str]]:
+    """Return the test texts by the name of their set; files of them are read."""
+    if isinstance(tests, Mapping):
+        return {name: list(texts) for name, texts in tests.items()}
+    if isinstance(tests, str | Path):
+        tests = [tests]
+    return {str(path): read_test_texts(path) for path in tests}
 
 
 def _checked_weights(
@@ -219,7 +215,7 @@ def _checked_weights(
 ) -> tuple[tuple[str, Weight], ...]:
     checked = []
     for source, weight in weights.items():
-        # The built-in corpus names its own sources; they are known when it has been read.
+        # The built-in corpus names its own sources, which are only known once it is read.
         if source not in data and not any(name.startswith("builtin:") for name in data):
             raise UserError(
                 f"`weights` names {source!r}, which is no source; the sources are {', '.join(data)}"
@@ -232,26 +228,26 @@ def _checked_weights(
 
 
 def _expected_bytes(data: Iterable[str]) -> float:
-    """About how much text there is: packed text is a third of its size. For the bar only."""
+    """Estimate the bytes of text for the progress bar; compressed text is about a third of its size."""
     total = 0.0
     for source in data:
         path = Path(source)
         files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
         for file in files:
-            packed = file.suffix.lower() in (".gz", ".zst", ".zip", ".parquet")
-            total += (3 if packed else 1) * (file.stat().st_size if file.is_file() else 0)
+            compressed = file.suffix.lower() in (".gz", ".zst", ".zip", ".parquet")
+            total += (3 if compressed else 1) * (file.stat().st_size if file.is_file() else 0)
     return total
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists: YAML has no others."""
+    """Turn tuples into lists, since YAML has no tuples."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _finished(out: Path) -> Curated | None:
-    """The result of a run that was finished, if all of its files are there."""
+    """Return the result of a finished run, or None if some of its files are missing."""
     if not (out / "report.json").is_file() or not (out / "report.html").is_file():
         return None
     result: Account = read_json(out / "report.json")

@@ -1,4 +1,4 @@
-"""The account of a curation: ``report.json``, and the same as a page."""
+"""The report of a curation: ``report.json``, and the same as a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tercet.progress import duration, size
 
 Account = dict[str, Any]
 
-# In the order of the pipeline; within a stage the reason that took most comes first.
+# The order of the reasons: by stage; within a stage, the reason with most documents first.
 STAGES = ("reading", "rules", "duplicates", "decontamination", "mixture")
 
 
@@ -31,11 +31,16 @@ def account(
     stages: Mapping[str, float],
     resumed: bool,
 ) -> Account:
-    """Everything the report says, as plain values (``docs/curate.md`` explains the fields).
+    """Return the content of the report as plain values (``docs/curate.md`` explains the fields).
 
     Args:
-        seconds: of this process; ``stages``: of its stages.
-        resumed: whether an earlier process did part of the work, so that a rate means nothing.
+        work: The working directory, with all stages finished.
+        data_directory: The directory of the shards.
+        data: The sources.
+        tests: The test texts by the name of their set.
+        seconds: Of this process.
+        stages: Seconds of this process by stage.
+        resumed: Whether an earlier process did a part of the work, so that a rate would be wrong.
     """
     tally, skipped = Tally(), Counter[str]()
     for path in sorted(work.directory.glob("*.group.json")):
@@ -48,7 +53,7 @@ def account(
     for part in parts:
         scattered = read_json(work.path(f"{part}.scattered.json"))
         tally.add(Tally.from_json(scattered["tally"]))
-        shown.update({int(number): one for number, one in scattered["shown"].items()})
+        shown.update({int(place): document for place, document in scattered["shown"].items()})
         cleaned += [scattered["decontamination"]] if scattered["decontamination"] else []
     plan = read_json(work.path("plan.json"))
     _show_copies(tally, plan["copies"], shown)
@@ -80,7 +85,7 @@ def account(
 
 
 def _show_copies(tally: Tally, copies: Sequence[Sequence[int]], shown: Mapping[int, dict[str, str]]) -> None:
-    """The examples of duplicates: each with the document that stays in its place."""
+    """Add the examples of duplicates, each with the document that stays in its place."""
     exact = tally.dropped.get("exact duplicate")
     near = tally.dropped.get("near-duplicate")
     exact_count = min(EXAMPLES, exact.amount.documents) if exact else 0
@@ -115,13 +120,13 @@ def _sources(tally: Tally, factors: Mapping[str, float]) -> list[dict[str, Any]]
 
 
 def _cluster(cluster: Mapping[str, Any], shown: Mapping[int, dict[str, str]]) -> dict[str, Any]:
-    first, *others = [shown[place] for place in cluster["members"]]
+    first, *rest = [shown[place] for place in cluster["members"]]
     return {
         "documents": cluster["documents"],
         "exact": cluster["exact"],
         "first": first["id"],
         "text": first["text"],
-        "others": [one["id"] for one in others],
+        "others": [document["id"] for document in rest],
     }
 
 
@@ -135,14 +140,14 @@ def _decontamination(
     matched = {number for part in parts for number in part["tests_matched"]}
     sets, start = [], 0
     for name, texts in tests.items():
-        found = sum(number in matched for number in range(start, start + len(texts)))
-        sets.append({"name": name, "texts": len(texts), "found": found})
+        matches = sum(number in matched for number in range(start, start + len(texts)))
+        sets.append({"name": name, "texts": len(texts), "found": matches})
         start += len(texts)
     names = ("documents_touched", "documents_dropped", "passages_removed", "characters_removed")
     return {
         "sets": sets,
         **{name: sum(part[name] for part in parts) for name in names},
-        "examples": [one for part in parts for one in part["examples"]][:EXAMPLES],
+        "examples": [example for part in parts for example in part["examples"]][:EXAMPLES],
     }
 
 
@@ -153,13 +158,13 @@ def _shard(path: Path) -> dict[str, Any]:
 
 
 def write_report(result: Account, directory: Path) -> None:
-    """Write ``report.html`` and then ``report.json``, which says that the run is finished."""
+    """Write ``report.html`` and then ``report.json``, which marks the run as finished."""
     write_atomic(directory / "report.html", page(result))
     write_json(directory / "report.json", result)
 
 
 def page(result: Account) -> str:
-    """The page. It needs no other file, no network and no script."""
+    """Return the page, which needs no other file, no network and no script."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -175,5 +180,5 @@ def page(result: Account) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """``12.3%``; nothing of nothing is nothing."""
+    """Return a share as ``12.3%``; of an empty whole ``0.0%``."""
     return f"{100 * part / whole:.1f}%" if whole else "0.0%"

@@ -1,8 +1,8 @@
-"""The files of a curation: parts on the way, shards of parquet at the end.
+"""The files of a curation: intermediate parts, and shards of parquet as the result.
 
-A part is some megabytes of documents in the order of reading: its texts, and beside them the hashes by
-which copies are found. A scattered part has the documents that stay, divided by the shard each goes to,
-so that a shard is put together without reading whole parts.
+A part is a few megabytes of documents in the order of reading, with a file of the hashes by which copies are
+found. A scattered part holds the documents that stay, divided by their shard, so that a shard is assembled
+without reading whole parts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PART = pa.schema(
         ("masked", pa.int64()),
     ]
 )
-# What a shard has besides: copies of the document that were removed, passages that were taken out of it
-# because they match a test text, and its number among the copies that a weight asked for.
+# The further columns of a shard: removed copies of the document, passages removed from it because they match a
+# test text, and its index among the copies that a weight makes.
 SHARD = pa.schema([*PART, ("duplicates", pa.int64()), ("passages_removed", pa.int64()), ("copy", pa.int64())])
 _KEY = pa.field("key", pa.uint64())
 _SCATTERED = pa.schema([*SHARD, _KEY])
@@ -41,12 +41,12 @@ _COMPRESSED = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_le
 
 
 def write_part(path: Path, table: pa.Table) -> None:
-    """A part's documents, columns as in ``PART``."""
+    """Write the documents of a part, with the columns of ``PART``."""
     _write(path, table.schema, [table])
 
 
 def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A part's documents, or some of the columns."""
+    """Read the documents of a part, or only the columns ``columns``."""
     fields = None if columns is None else [PART.get_field_index(name) for name in columns]
     with (
         pa.OSFile(str(path)) as stream,
@@ -56,33 +56,31 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def write_hashes(path: Path, hashes: Hashes) -> None:
-    """Hashes of a part's documents, shape (columns, documents)."""
+    """Write the hashes of a part's documents, shape (columns, documents)."""
     with replaced_when_complete(path) as temporary, temporary.open("wb") as stream:
         np.save(stream, np.ascontiguousarray(hashes), allow_pickle=False)
 
 
 class HashFiles:
-    """The hashes of all parts: `tercet.curation.dedup.Columns`.
-
-    Args:
-        names: what the rows of each file are.
-    """
+    """The hashes of all parts, as `tercet.curation.dedup.Columns`."""
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str]) -> None:
+        """Open the files of hashes, whose rows are called ``names``."""
         self._paths = paths
         self._rows = {name: row for row, name in enumerate(names)}
 
     def parts(self, name: str) -> Iterator[Hashes]:
+        """Yield the hashes called ``name``, part after part."""
         for path in self._paths:
             yield np.array(np.load(path, mmap_mode="r", allow_pickle=False)[self._rows[name]])
 
     def lengths(self) -> list[int]:
-        """How many documents each part has."""
+        """Return the number of documents of each part."""
         return [np.load(path, mmap_mode="r", allow_pickle=False).shape[1] for path in self._paths]
 
 
 def write_scattered(path: Path, table: pa.Table, keys: Hashes, shards: int) -> None:
-    """Documents (columns as in ``SHARD``) divided by ``keys``: the shards take equal ranges of them."""
+    """Write documents (columns of ``SHARD``) divided by their keys: each shard takes an equal range of keys."""
     order = np.argsort(keys, kind="stable")
     table = table.append_column(_KEY, pa.array(keys)).take(pa.array(order))
     ends = np.searchsorted(shard_of(keys[order], shards), np.arange(shards + 1))
@@ -94,12 +92,12 @@ def write_scattered(path: Path, table: pa.Table, keys: Hashes, shards: int) -> N
 
 
 def shard_of(keys: Hashes, shards: int) -> NDArray[np.int64]:
-    """Which of the ranges of 64-bit numbers each key is in."""
+    """Return the shard of each key: the index of its range of 64-bit numbers."""
     return ((keys >> np.uint64(32)) * np.uint64(shards) >> np.uint64(32)).astype(np.int64)
 
 
 def write_shard(path: Path, scattered: Sequence[Path], shard: int) -> None:
-    """One shard, from all scattered parts: parquet, sorted by key."""
+    """Assemble one shard from all scattered parts: parquet, sorted by key."""
     pieces = []
     for part in scattered:
         with pa.OSFile(str(part)) as stream, pa.ipc.open_file(stream) as reader:
@@ -116,17 +114,17 @@ def write_shard(path: Path, scattered: Sequence[Path], shard: int) -> None:
             SHARD,
             compression="zstd",
             use_dictionary=["source", "licence"],
-            # The least and the greatest text would be two whole texts in every row group's footer.
+            # The smallest and the largest text would put two whole texts into the footer of every row group.
             write_statistics=[name for name in SHARD.names if name != "text"],
         ) as writer,
     ):
-        # A row group at a time: what is reordered is held twice only in part.
+        # One row group at a time, so that only a part of the table is in memory twice.
         for start in range(0, len(order), rows):
             writer.write_table(table.take(pa.array(order[start : start + rows])))
 
 
 def _write(path: Path, schema: pa.Schema, tables: Sequence[pa.Table]) -> None:
-    """One record batch for each table, also for an empty one."""
+    """Write one record batch for each table, also for an empty table."""
     with (
         replaced_when_complete(path) as temporary,
         pa.OSFile(str(temporary), "wb") as stream,

@@ -1,8 +1,8 @@
-"""What is asked of a curation, and where its files on the way are.
+"""The working directory of a curation, which its stages share.
 
-The stages (`filtering`, `matching`, `writing`) are functions over a `Work`. Each leaves files that are whole
-or not there; a marker (JSON) is written last. So a stage that was cut off is gone on with, and any
-number of processes, on this machine or on others that see the same directory, can share one.
+The stages (`filtering`, `matching`, `writing`) are functions of a `Work`. They write files atomically, and a
+marker (JSON) last. So an interrupted stage resumes, and any number of processes can share a stage, on this
+machine or on others that see the same directory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tercet.curation.weights import Weight
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the output, besides the documents. Hashable, so that workers keep what they make of it."""
+class StageSettings:
+    """The settings that decide the output, besides the documents; hashable, so that workers can cache by them."""
 
     preset: str = "web"
     languages: tuple[str, ...] | None = None
@@ -34,15 +34,17 @@ class Work:
     """A curation's working directory and its settings."""
 
     directory: Path
-    settings: Settings
+    settings: StageSettings
 
     def path(self, name: str) -> Path:
+        """Return the path of a file in the working directory."""
         return self.directory / name
 
     def parts(self) -> list[str]:
-        """The names of the parts that were read, in order."""
+        """Return the names of the parts that were read, in order."""
         return sorted(path.name.removesuffix(".read.json") for path in self.directory.glob("*.read.json"))
 
     def hash_names(self) -> list[str]:
+        """Return the names of the columns of hashes, in the order of the files of hashes."""
         bands = self.settings.minhash.bands if self.settings.minhash else 0
         return ["exact0", "exact1", *(f"band{band}" for band in range(bands))]

@@ -1,4 +1,4 @@
-"""One function over many pieces of work, by a few processes or by Ray; results come in order."""
+"""Map a function over pieces of work, in a few processes or on Ray; results are in order."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
+from tercet.curation.settings import Engine
 from tercet.errors import UserError
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
-ENGINES = ("local", "ray")
+ENGINES: tuple[str, ...] = get_args(Engine)
 
 
 class Workers(Protocol):
-    """Something that does pieces of work: ``remote`` says whether elsewhere, so that each reads its own files."""
+    """The processes that work on the pieces.
+
+    Attributes:
+        remote: Whether they may be on other machines, so that each must read its own files.
+    """
 
     remote: bool
 
-    def map(self, function: Callable[[Work], Result], pieces: Iterable[Work]) -> Iterator[Result]: ...
-
-
-def usable_cores() -> int:
-    """The cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def map(self, function: Callable[[Work], Result], pieces: Iterable[Work]) -> Iterator[Result]:
+        """Yield ``function(piece)`` for each piece, in order."""
+        ...
 
 
 @contextlib.contextmanager
 def open_workers(engine: str, processes: int) -> Iterator[Workers]:
-    """Workers of an engine of ``ENGINES``.
+    """Open the workers of an engine of ``ENGINES``.
 
     Raises:
-        UserError: the engine isn't known or isn't installed.
+        UserError: The engine is unknown or is not installed.
     """
     if engine == "ray":
         with _ray(processes) as workers:
@@ -50,9 +52,9 @@ def open_workers(engine: str, processes: int) -> Iterator[Workers]:
     elif engine != "local":
         raise UserError(f"there is no engine {engine!r}; the engines are {', '.join(ENGINES)}")
     elif processes == 1:
-        yield Here()
+        yield ThisProcess()
     else:
-        # Started fresh, not forked: a fork inherits locks that other threads hold.
+        # Spawned, not forked: a fork inherits locks that other threads hold.
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
         try:
@@ -61,28 +63,31 @@ def open_workers(engine: str, processes: int) -> Iterator[Workers]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Here:
+class ThisProcess:
     """This process alone."""
 
     remote = False
 
     def map(self, function: Callable[[Work], Result], pieces: Iterable[Work]) -> Iterator[Result]:
+        """Yield ``function(piece)`` for each piece, in order."""
         return map(function, pieces)
 
 
 class Processes:
-    """A few processes of this machine.
-
-    Args:
-        ahead: pieces that are taken from the iterable before the first one's result is asked for.
-    """
+    """A few processes on this machine."""
 
     remote = False
 
     def __init__(self, pool: ProcessPoolExecutor, ahead: int) -> None:
+        """Use the processes of ``pool``, with at most ``ahead`` pieces submitted before a result is awaited."""
         self._pool, self._ahead = pool, ahead
 
     def map(self, function: Callable[[Work], Result], pieces: Iterable[Work]) -> Iterator[Result]:
+        """Yield ``function(piece)`` for each piece, in order.
+
+        Raises:
+            UserError: A worker process ended unexpectedly.
+        """
         waiting: deque[Future[Result]] = deque()
         try:
             for piece in pieces:
@@ -93,8 +98,8 @@ class Processes:
                 yield waiting.popleft().result()
         except BrokenProcessPool as problem:
             raise UserError(
-                "a worker process ended unexpectedly, perhaps for want of memory; the same command goes on from "
-                "here (--processes 1 needs least). In a script, call curate below `if __name__ == '__main__':`"
+                "a worker process ended unexpectedly, perhaps for lack of memory; the same command resumes from "
+                "here (`processes=1` needs the least). In a script, call curate below `if __name__ == '__main__':`"
             ) from problem
         finally:
             for future in waiting:
@@ -102,17 +107,17 @@ class Processes:
 
 
 def _start_worker() -> None:
-    """In a new process: end with the parent, leave Ctrl-C to it, and use one core."""
+    """Set up a worker process: it ends with its parent, leaves Ctrl-C to it, and uses one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"
     parent = multiprocessing.parent_process()
 
-    def follow() -> None:
+    def end_with_parent() -> None:
         if parent is not None:
             parent.join()
-            os._exit(1)  # a parent that was killed can't tell its workers
+            os._exit(1)  # a killed parent cannot stop its workers
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import pyarrow as pa
 
     pa.set_cpu_count(1)
@@ -137,7 +142,7 @@ def _ray(processes: int) -> Iterator[Workers]:
     context.enable_progress_bars = context.print_on_execution_start = False
     log.setLevel(logging.ERROR)
     try:
-        yield OnRay()
+        yield RayCluster()
     finally:
         context.enable_progress_bars, context.print_on_execution_start, level = before
         log.setLevel(level)
@@ -145,28 +150,33 @@ def _ray(processes: int) -> Iterator[Workers]:
             ray.shutdown()
 
 
-class OnRay:
-    """The cluster that Ray is connected to. The machines must see the data and the output by the same paths."""
+class RayCluster:
+    """The cluster that Ray is connected to; the data and the output must have the same paths on all machines."""
 
     remote = True
 
     def map(self, function: Callable[[Work], Result], pieces: Iterable[Work]) -> Iterator[Result]:
+        """Yield ``function(piece)`` for each piece, in order.
+
+        Raises:
+            UserError: As ``function`` raises it.
+        """
         import ray.data
 
-        # Pickled here: what Ray would make of numpy arrays and dataclasses in a row is a table's columns.
+        # Pickled here, because Ray would turn numpy arrays and dataclasses in a row into table columns.
         rows = [{"number": number, "piece": pickle.dumps(piece)} for number, piece in enumerate(pieces)]
         if not rows:
             return
         work = ray.data.from_items(rows, override_num_blocks=len(rows))
         done: dict[int, Any] = {}
-        following = 0
+        next_number = 0
         for row in work.map(partial(_on_ray, pickle.dumps(function))).iter_rows():
             if row["problem"]:
                 raise UserError(row["problem"])
             done[row["number"]] = pickle.loads(row["result"])
-            while following in done:
-                yield done.pop(following)
-                following += 1
+            while next_number in done:
+                yield done.pop(next_number)
+                next_number += 1
 
 
 def _on_ray(function: bytes, row: dict[str, Any]) -> dict[str, Any]:

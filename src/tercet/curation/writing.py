@@ -1,4 +1,4 @@
-"""The last stages: each part's documents to their shards (without copies and test texts), then each shard."""
+"""The last stages: divide each part's documents among the shards, without copies and test texts; write the shards."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from tercet.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Scatter:
-    """A part to be divided among the shards.
+    """A part to divide among the shards.
 
     Attributes:
-        kept, exact: of each document of the part, whether it stays, and whether it is an exact copy.
-        duplicates: of each, how many copies of it go.
-        shown: the documents (by place in the part, with the number among all) that the report shows.
+        part: Its name.
+        shards: The number of shards.
+        factors: How often each document is written, by source.
+        kept: Whether each document of the part stays.
+        exact: Whether each document is an exact copy.
+        duplicates: The number of copies of each document that are dropped.
+        shown: The documents in the report: their index among all documents, by their place in the part.
     """
 
     part: str
@@ -42,7 +46,7 @@ class Scatter:
 
 
 def scatter_pieces(work: Work) -> Iterator[Scatter]:
-    """What there is to scatter, in order."""
+    """Yield the parts that are not scattered yet, in order."""
     plan = read_json(work.path("plan.json"))
     first = np.load(work.path("duplicates") / "first.npy")
     exact = np.load(work.path("duplicates") / "exact.npy")
@@ -54,7 +58,7 @@ def scatter_pieces(work: Work) -> Iterator[Scatter]:
     for part, start, end in zip(work.parts(), starts[:-1], starts[1:], strict=True):
         if work.path(f"{part}.scattered.json").is_file():
             continue
-        here = {place - start: place for place in shown if start <= place < end}
+        shown_here = {place - start: place for place in shown if start <= place < end}
         piece = slice(start, end)
         yield Scatter(
             part,
@@ -63,12 +67,12 @@ def scatter_pieces(work: Work) -> Iterator[Scatter]:
             kept[piece],
             exact[piece],
             np.maximum(copies[piece], 0),
-            here,
+            shown_here,
         )
 
 
 def scatter_part(work: Work, piece: Scatter) -> int:
-    """Drop copies, take out test texts, apply the weights, divide among the shards; the bytes that went out."""
+    """Drop copies, remove test texts, apply the weights, divide among the shards; return the bytes that were written."""
     tally, seed = Tally(), work.settings.seed
     source_path = work.path(f"{piece.part}.arrow")
     table = shards.read_part(source_path)
@@ -78,7 +82,7 @@ def scatter_part(work: Work, piece: Scatter) -> int:
     }
     _drop_copies(tally, table, piece)
     table = table.append_column("duplicates", pa.array(piece.duplicates)).filter(pa.array(piece.kept))
-    table, cleaning = _without_tests(work, tally, table)
+    table, decontamination = _without_tests(work, tally, table)
     copies = _copies(tally, table, piece.factors, seed)
     tables, keys = [], []
     for copy in range(int(copies.max(initial=0))):
@@ -86,29 +90,29 @@ def scatter_part(work: Work, piece: Scatter) -> int:
         tables.append(chosen.append_column("copy", pa.array(np.full(len(chosen), copy))))
         keys.append(mixture.order_keys(chosen["id"].to_pylist(), copy, seed))
         for row in chosen.group_by("source").aggregate([("bytes", "count"), ("bytes", "sum")]).to_pylist():
-            tally.went_out(row["source"], row["bytes_count"], row["bytes_sum"])
+            tally.add_written(row["source"], row["bytes_count"], row["bytes_sum"])
     written = pa.concat_tables(tables).select(shards.SHARD.names) if tables else shards.SHARD.empty_table()
     order = np.concatenate(keys) if keys else np.zeros(0, dtype=np.uint64)
     shards.write_scattered(work.path(f"{piece.part}.scattered"), written, order, piece.shards)
     write_json(
         work.path(f"{piece.part}.scattered.json"),
-        {"tally": tally.to_json(), "shown": shown, "decontamination": cleaning},
+        {"tally": tally.to_json(), "shown": shown, "decontamination": decontamination},
     )
-    source_path.unlink(missing_ok=True)  # its text is in the scattered part now
+    source_path.unlink(missing_ok=True)  # the scattered part holds its text now
     return sum(amount.bytes for amount in tally.written.values())
 
 
 def _drop_copies(tally: Tally, table: pa.Table, piece: Scatter) -> None:
-    gone = np.flatnonzero(~piece.kept)
-    sources = table["source"].take(pa.array(gone)).to_pylist()
-    sizes = table["bytes"].take(pa.array(gone)).to_pylist()
-    for place, source, size in zip(gone.tolist(), sources, sizes, strict=True):
+    dropped = np.flatnonzero(~piece.kept)
+    sources = table["source"].take(pa.array(dropped)).to_pylist()
+    sizes = table["bytes"].take(pa.array(dropped)).to_pylist()
+    for place, source, size in zip(dropped.tolist(), sources, sizes, strict=True):
         reason = "exact duplicate" if piece.exact[place] else "near-duplicate"
         tally.drop("duplicates", reason, source, size)
 
 
 def _without_tests(work: Work, tally: Tally, table: pa.Table) -> tuple[pa.Table, dict[str, Any] | None]:
-    """The documents without what matches a test text, and an account of it."""
+    """Remove passages that match a test text, and return the remaining documents with an account for the report."""
     removed = np.zeros(len(table), dtype=np.int64)
     if work.settings.tests is None:
         return table.append_column("passages_removed", pa.array(removed)), None
@@ -121,8 +125,8 @@ def _without_tests(work: Work, tally: Tally, table: pa.Table) -> tuple[pa.Table,
         removed[place] = len(passages)
         if document is None:
             stays[place] = False
-            told = example(row["id"], texts[place], passages[0].reason)
-            tally.drop("decontamination", "nothing but test texts", row["source"], row["bytes"], told)
+            shown = example(row["id"], texts[place], passages[0].reason)
+            tally.drop("decontamination", "nothing but test texts", row["source"], row["bytes"], shown)
         else:
             texts[place] = document.text
     if removed.any():
@@ -141,11 +145,11 @@ def _without_tests(work: Work, tally: Tally, table: pa.Table) -> tuple[pa.Table,
         "tests_matched": sorted(counts.tests_matched),
         "examples": [
             {
-                "id": one.document,
-                "text": excerpt(one.passage),
-                "detail": f"{one.reason}: {excerpt(one.test_text)}",
+                "id": removal.document,
+                "text": excerpt(removal.passage),
+                "detail": f"{removal.reason}: {excerpt(removal.test_text)}",
             }
-            for one in counts.examples[:EXAMPLES]
+            for removal in counts.examples[:EXAMPLES]
         ],
     }
     return table, account
@@ -153,13 +157,13 @@ def _without_tests(work: Work, tally: Tally, table: pa.Table) -> tuple[pa.Table,
 
 @lru_cache(maxsize=1)
 def _decontamination(path: Path, fingerprint: str) -> tuple[Suspects, Decontaminator]:
-    del fingerprint  # tells apart what the same path held
+    del fingerprint  # part of the cache's key: another run may use the same path for other texts
     texts = [text for texts in read_json(path).values() for text in texts]
     return Suspects(texts), Decontaminator(texts)
 
 
 def _copies(tally: Tally, table: pa.Table, factors: Mapping[str, float], seed: int) -> NDArray[np.int64]:
-    """How often each document is written."""
+    """Return how often each document is written."""
     sources = np.array(table["source"].to_pylist(), dtype=object)
     ids = table["id"].to_pylist()
     result = np.ones(len(sources), dtype=np.int64)
@@ -169,18 +173,18 @@ def _copies(tally: Tally, table: pa.Table, factors: Mapping[str, float], seed: i
             result[places] = mixture.copies(factors[source], [ids[place] for place in places], seed)
     for place in np.flatnonzero(result == 0).tolist():
         row = table.slice(place, 1).to_pylist()[0]
-        told = example(row["id"], row["text"], f"weight {factors[row['source']]:g}")
-        tally.drop("mixture", "left out by its weight", row["source"], row["bytes"], told)
+        shown = example(row["id"], row["text"], f"weight {factors[row['source']]:g}")
+        tally.drop("mixture", "left out by its weight", row["source"], row["bytes"], shown)
     return result
 
 
 def write_shard(work: Work, directory: Path, count: int, shard: int) -> None:
-    """Shard ``shard`` of ``count``, if it isn't there."""
+    """Write shard ``shard`` of ``count``, unless it exists."""
     path = directory / shard_name(shard, count)
     if not path.is_file():
         shards.write_shard(path, [work.path(f"{part}.scattered") for part in work.parts()], shard)
 
 
 def shard_name(shard: int, count: int) -> str:
-    """As the Hub names the files of a data set."""
+    """Return the name of a shard, in the form of the Hub's data sets."""
     return f"train-{shard:05d}-of-{count:05d}.parquet"
