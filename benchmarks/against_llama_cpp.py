@@ -3,10 +3,10 @@
     python benchmarks/against_llama_cpp.py --shape smollm2-135m [--rows decode,prefill,batch,memory,transformers]
 
 Needs `pip install llama-cpp-python gguf` beside Tercet's development install. Random weights are as fast
-as trained ones. Each measurement is a process of its own, and the two sides take turns, so that a
-machine that grows slower meets both alike; the table gives medians and the ratio of medians, the JSON
-lines below it every value. Nothing else should be running. `--shape tiny` is for trying the script: it
-also checks that llama.cpp reads the converted weights as transformers reads the originals.
+as trained ones. Each measurement runs in a separate process, and the two sides alternate, so a machine that
+slows down affects both equally. The table gives medians and the ratio of medians, the JSON lines below it
+every value. Nothing else should be running. `--shape tiny` is for testing the script: it also checks that
+llama.cpp computes with the converted weights what transformers computes with the originals.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from typing import Any
 
 import numpy as np
 
-PROMPT, NEW = 512, 100  # one sequence: reading, then writing at positions 512 to 611
-BATCH, BATCH_PROMPT, BATCH_NEW = 8, 128, 64  # several at once
-# What Tercet is asked to hold the weights in, and the GGUF type of the same size.
+PROMPT, NEW = 512, 100  # a single sequence: prefill, then decoding at positions 512 to 611
+BATCH, BATCH_PROMPT, BATCH_NEW = 8, 128, 64  # a batch of sequences
+# Tercet's form of the weights, and the GGUF type of the same size.
 PAIRS = {"none": "F16", "bf16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 ROWS = ("decode", "prefill", "batch", "memory", "transformers")
-# Row: the workload it comes from, the field of its result, the unit, and whether more is better.
+# For each row of the table: its workload, the field of the result, the unit, and whether more is better.
 FIELDS = {
     "decode": ("single", "decode", "tokens/s", True),
     "prefill": ("single", "prefill", "tokens/s", True),
@@ -47,7 +47,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's sizes, from the config.json of the published model."""
+    """The sizes of a Llama, from the config.json of the published model."""
 
     vocab: int
     hidden: int
@@ -71,14 +71,14 @@ SHAPES = {
     "llama-3.2-1b": Shape(
         128256, 2048, 8192, 16, 32, 8, 131072, 500_000.0, LLAMA3 | {"original_max_position_embeddings": 8192}
     ),
-    # Weights large enough that its choices are clear, and a stretch that begins within the tested lengths.
+    # Weights large enough for clear choices of tokens, and scaled positions within the tested lengths.
     "tiny": Shape(
         1024, 128, 256, 2, 4, 2, 2048, 10_000.0, LLAMA3 | {"original_max_position_embeddings": 64}, 0.2
     ),
 }
 
 
-# Weights: a checkpoint directory, and the same in GGUF
+# Weights: a checkpoint directory and its conversion to GGUF
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def config_of(shape: Shape) -> dict[str, Any]:
 
 
 def tensors_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names, as in a checkpoint, and shapes."""
+    """Yield the checkpoint's tensor names and shapes."""
     hidden, wide = shape.hidden, shape.intermediate
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield "model.embed_tokens.weight", (shape.vocab, hidden)
@@ -114,7 +114,7 @@ def tensors_of(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_checkpoint(shape: Shape, tokenizer: str | None, directory: Path) -> None:
-    """config.json, random bfloat16 weights and a tokenizer: a file that was given, or one trained on Python."""
+    """Write config.json, random bfloat16 weights and a tokenizer: the given file, or one trained on Python code."""
     from tercet.model.checkpoint import write_tensors
     from tercet.model.tokenizer import Tokenizer
 
@@ -142,7 +142,7 @@ def write_checkpoint(shape: Shape, tokenizer: str | None, directory: Path) -> No
 
 
 def write_gguf(shape: Shape, directory: Path, path: Path, kind: str) -> None:
-    """The checkpoint in llama.cpp's format, every matrix in one type (F16, Q8_0 or Q4_0)."""
+    """Write the checkpoint as GGUF, with every matrix in the same type (F16, Q8_0 or Q4_0)."""
     import gguf
 
     from tercet.model.checkpoint import open_tensors
@@ -184,13 +184,13 @@ def write_gguf(shape: Shape, directory: Path, path: Path, kind: str) -> None:
 
 
 def interleaved(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp rotates neighbouring rows of a head together, checkpoints the two halves of a head."""
+    """Reorder rows: llama.cpp rotates neighbouring rows of a head, checkpoints the two halves of a head."""
     rows, columns = matrix.shape
     return matrix.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def rope_factors(shape: Shape) -> np.ndarray:
-    """What llama.cpp divides every rotary frequency by: Llama 3.1's stretch of the slow ones."""
+    """Return the divisors of the rotary frequencies for llama.cpp: Llama 3.1 scales the low frequencies."""
     assert shape.scaling is not None
     factor, original = shape.scaling["factor"], shape.scaling["original_max_position_embeddings"]
     low, high = shape.scaling["low_freq_factor"], shape.scaling["high_freq_factor"]
@@ -203,7 +203,7 @@ def rope_factors(shape: Shape) -> np.ndarray:
 
 
 def write_vocabulary(writer: Any, directory: Path, size: int) -> None:
-    """Byte-level BPE as GPT-2's, filled up with tokens that no text has. Nothing here is ever tokenized."""
+    """Write a byte-level BPE like GPT-2's, filled up with unused tokens. The benchmark tokenizes no text."""
     import gguf
 
     model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -219,22 +219,22 @@ def write_vocabulary(writer: Any, directory: Path, size: int) -> None:
     writer.add_eos_token_id(0)
 
 
-# The sides: one measurement, in a process that does nothing else
+# The sides: each measurement runs in a process of its own
 
 
 def random_tokens(shape: Shape, rows: int, count: int) -> list[list[int]]:
-    found: list[list[int]] = np.random.default_rng(1).integers(1, shape.vocab, (rows, count)).tolist()
-    return found
+    tokens: list[list[int]] = np.random.default_rng(1).integers(1, shape.vocab, (rows, count)).tolist()
+    return tokens
 
 
 def peak_bytes() -> int:
-    """The most memory this process has had; getrusage would count its parent's too."""
+    """Return this process's peak memory; getrusage would include its parent's."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
 def tercet_side(workload: str, directory: Path, kind: str, shape: Shape, threads: int) -> dict[str, float]:
-    """Through `tercet bench`, which feeds the engine's backend; generating through the engine itself."""
+    """Measure with `tercet bench`, which calls the engine's backend; measure generation with the engine itself."""
     if workload == "generate":
         from tercet.engine import bench
         from tercet.engine.request import Request, Sampling
@@ -242,7 +242,7 @@ def tercet_side(workload: str, directory: Path, kind: str, shape: Shape, threads
         bench.use_threads(threads)
         engine = bench.load(str(directory), kind)
         prompt = tuple(random_tokens(shape, 1, PROMPT)[0])
-        # Not the whole prompt, so that nothing of it is kept for the run that counts.
+        # Without the first token, so that the prefix cache has nothing for the measured run.
         engine.generate([Request(prompt[1:65], Sampling(max_tokens=4, temperature=0, ignore_eos=True))])
         begun = time.perf_counter()
         done = engine.generate([Request(prompt, Sampling(max_tokens=NEW, temperature=0, ignore_eos=True))])
@@ -273,7 +273,7 @@ def tercet_side(workload: str, directory: Path, kind: str, shape: Shape, threads
 
 
 class LlamaCpp:
-    """llama.cpp's own interface, as its llama-bench uses it."""
+    """llama.cpp's C interface, used as its llama-bench does."""
 
     def __init__(self, path: Path, shape: Shape, threads: int, context: int, sequences: int) -> None:
         import llama_cpp
@@ -298,7 +298,7 @@ class LlamaCpp:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
     def feed(self, rows: list[tuple[int, int, list[int]]]) -> np.ndarray:
-        """Logits [rows, V] after the last token of each (sequence, start, tokens)."""
+        """Return the logits [rows, V] after the last token of each (sequence, start, tokens)."""
         batch, at, last = self.batch, 0, []
         for sequence, start, tokens in rows:
             for offset, token in enumerate(tokens):
@@ -310,10 +310,10 @@ class LlamaCpp:
         batch.n_tokens = at
         status = self.library.llama_decode(self.context, batch)
         assert status == 0, f"llama_decode: {status}"
-        found = [self.library.llama_get_logits_ith(self.context, place) for place in last]
+        logits = [self.library.llama_get_logits_ith(self.context, index) for index in last]
         size = (self.shape.vocab,)
         return np.stack(
-            [np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), size) for row in found]
+            [np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), size) for row in logits]
         )
 
 
@@ -338,7 +338,7 @@ def llama_side(workload: str, path: Path, shape: Shape, threads: int) -> dict[st
 
 
 def transformers_side(directory: Path, shape: Shape, threads: int) -> dict[str, float]:
-    """transformers' generate in bfloat16, eager (not compiled), with its default attention."""
+    """Measure transformers' generate in bfloat16, eager (not compiled), with its default attention."""
     import torch
     import transformers
 
@@ -362,17 +362,17 @@ def transformers_side(directory: Path, shape: Shape, threads: int) -> dict[str, 
 
 
 def check(directory: Path, gguf: Path, shape: Shape) -> None:
-    """llama.cpp on F16 chooses the tokens that transformers writes greedily with the originals in float32.
+    """Check that llama.cpp on F16 chooses transformers' greedy tokens with the originals in float32.
 
-    It rounds activations, keys and values to half precision, so it may choose otherwise where two
-    tokens are almost equally likely; the text goes on with transformers' choice, and differences that
-    rounding does not explain are an error.
+    llama.cpp rounds activations, keys and values to half precision, so it may choose another token if two
+    are almost equally likely. The text continues with transformers' choice, and differences that rounding
+    does not explain are an error.
     """
     import torch
     import transformers
 
     prompt = random_tokens(shape, 1, 20)[0]
-    count = 200  # beyond the length at which the stretch of the positions begins
+    count = 200  # beyond the length at which the scaling of positions begins
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
         ids = torch.tensor([prompt])
@@ -380,18 +380,18 @@ def check(directory: Path, gguf: Path, shape: Shape) -> None:
         ids = model.generate(
             ids, attention_mask=mask, max_new_tokens=count, eos_token_id=None, do_sample=False
         )
-        wanted = model(ids).logits[0].numpy()
+        expected = model(ids).logits[0].numpy()
     tokens = ids[0].tolist()
     llama = LlamaCpp(gguf, shape, 1, len(tokens), 1)
     same, worst = 0, 0.0
     for at, token in enumerate(tokens[:-1]):
-        found = llama.feed([(0, at, [token])])[0]
-        spread = wanted[at].std()
-        worst = max(worst, float(np.abs(found - wanted[at]).max() / spread))
+        logits = llama.feed([(0, at, [token])])[0]
+        spread = expected[at].std()
+        worst = max(worst, float(np.abs(logits - expected[at]).max() / spread))
         if at >= len(prompt) - 1:
-            chosen = int(found.argmax())
+            chosen = int(logits.argmax())
             same += chosen == tokens[at + 1]
-            lost = wanted[at].max() - wanted[at, chosen]
+            lost = expected[at].max() - expected[at, chosen]
             if lost > 0.05 * spread:
                 raise SystemExit(f"the conversion to GGUF is wrong: token {at + 1} differs")
     print(
@@ -402,7 +402,7 @@ def check(directory: Path, gguf: Path, shape: Shape) -> None:
         raise SystemExit("the conversion to GGUF is wrong")
 
 
-# Taking turns
+# Alternating measurements
 
 
 def run(command: list[str]) -> str:
@@ -415,44 +415,44 @@ def run(command: list[str]) -> str:
 def measured(
     side: str, workload: str, kind: str, arguments: argparse.Namespace, cache: Path
 ) -> dict[str, Any]:
-    """One measurement in a new process."""
+    """Measure once in a new process."""
     command = [sys.executable, __file__, "--side", side, "--workload", workload, "--kind", kind]
     command += ["--shape", arguments.shape, "--threads", str(arguments.threads), "--cache", str(cache)]
-    found: dict[str, Any] = json.loads(run(command).splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(run(command).splitlines()[-1])
+    return result
 
 
 def one_side(arguments: argparse.Namespace, directory: Path, gguf: Path) -> None:
     shape = SHAPES[arguments.shape]
     if arguments.side == "tercet":
-        found = tercet_side(arguments.workload, directory, arguments.kind, shape, arguments.threads)
+        result = tercet_side(arguments.workload, directory, arguments.kind, shape, arguments.threads)
     elif arguments.side == "llama.cpp":
-        found = llama_side(arguments.workload, gguf, shape, arguments.threads)
+        result = llama_side(arguments.workload, gguf, shape, arguments.threads)
     else:
-        found = transformers_side(directory, shape, arguments.threads)
-    print(json.dumps(found))
+        result = transformers_side(directory, shape, arguments.threads)
+    print(json.dumps(result))
 
 
 def compare(
     arguments: argparse.Namespace, workload: str, kind: str, cache: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every round of both sides, taking turns."""
+    """Run all rounds of both sides in alternation."""
     rival = "transformers" if workload == "generate" else "llama.cpp"
-    found: dict[str, list[dict[str, Any]]] = {"tercet": [], rival: []}
+    results: dict[str, list[dict[str, Any]]] = {"tercet": [], rival: []}
     for number in range(arguments.rounds):
-        for side in found:
+        for side in results:
             sys.stderr.write(f"{workload}, {kind}: {side}, round {number + 1} of {arguments.rounds}\n")
-            found[side].append(measured(side, workload, kind, arguments, cache))
-    return found
+            results[side].append(measured(side, workload, kind, arguments, cache))
+    return results
 
 
 def report(
-    row: str, kind: str, found: dict[str, list[dict[str, Any]]], about: dict[str, Any]
+    row: str, kind: str, results: dict[str, list[dict[str, Any]]], about: dict[str, Any]
 ) -> dict[str, Any]:
     _, field, unit, more = FIELDS[row]
     sides = {}
-    for side, results in found.items():
-        values = [result[field] for result in results]
+    for side, runs in results.items():
+        values = [result[field] for result in runs]
         best = max(values) if more else min(values)
         sides[side] = {
             "median": statistics.median(values),
@@ -464,7 +464,7 @@ def report(
     rival = next(side for side in sides if side != "tercet")
     stored = {"tercet": kind, rival: "bfloat16" if rival == "transformers" else PAIRS[kind]}
     fields = {"row": row, "unit": unit, "more_is_better": more, "weights": stored, "sides": sides}
-    limit = [result["fraction_of_limit"] for result in found["tercet"] if result.get("fraction_of_limit")]
+    limit = [result["fraction_of_limit"] for result in results["tercet"] if result.get("fraction_of_limit")]
     if row == "decode" and limit:
         fields["fraction_of_limit"] = statistics.median(limit)
     return fields | {"ratio": ours / theirs} | about
@@ -534,19 +534,19 @@ def compare_all(arguments: argparse.Namespace, rows: list[str], kinds: list[str]
         "versions": versions(), "machine": machine(), "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
     }  # fmt: skip
-    found = []
+    reports = []
     for kind in kinds:
         workloads = dict.fromkeys(FIELDS[row][0] for row in rows)
         results = {workload: compare(arguments, workload, kind, cache) for workload in workloads}
-        found += [report(row, kind, results[FIELDS[row][0]], about) for row in rows]
+        reports += [report(row, kind, results[FIELDS[row][0]], about) for row in rows]
     print(
         f"\n{arguments.shape}, {arguments.threads} threads; median (best) of {arguments.rounds} processes each\n"
     )
     print("| | ours | | theirs | | ratio |\n|---|---|---|---|---|---|")
-    for row in found:
+    for row in reports:
         print(shown(row))
     print()
-    for row in found:
+    for row in reports:
         print(json.dumps(row))
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/against_transformers.py [--rounds 5]
 
-Both sides run in this process, in turn, with the same thread count; the table gives medians, minima
-and the ratio of medians. Nothing else should be running.
+Both sides run alternately in this process with the same thread count. The table gives medians, minima and
+the ratio of medians. Nothing else should be running.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROWS = 4
 def alternate(
     rounds: int, a: Callable[[], object], b: Callable[[], object]
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each, one after the other, after a round that is not counted."""
+    """Return the seconds of each side, run alternately, after an unmeasured first round."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for side, work in enumerate((a, b)):
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def training(directory: Path, rounds: int) -> None:
-    """Forward, backward and AdamW in bfloat16 over float32 weights, 4 x 512 tokens."""
+    """Compare forward, backward and AdamW in bfloat16 with float32 weights, on 4 x 512 tokens."""
     ours = load_model(directory, dtype=torch.float32, trainable=True)
     ours.compute_dtype = torch.bfloat16
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
@@ -101,7 +101,7 @@ def training(directory: Path, rounds: int) -> None:
 
 
 def generation(directory: Path, rounds: int) -> None:
-    """8 unequal prompts, 64 new tokens each, greedy, float32, no stopping."""
+    """Compare 8 prompts of unequal length, 64 new tokens each, greedy, float32, without stop tokens."""
     engine = load_engine(directory, dtype="float32", device="cpu")
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     lengths = [20, 35, 50, 65, 80, 95, 110, 125]
@@ -124,7 +124,7 @@ def generation(directory: Path, rounds: int) -> None:
 
 
 def scoring(directory: Path, rounds: int) -> None:
-    """32 prompts behind one few-shot header of 300 tokens, 12 labels each: the likeliest label."""
+    """Compare the choice of the likeliest of 12 labels for 32 prompts with a common header of 300 tokens."""
     engine = load_engine(directory, dtype="float32", device="cpu")
     tokenizer = engine.tokenizer
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -134,7 +134,7 @@ def scoring(directory: Path, rounds: int) -> None:
     labels = [f" {words[i % 10]} {words[(i * 3 + 1) % 10]}" for i in range(12)]
 
     def choose_theirs() -> None:
-        # As evaluation harnesses do: every (prompt, label) is a row of its own.
+        # As in evaluation harnesses, every (prompt, label) is a separate row.
         with torch.inference_mode():
             for prompt in prompts:
                 rows = [tokenizer.encode(prompt + label) for label in labels]

@@ -1,15 +1,15 @@
-"""Curation: text a second and peak memory of rules, MinHash and all, against datatrove's pipeline.
+"""Curation compared with datatrove's pipeline: text per second and peak memory of the whole command.
 
     python benchmarks/curation.py articles.jsonl.gz [--peer-python VENV/bin/python] [--growth 0.5 1 2]
 
-Both read the same files (jsonl, one a process), drop what Gopher's, C4's and FineWeb's rules drop, take out
-near-duplicates (14 bands of 8 over word 5-grams) and write what is left, each with two processes. The time
-is of the whole command, start included, and so is the memory: the most that the command and its processes
-held together, pages shared by several counted once. Tercet also takes out exact copies, shuffles, and
-writes a report. The peer needs: pip install "datatrove[processing]" spacy.
+Both read the same files (jsonl, one per process), apply the rules of Gopher, C4 and FineWeb, remove
+near-duplicates (14 bands of 8 over word 5-grams) and write the rest, each with two processes. Time and memory
+are those of the whole command including its start. Memory is the peak of the command and its processes
+together, with shared pages counted once. Tercet also removes exact duplicates, shuffles, and writes a report.
+The peer needs: pip install "datatrove[processing]" spacy.
 
---growth: gigabytes of text. The articles are repeated, in each round with every fourth word exchanged for
-another of the same article, so that no 5-gram comes again.
+--growth: gigabytes of text. The articles are repeated, in each round with every fourth word replaced by
+another of the same article, so that no 5-gram is repeated.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def documents(path: Path) -> Iterator[dict[str, str]]:
 
 
 def changed(text: str, round_number: int) -> str:
-    """Every fourth word exchanged for another of the text."""
-    words = re.split(r"(\s+)", text)  # at the odd places: what is between words
+    """Replace every fourth word by another word of the text."""
+    words = re.split(r"(\s+)", text)  # white space at odd indices
     places = range((2 * round_number) % 8, len(words), 8)
     return "".join(
         words[(place * 7 + 26 * round_number) % len(words) // 2 * 2] if place in places else word
@@ -47,7 +47,7 @@ def changed(text: str, round_number: int) -> str:
 
 
 def write_input(source: Path, directory: Path, size: float, files: int) -> int:
-    """About ``size`` bytes of text (all there is, once, where it is infinite) in ``files``; the bytes."""
+    """Write about ``size`` bytes of text to ``files`` files, or all text once if infinite; return the bytes."""
     directory.mkdir(parents=True)
     total = 0
     outputs = [(directory / f"{number}.jsonl").open("w", encoding="utf-8") for number in range(files)]
@@ -65,8 +65,8 @@ def write_input(source: Path, directory: Path, size: float, files: int) -> int:
     return total
 
 
-def held(root: int) -> int:
-    """Bytes that a process and its descendants hold, proportional set size."""
+def memory_of(root: int) -> int:
+    """Return the bytes of a process and its descendants in memory (proportional set size)."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -80,26 +80,26 @@ def held(root: int) -> int:
         process = waiting.pop()
         waiting += children.get(process, [])
         try:
-            found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)
+            match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{process}/smaps_rollup").read_text(), re.M)
         except OSError:
             continue
-        total += int(found[1]) * 1024 if found else 0
+        total += int(match[1]) * 1024 if match else 0
     return total
 
 
 def measured(command: list[str]) -> tuple[float, int, str]:
-    """Seconds, peak bytes and last line of output of a command."""
+    """Return the seconds, peak bytes and output of a command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     begun = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    most = 0
+    peak = 0
 
     def watch() -> None:
-        nonlocal most
+        nonlocal peak
         while process.poll() is None:
-            most = max(most, held(process.pid))
+            peak = max(peak, memory_of(process.pid))
             time.sleep(0.25)
 
     watcher = threading.Thread(target=watch)
@@ -109,11 +109,11 @@ def measured(command: list[str]) -> tuple[float, int, str]:
     watcher.join()
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
-    return seconds, most, output.strip()
+    return seconds, peak, output.strip()
 
 
 def ours(data: Path, out: Path, processes: int, preset: str) -> tuple[float, int, int]:
-    """Seconds, peak bytes, documents written."""
+    """Return seconds, peak bytes and the number of written documents."""
     command = [sys.executable, "-m", "tercet", "curate", "--data", str(data), "--out", str(out)]
     command += ["--rules", preset, "--processes", str(processes), "--json"]
     seconds, memory, output = measured(command)
@@ -123,7 +123,7 @@ def ours(data: Path, out: Path, processes: int, preset: str) -> tuple[float, int
 
 
 def peer(data: Path, out: Path, processes: int) -> None:
-    """datatrove's pipeline; runs under the peer's Python."""
+    """Run datatrove's pipeline; this function runs under the peer's Python."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, MinhashDedupSignature
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
@@ -143,7 +143,7 @@ def peer(data: Path, out: Path, processes: int) -> None:
             pipeline=pipeline, tasks=tasks, workers=processes, logging_dir=str(out / "logs" / name)
         ).run()
 
-    kept, signatures = str(out / "kept"), str(out / "signatures")
+    filtered, signatures = str(out / "kept"), str(out / "signatures")
     run(
         "filters",
         [
@@ -152,16 +152,16 @@ def peer(data: Path, out: Path, processes: int) -> None:
             GopherQualityFilter(),
             C4QualityFilter(filter_no_terminal_punct=False),  # as FineWeb uses it
             FineWebQualityFilter(),
-            JsonlWriter(kept),
+            JsonlWriter(filtered),
         ],
         processes,
     )
-    run("signatures", [JsonlReader(kept), MinhashDedupSignature(signatures, config=config)], processes)
+    run("signatures", [JsonlReader(filtered), MinhashDedupSignature(signatures, config=config)], processes)
     run("buckets", [MinhashDedupBuckets(signatures, str(out / "buckets"), config=config)], BANDS)
     run("cluster", [MinhashDedupCluster(str(out / "buckets"), str(out / "remove"), config=config)], 1)
     run(
         "last",
-        [JsonlReader(kept), MinhashDedupFilter(str(out / "remove")), JsonlWriter(str(out / "data"))],
+        [JsonlReader(filtered), MinhashDedupFilter(str(out / "remove")), JsonlWriter(str(out / "data"))],
         processes,
     )
     print(sum(gzip.decompress(path.read_bytes()).count(b"\n") for path in (out / "data").iterdir()))

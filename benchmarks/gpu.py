@@ -1,14 +1,14 @@
-"""Training on a GPU: how much of its arithmetic a step uses, against transformers' Llama compiled as a whole.
+"""Training on a GPU: FLOPs utilisation of a step, compared with transformers' Llama under torch.compile.
 
     python benchmarks/gpu.py [--shapes 124M 350M] [--seconds 8] [--peer] [--free] [--profile FILE]
 
-A step is everything from token ids to changed weights: forward, backward, the norm of the gradient,
-clipping, the optimizer. Model FLOPs utilisation as in PaLM (Chowdhery et al. 2022, appendix B): 6 N + 12 L H T
-operations a token, with N the weights that are multiplied with (the embedding is not, the head is) and
-attention counted in full, over the maker's figure for dense bfloat16. ``products`` counts 6 N alone.
-Nothing is counted twice, and what causal attention leaves out is counted, by this convention.
+A step goes from token ids to updated weights: forward, backward, the norm of the gradient, clipping, the
+optimizer. Model FLOPs utilisation as in PaLM (Chowdhery et al. 2022, appendix B): 6 N + 12 L H T
+operations a token, with N the weights of matrix products (including the head, not the embedding) and
+attention counted in full, divided by the maker's figure for dense bfloat16. ``products`` counts 6 N alone.
+By this convention recomputation is not counted, and the masked half of causal attention is.
 
-whole: each row is one document of the context's length. packed: documents of 60 to 1,000 tokens, as the
+whole: each row is a document of the context's length. packed: rows of documents of 60 to 1,000 tokens, as
 packing makes them; attention between them is neither allowed nor computed.
 """
 
@@ -35,7 +35,7 @@ from tercet.train.loss import Batch
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.state import trainable
 
-# GPT-2's small and medium: layers, width, sequences in a step. With its vocabulary, rounded up to 64.
+# GPT-2 small and medium: layers, width, sequences per step. Its vocabulary is rounded up to a multiple of 64.
 SHAPES = {"124M": (12, 768, 64), "350M": (24, 1024, 32)}
 VOCABULARY, CONTEXT = 50_304, 1024
 DEVICE = torch.device("cuda")
@@ -58,7 +58,7 @@ def rows_of(rows: int, packed: bool) -> Batch:
 
 
 def timed(step: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Median and least seconds of ``step``; what is compiled is compiled before."""
+    """Return the median and minimal seconds of ``step``, after three steps that compile."""
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -73,7 +73,7 @@ def timed(step: Callable[[], Any], seconds: float) -> tuple[float, float]:
 
 
 class Report:
-    """One line for each measurement."""
+    """Prints a line per measurement."""
 
     def __init__(self, peak: float) -> None:
         self.peak = peak
@@ -81,14 +81,14 @@ class Report:
             f"{torch.cuda.get_device_name(DEVICE)}, torch {torch.__version__}, peak {peak / 1e12:.0f} TFLOP/s"
         )
 
-    def line(self, name: str, shape: str, weights: int, tokens: int, found: tuple[float, float]) -> None:
+    def line(self, name: str, shape: str, weights: int, tokens: int, seconds: tuple[float, float]) -> None:
         layers, width, _ = SHAPES[shape]
         products = 6 * weights
         full = products + 12 * layers * width * CONTEXT
-        pace = tokens / found[0]
+        pace = tokens / seconds[0]
         print(
             f"{shape} {name:<34} {pace:>10,.0f} tokens/s  MFU {full * pace / self.peak:6.1%} "
-            f"(best step {full * tokens / found[1] / self.peak:6.1%}; products {products * pace / self.peak:6.1%})  "
+            f"(best step {full * tokens / seconds[1] / self.peak:6.1%}; products {products * pace / self.peak:6.1%})  "
             f"{torch.cuda.max_memory_allocated() / 1e9:5.1f} GB",
             flush=True,
         )
@@ -105,7 +105,7 @@ def ours(shape: str, report: Report, seconds: float, profile: Path | None) -> No
     work = Autograd(model)
     batches = {"whole": rows_of(rows, False), "packed": rows_of(rows, True)}
     kinds = {"AdamW": Rates("adamw", 1e-4), "Muon": Rates("muon", 1e-4, embedding=1e-4)}
-    optimizers: dict[str, Optimizer] = {}  # one at a time: each holds moments
+    optimizers: dict[str, Optimizer] = {}  # a single one at a time: each stores moments
 
     def step_with(kind: str, rows: str) -> Callable[[], None]:
         if kind not in optimizers:
@@ -120,8 +120,8 @@ def ours(shape: str, report: Report, seconds: float, profile: Path | None) -> No
         return step
 
     def measure(name: str, kind: str, rows_name: str) -> None:
-        found = timed(step_with(kind, rows_name), seconds)
-        report.line(name, shape, config.matmul_parameters, rows * CONTEXT, found)
+        times = timed(step_with(kind, rows_name), seconds)
+        report.line(name, shape, config.matmul_parameters, rows * CONTEXT, times)
 
     measure("AdamW, whole, not compiled", "AdamW", "whole")
     before = time.perf_counter()
@@ -132,8 +132,8 @@ def ours(shape: str, report: Report, seconds: float, profile: Path | None) -> No
         for name in batches:
             measure(f"{kind}, {name}", kind, name)
     optimizers.clear()
-    found = timed(lambda: work.gradients([batches["whole"]]), seconds / 2)
-    report.line("gradients alone, whole", shape, config.matmul_parameters, rows * CONTEXT, found)
+    times = timed(lambda: work.gradients([batches["whole"]]), seconds / 2)
+    report.line("gradients alone, whole", shape, config.matmul_parameters, rows * CONTEXT, times)
     if profile:
         for kind in kinds:
             step = step_with(kind, "whole")
@@ -149,7 +149,7 @@ def ours(shape: str, report: Report, seconds: float, profile: Path | None) -> No
 
 
 def peer(shape: str, report: Report, seconds: float) -> None:
-    """transformers' Llama of the same shape: autocast to bfloat16, compiled, fused AdamW."""
+    """Measure transformers' Llama of the same shape: autocast to bfloat16, compiled, fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     layers, width, rows = SHAPES[shape]
@@ -178,12 +178,12 @@ def peer(shape: str, report: Report, seconds: float) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    found = timed(step, seconds)
-    report.line("transformers, compiled, AdamW", shape, ours.matmul_parameters, rows * CONTEXT, found)
+    times = timed(step, seconds)
+    report.line("transformers, compiled, AdamW", shape, ours.matmul_parameters, rows * CONTEXT, times)
 
 
 def forget() -> None:
-    """Give memory back: compiled models are held by references in a circle."""
+    """Free memory: compiled models are in reference cycles."""
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()

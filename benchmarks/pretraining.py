@@ -1,19 +1,18 @@
-"""Pre-training: Tercet against transformers' Trainer and LitGPT, on the same machine in the same run.
+"""Pre-training compared with transformers' Trainer and LitGPT on the same machine in the same run.
 
     python benchmarks/pretraining.py speed [--peer-python PYTHON] [--rounds 3]
     python benchmarks/pretraining.py quality --data BOOKS.txt.gz [--minutes 5] [--seeds 3] [--part-seeds 1] [--sweep]
 
-speed: tokens a second of whole training steps at one shape (6 layers, width 256, vocabulary 4096,
-context 512, 4 rows a step or --rows); each side in a process of its own, in turn. LitGPT is measured where
+speed: tokens per second of whole training steps at a fixed shape (6 layers, width 256, vocabulary 4096,
+context 512, 4 rows per step or --rows). The sides alternate, each in its own process. LitGPT is measured if
 PYTHON can import it.
 
-quality: bits per byte on held-out text after so many minutes, everything included for Tercet (its whole
-command), training only for the Trainer. The last hundredth of every document is held out and the rest is
-given to both; each trains its own tokenizer (the same kind, the peer's with 4096 tokens); both checkpoints
-are measured by the same code, through transformers, in windows of the context they were trained with.
-A second run of Tercet, with the first --part-seeds seeds, is given 40% of the time: whether it gets to where
-the peer ends.
---sweep: the Trainer with five rates and three batch sizes instead of the best pair found so far.
+quality: bits per byte on held-out text after --minutes, which are those of the whole command for Tercet and of
+training alone for the Trainer. The last hundredth of every document is held out; both train on the rest, with
+their own tokenizers (of the same kind, the peer's with 4096 tokens). The same code measures both checkpoints,
+with transformers, in windows of their training context. A second run of Tercet with 40% of the time, for the
+first --part-seeds seeds, shows whether it reaches the peer's final quality.
+--sweep: the Trainer with five rates and three batch sizes instead of the best known pair.
 
 Nothing else should be running.
 """
@@ -35,11 +34,11 @@ from pathlib import Path
 from typing import Any
 
 SHAPE = {"layers": 6, "width": 256, "vocab": 4096, "context": 512, "rows": 4, "heads": 4, "kv_heads": 2}
-SECONDS = 25.0  # of training steps for one measurement of speed, after a few that are not counted
+SECONDS = 25.0  # of training steps per measurement of speed, after a few unmeasured ones
 PEER_RATES, PEER_ROWS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (4, 8, 16)
 PEER_BEST = (2e-3, 4)  # found by --sweep
-NEARLY = 1.01  # bits per byte over the best of a short sweep that a longer run may still turn round
-PART = 0.4  # of the time: what Tercet has reached by then, in a run planned for it, against the peer's end
+NEARLY = 1.01  # ratio to the best bits per byte of a short sweep that a longer run may still reverse
+PART = 0.4  # fraction of the time for a separate run of Tercet, compared with the peer's final quality
 PEER_CONTEXT, PEER_LAYERS, PEER_WIDTH = 256, 4, 192
 
 
@@ -62,7 +61,7 @@ def llama(layers: int, width: int, vocab: int, context: int, heads: int, kv_head
 
 
 def steps_per_second(step: Any, tokens: int) -> float:
-    """Tokens a second of ``step()``, by the median of its times."""
+    """Return tokens per second of ``step()``, by the median of its times."""
     for _ in range(3):
         step()
     times: list[float] = []
@@ -93,7 +92,7 @@ def speed_tercet(kind: str) -> float:
         num_heads=s["heads"],
         num_kv_heads=s["kv_heads"],
         head_dim=s["width"] // s["heads"],
-        tie_embeddings=True,  # as the peers'
+        tie_embeddings=True,  # like the peers
     )
     model = Transformer(config, compute_dtype=torch.bfloat16)
     initialize(model, 0)
@@ -113,7 +112,7 @@ def speed_tercet(kind: str) -> float:
 
 
 class Synthetic:
-    """Random rows for the Trainer, as many as it asks for."""
+    """An endless data set of random rows for the Trainer."""
 
     def __init__(self, vocab: int, context: int) -> None:
         self.vocab, self.context = vocab, context
@@ -129,7 +128,7 @@ class Synthetic:
 
 
 def trainer(config: Any, data: Any, rows: int, rate: float, seconds: float, steps: int, seed: int) -> Any:
-    """transformers' Trainer, bf16, AdamW, cosine with 5% warm-up; ends after ``seconds``."""
+    """Train with transformers' Trainer for ``seconds``: bf16, AdamW, cosine with 5% warm-up."""
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -179,7 +178,7 @@ def speed_trainer() -> float:
 
 
 def speed_litgpt(compiled: bool) -> float:
-    """LitGPT's network, loss and precision as its own pretraining sets them up."""
+    """Measure LitGPT's network, loss and precision, set up as in its own pretraining."""
     import lightning
     import litgpt
     import torch
@@ -230,7 +229,7 @@ SPEEDS = {
 
 
 def speed(peer: str | None, rounds: int, rows: int) -> None:
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     for _ in range(rounds):
         for side in SPEEDS:
             python = peer if side.startswith("litgpt") else sys.executable
@@ -242,11 +241,11 @@ def speed(peer: str | None, rounds: int, rows: int) -> None:
             if done.returncode:
                 print(f"{side} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 continue
-            found.setdefault(side, []).append(float(done.stdout.split()[-1]))
-            print(f"  {side}: {found[side][-1]:,.0f} tokens/s", file=sys.stderr)
+            results.setdefault(side, []).append(float(done.stdout.split()[-1]))
+            print(f"  {side}: {results[side][-1]:,.0f} tokens/s", file=sys.stderr)
     print("| | tokens/s, median (best) | Tercet with Muon over it |\n|---|---|---|")
-    ours = statistics.median(found["tercet (Muon)"])
-    for side, values in found.items():
+    ours = statistics.median(results["tercet (Muon)"])
+    for side, values in results.items():
         middle = statistics.median(values)
         print(f"| {side} | {middle:,.0f} ({max(values):,.0f}) | {ours / middle:.2f} |")
 
@@ -255,14 +254,14 @@ def speed(peer: str | None, rounds: int, rows: int) -> None:
 
 
 def documents(path: Path) -> list[str]:
-    """The texts, with ``\\n`` line ends as Tercet reads them: both sides are trained on the same characters."""
+    """Return the texts with line feeds only, as Tercet reads them: both sides train on the same characters."""
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").replace("\r\n", "\n")
     return [text for text in text.split("<|endoftext|>\n") if text.strip()]
 
 
 def bits_per_byte(directory: Path, texts: list[str]) -> float:
-    """Of the texts, each from an end-of-text token on, in windows of the model's context that don't overlap."""
+    """Return the bits per byte of texts after an end-of-text token, in disjoint windows of the model's context."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -282,7 +281,7 @@ def bits_per_byte(directory: Path, texts: list[str]) -> float:
 
 
 class Windows:
-    """Rows of one long stream of tokens."""
+    """A data set of consecutive windows of a token stream."""
 
     def __init__(self, ids: Any, context: int) -> None:
         self.ids, self.context = ids, context
@@ -296,14 +295,14 @@ class Windows:
 
 
 def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows: int, seed: int) -> Path:
-    """The Trainer for ``minutes``; its number of steps comes from timing a few first, for the cosine."""
+    """Train the peer for ``minutes``; a short timed run determines the number of steps for the cosine."""
     import torch
 
     from tercet.pretrain.vocabulary import train_tokenizer
 
     tokenizer = train_tokenizer(texts, 4096)
     end = tokenizer.eos_id
-    ids = [token for one in tokenizer.encode_batch(texts, special=False) for token in (*one, end)]
+    ids = [token for text in tokenizer.encode_batch(texts, special=False) for token in (*text, end)]
     config = llama(PEER_LAYERS, PEER_WIDTH, tokenizer.vocab_size, PEER_CONTEXT, 6, 6)
     config.bos_token_id = config.eos_token_id = end
     data = Windows(torch.tensor(ids), PEER_CONTEXT)
@@ -318,9 +317,11 @@ def peer_quality(texts: list[str], out: Path, minutes: float, rate: float, rows:
 def quality(
     data: Path, minutes: float, seeds: int, sweep: bool, part_seeds: int, sweep_minutes: float
 ) -> None:
-    """``sweep``: every pair of rate and rows, as long as ours and with all seeds; with ``sweep_minutes``
+    """Compare bits per byte after training.
 
-    only so long and with one seed, after which the pairs within `NEARLY` of the best go on in full.
+    With ``sweep`` the peer trains with every pair of rate and rows, as long as Tercet and with all seeds. With
+    ``sweep_minutes`` each pair first trains that long with a single seed, and only the pairs within `NEARLY`
+    of the best train in full.
     """
     texts = documents(data)
     train, held = [], []
@@ -355,7 +356,7 @@ def quality(
 
         if sweep_minutes:
             short = {pair: peer_bits(*pair, 0, sweep_minutes) for pair in pairs}
-            # A short run favours lower rates: all that are nearly as good go on.
+            # A short run favours lower rates, so all nearly equal pairs train in full.
             pairs = [pair for pair in pairs if short[pair] < NEARLY * min(short.values())]
         for seed in range(seeds):
             for share, values in [(1.0, ours), *([(PART, part)] if seed < part_seeds else [])]:
@@ -387,22 +388,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    one = kinds.add_parser("speed")
-    one.add_argument("--peer-python")
-    one.add_argument("--rounds", type=int, default=3)
-    one.add_argument("--rows", type=int, default=4, help="sequences a step, on all sides")
-    two = kinds.add_parser("quality")
-    two.add_argument("--data", type=Path, required=True)
-    two.add_argument("--minutes", type=float, default=5)
-    two.add_argument("--seeds", type=int, default=3)
-    two.add_argument("--part-seeds", type=int, default=1)
-    two.add_argument("--sweep", action="store_true")
-    two.add_argument(
-        "--sweep-minutes", type=float, default=0, help="sweep so long, then the best pairs in full"
+    speeds = kinds.add_parser("speed")
+    speeds.add_argument("--peer-python")
+    speeds.add_argument("--rounds", type=int, default=3)
+    speeds.add_argument("--rows", type=int, default=4, help="sequences per step, on all sides")
+    qualities = kinds.add_parser("quality")
+    qualities.add_argument("--data", type=Path, required=True)
+    qualities.add_argument("--minutes", type=float, default=5)
+    qualities.add_argument("--seeds", type=int, default=3)
+    qualities.add_argument("--part-seeds", type=int, default=1)
+    qualities.add_argument("--sweep", action="store_true")
+    qualities.add_argument(
+        "--sweep-minutes",
+        type=float,
+        default=0,
+        help="minutes of the sweep; then the best pairs train in full",
     )
-    three = kinds.add_parser("one")
-    three.add_argument("side")
-    three.add_argument("rows", type=int)
+    single = kinds.add_parser("one")
+    single.add_argument("side")
+    single.add_argument("rows", type=int)
     peer = kinds.add_parser("peer")
     for field in ("texts", "out", "minutes", "rate", "rows", "seed"):
         peer.add_argument(field)

@@ -1,4 +1,4 @@
-"""What quantised weights cost in quality: bits per byte of a text under each form of the weights.
+"""The quality cost of quantised weights: bits per byte of a text for each form of the weights.
 
     python benchmarks/quantization.py runs/mine/model held-out.txt
 
@@ -43,9 +43,9 @@ def main() -> None:
     exact = None
     print(f"{'weights':8} {'bits per byte':>14} {'worse by':>9}")
     for form in FORMS:
-        found = bits_per_byte(arguments.model, text, form)
-        exact = exact or found
-        print(f"{form:8} {found:14.4f} {100 * (found / exact - 1):8.3f}%")
+        bits = bits_per_byte(arguments.model, text, form)
+        exact = exact or bits
+        print(f"{form:8} {bits:14.4f} {100 * (bits / exact - 1):8.3f}%")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The server under load, and beside llama_cpp.server and `transformers serve` on the same weights.
+"""The server under load, and compared with llama_cpp.server and `transformers serve` on the same weights.
 
     python benchmarks/serving.py soak MODEL [--clients 64] [--minutes 5]
     python benchmarks/serving.py compare MODEL --gguf FILE [--llama PYTHON] [--transformers PYTHON]
                                  [--clients 16] [--seconds 60] [--rounds 2]
     python benchmarks/serving.py shape OUT --tokenizer DIR     a checkpoint of SmolLM2-135M's shape, random weights
 
-soak: clients that ask one thing after the other: short and long prompts and answers, streamed and whole,
-some that hang up midway, some requests that are wrong. Every status must be the one that was meant, and
-the server's memory flat.
+soak: clients that send requests in sequence: short and long prompts and answers, streamed and whole, some
+with a client that disconnects early, some invalid. Every status must be the expected one, and the server's
+memory must not grow.
 
-compare: the same streamed chat requests to each server in turn, each with its defaults for several clients at
-once (llama_cpp.server answers one at a time; transformers serve with --continuous-batching where it knows
-the option). Tokens a second are pieces that came over all clients (usage where it is told); the time to the first
-token is what a client waits. PYTHON has llama-cpp-python[server], or transformers[serving], installed;
+compare: the same streamed chat requests to each server in turn, each with its defaults for concurrent clients
+(llama_cpp.server answers one request at a time; transformers serve with --continuous-batching). Tokens per
+second are the streamed pieces of all clients, or the usage that the server reports; the time to the first
+token is measured at the client. PYTHON has llama-cpp-python[server], or transformers[serving], installed;
 llama_cpp.server runs the Q8_0 file that `tercet export` writes, Tercet its int8.
 
 Nothing else should be running. Clients and server share the machine's cores.
@@ -62,13 +62,13 @@ def words(rng: random.Random, count: int) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind((HOST, 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
 
 
 def resident(process: subprocess.Popen[bytes]) -> int:
-    """Bytes of the process and its children in memory."""
+    """Return the bytes of the process and its children in memory."""
     total = 0
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -81,20 +81,20 @@ def resident(process: subprocess.Popen[bytes]) -> int:
     return total
 
 
-# A client, as small as can be: it shares the cores with the server that it measures
+# A minimal client, because it shares the cores with the server
 
 
 @dataclass
 class Answer:
     status: int = 0
     pieces: int = 0
-    tokens: int | None = None  # as the server counted them
+    tokens: int | None = None  # as counted by the server
     first: float | None = None  # seconds to the first piece
     seconds: float = 0.0
 
 
 async def lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[bytes]:
-    """The lines of a body."""
+    """Yield the lines of a body."""
     rest = b""
     while True:
         if chunked:
@@ -112,7 +112,7 @@ async def lines(reader: asyncio.StreamReader, chunked: bool) -> AsyncIterator[by
 
 
 async def ask(port: int, path: str, body: dict[str, Any], hang_up_after: int | None = None) -> Answer:
-    """One request; with ``hang_up_after`` pieces the connection is closed in the middle."""
+    """Send a request; close the connection after ``hang_up_after`` pieces."""
     begun = time.perf_counter()
     answer = Answer()
     reader, writer = await asyncio.open_connection(HOST, port)
@@ -149,7 +149,7 @@ async def ask(port: int, path: str, body: dict[str, Any], hang_up_after: int | N
 
 @dataclass
 class Server:
-    """A server's process, up until the block ends."""
+    """A server's process, which runs until the block ends."""
 
     name: str
     command: list[str]
@@ -169,11 +169,11 @@ class Server:
             except OSError:
                 if self.process.poll() is not None or time.monotonic() - begun > START_SECONDS:
                     self.process.kill()
-                    raise SystemExit(f"{self.name} did not start: {self.said()}") from None
+                    raise SystemExit(f"{self.name} did not start: {self.output()}") from None
                 time.sleep(0.3)
 
-    def said(self) -> str:
-        """The end of what it printed."""
+    def output(self) -> str:
+        """Return the end of the server's output."""
         self.log.seek(0)
         return self.log.read().decode(errors="replace")[-2000:]
 
@@ -205,7 +205,7 @@ def llama(python: str, gguf: str) -> Server:
     port = free_port()
     command = [python, "-m", "llama_cpp.server", "--model", gguf, "--host", HOST, "--port", str(port)]
     command += ["--n_ctx", "2048", "--n_threads", "2", "--n_threads_batch", "2", "--verbose", "false"]
-    # By default a new request ends the one that runs: no client among several would get an answer.
+    # By default a new request interrupts the running one, so no concurrent client would get an answer.
     command += ["--model_alias", "bench", "--interrupt_requests", "false"]
     return Server("llama_cpp.server", command, port, "bench", "/v1/models")
 
@@ -227,11 +227,11 @@ def transformers(python: str, model: str) -> Server:
     return Server("transformers serve", command, port, str(Path(model).resolve()), "/v1/models")
 
 
-# What is asked
+# Requests
 
 
 def question(rng: random.Random, model: str, stream: bool = True) -> dict[str, Any]:
-    """A conversation of 20 to 300 words, answered with 16 to 96 tokens."""
+    """Return a request with 20 to 300 words for an answer of 16 to 96 tokens."""
     return {
         "model": model,
         "messages": [{"role": "user", "content": words(rng, rng.choice([20, 60, 120, 300]))}],
@@ -252,7 +252,7 @@ WRONG: list[tuple[dict[str, Any], int]] = [
 
 
 async def soak_client(
-    server: Server, number: int, until: float, counts: Counter[str], found: list[Answer]
+    server: Server, number: int, until: float, counts: Counter[str], answers: list[Answer]
 ) -> None:
     rng = random.Random(number)
     while time.monotonic() < until:
@@ -269,14 +269,14 @@ async def soak_client(
             answer = await ask(server.port, "/v1/chat/completions", body)
             counts["answered" if answer.status == 200 else f"status {answer.status}"] += 1
             if answer.status == 200:
-                found.append(answer)
+                answers.append(answer)
             else:
                 await asyncio.sleep(1)
 
 
 async def soak(server: Server, clients: int, minutes: float) -> None:
     counts: Counter[str] = Counter()
-    found: list[Answer] = []
+    answers: list[Answer] = []
     memory: list[float] = []
     begun = time.monotonic()
     until = begun + 60 * minutes
@@ -286,15 +286,15 @@ async def soak(server: Server, clients: int, minutes: float) -> None:
             memory.append(resident(server.process) / 1e6)
             await asyncio.sleep(10)
 
-    await asyncio.gather(watch(), *(soak_client(server, n, until, counts, found) for n in range(clients)))
+    await asyncio.gather(watch(), *(soak_client(server, n, until, counts, answers) for n in range(clients)))
     memory.append(resident(server.process) / 1e6)
-    first = [answer.first for answer in found if answer.first is not None]
+    first = [answer.first for answer in answers if answer.first is not None]
     print(f"{clients} clients, {minutes:g} minutes: {dict(counts)}")
     print(
-        f"tokens/s {sum(answer.tokens or answer.pieces for answer in found) / (time.monotonic() - begun):,.0f}"
+        f"tokens/s {sum(answer.tokens or answer.pieces for answer in answers) / (time.monotonic() - begun):,.0f}"
     )
     print(f"time to first token: median {statistics.median(first):.2f} s, p95 {quantile(first, 0.95):.2f} s")
-    print(f"memory, MB, every 10 s: {', '.join(f'{one:.0f}' for one in memory)}")
+    print(f"memory, MB, every 10 s: {', '.join(f'{size:.0f}' for size in memory)}")
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -302,7 +302,7 @@ def quantile(values: list[float], share: float) -> float:
 
 
 async def measured(server: Server, clients: int, seconds: float) -> tuple[float, float, float]:
-    """Tokens a second over all clients; median and 95% of the time to the first token."""
+    """Return tokens per second of all clients, and median and 95th percentile of the time to the first token."""
     first: list[float] = []
     tokens = 0
 
@@ -319,35 +319,36 @@ async def measured(server: Server, clients: int, seconds: float) -> tuple[float,
 
     await ask(
         server.port, "/v1/chat/completions", question(random.Random(0), server.model)
-    )  # loads, compiles
+    )  # loads and compiles
     begun = time.monotonic()
     until = begun + seconds
     await asyncio.gather(*(client(number) for number in range(clients)))
     return tokens / (time.monotonic() - begun), statistics.median(first), quantile(first, 0.95)
 
 
-def compare(asked: argparse.Namespace) -> None:
-    sides = {"Tercet": lambda: tercet(asked.model)}
-    if asked.llama:
-        sides["llama_cpp.server"] = lambda: llama(asked.llama, asked.gguf)
-    if asked.transformers:
-        sides["transformers serve"] = lambda: transformers(asked.transformers, asked.model)
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
-    for _ in range(asked.rounds):
+def compare(arguments: argparse.Namespace) -> None:
+    sides = {"Tercet": lambda: tercet(arguments.model)}
+    if arguments.llama:
+        sides["llama_cpp.server"] = lambda: llama(arguments.llama, arguments.gguf)
+    if arguments.transformers:
+        sides["transformers serve"] = lambda: transformers(arguments.transformers, arguments.model)
+    results: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
+    for _ in range(arguments.rounds):
         for name, make in sides.items():
             with make() as server:
                 try:
-                    found[name].append(asyncio.run(measured(server, asked.clients, asked.seconds)))
+                    results[name].append(asyncio.run(measured(server, arguments.clients, arguments.seconds)))
                 except OSError as problem:
-                    raise SystemExit(f"{name}: {problem}; it said: {server.said()}") from problem
+                    raise SystemExit(f"{name}: {problem}; its output: {server.output()}") from problem
             print(
-                f"  {name}: %.0f tokens/s, first token %.2f s, p95 %.2f s" % found[name][-1], file=sys.stderr
+                f"  {name}: %.0f tokens/s, first token %.2f s, p95 %.2f s" % results[name][-1],
+                file=sys.stderr,
             )
     print("| server | tokens/s | Tercet over it | first token, median | p95 | it over Tercet |")
     print("|---|---|---|---|---|---|")
     middle = {
         name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in found.items()
+        for name, rows in results.items()
     }
     pace, _, wait = middle["Tercet"]
     for name, (speed, median, p95) in middle.items():
@@ -387,29 +388,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    one = kinds.add_parser("soak")
-    one.add_argument("model")
-    one.add_argument("--clients", type=int, default=64)
-    one.add_argument("--minutes", type=float, default=5)
-    two = kinds.add_parser("compare")
-    two.add_argument("model")
-    two.add_argument("--gguf")
-    two.add_argument("--llama")
-    two.add_argument("--transformers")
-    two.add_argument("--clients", type=int, default=16)
-    two.add_argument("--seconds", type=float, default=60)
-    two.add_argument("--rounds", type=int, default=2)
-    three = kinds.add_parser("shape")
-    three.add_argument("out", type=Path)
-    three.add_argument("--tokenizer", type=Path, required=True)
-    asked = parser.parse_args()
-    if asked.kind == "soak":
-        with tercet(asked.model) as server:
-            asyncio.run(soak(server, asked.clients, asked.minutes))
-    elif asked.kind == "shape":
-        write_shape(asked.out, asked.tokenizer)
+    soaks = kinds.add_parser("soak")
+    soaks.add_argument("model")
+    soaks.add_argument("--clients", type=int, default=64)
+    soaks.add_argument("--minutes", type=float, default=5)
+    comparisons = kinds.add_parser("compare")
+    comparisons.add_argument("model")
+    comparisons.add_argument("--gguf")
+    comparisons.add_argument("--llama")
+    comparisons.add_argument("--transformers")
+    comparisons.add_argument("--clients", type=int, default=16)
+    comparisons.add_argument("--seconds", type=float, default=60)
+    comparisons.add_argument("--rounds", type=int, default=2)
+    shapes = kinds.add_parser("shape")
+    shapes.add_argument("out", type=Path)
+    shapes.add_argument("--tokenizer", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.kind == "soak":
+        with tercet(arguments.model) as server:
+            asyncio.run(soak(server, arguments.clients, arguments.minutes))
+    elif arguments.kind == "shape":
+        write_shape(arguments.out, arguments.tokenizer)
     else:
-        compare(asked)
+        compare(arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Random requests for as long as asked: no wrong token, no page lost, no memory that grows.
+"""A soak test of the engine with random requests: no wrong token, no lost page, no growing memory.
 
     python benchmarks/soak.py runs/mine/model --minutes 60
 
 Each of a few hundred kinds of request (lengths, seeds, stop strings, forms, log-probabilities) is
-answered alone first. Then they come at random, many at a time, some cancelled midway, with room for a
-few pages only; whoever finishes must have the tokens it had alone.
+first answered alone. Then they arrive at random, many at a time, some are cancelled, and there are few
+pages. Each finished request must have the same tokens as alone.
 """
 
 import argparse
@@ -48,7 +48,7 @@ FORMS = (
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the bytes of this process in memory."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -84,9 +84,11 @@ def main() -> None:
     arguments = parser.parse_args()
     alone = load_engine(arguments.model, device="cpu", quantize=arguments.quantize)
     requests = [request(alone, number) for number in range(KINDS)]
-    expected = [alone.generate([one])[0].tokens for one in requests]
+    expected = [alone.generate([item])[0].tokens for item in requests]
     loaded = load_engine(arguments.model, device="cpu", quantize=arguments.quantize)
-    loaded.backend.num_pages = 40  # so that pages run out, are evicted and requests sent back to wait
+    loaded.backend.num_pages = (
+        40  # few enough that pages run out and are evicted, and requests return to the queue
+    )
     engine = Engine(
         loaded.backend, loaded.tokenizer, sorted(loaded.stop_ids), 24, max_waiting=64, speculation="ngram"
     )
@@ -130,7 +132,7 @@ def main() -> None:
             )
     pool = engine.pool
     if pool.available != pool.num_pages or any(pool.users):
-        raise SystemExit(f"{pool.num_pages - pool.available} pages were never given back")
+        raise SystemExit(f"{pool.num_pages - pool.available} pages were never freed")
     print("at the end every page is free again")
 
 
