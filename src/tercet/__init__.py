@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from tercet.errors import ContextOverflow as ContextOverflow
     from tercet.errors import UserError as UserError
     from tercet.evaluate.task import Task as Task
+    from tercet.finetune.result import Tuned as Tuned
     from tercet.finetune.settings import TuneSettings as TuneSettings
-    from tercet.finetune.sft import Tuned as Tuned
     from tercet.finetune.sft import tune as tune
     from tercet.ladder.climb import climb as climb
     from tercet.ladder.result import Report as Report
@@ -44,7 +44,7 @@ _MODULES = {
     "Built": "tercet.pretrain.result",
     "tune": "tercet.finetune.sft",
     "TuneSettings": "tercet.finetune.settings",
-    "Tuned": "tercet.finetune.sft",
+    "Tuned": "tercet.finetune.result",
     "curate": "tercet.curation.pipeline",
     "CurateSettings": "tercet.curation.settings",
     "Curated": "tercet.curation.pipeline",

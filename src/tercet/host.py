@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 @functools.cache
 def host_features() -> frozenset[str]:
-    """What the processor can do, in LLVM's names."""
+    """Return the processor's features, under LLVM's names."""
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 
 
 def has_vnni() -> bool:
-    """Whether one instruction adds 64 byte products to 16 sums (AVX-512 VNNI)."""
+    """Return whether one instruction adds 64 byte products to 16 sums (AVX-512 VNNI)."""
     return {"avx512vnni", "avx512vl", "avx512bw"} <= host_features()
 
 
 def has_bfloat_dot() -> bool:
-    """Whether one instruction adds 32 products of bfloat16 to 16 sums (AVX-512 BF16)."""
+    """Return whether one instruction adds 32 products of bfloat16 to 16 sums (AVX-512 BF16)."""
     return {"avx512bf16", "avx512vl", "avx512bw"} <= host_features()
 
 
 def has_bfloat_tiles() -> bool:
-    """Whether it multiplies whole tiles of bfloat16 (AMX), several times as fast."""
+    """Return whether the processor multiplies whole tiles of bfloat16 (AMX), several times as fast."""
     return {"amx-bf16", "amx-tile"} <= host_features()
 
 
 def has_half() -> bool:
-    """Whether float16 converts in hardware."""
+    """Return whether float16 is converted in hardware."""
     machine = platform.machine().lower()
     return machine in ("arm64", "aarch64") or "f16c" in host_features()
 
@@ -89,5 +89,5 @@ def peak_memory(device: torch.device | None = None) -> int:
 
 
 def bits(value: float) -> int:
-    """A float32's bits, to hand a number to a kernel; `simd.Vectors.number` gives it back."""
+    """Return the bits of a float32, to pass a number to a kernel; `simd.Vectors.number` converts them back."""
     return int(np.float32(value).view(np.int32))

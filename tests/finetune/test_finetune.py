@@ -1,4 +1,4 @@
-"""Tuning: what is trained on, what is written, and what other libraries make of it."""
+"""Fine-tuning: the supervised tokens, the files it writes, and whether other libraries load them."""
 
 import json
 from pathlib import Path
@@ -57,8 +57,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Transformer(config)
     initialize(model, 0)
     with torch.no_grad():
-        # Embeddings as long as trained ones: an adapter can't lengthen them, and with short ones no
-        # logit would ever stand out.
+        # Make embeddings as long as trained ones: an adapter can't lengthen them, and with short embeddings
+        # all logits would be nearly equal.
         model.model.embed_tokens.weight.mul_(25)
     save_model(model, directory)
     tokenizer.save(directory)
@@ -66,7 +66,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Of every position, [B, T, V], through the engine."""
+    """Return the logits of every position, [B, T, V], computed by the engine."""
     backend = load_engine(directory, device="cpu", quantize="none").backend
     places = list(range(tokens.shape[1]))
     rows = [backend.feed([Chunk(0, row.tolist(), 0, [0, 1, 2, 3], places)]) for row in tokens]
@@ -84,7 +84,7 @@ def test_full_tuning_learns_the_task_and_transformers_loads_the_result(base: Pat
             theirs = model(ids).logits
         assert torch.allclose(logits(Path(tuned.model), ids), theirs, atol=1e-4)
         out = model.generate(ids, max_new_tokens=8, do_sample=False)
-        # It says the colour and stops by itself: the stop token was trained on.
+        # It generates the colour and then its stop token, which was supervised.
         assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == f" {colour}"
         assert out[0, -1].item() == 0
 
@@ -113,7 +113,7 @@ def test_an_adapter_loads_in_peft_with_equal_logits_and_merges_to_the_same(
     ours = logits(Path(tuned.model), ids)
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert torch.allclose(logits(Path(merged.model), ids), ours, atol=1e-4)
-    assert not torch.allclose(ours, logits(base, ids), atol=1e-2), "the adapter changes something"
+    assert not torch.allclose(ours, logits(base, ids), atol=1e-2), "the adapter changes the logits"
 
 
 def test_lora_trains_the_adapter_and_nothing_else(base: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_conversations_on_a_base_without_a_template_use_chatml_and_stop_at_its_e
     assert (completion.text, completion.finish_reason) == ("blue", "stop")
 
 
-def test_the_metrics_and_the_report_are_there(base: Path, tmp_path: Path) -> None:
+def test_a_run_writes_metrics_and_a_report_without_external_resources(base: Path, tmp_path: Path) -> None:
     tune(base, ROWS, tmp_path, epochs=2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
@@ -208,7 +208,7 @@ def test_bad_rows_get_one_line(tokenizer: Tokenizer, row: dict[str, Any], line: 
         prepare([row], tokenizer, 32)
 
 
-def test_the_mask_shows_exactly_what_is_trained_on(tokenizer: Tokenizer) -> None:
+def test_the_mask_shows_exactly_the_supervised_tokens(tokenizer: Tokenizer) -> None:
     [example] = prepare([{"prompt": "7 red is", "completion": " red"}], tokenizer, 32).examples
     assert show_mask(example, tokenizer) == [("7 red is", False), (" red<|endoftext|>", True)]
     [example] = prepare([{"text": "red is"}], tokenizer, 32).examples
@@ -255,7 +255,7 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
         "merge": {"merge": True}, "device": {"device": "cuda:9"}, "seed": {"seed": 1},
     }  # fmt: skip
     inputs = {"model", "data", "out", "dev", "chat_template"}
-    assert set(changed) == set(options_of(TuneSettings)) - inputs, "a new setting needs a line here"
+    assert set(changed) == set(options_of(TuneSettings)) - inputs, "add a line here for a new setting"
 
     def product(settings: dict[str, Any], name: str) -> bytes:
         rows = [*ROWS[:23], {"prompt": "12 green is", "completion": " green green green"}]
@@ -270,13 +270,13 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
         assert product(settings, name) != reference, f"{name} changed nothing"
 
 
-def test_rates_by_size_are_those_people_use() -> None:
+def test_learning_rates_by_size_are_the_usual_ones() -> None:
     assert learning_rate_for(1_000_000, "full") == 4e-3
     assert 5e-6 <= learning_rate_for(3_000_000_000, "full") <= 3e-5
     assert 1e-4 <= learning_rate_for(7_000_000_000, "lora") <= 3e-4
 
 
-def test_an_adapter_is_not_tuned_again_but_told_what_to_do(base: Path, tmp_path: Path) -> None:
+def test_adapters_and_hosted_models_are_refused(base: Path, tmp_path: Path) -> None:
     tuned = tune(base, ROWS, tmp_path / "a", epochs=1)
     with pytest.raises(UserError, match="is an adapter; tune its base, or merge it first"):
         tune(tuned.model, ROWS, tmp_path / "b")
@@ -284,7 +284,7 @@ def test_an_adapter_is_not_tuned_again_but_told_what_to_do(base: Path, tmp_path:
         tune("openai:gpt", ROWS, tmp_path / "c")
 
 
-def test_loading_for_training_leaves_the_file_alone(base: Path) -> None:
+def test_training_does_not_change_the_checkpoint_it_was_loaded_from(base: Path) -> None:
     before = (base / "model.safetensors").read_bytes()
     model = load_model(base, dtype=torch.float32, trainable=True)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_loading_for_training_leaves_the_file_alone(base: Path) -> None:
     assert (base / "model.safetensors").read_bytes() == before
 
 
-def test_plain_rows_begin_as_a_prompt_does_at_inference(tokenizer: Tokenizer) -> None:
+def test_plain_rows_begin_like_a_prompt_at_inference(tokenizer: Tokenizer) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers.processors import TemplateProcessing
 

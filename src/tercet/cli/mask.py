@@ -14,12 +14,12 @@ SHOWN = 3  # examples
 def print_masks(settings: TuneSettings) -> None:
     """Print the first examples, with what the loss covers in green in a terminal, and in ⟦ ⟧ elsewhere."""
     from tercet.data.examples import prepare, show_mask
-    from tercet.finetune.sft import checked_limit, load_for_tuning, read_examples, resolve
+    from tercet.finetune.inputs import checkpoint_directory, load_tokenizer, read_examples, token_limit
 
-    directory = resolve(settings.model)
+    checkpoint = checkpoint_directory(settings.model)
     rows = read_examples(settings.data)
-    tokenizer = load_for_tuning(directory, settings.chat_template, rows)
-    limit = checked_limit(directory, settings.max_tokens)
+    tokenizer = load_tokenizer(checkpoint, settings.chat_template, rows)
+    limit = token_limit(checkpoint, settings.max_tokens)
     prepared = prepare(rows, tokenizer, limit, settings.over_length)
     colour = sys.stdout.isatty()
     for number, example in enumerate(prepared.examples[:SHOWN], start=1):

@@ -1,1 +1,1 @@
-"""Level 2: change some of a model for your task."""
+"""Level 2: change some of a model's weights for your task."""

@@ -1,1 +1,1 @@
-"""Gradient steps: loop, schedule, losses, resume state, machine calibration."""
+"""Training: the loop, schedules, losses, optimizers, checkpoints, and the calibration of the machine."""

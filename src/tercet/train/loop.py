@@ -314,7 +314,8 @@ class _Run:
             checkpoint = self.state.path if self.state.path.is_file() else "none yet"
             raise UserError(
                 f"skipped {self.skipped_in_a_row} steps in a row, the last (step {progress.step + 1}) "
-                f"because {fault}; the last good checkpoint: {checkpoint}; restart with a lower `learning_rate`"
+                f"because {fault}; the last good checkpoint: {checkpoint}; restart with a lower "
+                f"`learning_rate`"
             )
         return fault
 

@@ -1,4 +1,4 @@
-"""The page a training run leaves: facts, the loss curve, samples. Opens from disk, needs no network."""
+"""The report page of a training run: facts, the loss curve, samples. It opens from disk without a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from tercet.files import write_atomic
 
-TITLES = {"bits_per_byte": "bits per byte, held out", "loss": "loss, held out"}
+LABELS = {"bits_per_byte": "held-out bits per byte", "loss": "held-out loss (nats per token)"}
 
 
 def write_training_report(
@@ -22,9 +22,18 @@ def write_training_report(
     heldout: str,
     samples: Sequence[Mapping[str, str]] = (),
 ) -> Path:
-    """Write ``directory/report.html`` from ``directory/metrics.jsonl`` and held-out measurements.
+    """Write ``directory/report.html`` from ``directory/metrics.jsonl`` and the held-out evaluations.
 
-    heldout: which measurement of ``history`` to draw. samples: each has ``prompt`` and ``continuation``.
+    Args:
+        directory: The run directory.
+        title: The page's title.
+        facts: Names and values of the table.
+        history: The held-out evaluations.
+        heldout: The measurement of ``history`` to plot, a key of `LABELS`.
+        samples: Generated texts, each with ``prompt`` and ``continuation``.
+
+    Returns:
+        The path of the page.
     """
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
@@ -37,6 +46,7 @@ def write_training_report(
         title=title,
         facts=facts,
         samples=samples,
+        history=history,
         plot=Markup(loss_plot(rows, history, heldout)),
     )
     path = directory / "report.html"
@@ -45,7 +55,7 @@ def write_training_report(
 
 
 def loss_plot(rows: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], heldout: str) -> str:
-    """Training loss (smoothed, with the raw values behind it) and held-out measurements, as inline SVG."""
+    """Plot the training loss (smoothed, with the raw values behind it) and held-out values as inline SVG."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -53,13 +63,13 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, 
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
-    rows = [row for row in rows if row.get("loss") is not None]  # not those of held-out measurements
+    rows = [row for row in rows if row.get("loss") is not None]  # rows of steps, not of evaluations
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     smooth: list[float] = []
     for loss in losses:
         smooth.append(loss if not smooth else 0.95 * smooth[-1] + 0.05 * loss)
     axes.plot(steps, losses, color=strong, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth, color=strong, linewidth=1.6, label="training loss (nats a token)")
+    axes.plot(steps, smooth, color=strong, linewidth=1.6, label="training loss (nats per token)")
     if history:
         axes.plot(
             [point["step"] for point in history],
@@ -68,7 +78,7 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, 
             marker="o",
             markersize=4,
             linewidth=1.4,
-            label=TITLES[heldout],
+            label=LABELS[heldout],
         )
     axes.set_xlabel("step", color=gray)
     axes.tick_params(colors=gray)
@@ -79,7 +89,7 @@ def loss_plot(rows: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, 
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     buffer = io.StringIO()
-    # No date and a fixed salt: the same run gives the same file.
+    # No date and a fixed salt, so that the same run gives the same file.
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "tercet", "svg.fonttype": "none"}):

@@ -1,4 +1,4 @@
-"""Supervised training on masked examples: what tuning, and the chat stage of a build, have in common."""
+"""Supervised training on masked examples, for fine-tuning and for the chat stage of a build."""
 
 from __future__ import annotations
 
@@ -22,82 +22,91 @@ from tercet.train.schedule import Schedule
 
 T = TypeVar("T")
 
-MARGIN = 1.5  # time planned over time measured: padding, held-out measurements, a machine that has other work
+MARGIN = 1.5  # planned over measured time: for padding, held-out evaluations and other work of the machine
 TOKEN_BUDGET = 4096  # tokens in one forward pass; larger steps are accumulated
-HELDOUT_SHARE, HELDOUT_MOST = 0.05, 200  # of the examples, where no dev data is given
+HELDOUT_SHARE, HELDOUT_LIMIT = 0.05, 200  # of the examples, where there is no dev data
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """How long and how fast to train."""
+    """The length of training and its learning rate."""
 
     epochs: float
-    batch_size: int  # examples an optimizer step
+    batch_size: int  # examples in an optimizer step
     learning_rate: float  # peak, AdamW's
     weight_decay: float = 0.0
-    minutes: float | None = None  # fewer steps than the epochs ask for where they would take longer
+    minutes: float | None = None  # time limit: fewer steps where the epochs would take longer
     seed: int = 0
 
 
 def full_rate(parameters: int) -> float:
-    """Peak AdamW rate for all weights by their number: a power law through what works at both ends.
+    """Return the peak AdamW rate for training all weights, by their number.
 
-    4e-3 at 0.6M weights (on builtin:docs-routing dev accuracy was 0.45 at 1e-3 and 0.53 at 4e-3), 1e-5
-    at 3B.
+    A power law through a rate that works for small models, 4e-3 at 0.6M weights (on builtin:docs-routing, dev
+    accuracy was 0.45 at 1e-3 and 0.53 at 4e-3), and one for large models, 1e-5 at 3B.
     """
     return float(f"{min(4e-3, 4e-3 * (1e6 / parameters) ** 0.75):.2g}")
 
 
 def hold_out(examples: list[T], seed: int) -> tuple[list[T], list[T]]:
-    """Training and held-out examples: a twentieth, at most 200, chosen by ``seed``."""
-    count = min(HELDOUT_MOST, round(HELDOUT_SHARE * len(examples)))
+    """Return training and held-out examples; a twentieth, at most 200, is held out, chosen by ``seed``."""
+    count = min(HELDOUT_LIMIT, round(HELDOUT_SHARE * len(examples)))
     if count < 1:
-        say("too few examples to hold any out: the held-out loss is that of the training examples")
+        say("too few examples for a held-out part: the held-out loss is measured on the training examples")
         return examples, examples
-    held = set(items_at(0, count, len(examples), seed + 1))
-    train_part = [example for index, example in enumerate(examples) if index not in held]
-    return train_part, [examples[index] for index in sorted(held)]
+    chosen = set(items_at(0, count, len(examples), seed + 1))
+    train_part = [example for index, example in enumerate(examples) if index not in chosen]
+    return train_part, [examples[index] for index in sorted(chosen)]
 
 
 def fine_tune(
     model: Transformer,
     examples: list[Encoded],
-    held: Sequence[Encoded],
+    held_out: Sequence[Encoded],
     directory: Path,
-    asked: Supervision,
+    supervision: Supervision,
     *,
     pad: int,
     key: str,
     title: str,
 ) -> Trained:
-    """Train the weights of ``model`` that require gradients; it is left with those of the lowest held-out loss.
+    """Train the weights of ``model`` that require gradients; it ends with those of the lowest held-out loss.
 
-    directory: the plan, the state and the measurements are kept here; an unfinished run found here goes on.
-    pad: the token that fills rows up. key: of everything that decides the result.
+    Args:
+        model: The network.
+        examples: Training examples.
+        held_out: Held-out examples.
+        directory: Holds the plan, the state and the metrics; an unfinished run found here is resumed.
+        supervision: The length of training and its learning rate.
+        pad: The token that pads rows.
+        key: A fingerprint of everything that determines the result.
+        title: Names the run in progress lines and messages.
 
     Raises:
-        UserError, KeyboardInterrupt: as `tercet.train.loop.train`.
+        UserError: As `tercet.train.loop.train`.
+        KeyboardInterrupt: As `tercet.train.loop.train`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    batch_size = min(asked.batch_size, len(examples))
-    plan = _plan(directory / "plan.json", model, asked, examples, batch_size)
+    batch_size = min(supervision.batch_size, len(examples))
+    plan = _plan(directory / "plan.json", model, supervision, examples, batch_size)
     torch.set_num_threads(plan["threads"])
     model.compute_dtype = getattr(torch, plan["compute_dtype"])
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
-        f"{title}: {count:,} of {sum(p.numel() for p in model.parameters()):,} weights, {plan['steps']} steps of "
-        f"{batch_size} examples, rate {asked.learning_rate:g}, {plan['compute_dtype']}"
+        f"{title}: {trainable_parameters:,} of {parameters:,} weights, {plan['steps']} steps of {batch_size} "
+        f"examples, peak learning rate {supervision.learning_rate:g}, {plan['compute_dtype']}"
     )
 
     def batches_at(step: int) -> list[Batch]:
-        chosen = [examples[index] for index in items_at(step, batch_size, len(examples), asked.seed)]
+        chosen = [examples[index] for index in items_at(step, batch_size, len(examples), supervision.seed)]
         return _batches(chosen, pad)
 
     recipe = Recipe(
-        # Measured against 0.9 on builtin:docs-routing: a long plateau gave more than a long cool-down.
+        # Compared with 0.9 on builtin:docs-routing: a long plateau was better than a long cool-down.
         Schedule.of(plan["steps"], warmup=0.06, cooldown=0.3),
-        asked.learning_rate,
-        weight_decay=asked.weight_decay,
+        supervision.learning_rate,
+        weight_decay=supervision.weight_decay,
         betas=(0.9, 0.98),
         evaluate_every=max(1, min(math.ceil(len(examples) / batch_size), plan["steps"] // 4)),
         deadline=plan["deadline"],
@@ -109,7 +118,7 @@ def fine_tune(
         directory,
         fingerprint=key,
         title=title,
-        evaluate=_heldout(model, held, pad),
+        evaluate=_heldout_loss(model, held_out, pad),
         keep_best=True,
     )
     model.compute_dtype = None
@@ -117,9 +126,9 @@ def fine_tune(
 
 
 def ending_with(stops: set[str], tokenizer: Tokenizer, generation: dict[str, Any]) -> dict[str, Any]:
-    """``generation`` (a generation config) that also stops at ``stops``: what training ended answers with.
+    """Return the generation config ``generation`` with the stop tokens ``stops`` added.
 
-    Without them a model would run on after its answer.
+    These tokens ended the training answers; without them a model would continue after its answer.
     """
     old = generation.get("eos_token_id")
     ids = [] if old is None else list(old) if isinstance(old, list) else [old]
@@ -135,20 +144,20 @@ def _batches(examples: Sequence[Encoded], pad: int) -> list[Batch]:
 
 
 def _plan(
-    path: Path, model: Transformer, asked: Supervision, examples: list[Encoded], batch_size: int
+    path: Path, model: Transformer, supervision: Supervision, examples: list[Encoded], batch_size: int
 ) -> dict[str, Any]:
-    """Steps, arithmetic and threads; decided once and kept, so that a resumed run repeats them."""
+    """Return steps, deadline, type and threads; stored at ``path``, so that a resumed run repeats them."""
     if path.is_file():
         stored: dict[str, Any] = read_json(path)
         return stored
     mean = sum(len(example.ids) for example in examples) / len(examples)
-    # The real size of a step: small ones are slower a token than large ones.
+    # Measure steps of the real size: small steps take longer per token than large ones.
     rows, width = min(batch_size, max(1, round(TOKEN_BUDGET / mean))), max(4, 4 * round(mean / 4))
     speed = calibrate(model, rows, min(width, model.config.max_positions))
-    steps = max(1, round(asked.epochs * len(examples) / batch_size))
+    steps = max(1, round(supervision.epochs * len(examples) / batch_size))
     deadline = None
-    if asked.minutes is not None:
-        deadline = 60 * asked.minutes
+    if supervision.minutes is not None:
+        deadline = 60 * supervision.minutes
         affordable = int(deadline / (MARGIN * mean * batch_size / speed.tokens_per_second))
         steps = max(1, min(steps, affordable))
     plan = {
@@ -164,14 +173,16 @@ def _plan(
     return plan
 
 
-def _heldout(model: Transformer, held: Sequence[Encoded], pad: int) -> Callable[[], dict[str, float]]:
-    """Loss per supervised token over all held-out examples, each token weighing the same."""
-    pieces = _batches(held, pad)
-    total = sum(piece.supervised for piece in pieces)
+def _heldout_loss(
+    model: Transformer, held_out: Sequence[Encoded], pad: int
+) -> Callable[[], dict[str, float]]:
+    """Return a function that measures the mean loss over all supervised tokens of the held-out examples."""
+    batches = _batches(held_out, pad)
+    tokens = sum(batch.supervised for batch in batches)
 
     def evaluate() -> dict[str, float]:
         model.eval()
         with torch.no_grad():
-            return {"loss": sum(float(loss_sum(model, piece)) for piece in pieces) / total}
+            return {"loss": sum(float(loss_sum(model, batch)) for batch in batches) / tokens}
 
     return evaluate
