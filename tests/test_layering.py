@@ -1,9 +1,12 @@
-"""The order of the house: imports go downwards only, and nothing heavy comes with ``import tercet``."""
+"""The layers of the package: imports go downwards only and without circles.
+
+ARCHITECTURE.md describes the layers.
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ import pytest
 import tercet
 
 PACKAGE = Path(tercet.__file__).parent
-# From the top. Rooms on one floor never import each other.
-FLOORS = (
+# From the top. Packages of one layer never import each other.
+LAYERS = (
     ("cli",),
     ("serve", "ladder"),
     ("prompt", "finetune", "pretrain", "curation", "evaluate"),
@@ -20,12 +23,19 @@ FLOORS = (
     ("data",),
     ("model",),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-FILES = sorted(PACKAGE.rglob("*.py"))
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
+# These modules at the top of the package may import all others: they make its public functions.
+ENTRANCES = ("__init__", "__main__", "compose")
+SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room_of(path: Path) -> str | None:
-    """The room a file stands in; None for the modules of the hall, which all rooms may use."""
+def name_of(path: Path) -> str:
+    """The path from the package, for messages."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def package_of(path: Path) -> str | None:
+    """The package that a file belongs to; None for the modules at the top, which all packages may use."""
     parts = path.relative_to(PACKAGE).parts
     return parts[0] if len(parts) > 1 else None
 
@@ -42,51 +52,119 @@ def imports(source: str) -> Iterator[tuple[int, str]]:
                 yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def wrong_imports(room: str | None, source: str) -> list[str]:
+def wrong_imports(package: str | None, source: str) -> list[str]:
+    """Imports that are relative, or that do not go downwards."""
     wrong = []
     for line, name in imports(source):
         if name.startswith("."):
             wrong.append(f"{line}: {name} is relative")
             continue
         parts = name.split(".")
-        other = parts[1] if parts[0] == "tercet" and len(parts) > 1 else None
-        if other not in FLOOR or other == room:
+        target = parts[1] if parts[0] == "tercet" and len(parts) > 1 else None
+        if target not in LAYER or target == package:
             continue
-        if room is None:
-            wrong.append(f"{line}: the hall imports {name}")
-        elif FLOOR[other] <= FLOOR[room]:
-            wrong.append(f"{line}: {room} imports {name}")
+        if package is None:
+            wrong.append(f"{line}: a module at the top imports {name}")
+        elif LAYER[target] <= LAYER[package]:
+            wrong.append(f"{line}: {package} imports {name}")
     return wrong
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downwards_only(path: Path) -> None:
-    if path.parent == PACKAGE and path.stem in ("__init__", "__main__", "compose"):
-        return  # the front door leads to every room
-    assert wrong_imports(room_of(path), path.read_text(encoding="utf-8")) == []
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """The modules of ``sources`` that each of them imports; `from a.b import c` imports a.b.c or else a.b."""
+    graph = {}
+    for module, source in sources.items():
+        targets = set()
+        for _, name in imports(source):
+            while name and name not in sources:
+                name = name.rpartition(".")[0]
+            targets.add(name)
+        graph[module] = targets - {"", module}
+    return graph
 
 
-def test_every_directory_is_a_room_of_the_design() -> None:
-    rooms = {entry.name for entry in PACKAGE.iterdir() if (entry / "__init__.py").is_file()}
-    assert rooms <= set(FLOOR)
+def circles(graph: Mapping[str, Set[str]]) -> list[list[str]]:
+    """Every set of modules that reach each other: modules that can't be removed by removing leaves or roots.
+
+    A module that imports no remaining module, or that no remaining module imports, is in no circle.
+    """
+    left = {module: set(targets) for module, targets in graph.items()}
+    while True:
+        imported = set().union(*left.values()) if left else set()
+        outside = {module for module, targets in left.items() if not targets or module not in imported}
+        if not outside:
+            break
+        left = {module: targets - outside for module, targets in left.items() if module not in outside}
+    return sorted([module, *sorted(targets)] for module, targets in left.items())
+
+
+def test_imports_go_downwards_only() -> None:
+    wrong = [
+        f"{name_of(path)}:{line}"
+        for path, source in SOURCES.items()
+        if not (path.parent == PACKAGE and path.stem in ENTRANCES)
+        for line in wrong_imports(package_of(path), source)
+    ]
+    assert wrong == []
+
+
+def test_every_directory_belongs_to_a_layer() -> None:
+    packages = {entry.name for entry in PACKAGE.iterdir() if (entry / "__init__.py").is_file()}
+    assert packages == set(LAYER)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """A package's ``__init__`` is left out: Python runs it before any of the package's modules."""
+    sources = {
+        ".".join(("tercet", *path.relative_to(PACKAGE).with_suffix("").parts)): source
+        for path, source in SOURCES.items()
+        if path.stem != "__init__"
+    }
+    assert circles(import_graph(sources)) == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("package", "source"),
     [
         ("engine", "from tercet.prompt.llm import LLM"),
         ("engine", "def f():\n    import tercet.train.loop"),
         ("finetune", "from tercet.pretrain.plan import Shape"),
         ("pretrain", "from tercet.curation.pipeline import curate"),
+        ("ladder", "if TYPE_CHECKING:\n    from tercet.serve.launch import launch"),
         ("model", "from tercet import data"),
         (None, "from tercet.model.config import ModelConfig"),
         ("prompt", "from . import llm"),
     ],
 )
-def test_an_import_that_goes_up_or_sideways_is_seen(room: str | None, source: str) -> None:
-    assert wrong_imports(room, source)
+def test_an_import_that_goes_up_or_sideways_is_seen(package: str | None, source: str) -> None:
+    assert wrong_imports(package, source)
 
 
-def test_what_may_be_imported_is_let_through() -> None:
+def test_an_import_that_goes_downwards_is_accepted() -> None:
     source = "import torch\nfrom tercet.model.config import ModelConfig\nfrom tercet.errors import UserError"
     assert wrong_imports("engine", source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tercet.data.a import f",
+        "from tercet.data import a",
+        "import tercet.data.a",
+        "def f():\n    from tercet.data.a import f",
+        "if TYPE_CHECKING:\n    from tercet.data.a import f",
+    ],
+)
+def test_a_circle_is_seen_also_over_three_modules_and_inside_functions(source: str) -> None:
+    sources = {
+        "tercet.data.a": "from tercet.data.b import f",
+        "tercet.data.b": "from tercet.data.c import f",
+        "tercet.data.c": source,
+        "tercet.data.d": "from tercet.data.a import f\nimport json",
+    }
+    assert [module for module, _ in circles(import_graph(sources))] == [
+        "tercet.data.a",
+        "tercet.data.b",
+        "tercet.data.c",
+    ]
+    assert circles(import_graph({**sources, "tercet.data.c": "import json"})) == []
