@@ -13,6 +13,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 QUESTION = "What is the capital of France?"
 SIZE = {"width": 1100, "height": 640}
@@ -49,3 +53,22 @@ def _address(server: subprocess.Popen[str]) -> str:
         if match := re.search(r"chat page: (\S+)", line):
             return match[1]
     sys.exit("the server ended before it printed its address")
+
+
+def _ask(page: Page) -> None:
+    """Ask the question with a low temperature, wait for the whole answer, and select a token in Inspect."""
+    page.locator("#settings-toggle").click()
+    page.get_by_label("Temperature").fill("0")
+    page.locator("#settings-toggle").click()
+    page.get_by_label("Message", exact=True).fill(QUESTION)
+    page.get_by_label("Message", exact=True).press("Enter")
+    page.locator(".message.assistant:not(.running)").last.wait_for(timeout=300_000)
+    page.locator("#inspect").click()
+    page.locator(".message.assistant .token").nth(3).click()
+    page.wait_for_timeout(500)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2])

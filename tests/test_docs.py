@@ -41,7 +41,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     colours = ("red", "green", "blue")
     lines = [f"The {colours[n % 3]} ship number {n} came in from the sea at {n % 24}." for n in range(4000)]
     for number in range(40):
-        (directory / "corpus" / f"{number}.txt").write_text("\n".join(lines[number * 100 : number * 100 + 100]))
+        (directory / "corpus" / f"{number}.txt").write_text(
+            "\n".join(lines[number * 100 : number * 100 + 100])
+        )
     rows = [f"{colours[n % 3]}\tthe {colours[n % 3]} sea, {n}\n" for n in range(120)]
     (directory / "messages.tsv").write_text("label\ttext\n" + "".join(rows))
     (directory / "task.yaml").write_text(
@@ -85,7 +87,9 @@ def test_every_command_of_a_page_exists(page: Path) -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in commands(page):
         word = line.split()[1]
-        assert word in targets if line.startswith("make ") else word in (*COMMANDS, "--help", "--version"), line
+        assert word in targets if line.startswith("make ") else word in (*COMMANDS, "--help", "--version"), (
+            line
+        )
 
 
 def test_every_option_in_a_command_exists() -> None:
@@ -97,7 +101,9 @@ def test_every_option_in_a_command_exists() -> None:
             if words[0] != "tercet" or words[1] not in sections:
                 continue
             for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", line):
-                assert f"`{option}" in sections[words[1]] or f", {option}" in sections[words[1]], f"{page.name}: {line}"
+                assert f"`{option}" in sections[words[1]] or f", {option}" in sections[words[1]], (
+                    f"{page.name}: {line}"
+                )
 
 
 def test_the_chinese_readme_has_the_same_commands() -> None:
@@ -107,9 +113,7 @@ def test_the_chinese_readme_has_the_same_commands() -> None:
     assert set(english) - {"README.zh-CN.md"} == set(chinese) - {"README.md"}
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "README.zh-CN.md"], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.zh-CN.md"], ids=lambda page: page.stem)
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
