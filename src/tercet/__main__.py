@@ -7,9 +7,10 @@ import sys
 
 from tercet.cli.main import main
 
-status = main()
-if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several that torchrun started
-    from tercet.train.ranks import exit_process
+if __name__ == "__main__":
+    status = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # one of several that torchrun started
+        from tercet.train.ranks import exit_process
 
-    exit_process(status)
-sys.exit(status)
+        exit_process(status)
+    sys.exit(status)
