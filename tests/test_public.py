@@ -36,8 +36,10 @@ def test_a_function_has_the_signature_of_its_settings(name: str) -> None:
 
 @pytest.mark.parametrize("settings_class", FUNCTIONS.values())
 def test_every_setting_says_what_it_is_for(settings_class: type) -> None:
+    documentation = inspect.getdoc(settings_class) or ""
     for name, option in options_of(settings_class).items():
         assert option.help.endswith("."), name
+        assert f"    {name}: {option.help}" in documentation
 
 
 def test_the_public_names_come_without_heavy_imports() -> None:

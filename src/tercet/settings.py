@@ -23,7 +23,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
-from typing import Any, ParamSpec, TypeVar, dataclass_transform
+from typing import Any, ParamSpec, TypeVar, cast, dataclass_transform
 
 from tercet.errors import UserError, nearest
 
@@ -78,13 +78,21 @@ def setting(
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(setting,))
 def settings(cls: type[Class]) -> type[Class]:
-    """Make a frozen dataclass of ``cls``, whose fields are declared by `setting`."""
-    return dataclasses.dataclass(frozen=True)(cls)
+    """Make a frozen dataclass of ``cls``, whose fields are declared by `setting`; its docstring lists them."""
+    made = dataclasses.dataclass(frozen=True)(cls)
+    made.__doc__ = _with_settings(inspect.cleandoc(cls.__doc__ or ""), "Attributes", options_of(made))
+    return made
 
 
-def options_of(cls: type) -> dict[str, Option]:
+def _with_settings(docstring: str, heading: str, options: dict[str, Option]) -> str:
+    """Return ``docstring`` with a section that explains each setting."""
+    lines = [f"    {name}: {option.help}" for name, option in options.items()]
+    return "\n".join([docstring, "", f"{heading}:", *lines])
+
+
+def options_of(cls: Callable[..., Any]) -> dict[str, Option]:
     """Return the `Option` of every setting of ``cls`` by the setting's name, in order."""
-    return {field.name: field.metadata["option"] for field in dataclasses.fields(cls)}
+    return {field.name: field.metadata["option"] for field in dataclasses.fields(cast(Any, cls))}
 
 
 def keyword_form(
@@ -94,7 +102,7 @@ def keyword_form(
 
     Args:
         make: the settings class.
-        run: a function of its instance, whose docstring the new function takes over.
+        run: a function of its instance; the docstring of the new function is its own, with all settings.
         name: the name under which the function is public.
 
     Raises:
@@ -108,6 +116,7 @@ def keyword_form(
 
     signature = inspect.signature(make)
     call.__name__ = call.__qualname__ = name
+    call.__doc__ = _with_settings(inspect.cleandoc(run.__doc__ or ""), "Args", options_of(make))
     vars(call)["__signature__"] = signature.replace(return_annotation=run.__annotations__.get("return"))
     return call
 

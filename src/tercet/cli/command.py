@@ -38,7 +38,7 @@ def command(
         only: the names of the settings to offer; None: all that are not hidden.
         optional: the names of required settings that the command line may leave out; they are None then.
     """
-    described = options_of(settings_class)  # type: ignore[arg-type]  # a class is callable
+    described = options_of(settings_class)
     offered = {
         name: option
         for name, option in described.items()
