@@ -9,7 +9,8 @@ import pytest
 
 from tercet.errors import UserError
 from tercet.evaluate.result import Prediction
-from tercet.ladder.result import RULE, Difference, Level, Report, RungResult, Step, recommend
+from tercet.ladder.recommend import recommend
+from tercet.ladder.result import RULE, Difference, Level, Report, RungResult, Step
 
 
 def rung(name: str, score: float, level: Level = "tune", **gains: tuple[float, float, float]) -> RungResult:
@@ -21,7 +22,7 @@ def rung(name: str, score: float, level: Level = "tune", **gains: tuple[float, f
     return RungResult(name, level, score=score, low=score - 0.05, high=score + 0.05, differences=differences)
 
 
-def test_a_dearer_rung_must_be_better_beyond_chance() -> None:
+def test_a_more_expensive_rung_must_be_significantly_better() -> None:
     ladder = [
         rung("majority", 0.3, "baseline"),
         rung("tfidf", 0.8, "baseline", majority=(0.4, 0.6, 0.0001)),
@@ -29,10 +30,11 @@ def test_a_dearer_rung_must_be_better_beyond_chance() -> None:
     ]
     name, reason = recommend(ladder)
     assert name == "tfidf"
-    assert "80.0%" in reason and "50.0 points above majority" in reason and "lora, adds 2.0 points" in reason
+    assert "80.0%" in reason and "50.0 percentage points more than majority" in reason
+    assert "lora, scores 2.0 percentage points more, which is not a significant difference" in reason
 
 
-def test_it_is_compared_with_the_rung_held_so_far_not_with_the_best_before() -> None:
+def test_a_rung_is_compared_with_the_current_choice_and_not_with_the_best_before_it() -> None:
     # b is a little better than a, c a little better than b, and c measurably better than a.
     ladder = [
         rung("a", 0.70),
@@ -42,12 +44,12 @@ def test_it_is_compared_with_the_rung_held_so_far_not_with_the_best_before() -> 
     assert recommend(ladder)[0] == "c"
 
 
-def test_an_interval_above_zero_is_not_enough_for_a_handful_of_examples() -> None:
+def test_with_few_examples_an_interval_above_zero_is_not_enough() -> None:
     # 3 against 0 of 3 examples: the bootstrap's interval is [1, 1], McNemar's p is 0.25.
     assert recommend([rung("a", 0.0), rung("b", 1.0, a=(1.0, 1.0, 0.25))])[0] == "a"
 
 
-def test_failed_rungs_are_passed_over() -> None:
+def test_failed_rungs_are_skipped() -> None:
     ladder = [
         RungResult("majority", "baseline", "failed", reason="no"),
         rung("a", 0.5),
@@ -57,24 +59,24 @@ def test_failed_rungs_are_passed_over() -> None:
     assert recommend(ladder)[0] == "c"
 
 
-def test_nothing_beats_majority_is_said() -> None:
+def test_the_reason_says_that_no_rung_is_better_than_majority() -> None:
     name, reason = recommend(
         [rung("majority", 0.9, "baseline"), rung("lora", 0.89, majority=(-0.03, 0.01, 0.5))]
     )
     assert name == "majority"
-    assert "nothing here beats always giving the commonest answer" in reason
+    assert "majority (90.0%), which always gives the most frequent answer" in reason
 
 
-def test_one_rung_or_none_is_said() -> None:
+def test_the_reason_names_a_single_rung_or_none() -> None:
     broken = RungResult("lora", "tune", "failed", reason="no memory")
     assert recommend([rung("tfidf", 0.8), broken]) == (
-        "tfidf", "tfidf is the only rung that succeeded (80.0%); nothing stands beside it.",
+        "tfidf", "tfidf is the only rung that succeeded (80.0%), so there is nothing to compare it with.",
     )  # fmt: skip
     name, reason = recommend([broken])
     assert name is None and "No rung succeeded" in reason
 
 
-def test_the_rule_says_what_is_done() -> None:
+def test_the_rule_names_its_conditions() -> None:
     assert "cheapest" in RULE and "95% interval" in RULE and "0.05" in RULE and "tie" in RULE
 
 

@@ -18,11 +18,12 @@ from tercet.errors import UserError
 from tercet.evaluate.answer import Answerer, nearest_label
 from tercet.evaluate.evaluate import evaluate
 from tercet.evaluate.task import Task
-from tercet.ladder.climb import LADDER, climb
+from tercet.ladder.climb import climb
 from tercet.ladder.report import read_report
 from tercet.ladder.rungs import tuning
-from tercet.ladder.rungs.base import Setting
 from tercet.ladder.rungs.prompting import FewShot
+from tercet.ladder.rungs.rung import Setting
+from tercet.ladder.settings import LADDER
 from tercet.model.tokenizer import Tokenizer
 from tercet.prompt.llm import LLM
 
@@ -153,7 +154,7 @@ def test_a_finished_climb_is_not_repeated(
     begun = time.monotonic()
     climb(files / "task.yaml", minutes=MINUTES, out=climbed)
     assert time.monotonic() - begun < 10
-    assert capsys.readouterr().err.count("done before") == len(LADDER)
+    assert capsys.readouterr().err.count("already measured") == len(LADDER)
 
 
 def test_a_rung_that_fails_says_why_and_the_rest_go_on(
@@ -245,7 +246,7 @@ def test_a_killed_climb_goes_on_and_gives_the_same_numbers(
         assert process.returncode == -signal.SIGKILL, f"no {awaited} came"
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert "done before" in finished.stderr
+    assert "already measured" in finished.stderr
     for name in LADDER:
         ours, theirs = predictions(out, name), predictions(climbed, name)
         assert [row["text"] for row in ours] == [row["text"] for row in theirs], name

@@ -1,4 +1,4 @@
-"""From predictions to results: each rung's score with its interval, and how rungs differ."""
+"""Compare the rungs of a ladder on the same test examples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from tercet.ladder.result import Difference, RungResult
 def compare(
     metric: Metric, name: str, cheaper: Sequence[Prediction], dearer: Sequence[Prediction], seed: int = 0
 ) -> Difference:
-    """How much better ``dearer`` is than ``cheaper``, which is called ``name``, on the same examples.
+    """Return the difference in score between a more expensive rung and a cheaper one.
 
-    The interval is the paired bootstrap's; p is McNemar's exact one for a binary metric.
+    The interval is from the paired bootstrap, and so is p; for a binary metric p is from McNemar's exact test.
+
+    Args:
+        name: of the cheaper rung.
 
     Raises:
         ValueError: the predictions are not of the same examples.
@@ -39,19 +42,22 @@ def add_differences(
     metric: Metric,
     seed: int = 0,
 ) -> None:
-    """Fill in ``differences`` and ``difference`` of every rung that is ok.
+    """Set ``differences`` and ``difference`` of every measured rung.
 
-    ``rungs`` stand in the order of the ladder. The best cheaper rung is the best-scoring one among
-    those before it, the first of them where scores are equal.
+    ``difference`` is the one to the cheaper rung with the highest score, the first of those if scores are equal.
+
+    Args:
+        rungs: in the order of the ladder.
+        predictions: of each measured rung, by its name.
     """
-    before: list[RungResult] = []
+    cheaper: list[RungResult] = []
     for rung in rungs:
         if not rung.ok:
             continue
         own = predictions[rung.name]
         rung.differences = [
-            compare(metric, other.name, predictions[other.name], own, seed) for other in before
+            compare(metric, entry.name, predictions[entry.name], own, seed) for entry in cheaper
         ]
-        best = max(range(len(before)), key=lambda index: before[index].score or 0.0, default=None)
+        best = max(range(len(cheaper)), key=lambda index: cheaper[index].score or 0.0, default=None)
         rung.difference = None if best is None else rung.differences[best]
-        before.append(rung)
+        cheaper.append(rung)

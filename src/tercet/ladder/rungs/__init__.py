@@ -1,1 +1,1 @@
-"""Ways to solve a task, cheapest first."""
+"""The rungs of the ladder: ways to answer a task, from the cheapest to the most expensive."""

@@ -1,4 +1,4 @@
-"""Rungs without a language model: does the task need one at all?"""
+"""Rungs without a language model. They show whether the task needs one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from tercet.evaluate.answer import Answer
 from tercet.evaluate.task import Example
 from tercet.files import directory_size, write_json
 from tercet.ladder.result import Level
-from tercet.ladder.rungs.base import Setting
+from tercet.ladder.rungs.rung import Setting
 
-REGULARISATIONS = (1.0, 10.0, 100.0)  # inverse strengths tried on dev
+REGULARISATIONS = (1.0, 10.0, 100.0)  # inverse strengths that are compared on dev
 
 
 class Majority:
-    """The commonest target of train, whatever is asked."""
+    """The most frequent target of the training examples, for every input."""
 
     name = "majority"
     level: Level = "baseline"
@@ -27,23 +27,26 @@ class Majority:
         self._answer = ""
 
     def fit(self, setting: Setting) -> None:
+        """Count the targets."""
         counts = Counter(example.target for example in setting.task.train)
-        # Of equally common ones the alphabetically first, so that the order of rows changes nothing.
+        # Among equally frequent targets the first in the alphabet, so that the order of rows has no effect.
         self._answer = min(counts, key=lambda target: (-counts[target], target))
         self.details = {"answer": self._answer}
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
+        """Return the most frequent target for each example."""
         return [Answer(self._answer) for _ in examples]
 
     def size_bytes(self) -> int:
+        """Return the bytes of the answer."""
         return len(self._answer.encode())
 
 
 class TfidfLogistic:
-    """TF-IDF of words and word pairs into logistic regression; its strength is chosen on dev.
+    """Logistic regression on the TF-IDF of words and word pairs; dev chooses its regularisation.
 
-    For an open task, where there are no classes, it answers with the target of the training example
-    that is nearest in TF-IDF space.
+    An open task has no classes. There the answer is the target of the training example that is
+    nearest in TF-IDF space.
     """
 
     name = "tfidf"
@@ -55,7 +58,7 @@ class TfidfLogistic:
         self._model: Any = None
 
     def fit(self, setting: Setting) -> None:
-        import numpy as np
+        """Fit the vectoriser and, for a closed task, the regression."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._task, self._directory = setting.task, setting.directory / "model"
@@ -66,38 +69,47 @@ class TfidfLogistic:
         )
         self._rows = self._vectorizer.fit_transform([self._text(example) for example in train])
         self._targets = [example.target for example in train]
-        arrays: dict[str, Any] = {"idf": self._vectorizer.idf_}
         if setting.task.labels is not None and len(set(self._targets)) > 1:
             self._choose(dev, setting.seed)
-            arrays |= {"coefficients": self._model.coef_, "intercepts": self._model.intercept_}
         else:
             self.details["method"] = "answer of the nearest training example"
-            arrays |= {"data": self._rows.data, "indices": self._rows.indices, "indptr": self._rows.indptr}
-        # Kept as plain arrays and JSON, never pickled; this is the size the report shows.
-        self._directory.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(self._directory / "arrays.npz", **arrays)
-        vocabulary = {word: int(index) for word, index in self._vectorizer.vocabulary_.items()}
-        targets = list(self._model.classes_) if self._model is not None else self._targets
-        write_json(self._directory / "vocabulary.json", {"vocabulary": vocabulary, "targets": targets})
+        self._save(self._directory)
 
     def _choose(self, dev: Sequence[Example], seed: int) -> None:
+        """Fit one model for each regularisation and keep the one with the best accuracy on dev."""
         from sklearn.linear_model import LogisticRegression
 
-        held = self._vectorizer.transform([self._text(example) for example in dev])
-        wanted = [example.target for example in dev]
-        best = -1.0
+        dev_rows = self._vectorizer.transform([self._text(example) for example in dev])
+        dev_targets = [example.target for example in dev]
+        best_score = -1.0
         for strength in REGULARISATIONS:
             model = LogisticRegression(C=strength, max_iter=2000, random_state=seed)
             model.fit(self._rows, self._targets)
-            score = float(model.score(held, wanted)) if wanted else 0.0
-            if score > best:
-                best, self._model = score, model
+            score = float(model.score(dev_rows, dev_targets)) if dev_targets else 0.0
+            if score > best_score:
+                best_score, self._model = score, model
                 self.details = {"method": "logistic regression", "C": strength, "dev_accuracy": score}
+
+    def _save(self, directory: Path) -> None:
+        """Write the model as plain arrays and JSON, never pickled; the report shows the size of these files."""
+        import numpy as np
+
+        arrays: dict[str, Any] = {"idf": self._vectorizer.idf_}
+        if self._model is not None:
+            arrays |= {"coefficients": self._model.coef_, "intercepts": self._model.intercept_}
+        else:
+            arrays |= {"data": self._rows.data, "indices": self._rows.indices, "indptr": self._rows.indptr}
+        directory.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(directory / "arrays.npz", **arrays)
+        vocabulary = {word: int(index) for word, index in self._vectorizer.vocabulary_.items()}
+        targets = list(self._model.classes_) if self._model is not None else self._targets
+        write_json(directory / "vocabulary.json", {"vocabulary": vocabulary, "targets": targets})
 
     def _text(self, example: Example) -> str:
         return self._task.input_text(example.fields)
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
+        """Return the predicted class of each example, or the target of its nearest neighbour."""
         if not examples:
             return []
         rows = self._vectorizer.transform([self._text(example) for example in examples])
@@ -107,4 +119,5 @@ class TfidfLogistic:
         return [Answer(self._targets[index]) for index in nearest]
 
     def size_bytes(self) -> int | None:
+        """Return the bytes of the arrays and the vocabulary."""
         return directory_size(self._directory) if self._directory else None

@@ -1,4 +1,4 @@
-"""Rungs that change weights: LoRA, full fine-tuning, and training from scratch."""
+"""Rungs that train weights: LoRA, full fine-tuning and training from scratch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from tercet.evaluate.task import Example, Task
 from tercet.files import directory_size
 from tercet.finetune.settings import Method
 from tercet.ladder.result import Level
-from tercet.ladder.rungs.base import Setting
+from tercet.ladder.rungs.rung import Setting
 from tercet.prompt.llm import LLM
 
 if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
 
 BATCH = 16  # examples a step
-FEWEST_STEPS = 200  # a small task gets more passes: the weights need some hundred updates to move at all
+FEWEST_STEPS = (
+    200  # a small task is trained for more epochs: weights need some hundred updates to change much
+)
 
 
 def training_rows(
     task: Task, examples: Sequence[Example], tokenizer: Tokenizer, limit: int
 ) -> list[dict[str, Any]]:
-    """Examples in the form a model is tuned on, which is the form it is asked in later.
+    """Return examples as rows for tuning, in the form in which the tuned model will later be given inputs.
 
-    limit: the model's context; inputs that are too long for it are shortened as they will be then.
+    Args:
+        limit: tokens of the model's context; inputs that are too long are shortened as for answering.
     """
     chat = tokenizer.chat_template is not None
     system = [{"role": "system", "content": task.system}] if task.system else []
@@ -40,27 +43,29 @@ def training_rows(
         return few_shot_text([], text, task.system or "")
 
     def prompt_tokens(text: str) -> int:
-        made = prompt(text)
-        if isinstance(made, str):
-            return len(tokenizer.encode(made))
-        return len(tokenizer.encode_chat(made, add_generation_prompt=True))
+        rendered = prompt(text)
+        if isinstance(rendered, str):
+            return len(tokenizer.encode(rendered))
+        return len(tokenizer.encode_chat(rendered, add_generation_prompt=True))
 
     room = prompt_room(task, limit, lambda text: len(tokenizer.encode(text)), labels_scored=True)
     rows: list[dict[str, Any]] = []
     for example in examples:
-        made = prompt(shorten_input(task, example.fields, prompt_tokens, room)[0])
-        if isinstance(made, str):
-            rows.append({"prompt": made, "completion": separator(made) + example.target})
+        rendered = prompt(shorten_input(task, example.fields, prompt_tokens, room)[0])
+        if isinstance(rendered, str):
+            rows.append({"prompt": rendered, "completion": separator(rendered) + example.target})
         else:
-            rows.append({"messages": [*made, {"role": "assistant", "content": example.target}]})
+            rows.append({"messages": [*rendered, {"role": "assistant", "content": example.target}]})
     return rows
 
 
 class Tuned:
-    """A model whose weights, or adapters beside them, are trained on the task's training examples.
+    """A model with weights or adapters trained on the task's training examples.
 
-    start: gives the checkpoint directory to start from, once it is needed.
-    epochs: passes over train, where the minutes allow that many.
+    Args:
+        start: returns the checkpoint directory to start from, when it is needed.
+        epochs: at most, within the setting's minutes.
+        settings: other settings of `tercet.tune`.
     """
 
     level: Level = "tune"
@@ -80,18 +85,19 @@ class Tuned:
         self.details: dict[str, Any] = {}
 
     def fit(self, setting: Setting) -> None:
+        """Tune the model, and load the result."""
         from tercet.finetune.sft import tune
         from tercet.model.checkpoint import read_config
         from tercet.model.tokenizer import Tokenizer
 
         start = self._start()
         task = setting.task
-        form = (Tokenizer.load(start), read_config(start).max_positions)
+        tokenizer, limit = Tokenizer.load(start), read_config(start).max_positions
         tuned = tune(
             start,
-            training_rows(task, task.train, *form),
+            training_rows(task, task.train, tokenizer, limit),
             setting.directory / "run",
-            dev=training_rows(task, task.dev, *form),
+            dev=training_rows(task, task.dev, tokenizer, limit),
             method=self._method,
             epochs=max(self._epochs, FEWEST_STEPS * BATCH / len(task.train)),
             batch_size=BATCH,
@@ -114,17 +120,19 @@ class Tuned:
         }
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
+        """Return one answer for each example."""
         return self.answerer.answer(examples)
 
     def size_bytes(self) -> int:
+        """Return the size of the tuned model's files, with those of an adapter's base."""
         size = directory_size(self._directory)
         if self._method == "lora":
-            size += directory_size(self._start())  # an adapter answers only together with its base
+            size += directory_size(self._start())  # an adapter needs its base to answer
         return size
 
 
-def untrained(shape_of: Path, out: Path, seed: int) -> Path:
-    """A checkpoint of the same shape and tokenizer as ``shape_of``, with fresh weights."""
+def untrained(model_directory: Path, out: Path, seed: int) -> Path:
+    """Write a checkpoint with the shape and tokenizer of another one and random weights; return its directory."""
     from tercet.files import atomic_directory
     from tercet.model.checkpoint import read_config
     from tercet.model.loading import save_model
@@ -133,23 +141,25 @@ def untrained(shape_of: Path, out: Path, seed: int) -> Path:
     from tercet.pretrain.initialize import initialize
 
     if not (out / "config.json").is_file():
-        model = Transformer(read_config(shape_of))
+        model = Transformer(read_config(model_directory))
         initialize(model, seed)
         with atomic_directory(out) as directory:
             save_model(model, directory)
-            Tokenizer.load(shape_of).save(directory)
+            Tokenizer.load(model_directory).save(directory)
     return out
 
 
 def local_start(llm: LLM) -> Path:
-    """The checkpoint directory of a model that can be tuned here.
+    """Return the checkpoint directory of a model that can be tuned.
 
     Raises:
-        UserError: the weights are elsewhere, or it is an adapter.
+        UserError: the model is hosted, or it is an adapter.
     """
     directory = llm.directory
     if directory is None:
-        raise UserError(f"{llm.name} is a hosted model: its weights are not here to be tuned")
+        raise UserError(f"{llm.name} is a hosted model, so its weights cannot be tuned here")
     if not (directory / "config.json").is_file():
-        raise UserError(f"{llm.name} is an adapter; merge it first, or climb from its base")
+        raise UserError(
+            f"{llm.name} is an adapter; merge it into its base first, or give its base as `model`"
+        )
     return directory
