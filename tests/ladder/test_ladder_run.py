@@ -255,10 +255,10 @@ def test_a_killed_climb_goes_on_and_gives_the_same_numbers(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"rungs": ["zeroshot"]}, "there is no rung 'zeroshot'; the ladder has majority"),
-        ({"rungs": []}, "no rung to climb"),
-        ({"minutes": 0}, "--minutes is 0"),
-        ({"minutes": float("inf")}, "--minutes is inf"),
+        ({"rungs": ["zeroshot"]}, "there is no rung 'zeroshot'; did you mean zero-shot\\? \\(the ladder has majority"),
+        ({"rungs": []}, "`rungs` is empty"),
+        ({"minutes": 0}, "`minutes` is 0"),
+        ({"minutes": float("inf")}, "`minutes` is inf"),
         ({"seed": -1}, "`seed` is -1; it must be from 0 to"),
         ({"model": "nowhere/at/all"}, "no model at nowhere/at/all"),
     ],
