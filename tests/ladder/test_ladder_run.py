@@ -255,7 +255,10 @@ def test_a_killed_climb_goes_on_and_gives_the_same_numbers(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"rungs": ["zeroshot"]}, "there is no rung 'zeroshot'; did you mean zero-shot\\? \\(the ladder has majority"),
+        (
+            {"rungs": ["zeroshot"]},
+            "there is no rung 'zeroshot'; did you mean zero-shot\\? \\(the ladder has majority",
+        ),
         ({"rungs": []}, "`rungs` is empty"),
         ({"minutes": 0}, "`minutes` is 0"),
         ({"minutes": float("inf")}, "`minutes` is inf"),
