@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # the tiny model stands there
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
