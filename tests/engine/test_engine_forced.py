@@ -42,12 +42,12 @@ class FakeMatcher:
         return mask
 
     def forced(self) -> list[int]:
-        found: list[int] = []
+        forced: list[int] = []
         for allowed in self.grammar.places[len(self.taken) :]:
             if len(allowed) != 1:
                 break
-            found += allowed
-        return found
+            forced += allowed
+        return forced
 
     def accept(self, token: int) -> None:
         assert token in self._allowed(len(self.taken)), "the engine chose a token that is not allowed"
@@ -94,7 +94,8 @@ def by_hand(backend: FakeBackend, prompt: Sequence[int], places: Places, samplin
 
 places = st.lists(
     st.one_of(
-        st.integers(5, 90).map(lambda one: frozenset([one])), st.frozensets(st.integers(5, 90), min_size=2)
+        st.integers(5, 90).map(lambda token: frozenset([token])),
+        st.frozensets(st.integers(5, 90), min_size=2),
     ),
     min_size=1,
     max_size=14,
@@ -114,10 +115,10 @@ def test_greedy_outputs_are_the_best_allowed_tokens(
     cases: list[tuple[list[int], Places]],
     logprobs: int | None,
     max_tokens: int,
-    most: int,
+    feed_tokens: int,
     speculation: Any,
 ) -> None:
-    backend = FakeBackend(300, max_tokens=most, num_pages=30)
+    backend = FakeBackend(300, max_tokens=feed_tokens, num_pages=30)
     if speculation == "model":
         speculation = Engine(FakeBackend(300, blend=0.5, salt=1), byte_level, [])
     engine = engine_on(backend, byte_level, speculation=speculation)

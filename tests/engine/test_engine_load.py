@@ -48,8 +48,8 @@ def next_logits(engine: Any) -> np.ndarray:
 def reference_logits(base: Path) -> np.ndarray:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
-        found: np.ndarray = model(torch.tensor([PROMPT])).logits[0, -1].numpy()
-    return found
+        row: np.ndarray = model(torch.tensor([PROMPT])).logits[0, -1].numpy()
+    return row
 
 
 def test_a_checkpoint_runs_in_int8_on_a_cpu_by_default(base: Path) -> None:

@@ -37,8 +37,8 @@ def random_prompts(count: int, longest: int, vocab: int = 61, seed: int = 0) -> 
 
 @torch.no_grad()
 def log_softmax(model: Any, tokens: Sequence[int]) -> np.ndarray:
-    found: np.ndarray = model(torch.tensor([list(tokens)])).logits[0].float().log_softmax(-1).numpy()
-    return found
+    logprobs: np.ndarray = model(torch.tensor([list(tokens)])).logits[0].float().log_softmax(-1).numpy()
+    return logprobs
 
 
 def with_tokenizer(directory: Path, tokenizer: Tokenizer) -> Path:

@@ -364,9 +364,9 @@ def test_streams_and_submitted_requests_run_side_by_side(byte_level: Tokenizer) 
             assert delta.completion is not None
             assert delta.completion.tokens == backend.greedy((n,) * (delta.index + 1), 12)
         assert len(ends) == 2
-    mine = engine.step()
-    assert {delta.index for delta in mine} == {handle} and mine[-1].completion is not None
-    assert mine[-1].completion.tokens == backend.greedy((9, 9), 12)
+    submitted = engine.step()
+    assert {delta.index for delta in submitted} == {handle} and submitted[-1].completion is not None
+    assert submitted[-1].completion.tokens == backend.greedy((9, 9), 12)
     nothing_is_left(engine)
 
 
@@ -385,9 +385,9 @@ def test_a_request_that_fails_fails_alone(byte_level: Tokenizer) -> None:
     assert isinstance(ends[bad].error, UserError) and "not finite" in str(ends[bad].error)
     assert ends[good].completion is not None and ends[good].completion.tokens == expected
     nothing_is_left(engine)
-    other = engine.pool.sequence()
-    other.reuse([7] * 5, 4)
-    assert other.pages == [], "no request reuses the broken pages"
+    sequence = engine.pool.sequence()
+    sequence.reuse([7] * 5, 4)
+    assert sequence.pages == [], "no request reuses the broken pages"
     with pytest.raises(UserError, match="not finite"):
         engine.generate([Request((1,), GREEDY), Request((7,) * 5, GREEDY)])
     nothing_is_left(engine)

@@ -129,8 +129,8 @@ def test_greedy_means_that_greedy_decoding_writes_it(make_engine: Make, byte_lev
     whole = byte_level.encode("The quick brown")
     with torch.no_grad():
         best = int(engine.backend.model(torch.tensor([whole]))[0, -1].argmax())  # type: ignore[attr-defined]
-    other = (best + 1) % 300
-    pieces = [Continuation(0, [*whole, token], len(whole)) for token in (best, other)]
+    worse = (best + 1) % 300
+    pieces = [Continuation(0, [*whole, token], len(whole)) for token in (best, worse)]
     score_continuations(engine.backend, engine.pool, pieces)
     assert [piece.is_greedy for piece in pieces] == [True, False]
 

@@ -182,17 +182,17 @@ def test_taking_a_draft_keeps_the_targets_distribution() -> None:
         target,
     ):
         rng = np.random.default_rng(0)
-        drawn, kept = Counter[int](), 0
+        drawn, accepted = Counter[int](), 0
         for _ in range(8000):
             token = draft.draw(rng)
             taken = take_draft(target, token, draft, rng)
             drawn[taken] += 1
-            kept += taken == token
+            accepted += taken == token
         assert set(drawn) <= {1, 4, 6}
         assert chisquare([drawn[1], drawn[4], drawn[6]], [2400, 800, 4800]).pvalue > 0.001
         # Accepted with probability sum of min(p, q).
         p, q = target.dense(7), draft.dense(7)
-        assert kept / 8000 == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
+        assert accepted / 8000 == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
 
 
 # The draft model's own pages

@@ -26,8 +26,8 @@ def backend_of(engine: Engine) -> TorchBackend:
 
 def by_hand(backend: TorchBackend, tokens: list[int]) -> np.ndarray:
     with torch.no_grad():
-        found: np.ndarray = backend.model(torch.tensor([tokens]))[0].numpy()
-    return found
+        logits: np.ndarray = backend.model(torch.tensor([tokens]))[0].numpy()
+    return logits
 
 
 @st.composite

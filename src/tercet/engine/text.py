@@ -110,8 +110,8 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def differing_token(tokenizer: Tokenizer, other: Tokenizer) -> str | None:
+def differing_token(tokenizer: Tokenizer, second: Tokenizer) -> str | None:
     """Return the token of lowest id in which two vocabularies differ; None when they are equal."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-    difference = vocabulary.items() ^ other.backend.get_vocab(with_added_tokens=True).items()
+    difference = vocabulary.items() ^ second.backend.get_vocab(with_added_tokens=True).items()
     return min(difference, key=lambda item: item[1])[0] if difference else None
