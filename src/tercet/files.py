@@ -189,7 +189,7 @@ def fingerprint(value: Any) -> str:
 
 
 def cache_directory() -> Path:
-    """Return the directory of what can be computed again: ``$XDG_CACHE_HOME/tercet``, or ``~/.cache/tercet``."""
+    """Return the cache directory: ``$XDG_CACHE_HOME/tercet``, or ``~/.cache/tercet``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tercet"
 
 

@@ -11,27 +11,27 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "developer", "tool")
 
 
-def check_text(text: object, what: str) -> str:
+def check_text(text: object, name: str) -> str:
     """Return ``text`` if it is a string that UTF-8 can encode.
 
     Bytes on a command line that are not UTF-8 reach Python as lone surrogates, which no tokenizer and no
     server accepts.
 
     Raises:
-        UserError: it is no such string; the message calls it ``what``.
+        UserError: it is no such string; the message calls it ``name``.
     """
     if not isinstance(text, str):
-        raise UserError(f"{what} is a {type(text).__name__}; it must be a string")
+        raise UserError(f"{name} is a {type(text).__name__}; it must be a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
         raise UserError(
-            f"{what} is not valid Unicode text (character {problem.start}); send it as UTF-8"
+            f"{name} is not valid Unicode text (character {problem.start}); send it as UTF-8"
         ) from problem
     return text
 
 
-def check_messages(messages: object, what: str = "messages") -> list[Message]:
+def check_messages(messages: object, name: str = "messages") -> list[Message]:
     """Return the conversation as a new list of its messages.
 
     Raises:
@@ -39,17 +39,17 @@ def check_messages(messages: object, what: str = "messages") -> list[Message]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise UserError(
-            f'{what} must be a list such as [{{"role": "user", "content": "hi"}}], not {messages!r:.60}'
+            f'{name} must be a list such as [{{"role": "user", "content": "hi"}}], not {messages!r:.60}'
         )
     if not messages:
-        raise UserError(f"{what} is empty; a conversation has at least one message")
+        raise UserError(f"{name} is empty; a conversation has at least one message")
     for number, message in enumerate(messages):
-        where = f"{what}[{number}]"
+        where = f"{name}[{number}]"
         if not isinstance(message, dict):
             raise UserError(
                 f"{where} is a {type(message).__name__}; it must be an object with role and content"
             )
-        missing = [name for name in ("role", "content") if name not in message]
+        missing = [field for field in ("role", "content") if field not in message]
         if missing:
             raise UserError(f"{where} has no {' and no '.join(missing)}")
         if message["role"] not in ROLES:
