@@ -182,7 +182,7 @@ def test_rms_norm_counts_what_is_not_padding(functions: dict[str, Any]) -> None:
 
 
 def test_layer_norm() -> None:
-    from tercet.engine.cpu.kernels import layer_norm
+    from tercet.engine.cpu.rows import layer_norm
 
     rng = np.random.default_rng(0)
     for size in (1, 33, 64, 768):

@@ -63,8 +63,8 @@ def _matrices(config: ModelConfig, shape: Shape, layer: int) -> list[_Matrix]:
     ]
     out = _Part(f"{module}.self_attn.o_proj", range(shape.hidden // 16), columns_are_heads=True)
     found = [
-        _Matrix(at.QKV_CHANGE, shape.hidden, ends[-1], qkv),
-        _Matrix(at.O_CHANGE, shape.attention, shape.hidden // 16, [out]),
+        _Matrix(at.QKV_PRODUCT, shape.hidden, ends[-1], qkv),
+        _Matrix(at.O_PRODUCT, shape.attention, shape.hidden // 16, [out]),
     ]
     if not config.is_mixture(layer):
         names = ["gate", "up"] if config.gated_mlp else ["up"]
@@ -73,8 +73,8 @@ def _matrices(config: ModelConfig, shape: Shape, layer: int) -> list[_Matrix]:
             _Part(f"{module}.mlp.{name}_proj", range(n, blocks, len(names))) for n, name in enumerate(names)
         ]
         down = _Part(f"{module}.mlp.down_proj", range(shape.hidden // 16))
-        found.append(_Matrix(at.GATE_UP_CHANGE, shape.hidden, blocks, up))
-        found.append(_Matrix(at.DOWN_CHANGE, shape.inner, shape.hidden // 16, [down]))
+        found.append(_Matrix(at.GATE_UP_PRODUCT, shape.hidden, blocks, up))
+        found.append(_Matrix(at.DOWN_PRODUCT, shape.inner, shape.hidden // 16, [down]))
     return found
 
 

@@ -225,13 +225,12 @@ class CPUBackend:
         self._chunks[:, 2] = self._chunk_pages.ctypes.data + 8 * pages * np.arange(MAX_CHUNKS)
         self._tiles = np.zeros((rows, 3), np.int64)
         self._runs = np.zeros((MAX_CHUNKS, at.RUN_WIDTH), np.int64)
-        phases = 5 * config.num_layers + 1  # `draw` is called with each number once
-        self._counters = np.zeros(phases, np.int64)
+        self._counters = np.zeros(at.PHASES * (config.num_layers + 1), np.int64)
         for column, array in (
             (at.IDS, self._ids),
             (at.POSITIONS, self._positions),
             (at.CHUNK_OF, self._chunk_of),
-            (at.WANTED_ROWS, self._wanted),
+            (at.SELECTED_ROWS, self._wanted),
             (at.CHUNKS, self._chunks),
             (at.TILE_TABLE, self._tiles),
             (at.RUN_TABLE, self._runs),
@@ -279,7 +278,7 @@ class CPUBackend:
         parts: list[NDArray[np.float32]] = []
         for together in self._together(chunks):
             wanted = self._describe(together)
-            table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.WANTED] = 0, 1, len(wanted)
+            table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.SELECTED] = 0, 1, len(wanted)
             self._wanted[: len(wanted)] = wanted
             self._run()
             parts.append(self._normed[: len(wanted), :size].copy())
@@ -302,7 +301,7 @@ class CPUBackend:
             wanted = self._describe(together)
             for begin in range(0, max(1, len(wanted)), LOGIT_ROWS):
                 part = wanted[begin : begin + LOGIT_ROWS]
-                table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.WANTED] = begin > 0, 0, len(part)
+                table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.SELECTED] = begin > 0, 0, len(part)
                 self._wanted[: len(part)] = part
                 self._run()
                 yield self._logits[: len(part), : self.vocab_size]

@@ -12,7 +12,7 @@ from numba import njit
 
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.matrices import BLOCK, add, call11, integers
-from tercet.engine.cpu.meetings import meet, share
+from tercet.engine.cpu.threads import barrier, share
 
 ROWS = 8  # of A x that a thread computes at a time: what the product's largest tile takes
 
@@ -25,8 +25,8 @@ def change(run: Any, layer: int, matrix: int) -> Any:
 
 
 @njit
-def lower(t: Any, layer: int, matrix: int, x: int, x_stride: int, thread: int, meetings: int) -> int:
-    """A x for every run, into LOW_ROWS; the number of meetings so far."""
+def lower(t: Any, layer: int, matrix: int, x: int, x_stride: int, thread: int, passed: int) -> int:
+    """A x for every run, into LOW_ROWS; the number of barriers passed so far."""
     stride = 4 * t[at.LOW_WIDTH]
     for number in range(t[at.RUNS]):
         run = integers(t[at.RUN_TABLE] + 8 * at.RUN_WIDTH * number, at.RUN_WIDTH)
@@ -42,7 +42,7 @@ def lower(t: Any, layer: int, matrix: int, x: int, x_stride: int, thread: int, m
             call11(
                 t[at.LOW_PRODUCT], weights, 0, c[at.LOW_COLUMNS], x + row * x_stride, x_stride, 0, 0, 0, rows, out, stride
             )  # fmt: skip
-    return int(meet(t, meetings, thread))
+    return int(barrier(t, passed, thread))
 
 
 @njit

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
+from numba import njit
 
+from tercet.engine.cpu import table as at
+from tercet.engine.cpu.matrices import floats
 from tercet.engine.cpu.table import GROUP4, GROUP8
 from tercet.simd import F32, I8, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
 
@@ -27,6 +31,33 @@ def rms_norm(v: Vectors, x: Any, weight: Any, vectors: Any, size: Any, eps: Any,
         v.store(b.fmul(value, v.floats(v.address(weight, offset))), v.address(out, offset), 4)
 
 
+@njit(fastmath={"reassoc", "nsz", "arcp", "contract"})
+def layer_norm(x: Any, weight: Any, bias: Any, size: int, eps: float, out: Any) -> None:
+    """Norm one row of ``size`` floats (Ba et al. 2016, arXiv:1607.06450)."""
+    mean = np.float32(0.0)
+    for i in range(size):
+        mean += x[i]
+    mean /= np.float32(size)
+    variance = np.float32(0.0)
+    for i in range(size):
+        variance += (x[i] - mean) * (x[i] - mean)
+    scale = np.float32(1.0) / np.sqrt(variance / np.float32(size) + eps)
+    for i in range(size):
+        out[i] = (x[i] - mean) * scale * weight[i] + bias[i]
+
+
+@njit
+def norm(table: Any, x: int, weight: int, bias: int, out: int) -> None:
+    """Apply the model's kind of norm to one row; all arguments but the table are addresses."""
+    width = table[at.HIDDEN]
+    if table[at.LAYER_NORM]:
+        eps = floats(table[at.FLOATS], 3)[2]
+        vectors = floats(x, width), floats(weight, width), floats(bias, width)
+        layer_norm(*vectors, table[at.HIDDEN_SIZE], eps, floats(out, width))
+    else:
+        rms_norm(x, weight, width // 16, table[at.HIDDEN_SIZE], table[at.EPS], out)
+
+
 def _quantize(group_size: int, integer_zeros: bool) -> Any:
     """(x, groups, out, scales, zeros): int8 with a scale for each group of ``group_size`` floats.
 
@@ -39,8 +70,8 @@ def _quantize(group_size: int, integer_zeros: bool) -> Any:
     def quantize(v: Vectors, x: Any, groups: Any, out: Any, scales: Any, zeros: Any) -> None:
         b = v.b
         with v.loop(groups) as group:
-            at = v.address(x, b.mul(group, I64(4 * group_size)))
-            values = [v.floats(v.address(at, 64 * i)) for i in range(vectors)]
+            begin = v.address(x, b.mul(group, I64(4 * group_size)))
+            values = [v.floats(v.address(begin, 64 * i)) for i in range(vectors)]
             highest = v.absolute(values[0])
             for value in values[1:]:
                 highest = v.largest(highest, v.absolute(value))
@@ -106,5 +137,5 @@ def soft_cap(v: Vectors, x: Any, vectors: Any, cap: Any) -> None:
     """cap * tanh(x / cap), in place."""
     b, limit = v.b, v.number(cap)
     with v.loop(vectors) as i:
-        at = v.address(x, b.mul(i, I64(64)))
-        v.store(b.fmul(limit, v.tanh(b.fdiv(v.floats(at), limit))), at, 4)
+        place = v.address(x, b.mul(i, I64(64)))
+        v.store(b.fmul(limit, v.tanh(b.fdiv(v.floats(place), limit))), place, 4)

@@ -28,8 +28,8 @@ QUERIES = (1, 4)  # of an attention tile
     TILES,  # number of attention tiles (before heads)
     TILE_TABLE,  # address [tiles, 3]: chunk, first row within it, rows
     STATES_ONLY,  # what the head would read is wanted, row after row in NORMED; no logits
-    WANTED,  # rows whose logits are wanted
-    WANTED_ROWS,  # address
+    SELECTED,  # number of rows that the head reads
+    SELECTED_ROWS,  # address
     LOGITS,  # address [wanted, vocabulary in blocks]
     # The model's shape.
     LAYERS,
@@ -137,8 +137,20 @@ QUERIES = (1, 4)  # of an attention tile
     RUN_WIDTH,
 ) = range(4)
 
-# The matrices of a layer that an adapter may change, ...
-QKV_CHANGE, O_CHANGE, GATE_UP_CHANGE, DOWN_CHANGE, CHANGES = range(5)
+# The phases whose work threads draw from a counter: the products, and the attention. A layer has all but the
+# head's product, which is counted as one layer more.
+(
+    QKV_PRODUCT,
+    O_PRODUCT,
+    GATE_UP_PRODUCT,
+    DOWN_PRODUCT,
+    HEAD_PRODUCT,
+    ATTENTION_PHASE,
+    PHASES,
+) = range(7)
+
+# The products of a layer, which an adapter may change, ...
+CHANGES = HEAD_PRODUCT
 
 # ... what it changes in one, ...
 (
