@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @functools.cache
 def host_features() -> frozenset[str]:
-    """Return the processor's features, under LLVM's names."""
+    """Return the processor's features by LLVM's names."""
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 
 
 def has_vnni() -> bool:
-    """Return whether one instruction adds 64 byte products to 16 sums (AVX-512 VNNI)."""
+    """Return whether one instruction adds 64 products of bytes to 16 sums (AVX-512 VNNI)."""
     return {"avx512vnni", "avx512vl", "avx512bw"} <= host_features()
 
 
@@ -34,12 +34,12 @@ def has_bfloat_dot() -> bool:
 
 
 def has_bfloat_tiles() -> bool:
-    """Return whether the processor multiplies whole tiles of bfloat16 (AMX), several times as fast."""
+    """Return whether one instruction multiplies whole tiles of bfloat16 (AMX), which is several times as fast."""
     return {"amx-bf16", "amx-tile"} <= host_features()
 
 
 def has_half() -> bool:
-    """Return whether float16 is converted in hardware."""
+    """Return whether the processor converts float16 in hardware."""
     machine = platform.machine().lower()
     return machine in ("arm64", "aarch64") or "f16c" in host_features()
 
@@ -89,5 +89,5 @@ def peak_memory(device: torch.device | None = None) -> int:
 
 
 def bits(value: float) -> int:
-    """Return the bits of a float32, to pass a number to a kernel; `simd.Vectors.number` converts them back."""
+    """Return a float32's bits as an integer, to pass it to a kernel; `simd.Vectors.number` is the inverse."""
     return int(np.float32(value).view(np.int32))

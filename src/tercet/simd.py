@@ -1,12 +1,12 @@
-"""Sixteen floats at a time: a few words to write vector code with inside numba.
+"""Vector code of sixteen float32 lanes inside numba.
 
-A kernel's inner loop is written as LLVM instructions on vectors of 16 lanes, through numba's
-``@intrinsic``. LLVM maps such vectors to whatever the processor has: one AVX-512 register, two of
-AVX2, four of NEON. So one text serves every machine, and nothing depends on what a compiler makes
-of a scalar loop. Only `dot4`, `dot2` and `narrow` have two forms, because one instruction does what else
-takes ten.
+A kernel's inner loop is written as LLVM instructions on vectors of 16 lanes, through numba's ``@intrinsic``.
+LLVM maps such a vector to the registers that the processor has: one of AVX-512, two of AVX2, four of NEON.
+So one source serves every machine, and the speed does not depend on how well a compiler vectorises a scalar
+loop. Only `dot4`, `dot2` and `narrow` have two forms each, because some processors have one instruction for
+what otherwise takes ten.
 
-Addresses cross between Python and kernels as 64-bit integers.
+Addresses pass between Python and kernels as 64-bit integers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ INTEGERS = ir.VectorType(I32, LANES)
 
 
 class Vectors:
-    """Emits vector instructions at the place of an ``ir.IRBuilder``."""
+    """Emits vector instructions at the current position of an ``ir.IRBuilder``.
+
+    Methods take and return values of the program being built, not numbers, unless their types say otherwise.
+    """
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
@@ -41,31 +44,33 @@ class Vectors:
     # Memory
 
     def address(self, base: ir.Value, offset: ir.Value | int = 0) -> ir.Value:
-        """``base`` + ``offset`` bytes."""
+        """Return ``base`` plus ``offset`` bytes."""
         offset = offset if isinstance(offset, ir.Value) else I64(offset)
         return self.b.add(base, offset)
 
     def load(self, address: ir.Value, kind: ir.Type, align: int = 1) -> ir.Value:
+        """Load a value of a type; the address is a multiple of ``align`` bytes."""
         return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=align)
 
     def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+        """Store a value; the address is a multiple of ``align`` bytes."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
 
     def fetch(self, address: ir.Value) -> None:
-        """Bring the line of memory at ``address`` into the cache; nothing happens where there is no memory."""
+        """Prefetch the line of memory at ``address`` into the cache; an invalid address has no effect."""
         pointer = self.b.inttoptr(address, I8.as_pointer())
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, I32(0), I32(3), I32(1))  # to read, keep, data
 
     def floats(self, address: ir.Value) -> ir.Value:
-        """16 float32."""
+        """Load 16 float32."""
         return self.load(address, VECTOR, 4)
 
     def halves(self, address: ir.Value) -> ir.Value:
-        """16 float16, as float32."""
+        """Load 16 float16 as float32."""
         return self.b.fpext(self.load(address, ir.VectorType(F16, LANES), 2), VECTOR)
 
     def bfloats(self, address: ir.Value) -> ir.Value:
-        """16 bfloat16, as float32: they are the upper halves of float32."""
+        """Load 16 bfloat16 as float32, whose upper halves they are."""
         raw = self.load(address, ir.VectorType(I16, LANES), 2)
         wide = self.b.shl(self.b.zext(raw, INTEGERS), self.splat(I32(16)))
         return self.b.bitcast(wide, VECTOR)
@@ -73,47 +78,52 @@ class Vectors:
     # Values
 
     def number(self, bits: ir.Value) -> ir.Value:
-        """The float that `bits` made of it, in every lane."""
+        """Return a float in every lane, from the integer that `tercet.host.bits` made of it."""
         return self.splat(self.b.bitcast(self.b.trunc(bits, I32), F32))
 
     def splat(self, value: ir.Value) -> ir.Value:
-        """``value`` in every lane."""
-        one = self.b.insert_element(
+        """Return a vector with ``value`` in every lane."""
+        first = self.b.insert_element(
             ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined), value, I32(0)
         )
         zeros = ir.Constant(INTEGERS, [0] * LANES)
-        return self.b.shuffle_vector(one, ir.Constant(one.type, ir.Undefined), zeros)
+        return self.b.shuffle_vector(first, ir.Constant(first.type, ir.Undefined), zeros)
 
     def constant(self, value: float) -> ir.Value:
+        """Return a vector of 16 equal floats."""
         return ir.Constant(VECTOR, [value] * LANES)
 
     def integers(self, value: int) -> ir.Value:
+        """Return a vector of 16 equal 32-bit integers."""
         return ir.Constant(INTEGERS, [value] * LANES)
 
     def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+        """Call a function by name, such as an LLVM intrinsic."""
         kind = ir.FunctionType(result, [value.type for value in arguments])
         return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), arguments)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-        """a * b + c, rounded once."""
+        """Return a * b + c, rounded once."""
         return self.call("llvm.fma.v16f32", VECTOR, a, b, c)
 
     def largest(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Return the larger of two floats in each lane; ``b`` where one is NaN."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     def absolute(self, a: ir.Value) -> ir.Value:
+        """Return the absolute value of each lane."""
         return self.call("llvm.fabs.v16f32", VECTOR, a)
 
     def round(self, a: ir.Value) -> ir.Value:
-        """To the nearest integer, ties to even, as a float."""
+        """Round each lane to the nearest integer, ties to even, as a float."""
         return self.call("llvm.roundeven.v16f32", VECTOR, a)
 
     def maximum(self, a: ir.Value) -> ir.Value:
-        """The largest lane."""
+        """Return the largest lane."""
         return self.call("llvm.vector.reduce.fmax.v16f32", F32, a)
 
     def total(self, a: ir.Value) -> ir.Value:
-        """The sum of the lanes, halves first: the same order on every machine."""
+        """Return the sum of the lanes; halves are added first, in the same order on every machine."""
         undefined = ir.Constant(VECTOR, ir.Undefined)
         for step in (8, 4, 2, 1):
             order = [(lane + step) % LANES for lane in range(LANES)]
@@ -121,10 +131,11 @@ class Vectors:
         return self.b.extract_element(a, I32(0))
 
     def exp(self, x: ir.Value) -> ir.Value:
-        """e to the power of each lane, within 3 units in the last place; exactly 0 below -87, 1 at 0.
+        """Return e to the power of each lane, within 3 units in the last place; exactly 0 below -87, 1 at 0.
 
-        2**n * e**r with r = x - n ln 2 in two parts (Cody and Waite), e**r by its Taylor series to
-        the seventh power (|r| <= 0.35: the rest is below 1e-8), and n put into the exponent's bits.
+        The result is 2**n * e**r, where r = x - n ln 2 is computed in two parts (Cody and Waite), e**r by its
+        Taylor series to the seventh power (|r| <= 0.35, so the remainder is below 1e-8), and 2**n by adding n to
+        the exponent's bits. Above 88 the result is that of 88.
         """
         small = self.b.fcmp_ordered("<", x, self.constant(-87.0))
         x = self.b.select(small, self.constant(-87.0), x)
@@ -139,15 +150,15 @@ class Vectors:
         return self.b.select(small, self.constant(0.0), self.b.fmul(power, self.b.bitcast(bits, VECTOR)))
 
     def tanh(self, x: ir.Value) -> ir.Value:
-        """1 - 2 / (e**2x + 1), which does not overflow (exp stops at e**88)."""
+        """Return 1 - 2 / (e**2x + 1), which does not overflow, since `exp` is at most e**88."""
         power = self.exp(self.b.fadd(x, x))
-        two, one = self.constant(2.0), self.constant(1.0)
-        return self.b.fsub(one, self.b.fdiv(two, self.b.fadd(power, one)))
+        two, unit = self.constant(2.0), self.constant(1.0)
+        return self.b.fsub(unit, self.b.fdiv(two, self.b.fadd(power, unit)))
 
     def dot4(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value, vnni: bool) -> ir.Value:
-        """Each 32-bit lane of ``sums`` plus the dot product of its 4 bytes in the other two.
+        """Add to each 32-bit lane of ``sums`` the dot product of the lane's 4 bytes in the other two.
 
-        vnni: by one instruction, if this machine has it; both ways give the same integers.
+        With ``vnni`` this is one instruction where the machine has it; the integers are the same either way.
         """
         if vnni and has_vnni():
             return self.call("llvm.x86.avx512.vpdpbusd.512", INTEGERS, sums, unsigned, signed)
@@ -159,10 +170,10 @@ class Vectors:
         return sums
 
     def dot2(self, sums: ir.Value, left: ir.Value, right: ir.Value, native: bool = True) -> ir.Value:
-        """Each lane of ``sums`` plus the products of the two bfloat16 in its 32-bit lanes of the other two.
+        """Add to each lane of ``sums`` the products of the lane's two bfloat16 in the other two.
 
-        native: by one instruction, if this machine has it, which rounds after both and takes subnormal
-        numbers for zero.
+        With ``native`` this is one instruction where the machine has it. It rounds once, after both products,
+        and treats subnormal numbers as zero; otherwise each product is added with a rounding of its own.
         """
         if native and has_bfloat_dot():
             return self.call("llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, sums, left, right)
@@ -173,7 +184,7 @@ class Vectors:
         return sums
 
     def narrow(self, a: ir.Value, native: bool = True) -> ir.Value:
-        """The bits of each lane rounded to bfloat16, to nearest, ties to even. native: as for `dot2`."""
+        """Round each lane to the nearest bfloat16, ties to even, and return its bits; ``native`` as for `dot2`."""
         halves = ir.VectorType(I16, LANES)
         if native and has_bfloat_dot():
             return self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", halves, a)
@@ -185,21 +196,21 @@ class Vectors:
     # Control
 
     def variable(self, kind: ir.Type, value: ir.Value) -> ir.Value:
-        """A place that holds ``value`` and may be stored to; becomes a register."""
+        """Return a place on the stack that holds ``value`` and may be stored to; LLVM makes it a register."""
         place = cgutils.alloca_once(self.b, kind)
         self.b.store(value, place)
         return place
 
     @contextmanager
     def loop(self, count: ir.Value | int) -> Iterator[ir.Value]:
-        """The body once for each of 0..count-1; gives the index, 64 bits."""
+        """Emit a loop around the body; yields the index, 64 bits, which runs from 0 to ``count`` - 1."""
         count = count if isinstance(count, ir.Value) else I64(count)
         with cgutils.for_range(self.b, count, intp=I64) as loop:
             yield loop.index
 
 
 def kernel(arguments: int) -> Callable[[Callable[..., None]], Any]:
-    """Makes ``body(v: Vectors, *values)`` callable from compiled code with that many integers."""
+    """Make ``body(v: Vectors, *values)`` callable from compiled code with that many integers."""
 
     def wrap(body: Callable[..., None]) -> Any:
         signature = types.void(*[types.int64] * arguments)
@@ -210,7 +221,7 @@ def kernel(arguments: int) -> Callable[[Callable[..., None]], Any]:
 
         names = [f"a{number}" for number in range(arguments)]
         namespace: dict[str, Any] = {"result": (signature, codegen)}
-        # numba reads the number of arguments off the signature, so there must be one with names.
+        # numba takes the number of arguments from the function's signature, so it needs named parameters.
         exec(f"def {body.__name__}(context, {', '.join(names)}): return result", namespace)
         return intrinsic(namespace[body.__name__])
 
@@ -219,7 +230,7 @@ def kernel(arguments: int) -> Callable[[Callable[..., None]], Any]:
 
 @kernel(0)
 def pause(v: Vectors) -> None:
-    """Tell the processor that this thread waits in a loop."""
+    """Emit the instruction that tells the processor that this thread waits in a loop."""
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64"):
         v.call("llvm.x86.sse2.pause", ir.VoidType())
@@ -228,9 +239,10 @@ def pause(v: Vectors) -> None:
 
 
 def caller(arguments: int) -> Any:
-    """``call(address, ...)``: call a compiled function of that many integers by its address.
+    """Build ``call(address, ...)``, which calls a compiled function of that many integers by its address.
 
-    In numba's convention: two pointers first, to where a result and an exception would go.
+    It follows numba's calling convention: the first two arguments point to places for a result and for an
+    exception.
     """
     pointer = I64.as_pointer()
     kind = ir.FunctionType(I32, [pointer, pointer] + [I64] * arguments)
@@ -245,7 +257,7 @@ def caller(arguments: int) -> Any:
 
 @intrinsic
 def atomic_add(context: Any, address: Any, amount: Any) -> Any:
-    """Add to a 64-bit integer in memory; gives what was there before. Orders memory for all threads."""
+    """Add to a 64-bit integer in memory and return its value before, sequentially consistent for all threads."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         place = builder.inttoptr(args[0], I64.as_pointer())
@@ -256,7 +268,7 @@ def atomic_add(context: Any, address: Any, amount: Any) -> Any:
 
 @intrinsic
 def atomic_load(context: Any, address: Any) -> Any:
-    """A 64-bit integer as other threads left it."""
+    """Load a 64-bit integer that other threads change, sequentially consistent."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "seq_cst", 8)
@@ -265,6 +277,8 @@ def atomic_load(context: Any, address: Any) -> Any:
 
 
 def _view(kind: Any) -> Any:
+    """Build ``pointer(address)``, which makes a typed pointer of an integer."""
+
     @intrinsic
     def pointer(context: Any, address: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:

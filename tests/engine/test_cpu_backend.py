@@ -222,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_costs_only_time(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert feed(load_cpu_backend(directory), ids(5), []).shape == (5, 61)
-    assert "The quantised weights could not be kept in" in capsys.readouterr().err
+    assert "Could not store the quantised weights in" in capsys.readouterr().err
 
 
 def test_kept_code_that_is_not_whole_is_not_run(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tercet.engine.cpu import load as loading
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.backend import CPUBackend
 from tercet.engine.cpu.layout import Layout
-from tercet.engine.cpu.load import KEPT, load_cpu_backend
+from tercet.engine.cpu.load import MAX_CACHED, load_cpu_backend
 from tercet.model.adapter import AdapterConfig, add_lora, load_adapter, merge_lora, save_adapter
 from tercet.model.loading import load_model
 from tiny_checkpoints import Make
@@ -282,13 +282,13 @@ def test_a_changed_checkpoint_is_packed_again(make: Make, caches: Path) -> None:
 def test_the_ones_used_longest_ago_go(make: Make, caches: Path) -> None:
     directories = [make(family)[1] for family in ("llama", "qwen3", "gpt2", "gemma2", "olmo2")]
     first = packed_after(caches, directories[0], "int8")
-    for number in range(KEPT - 1):
+    for number in range(MAX_CACHED - 1):
         made = packed_after(caches, directories[1 + number // 2], ("int8", "int4")[number % 2])
         os.utime(made, (1000 + number, 1000 + number))
     os.utime(first, (1, 1))
     load_cpu_backend(directories[0])  # used now
     packed_after(caches, directories[0], "bf16")
-    assert len(packed(caches)) == KEPT
+    assert len(packed(caches)) == MAX_CACHED
     assert first.exists() and min(file.stat().st_mtime for file in packed(caches)) == 1001
 
 

@@ -74,7 +74,7 @@ def test_a_pool_counts_as_many_threads_as_it_has() -> None:
     before = threading.active_count()
     made = Pool(3)
     assert threading.active_count() == before + 2  # the caller is the third
-    assert made.threads == made.crew.most == 3
+    assert made.threads == made.crew.limit == 3
 
 
 def test_threads_sleep_and_wake_again(make: Make) -> None:

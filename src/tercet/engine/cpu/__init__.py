@@ -1,4 +1,4 @@
-"""Tokens out on a CPU: kernels compiled from Python by numba, without torch."""
+"""Inference on a CPU without torch: kernels that numba compiles from Python."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""LoRA adapters beside packed weights, in the form that `lowrank` reads."""
+"""LoRA adapters packed beside the weights, in the form that `lowrank` reads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from tercet.model.weights import Update
 
 @dataclass(frozen=True)
 class Adapter:
-    """``table`` [layers, CHANGES, CHANGE_WIDTH], which points into ``memory`` and ``blocks``.
+    """A packed adapter.
 
-    width: values of A x that a row has at most.
+    Attributes:
+        table: [layers, CHANGES, CHANGE_WIDTH], which points into ``memory`` and ``blocks``.
+        width: The largest number of values of A x that a row has in any matrix.
+        memory: The packed factors A and B.
+        blocks: For each changed matrix the places of its blocks of B, [blocks, HIGH_WIDTH].
     """
 
     table: NDArray[np.int64]
@@ -29,12 +33,13 @@ class Adapter:
 
     @property
     def address(self) -> int:
+        """Address of the table."""
         return int(self.table.ctypes.data)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One of our modules in a packed matrix: the blocks it has there, and whether its sides are heads."""
+    """One module's part of a packed matrix: its blocks there, and whether its rows or columns are heads."""
 
     module: str
     blocks: range
@@ -44,7 +49,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One of a layer's packed matrices: which of CHANGES, its shape, and what it is joined of."""
+    """One of a layer's packed matrices: its number among CHANGES, its shape and the modules joined in it."""
 
     kind: int
     columns: int
@@ -53,7 +58,7 @@ class _Matrix:
 
 
 def _matrices(config: ModelConfig, shape: Shape, layer: int) -> list[_Matrix]:
-    """The matrices of a layer that an adapter may change."""
+    """Return the matrices of a layer that an adapter may change."""
     module = f"model.layers.{layer}"
     query, key = config.num_heads * shape.dim // 16, config.num_kv_heads * shape.dim // 16
     ends = [0, query, query + key, query + 2 * key]
@@ -62,7 +67,7 @@ def _matrices(config: ModelConfig, shape: Shape, layer: int) -> list[_Matrix]:
         for n, name in enumerate("qkv")
     ]
     out = _Part(f"{module}.self_attn.o_proj", range(shape.hidden // 16), columns_are_heads=True)
-    found = [
+    matrices = [
         _Matrix(at.QKV_PRODUCT, shape.hidden, ends[-1], qkv),
         _Matrix(at.O_PRODUCT, shape.attention, shape.hidden // 16, [out]),
     ]
@@ -73,17 +78,17 @@ def _matrices(config: ModelConfig, shape: Shape, layer: int) -> list[_Matrix]:
             _Part(f"{module}.mlp.{name}_proj", range(n, blocks, len(names))) for n, name in enumerate(names)
         ]
         down = _Part(f"{module}.mlp.down_proj", range(shape.hidden // 16))
-        found.append(_Matrix(at.GATE_UP_PRODUCT, shape.hidden, blocks, up))
-        found.append(_Matrix(at.DOWN_PRODUCT, shape.inner, shape.hidden // 16, [down]))
-    return found
+        matrices.append(_Matrix(at.GATE_UP_PRODUCT, shape.hidden, blocks, up))
+        matrices.append(_Matrix(at.DOWN_PRODUCT, shape.inner, shape.hidden // 16, [down]))
+    return matrices
 
 
 @dataclass
 class _Change:
-    """What an adapter changes in one matrix of a layer.
+    """The change that an adapter makes to one matrix of a layer.
 
-    low: A [ranks, columns] of all parts; ranks of each are padded to 16.
-    high: of each part scaling * B, and where in A x its own begins.
+    low: A [ranks, columns] of all parts; the ranks of each part are padded to 16.
+    high: For each part, scaling * B and the index at which the part's values of A x begin.
     """
 
     layer: int
@@ -95,10 +100,10 @@ class _Change:
 def _change(
     layer: int, matrix: _Matrix, updates: Mapping[str, Update], head_dim: int, dim: int
 ) -> _Change | None:
-    """None where the adapter leaves the matrix as it is."""
+    """Return an adapter's change of a matrix; None where it leaves the matrix as it is."""
     lows: list[Floats] = []
     high: list[tuple[_Part, Floats, int]] = []
-    begins: dict[int, int] = {}  # by A, which the parts of one module of theirs have in common
+    begins: dict[int, int] = {}  # by identity of A, which parts of one joined checkpoint module share
     ranks = 0
     for part in matrix.parts:
         update = updates.get(part.module)
@@ -120,15 +125,15 @@ def _change(
 
 
 def pack_adapter(config: ModelConfig, updates: Mapping[str, Update]) -> Adapter:
-    """Pack what an adapter adds to each of our modules."""
+    """Pack an adapter's low-rank updates, given by our module names."""
     shape = Shape.of(config)
-    found = [
+    candidates = [
         _change(layer, matrix, updates, config.head_dim, shape.dim)
         for layer in range(config.num_layers)
         for matrix in _matrices(config, shape, layer)
     ]
-    changes = [change for change in found if change is not None]
-    # Offsets first, then addresses: memory is taken when its size is known.
+    changes = [change for change in candidates if change is not None]
+    # Offsets first, then addresses: memory is allocated when its size is known.
     places = Layout()
     for n, change in enumerate(changes):
         places.matrix(f"{n}", at.FLOAT32, len(change.low), change.matrix.columns)
@@ -142,27 +147,33 @@ def pack_adapter(config: ModelConfig, updates: Mapping[str, Update]) -> Adapter:
     for n, change in enumerate(changes):
         low = places.matrices[f"{n}"]
         pack_matrix(memory, low, change.low)
-        mine = np.zeros((change.matrix.blocks, at.HIGH_WIDTH), np.int64)
+        high_table = np.zeros((change.matrix.blocks, at.HIGH_WIDTH), np.int64)
         for part, b, begin in change.high:
             high = places.matrices[part.module]
             pack_matrix(memory, high, b)
-            # What pads the packed matrix beyond the module's own rows stays as it is.
+            # The packed matrix may have padding blocks beyond the module's own rows; they get no update.
             for number, block in enumerate(part.blocks[: high.rows // 16]):
-                mine[block] = base + high.weights + 4 * 16 * high.columns * number, begin, high.columns
-        blocks.append(mine)
+                high_table[block] = base + high.weights + 4 * 16 * high.columns * number, begin, high.columns
+        blocks.append(high_table)
         table[change.layer, change.matrix.kind] = (
             low.rows // 16,
             low.columns,
             base + low.weights,
-            mine.ctypes.data,
+            high_table.ctypes.data,
         )
     return Adapter(table, max(len(change.low) for change in changes), memory, blocks)
 
 
 def runs(adapters: Sequence[Adapter], chosen: Sequence[tuple[int, int]], table: NDArray[np.int64]) -> int:
-    """Write runs of rows into ``table`` [.., RUN_WIDTH]; their number.
+    """Describe the runs of rows with one adapter.
 
-    chosen: for each chunk its adapter (0: none) and its rows, in order.
+    Args:
+        adapters: The loaded adapters; number 1 is the first.
+        chosen: For each chunk, in order, the number of its adapter (0: none) and its number of rows.
+        table: [.., RUN_WIDTH], where the runs are written.
+
+    Returns:
+        The number of runs.
     """
     count = row = last = 0
     for number, rows in chosen:

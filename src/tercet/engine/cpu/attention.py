@@ -1,10 +1,9 @@
 """Attention over one page of keys and values, with a running softmax.
 
 A page holds PAGE positions of one head: keys [D, PAGE] (so that 16 scores are one vector) and values
-[PAGE, D]. Pages are visited in order; after each, the largest score, the sum of exponentials and the
-weighted values so far are brought to the new maximum (Milakov and Gimelshein 2018,
-arXiv:1805.02867). Every query does the same arithmetic whatever tile it is in: positions it does
-not see weigh exactly 0.
+[PAGE, D]. Pages are visited in order; after each, the sum of exponentials and the weighted values so far
+are rescaled to the new largest score (Milakov and Gimelshein 2018, arXiv:1805.02867). The arithmetic of a
+query does not depend on its tile: positions that it does not see get a weight of exactly 0.
 """
 
 from __future__ import annotations
@@ -21,18 +20,24 @@ NEVER = -1e30  # below every score
 
 
 def _attend(queries: int, half: bool) -> Any:
-    """(q, q stride, keys, values, head dim, seen, step, window, cap, state).
+    """Build the kernel that attends over one page for ``queries`` queries; ``half``: the page is float16.
 
-    q: float32, scaled. ``seen``: how many of the page's positions the first query sees (may be above
-    PAGE); each further one sees ``step`` more. Only the last ``window`` before that are seen.
-    cap: bits of the soft cap, 0 for none. ``state`` [queries, 16] maxima, sums, then weights
-    [queries, PAGE] and outputs [queries, head dim].
+    Its arguments are (q, q_stride, keys, values, dim, visible, step, window, cap, state):
+
+    q, q_stride: Address of the scaled float32 queries, and the bytes from one to the next.
+    keys, values: Addresses in the page.
+    dim: Size of a head.
+    visible: Number of the page's positions, from its first, that precede or equal the first query's; may be
+        above PAGE. Each further query has ``step`` more. A query sees only the last ``window`` of them.
+    cap: Bits of the soft cap as float32; 0: none.
+    state: Address of the running state: maxima [queries, 16] and sums [queries, 16], then weights
+        [queries, PAGE] and outputs [queries, dim].
     """
     size = 2 if half else 4
 
     @kernel(10)
     def attend(
-        v: Vectors, q: Any, q_stride: Any, keys: Any, values: Any, dim: Any, seen: Any, step: Any, window: Any,
+        v: Vectors, q: Any, q_stride: Any, keys: Any, values: Any, dim: Any, visible: Any, step: Any, window: Any,
         cap: Any, state: Any,
     ) -> None:  # fmt: skip
         b = v.b
@@ -40,8 +45,8 @@ def _attend(queries: int, half: bool) -> Any:
         rows = [v.address(q, b.mul(q_stride, I64(t))) for t in range(queries)]
         scores = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(VECTORS)] for _ in range(queries)]
         with v.loop(dim) as d:
-            at = v.address(keys, b.mul(d, I64(PAGE * size)))
-            key = [load(v.address(at, LANES * size * i)) for i in range(VECTORS)]
+            row = v.address(keys, b.mul(d, I64(PAGE * size)))
+            key = [load(v.address(row, LANES * size * i)) for i in range(VECTORS)]
             for t in range(queries):
                 value = v.splat(v.load(v.address(rows[t], b.mul(d, I64(4))), F32, 4))
                 for i in range(VECTORS):
@@ -49,9 +54,9 @@ def _attend(queries: int, half: bool) -> Any:
         lanes = ir.Constant(INTEGERS, list(range(LANES)))
         factors = []
         for t in range(queries):
-            last = b.add(seen, b.mul(step, I64(t)))
+            last = b.add(visible, b.mul(step, I64(t)))
             high, low = v.splat(b.trunc(last, I32)), v.splat(b.trunc(b.sub(last, window), I32))
-            found = []
+            masked = []
             for i in range(VECTORS):
                 score = b.load(scores[t][i])
                 with b.if_then(b.icmp_signed("!=", cap, I64(0))):
@@ -59,23 +64,23 @@ def _attend(queries: int, half: bool) -> Any:
                     b.store(b.fmul(limit, v.tanh(b.fdiv(score, limit))), scores[t][i])
                 score = b.load(scores[t][i])
                 place = b.add(lanes, v.integers(LANES * i))
-                visible = b.and_(b.icmp_signed("<", place, high), b.icmp_signed(">=", place, low))
-                found.append(b.select(visible, score, v.constant(2 * NEVER)))
-            most = found[0]
-            for score in found[1:]:
-                most = v.largest(most, score)
+                in_window = b.and_(b.icmp_signed("<", place, high), b.icmp_signed(">=", place, low))
+                masked.append(b.select(in_window, score, v.constant(2 * NEVER)))
+            highest = masked[0]
+            for score in masked[1:]:
+                highest = v.largest(highest, score)
             before = v.floats(v.address(state, 64 * t))
-            after = v.largest(before, v.splat(v.maximum(most)))
+            after = v.largest(before, v.splat(v.maximum(highest)))
             v.store(after, v.address(state, 64 * t), 4)
             factors.append(v.exp(b.fsub(before, after)))
             sums = v.address(state, 64 * (queries + t))
             total = b.fmul(v.floats(sums), factors[t])
             for i in range(VECTORS):
-                weight = v.exp(b.fsub(found[i], after))
+                weight = v.exp(b.fsub(masked[i], after))
                 total = b.fadd(total, weight)
                 v.store(weight, v.address(state, 128 * queries + 4 * (PAGE * t + LANES * i)), 4)
             v.store(total, sums, 4)
-        end = b.add(seen, b.mul(step, I64(queries - 1)))
+        end = b.add(visible, b.mul(step, I64(queries - 1)))
         end = b.select(b.icmp_signed("<", end, I64(PAGE)), end, I64(PAGE))
         outputs = v.address(state, queries * (128 + 4 * PAGE))
         vectors = b.lshr(dim, I64(4))
@@ -94,7 +99,7 @@ def _add_values(
     v: Vectors, load: Any, size: int, values: Any, state: Any, outputs: Any, dim: Any, first: Any, width: int,
     end: Any, factors: list[Any],
 ) -> None:  # fmt: skip
-    """outputs = outputs * factor + weights times values, for ``width`` vectors from ``first`` on."""
+    """Emit outputs = outputs * factor + weights times values, for ``width`` vectors from ``first`` on."""
     b, queries = v.b, len(factors)
     column = b.mul(first, I64(LANES))
     places = [
@@ -122,7 +127,11 @@ def _add_values(
 
 
 def _store(half: bool) -> Any:
-    """(key, value, head dim, keys, values, slot): put float32 vectors into a page."""
+    """Build the kernel that stores a key and a value in a page; ``half``: the page is float16.
+
+    Its arguments are (key, value, dim, keys, values, slot): addresses of the float32 vectors, the size of a
+    head, addresses in the page, and the position within the page.
+    """
     size = 2 if half else 4
 
     @kernel(6)
@@ -143,7 +152,7 @@ def _store(half: bool) -> Any:
 
 
 def _finish(queries: int) -> Any:
-    """(state, head dim, out, out stride): outputs divided by their sums."""
+    """Build the kernel (state, dim, out, out_stride) that divides the outputs by their sums of weights."""
 
     @kernel(4)
     def finish(v: Vectors, state: Any, dim: Any, out: Any, out_stride: Any) -> None:
@@ -161,7 +170,7 @@ def _finish(queries: int) -> Any:
 
 
 def _begin(queries: int) -> Any:
-    """(state, head dim): nothing seen yet."""
+    """Build the kernel (state, dim) that sets the state for queries that have seen no position."""
 
     @kernel(2)
     def begin(v: Vectors, state: Any, dim: Any) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tercet.engine.backend import Chunk
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.adapters import Adapter, pack_adapter, runs
@@ -22,21 +22,24 @@ from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
 from tercet.model.weights import read_adapter
 
-if TYPE_CHECKING:
-    from tercet.engine.backend import Chunk
-
-CACHE_BYTES = 1 << 30  # keys and values; memory is taken as pages are first written
+CACHE_BYTES = 1 << 30  # of keys and values; the system gives the memory as pages are first written
 MAX_CHUNKS = 64
-LOGIT_ROWS = 64  # logits held at a time
+LOGIT_ROWS = 64  # rows of logits in memory at a time
 NO_WINDOW = 1 << 30
 
 
 class CPUBackend:
     """A `Backend` (see `tercet.engine.backend`) over packed weights.
 
-    quantization: what the weights were packed with; with "none" keys and values are float32, not float16.
-    threads: None: the physical cores.
-    portable: without instructions that only some processors have.
+    Args:
+        config: The network.
+        places: Where each weight is in ``memory``.
+        memory: The packed weights.
+        quantization: How the weights were packed; with "none" keys and values are float32, otherwise float16.
+        parameters: Number of the model's parameters, for reports.
+        threads: Number of threads; None: one for each physical core.
+        cache_bytes: Memory for keys and values.
+        portable: Do not use instructions that only some processors have.
     """
 
     page_size = PAGE
@@ -58,7 +61,7 @@ class CPUBackend:
         self.threads = threads or physical_cores()
         self.max_tokens = 512 if config.hidden_size <= 1024 else 256
         self.max_chunks = MAX_CHUNKS
-        # What `tercet bench` tells of it.
+        # `tercet bench` reports these.
         self.quantization, self.parameters = quantization, parameters
         self.weight_bytes, self.weight_bytes_per_token = places.size, places.read_bytes(config)
         self._shape = Shape.of(config)
@@ -69,35 +72,38 @@ class CPUBackend:
         self.num_pages = max(2, min(cache_bytes // self._page_bytes, 1 << 16))
         self._pages = allocate(self.num_pages * self._page_bytes)
         self._table = np.zeros(at.SIZE, np.int64)
-        self._keep: list[NDArray[np.generic]] = []  # what the table points to
+        self._arrays: list[NDArray[np.generic]] = []  # the arrays that the table points to
         self._portable = portable or not has_vnni()
         self._adapters: list[Adapter] = []
         self._fill_model(places, plane)
         self._fill_scratch()
 
-    # What the table says of the model
+    # The table's description of the model
 
     def _hold(self, array: NDArray[np.generic]) -> int:
-        self._keep.append(array)
+        """Keep an array alive and return its address."""
+        self._arrays.append(array)
         return int(array.ctypes.data)
 
     def _descriptor(self, matrices: Sequence[Matrix]) -> int:
+        """Return the address of the descriptors of some matrices, one after the other."""
         base = self._memory.ctypes.data
         rows = np.zeros((len(matrices), at.MATRIX_WIDTH), np.int64)
-        for row, one in zip(rows, matrices, strict=True):
-            name = ("float32", "bfloat16", "int8", "int4")[one.kind]
-            integer = one.kind in (at.INT8, at.INT4)
+        for row, matrix in zip(rows, matrices, strict=True):
+            name = ("float32", "bfloat16", "int8", "int4")[matrix.kind]
+            integer = matrix.kind in (at.INT8, at.INT4)
             row[at.PRODUCT] = address(f"product_{name}{'_portable' if integer and self._portable else ''}")
             row[at.QUANTIZE] = address(f"quantize_{name}") if integer else 0
-            row[at.GROUP] = group = GROUP4 if one.kind == at.INT4 else GROUP8
-            row[at.BLOCK_BYTES] = 16 * one.columns * (32, 16, 8, 4)[one.kind] // 8
-            row[at.SCALE_BYTES] = one.columns // group * (64 if one.kind == at.INT4 else 32)
-            row[at.KIND], row[at.BLOCKS], row[at.COLUMNS] = one.kind, one.rows // 16, one.columns
-            row[at.WEIGHTS], row[at.WEIGHT_SCALES] = base + one.weights, base + one.scales
-            row[at.BIAS] = base + one.bias if one.bias >= 0 else 0
+            row[at.GROUP] = group = GROUP4 if matrix.kind == at.INT4 else GROUP8
+            row[at.BLOCK_BYTES] = 16 * matrix.columns * (32, 16, 8, 4)[matrix.kind] // 8
+            row[at.SCALE_BYTES] = matrix.columns // group * (64 if matrix.kind == at.INT4 else 32)
+            row[at.KIND], row[at.BLOCKS], row[at.COLUMNS] = matrix.kind, matrix.rows // 16, matrix.columns
+            row[at.WEIGHTS], row[at.WEIGHT_SCALES] = base + matrix.weights, base + matrix.scales
+            row[at.BIAS] = base + matrix.bias if matrix.bias >= 0 else 0
         return self._hold(rows)
 
     def _fill_model(self, places: Layout, plane: int) -> None:
+        """Describe the model in the table; ``plane``: bytes of a head's keys (or values) in a page."""
         config, shape, t = self.config, self._shape, self._table
         base = self._memory.ctypes.data
 
@@ -138,8 +144,8 @@ class CPUBackend:
             name = f"{number}."
             columns = [at.INPUT_NORM, at.MLP_NORM] if config.pre_norm else []
             columns += [at.ATTENTION_OUTPUT_NORM, at.MLP_OUTPUT_NORM] if config.post_norm else []
-            for column, one in zip(columns, norms(config), strict=True):
-                row[column] = vector(name + one)
+            for column, norm in zip(columns, norms(config), strict=True):
+                row[column] = vector(name + norm)
             row[at.INPUT_NORM_BIAS] = vector(name + "input_layernorm.bias")
             row[at.MLP_NORM_BIAS] = vector(name + "post_attention_layernorm.bias")
             row[at.QKV_MATRIX], row[at.O_MATRIX] = matrix(name + "qkv"), matrix(name + "o")
@@ -154,14 +160,14 @@ class CPUBackend:
             row[at.WINDOW] = NO_WINDOW if window is None else window
             if config.has_rope(number):
                 local = config.has_local_rope(number)
-                row[at.COSINES], row[at.SINES] = (one.ctypes.data for one in self._rope[local])
+                row[at.COSINES], row[at.SINES] = (table.ctypes.data for table in self._rope[local])
         t[at.LAYER_TABLE] = self._hold(layers)
 
     def _fill_rope(self) -> None:
-        """Tables of cos and sin [max_positions, pairs] for layers of both kinds."""
+        """Make the tables of cosines and sines [max_positions, pairs] for local and for global layers."""
         config = self.config
         self._rope: dict[bool, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-        self._frequencies: dict[bool, NDArray[np.float32]] = {}  # what the tables were made of
+        self._frequencies: dict[bool, NDArray[np.float32]] = {}  # of the tables' present contents
         self._rope_length = 0
         scaling = config.rope_scaling
         self._by_length = config.positions == "rope" and scaling is not None and scaling.by_length
@@ -174,7 +180,7 @@ class CPUBackend:
         self._reach(min(1024, config.max_positions))
 
     def _reach(self, length: int) -> None:
-        """See that the rotary tables hold for sequences of ``length``."""
+        """Fill the rotary tables for sequences of up to ``length`` tokens."""
         if length <= self._rope_length and not self._by_length:
             return
         size = self._rope_length
@@ -191,6 +197,7 @@ class CPUBackend:
         self._rope_length = size
 
     def _fill_scratch(self) -> None:
+        """Allocate the memory of a step, and describe it in the table."""
         config, shape, t = self.config, self._shape, self._table
         rows = max(self.max_tokens, at.SMALL * self.threads)
         experts = max(1, config.experts_per_token)
@@ -217,7 +224,7 @@ class CPUBackend:
         self._logits = np.zeros((LOGIT_ROWS, padded_vocabulary(config)), np.float32)
         t[at.LOGITS] = self._logits.ctypes.data
         pages = -(-self.max_positions // PAGE) + 1
-        self._ids, self._positions, self._chunk_of, self._wanted = (
+        self._ids, self._positions, self._chunk_of, self._selected = (
             np.zeros(rows, np.int64) for _ in range(4)
         )
         self._chunks = np.zeros((MAX_CHUNKS, 3), np.int64)
@@ -230,7 +237,7 @@ class CPUBackend:
             (at.IDS, self._ids),
             (at.POSITIONS, self._positions),
             (at.CHUNK_OF, self._chunk_of),
-            (at.SELECTED_ROWS, self._wanted),
+            (at.SELECTED_ROWS, self._selected),
             (at.CHUNKS, self._chunks),
             (at.TILE_TABLE, self._tiles),
             (at.RUN_TABLE, self._runs),
@@ -239,6 +246,7 @@ class CPUBackend:
             t[column] = self._hold(array)
 
     def add_adapter(self, directory: str | Path) -> int:
+        """Load a LoRA adapter beside the weights and return its number, from 1 on (see `Backend`)."""
         adapter = pack_adapter(self.config, read_adapter(directory, self.config)[1])
         table = self._table
         table[at.LOW_PRODUCT] = address("product_float32")
@@ -251,40 +259,44 @@ class CPUBackend:
     # Steps
 
     def feed(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Compute the chunks and return their outputs' logits [outputs, V] (see `Backend`)."""
         parts = [part.copy() for part in self._logit_parts(chunks)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def logprobs(
         self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Compute the chunks and return the log-probabilities of target tokens (see `Backend`)."""
         values: list[NDArray[np.float32]] = []
         likeliest: list[NDArray[np.bool_]] = []
         done = 0
         for logits in self._logit_parts(chunks):
-            mine = targets[done : done + len(logits)]
+            row_targets = targets[done : done + len(logits)]
             done += len(logits)
             best = logits.argmax(-1)
             shift = logits[np.arange(len(logits)), best]
             total = np.exp(logits - shift[:, None]).sum(-1, dtype=np.float64)
             norm = (shift + np.log(total)).astype(np.float32)
-            rows = np.repeat(np.arange(len(mine)), [len(one) for one in mine])
-            wanted = np.array([token for one in mine for token in one], dtype=np.int64)
-            values.append(logits[rows, wanted] - norm[rows])
-            likeliest.append(best[rows] == wanted)
+            rows = np.repeat(np.arange(len(row_targets)), [len(tokens) for tokens in row_targets])
+            flat = np.array([token for tokens in row_targets for token in tokens], dtype=np.int64)
+            values.append(logits[rows, flat] - norm[rows])
+            likeliest.append(best[rows] == flat)
         return np.concatenate(values), np.concatenate(likeliest)
 
     def hidden(self, chunks: Sequence[Chunk]) -> NDArray[np.float32]:
+        """Compute the chunks and return the final norm's rows [outputs, H] (see `Backend`)."""
         table, size = self._table, self.config.hidden_size
         parts: list[NDArray[np.float32]] = []
-        for together in self._together(chunks):
-            wanted = self._describe(together)
-            table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.SELECTED] = 0, 1, len(wanted)
-            self._wanted[: len(wanted)] = wanted
+        for step in self._steps(chunks):
+            selected = self._describe(step)
+            table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.SELECTED] = 0, 1, len(selected)
+            self._selected[: len(selected)] = selected
             self._run()
-            parts.append(self._normed[: len(wanted), :size].copy())
+            parts.append(self._normed[: len(selected), :size].copy())
         return np.concatenate(parts)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the contents of pages, each pair (source, target)."""
         size = self._page_bytes
         for source, target in pairs:
             self._pages[target * size : (target + 1) * size] = self._pages[
@@ -292,28 +304,28 @@ class CPUBackend:
             ]
 
     def release(self, sequence: int) -> None:
-        """Nothing is kept for a sequence beyond its pages."""
+        """Do nothing: a sequence has no memory beyond its pages."""
 
     def _logit_parts(self, chunks: Sequence[Chunk]) -> Iterator[NDArray[np.float32]]:
-        """Run the step; the wanted rows' logits in parts [up to LOGIT_ROWS, V], each valid until the next."""
+        """Run the step; yield the selected rows' logits in parts [up to LOGIT_ROWS, V], each valid until the next."""
         table = self._table
-        for together in self._together(chunks):
-            wanted = self._describe(together)
-            for begin in range(0, max(1, len(wanted)), LOGIT_ROWS):
-                part = wanted[begin : begin + LOGIT_ROWS]
+        for step in self._steps(chunks):
+            selected = self._describe(step)
+            for begin in range(0, max(1, len(selected)), LOGIT_ROWS):
+                part = selected[begin : begin + LOGIT_ROWS]
                 table[at.HEAD_ONLY], table[at.STATES_ONLY], table[at.SELECTED] = begin > 0, 0, len(part)
-                self._wanted[: len(part)] = part
+                self._selected[: len(part)] = part
                 self._run()
                 yield self._logits[: len(part), : self.vocab_size]
 
-    def _together(self, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
-        """Chunks of one step. Where positions are stretched by a sequence's length, each has rotary tables of its own."""
-        return [[one] for one in chunks] if self._by_length else [chunks]
+    def _steps(self, chunks: Sequence[Chunk]) -> list[Sequence[Chunk]]:
+        """Divide the chunks into steps: all in one, unless a sequence's length determines its rotary tables."""
+        return [[chunk] for chunk in chunks] if self._by_length else [chunks]
 
     def _describe(self, chunks: Sequence[Chunk]) -> list[int]:
-        """Put the chunks into the table's arrays; the rows whose logits are wanted."""
+        """Write the chunks into the table's arrays and return the indices of the rows that the head reads."""
         row = tile = longest = 0
-        wanted: list[int] = []
+        selected: list[int] = []
         for number, chunk in enumerate(chunks):
             count, start = len(chunk.tokens), chunk.start
             end = row + count
@@ -333,15 +345,15 @@ class CPUBackend:
             for first in range(4 * fours, count):
                 self._tiles[tile] = (number, first, 1)
                 tile += 1
-            wanted += [row + index for index in chunk.outputs]
+            selected += [row + index for index in chunk.outputs]
             row, longest = end, max(longest, start + count)
         self._table[at.TOKENS], self._table[at.TILES] = row, tile
         if self._adapters:
             chosen = [(chunk.adapter, len(chunk.tokens)) for chunk in chunks]
             self._table[at.RUNS] = runs(self._adapters, chosen, self._runs)
         self._reach(longest)
-        return wanted
+        return selected
 
     def _run(self) -> None:
         self._counters[:] = 0
-        pool(self.threads).run(self._table)  # looked up each time: a forked child needs its own
+        pool(self.threads).run(self._table)  # looked up each time: a forked child needs a pool of its own

@@ -1,7 +1,7 @@
-"""Where each weight lies in a model's packed memory, and in what form.
+"""The place and form of each weight in a model's packed memory.
 
-The layout follows from the configuration and the quantisation alone, so a packed model is one
-block of bytes. Heads are padded to 16 rows and rows of activations to 64 columns, all with zeros.
+The layout follows from the configuration and the quantisation alone, so a packed model is one block of
+bytes without a header. Heads are padded with zeros to 16 rows, and rows of activations to 64 columns.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ALIGN = 64
 
 
 def padded(size: int, multiple: int) -> int:
-    """``size``, rounded up."""
+    """Round ``size`` up to a multiple."""
     return -(-size // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in blocks of 16 rows: ``kind`` of `table`, padded shape and byte offsets (bias -1: none)."""
+    """A matrix in blocks of 16 rows: its kind (see `table`), padded shape and byte offsets; bias -1: none."""
 
     kind: int
     rows: int
@@ -34,7 +34,7 @@ class Matrix:
 
 
 def _matrix_bytes(kind: int, count: int) -> tuple[int, int]:
-    """Bytes of weights and of their scales."""
+    """Return the bytes of ``count`` weights and of their scales."""
     return {
         at.FLOAT32: (4 * count, 0),
         at.BFLOAT16: (2 * count, 0),
@@ -45,7 +45,7 @@ def _matrix_bytes(kind: int, count: int) -> tuple[int, int]:
 
 @dataclass
 class Layout:
-    """Offsets of matrices and float32 vectors by name; ``size`` in bytes."""
+    """Places of matrices and float32 vectors by name, and the total ``size`` in bytes."""
 
     matrices: dict[str, Matrix] = field(default_factory=dict)
     vectors: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, length
@@ -56,17 +56,18 @@ class Layout:
         return begin
 
     def vector(self, name: str, length: int) -> None:
+        """Add a vector of ``length`` float32."""
         self.vectors[name] = (self._take(4 * length), length)
 
     def read_bytes(self, config: ModelConfig) -> int:
-        """Bytes of weights that one token needs: not the rest of an untied embedding, nor idle experts."""
+        """Return the bytes of weights that one token reads: not an untied embedding, nor idle experts."""
         idle = 0
         if not config.tie_embeddings:
             idle += self._matrix_bytes(self.matrices["embedding"])
         for layer in range(config.num_layers):
             if config.is_mixture(layer):
                 expert = sum(
-                    self._matrix_bytes(self.matrices[f"{layer}.0.{one}"]) for one in ("gate_up", "down")
+                    self._matrix_bytes(self.matrices[f"{layer}.0.{part}"]) for part in ("gate_up", "down")
                 )
                 idle += (config.num_experts - config.experts_per_token) * expert
         return self.size - idle
@@ -75,6 +76,7 @@ class Layout:
         return sum(_matrix_bytes(matrix.kind, matrix.rows * matrix.columns))
 
     def matrix(self, name: str, kind: int, rows: int, columns: int, bias: bool = False) -> None:
+        """Add a matrix of padded shape [rows, columns], with its scales and bias."""
         count = rows * columns
         weights, scales = _matrix_bytes(kind, count)
         self.matrices[name] = Matrix(
@@ -89,7 +91,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shape:
-    """Padded sizes of a model."""
+    """Padded sizes of a model: of hidden rows, heads, inner rows and attention outputs."""
 
     hidden: int
     dim: int
@@ -98,6 +100,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Shape:
+        """Return the padded sizes for a configuration."""
         dim = padded(config.head_dim, 16)
         inner = max(
             config.intermediate_size,
@@ -107,10 +110,14 @@ class Shape:
 
 
 def layout(config: ModelConfig, quantization: Quantization, stored: str) -> Layout:
-    """The layout of a model.
+    """Lay out a model.
 
-    stored: the type of the checkpoint's weights ("BF16", "F32"): what "none" keeps.
-    With "int4" the embedding and the head, which suffer most, stay int8.
+    With "int4" the embedding and the head are int8: they lose most from quantisation.
+
+    Args:
+        config: The network.
+        quantization: How matrices are stored; "none" keeps the checkpoint's type.
+        stored: The type of the checkpoint's weights ("BF16", "F32").
     """
     kind = {
         "int8": at.INT8,
@@ -156,6 +163,6 @@ def layout(config: ModelConfig, quantization: Quantization, stored: str) -> Layo
 
 
 def norms(config: ModelConfig) -> list[str]:
-    """The norms of a layer by our module names."""
+    """Return our module names of a layer's norms."""
     before = ["input_layernorm", "post_attention_layernorm"] if config.pre_norm else []
     return before + (["attention_output_norm", "mlp_output_norm"] if config.post_norm else [])

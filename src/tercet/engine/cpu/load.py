@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a CPU backend; quantised weights are kept in the user's cache."""
+"""Load a checkpoint directory into a CPU backend; quantised weights are cached in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tercet.model.checkpoint import weights_identity
 from tercet.model.weights import Weights
 from tercet.progress import say
 
-FORMAT = 1  # changes whenever packed weights would not be read rightly any more
-KEPT = 8  # packed models in the cache; the one used longest ago goes first
+FORMAT = 1  # change it whenever the layout of packed weights changes, so that old files are not read
+MAX_CACHED = 8  # packed models in the cache; the least recently used is deleted first
 
 
 def load_cpu_backend(
@@ -27,52 +27,57 @@ def load_cpu_backend(
     quantization: Quantization = "int8",
     threads: int | None = None,
 ) -> CPUBackend:
-    """A checkpoint, with an adapter merged or without, for the compiled kernels.
+    """Load a checkpoint for the compiled kernels.
+
+    Args:
+        directory: The checkpoint directory.
+        adapter: Directory of a LoRA adapter, which is merged into the weights.
+        quantization: How the weights are packed.
+        threads: Number of threads; None: one for each physical core.
 
     Raises:
-        UserError: the directory holds no model that can be loaded.
+        UserError: The directory holds no model that can be loaded.
     """
     weights = Weights(directory, adapter)
     config = weights.config
-    kept = None if quantization == "none" else _kept_in(weights, directory, adapter, quantization)
+    cached = None if quantization == "none" else _cache_file(weights, directory, adapter, quantization)
     places = layout(config, quantization, weights.dtype)
-    memory = None if kept is None else read_packed(kept, places.size)
+    memory = None if cached is None else read_packed(cached, places.size)
     if memory is None:
         places, memory = pack(config, quantization, weights.dtype, weights)
-        if kept is not None:
-            _keep(kept, memory)
-    elif kept is not None:
-        with contextlib.suppress(OSError):  # a cache that may only be read still serves
-            kept.touch()
+        if cached is not None:
+            _store(cached, memory)
+    elif cached is not None:
+        with contextlib.suppress(OSError):  # a read-only cache can still be read
+            cached.touch()
     return CPUBackend(
         config, places, memory, quantization=quantization, parameters=weights.parameters, threads=threads
     )
 
 
-def _kept_in(
+def _cache_file(
     weights: Weights, directory: str | Path, adapter: str | Path | None, quantization: Quantization
 ) -> Path:
-    """The file for these weights in this form."""
-    sources = [
-        (str(Path(one).resolve()), weights_identity(one)) for one in (directory, adapter) if one is not None
-    ]
+    """Return the file that caches these weights, packed in this form."""
+    directories = [directory] if adapter is None else [directory, adapter]
+    sources = [(str(Path(source).resolve()), weights_identity(source)) for source in directories]
     merged = None if adapter is None else asdict(read_adapter_config(adapter))
     name = fingerprint([FORMAT, quantization, sources, asdict(weights.config), merged])
     return cache_directory() / "packed" / f"{name}.bin"
 
 
-def _keep(path: Path, memory: Bytes) -> None:
-    """Store a packed model. A cache that can't be written to only costs time: it is said."""
+def _store(path: Path, memory: Bytes) -> None:
+    """Store a packed model in the cache; report a cache that can't be written to, which only costs time."""
     try:
         with replaced_when_complete(path) as temporary:
             memory.tofile(temporary)
     except (OSError, UserError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         say(
-            f"The quantised weights could not be kept in {path.parent} ({reason}); they are made again next time."
+            f"Could not store the quantised weights in {path.parent} ({reason}); the next start quantises again."
         )
         return
-    with contextlib.suppress(OSError):  # another process may be tidying too
-        others = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
-        for old in others[:-KEPT]:
-            old.unlink()
+    with contextlib.suppress(OSError):  # another process may be deleting old files too
+        files = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
+        for file in files[:-MAX_CACHED]:
+            file.unlink()

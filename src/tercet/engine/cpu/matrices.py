@@ -1,4 +1,4 @@
-"""Memory seen as numbers, and packed matrices of any form: how a step multiplies by them and reads a row."""
+"""Views of memory as numbers, and packed matrices of any form: multiplying by a block and reading a row."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ call5, call11 = caller(5), caller(11)
 
 @njit
 def integers(address: int, size: int) -> Any:
+    """View ``size`` int64 at an address as an array."""
     return carray(integer_pointer(address), (size,))
 
 
 @njit
 def floats(address: int, size: int) -> Any:
+    """View ``size`` float32 at an address as an array."""
     return carray(float_pointer(address), (size,))
 
 
 @njit
 def product(
-    t: Any, matrix: int, block: int, x: int, x_stride: int, quantized: int, scales: int, zeros: int, tokens: int,
+    table: Any, matrix: int, block: int, x: int, x_stride: int, quantized: int, scales: int, zeros: int, tokens: int,
     out: int, stride: int,
 ) -> None:  # fmt: skip
-    """out[tokens, 16] = the block's 16 rows times x, bias included."""
+    """Multiply ``tokens`` rows of ``x`` by the 16 rows of a block, into out [tokens, 16], and add the bias.
+
+    ``matrix`` is the address of a descriptor; the other arguments are those of the products in `tiles`.
+    """
     m = integers(matrix, at.MATRIX_WIDTH)
     w = m[at.WEIGHTS] + block * m[at.BLOCK_BYTES]
     s = m[at.WEIGHT_SCALES] + block * m[at.SCALE_BYTES]
@@ -45,7 +50,10 @@ def product(
 
 @njit
 def prepare_rows(matrix: int, x: int, stride: int, buffer: Any, low: int, high: int) -> None:
-    """Quantise rows low..high-1 into ``buffer`` (quantised, scales, zeros), where a matrix's weights are."""
+    """Quantise rows low..high-1 of ``x`` into ``buffer``, if the matrix's weights are quantised.
+
+    ``buffer`` holds the addresses of the quantised rows, their scales and their zeros.
+    """
     m = integers(matrix, at.MATRIX_WIDTH)
     if m[at.QUANTIZE] == 0:
         return
@@ -58,7 +66,7 @@ def prepare_rows(matrix: int, x: int, stride: int, buffer: Any, low: int, high: 
 
 @njit
 def read_row(matrix: int, row: int, out: int) -> None:
-    """Row ``row`` of a matrix as float32 (an embedding)."""
+    """Write one row of a matrix (an embedding) as float32 to ``out``."""
     m = integers(matrix, at.MATRIX_WIDTH)
     kind, k = m[at.KIND], m[at.COLUMNS]
     block, lane = row // BLOCK, row % BLOCK
@@ -68,7 +76,7 @@ def read_row(matrix: int, row: int, out: int) -> None:
         for i in range(k):
             y[i] = weights[i * BLOCK + lane]
         return
-    # Bytes through 64-bit words: one kind of view is enough.
+    # Bytes are read through 64-bit words, so that one kind of view is enough.
     if kind == at.BFLOAT16:
         for i in range(k):
             y[i] = bfloat(m[at.WEIGHTS], block * BLOCK * k + i * BLOCK + lane)
@@ -90,18 +98,21 @@ def read_row(matrix: int, row: int, out: int) -> None:
 
 @njit
 def byte(address: int, index: int) -> int:
+    """Return byte ``index`` after an address, unsigned."""
     word = integers(address, 1 << 40)[index >> 3]
     return int((word >> (8 * (index & 7))) & 255)
 
 
 @njit
 def bfloat(address: int, index: int) -> Any:
+    """Return bfloat16 number ``index`` after an address, as float32."""
     word = integers(address, 1 << 40)[index >> 2]
     return np.int32(((word >> (16 * (index & 3))) & 0xFFFF) << 16).view(np.float32)
 
 
 @njit
 def add(target: int, source: int, size: int) -> None:
+    """Add ``size`` float32 at ``source`` to those at ``target``."""
     x, y = floats(target, size), floats(source, size)
     for i in range(size):
         x[i] += y[i]

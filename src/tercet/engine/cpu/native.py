@@ -1,8 +1,13 @@
-"""Functions compiled by numba, kept as machine code, and loaded again without numba.
+"""Functions compiled by numba, stored as machine code, and loaded again without numba.
 
-numba takes most of a second and a hundred megabytes to import; its compiled code needs neither. So
-each function is kept as one object file, and llvmlite alone puts it into memory next time. The file's
-place says what it was made from: the sources of this package and of `simd`, the compiler and the processor.
+Importing numba takes most of a second and a hundred megabytes; its compiled code needs neither. So each
+function is stored as one object file, which llvmlite alone loads the next time. The directory's name is a
+digest of everything the code depends on: the sources of this package, `simd` and `host`, the compiler and
+the processor.
+
+The code that runs always comes from the stored object, also right after compiling. So a function that is
+compiled both alone and as a part of another has one result, whether the file existed or not; the rule of
+`tercet.train.cpu.compiling` about functions called by others is not needed here.
 """
 
 from __future__ import annotations
@@ -25,7 +30,9 @@ from tercet.host import host_features
 from tercet.progress import say
 
 SOURCES = Path(__file__).parent
-DIRECTORY_VARIABLE = "TERCET_KERNELS"  # where compiled code is kept, if not in the user's cache
+DIRECTORY_VARIABLE = (
+    "TERCET_KERNELS"  # environment variable: where to store compiled code instead of the cache
+)
 
 _lock = threading.RLock()
 _engine: Any = None
@@ -34,6 +41,7 @@ _announced = False
 
 @functools.cache
 def _directory() -> Path:
+    """Return the directory for code compiled from these sources, by this compiler, for this processor."""
     digest = hashlib.sha256()
     package = SOURCES.parent.parent
     for file in (*sorted(SOURCES.glob("*.py")), package / "simd.py", package / "host.py"):
@@ -52,35 +60,35 @@ def _directory() -> Path:
 
 @functools.cache
 def address(name: str) -> int:
-    """Where the compiled function ``name`` of `programs`, or `kernels.run`, is in memory.
+    """Return the address in memory of the compiled function ``name`` of `programs`, or of `kernels.run`.
 
-    Compiles it, and says so, the first time on a machine.
+    The first time on a machine the function is compiled, which is reported.
     """
     with _lock:
         path = _directory() / f"{name}.o"
-        kept = _read(path)
-        if kept is None:
-            kept = _compile(name)
+        program = _read(path)
+        if program is None:
+            program = _compile(name)
             try:
-                write_atomic(path, hashlib.sha256(kept).hexdigest().encode() + kept)
+                write_atomic(path, hashlib.sha256(program).hexdigest().encode() + program)
             except (OSError, UserError) as problem:
-                say(f"The compiled kernels could not be kept ({problem}); they are compiled again next time.")
-        symbol, _, code = kept.partition(b"\n")
+                say(f"Could not store the compiled kernels ({problem}); the next start compiles them again.")
+        symbol, _, code = program.partition(b"\n")
         return _link(symbol.decode(), code)
 
 
 def _read(path: Path) -> bytes | None:
-    """What was kept in a file, behind its checksum; None where it is not there or not whole."""
+    """Return the program stored in a file behind its checksum; None if it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, kept = content[:64], content[64:]
-    return kept if hashlib.sha256(kept).hexdigest().encode() == digest else None
+    digest, program = content[:64], content[64:]
+    return program if hashlib.sha256(program).hexdigest().encode() == digest else None
 
 
 def _compile(name: str) -> bytes:
-    """The function's symbol, a line break, and its object file."""
+    """Compile a function: its symbol, a line break, and its object file."""
     global _announced
     if not _announced and not _directory().is_dir():
         say("Compiling the CPU kernels for this machine: about fifteen seconds, once.")
@@ -102,32 +110,33 @@ def _compile(name: str) -> bytes:
 
 
 def _link(symbol: str, code: bytes) -> int:
+    """Load an object file and return the address of its function."""
     global _engine
     if _engine is None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         machine = llvm.Target.from_default_triple().create_target_machine()
         _engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        # Destroys arrays that own memory. Ours are views, which own none, so it is never called.
+        # This function destroys arrays that own memory. Ours are views, so it is never called.
         llvm.add_symbol(
             "NRT_MemInfo_call_dtor", ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
         )
     _engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     _engine.finalize_object()
-    found = int(_engine.get_function_address(symbol))
-    if found == 0:
-        raise RuntimeError(f"the compiled function {symbol} was not found after linking")
-    return found
+    place = int(_engine.get_function_address(symbol))
+    if place == 0:
+        raise RuntimeError(f"the compiled function {symbol} is missing after linking")
+    return place
 
 
 @functools.cache
 def function(name: str, arguments: int) -> Callable[..., int]:
-    """The compiled function ``name`` of so many integers, to be called from Python; runs without the GIL."""
+    """Return a compiled function of ``arguments`` integers for calls from Python; it runs without the GIL."""
     kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * arguments)
     native = kind(address(name))
 
     def call(*values: int) -> int:
-        # numba's convention: where to put the result, where an exception; none is ever raised.
+        # numba's calling convention: addresses for the result and for an exception; none is ever raised.
         result, problem = ctypes.c_int64(0), ctypes.c_void_p()
         native(ctypes.addressof(result), ctypes.addressof(problem), *values)
         return result.value

@@ -1,7 +1,6 @@
-"""From a checkpoint's tensors to packed, quantised weights in one block of memory.
+"""Pack a checkpoint's tensors as quantised weights in one block of memory.
 
-Everything is numpy on memory-mapped tensors, one matrix at a time. What was quantised is kept in the
-user's cache, by what the weights are and how they were quantised, and read from there next time.
+Everything is numpy on memory-mapped tensors, one matrix at a time. `load` caches the result.
 """
 
 from __future__ import annotations
@@ -22,36 +21,40 @@ from tercet.model.config import ModelConfig
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Get = Callable[[str], Floats]  # a tensor by our module names, float32
+Get = Callable[[str], Floats]  # returns a tensor as float32, by our module names
 
 ROWS_AT_ONCE = 4096  # a multiple of 16
 LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
 def allocate(size: int) -> Bytes:
-    """Zeroed memory in large pages where the system has them: fewer address translations, faster reads."""
+    """Allocate zeroed memory, in large pages where the system has them: fewer address translations, faster reads."""
     if LARGE_PAGES is None:
         return np.zeros(max(size, 1), np.uint8)
-    # Not shared memory, which mmap gives unless told: that has small pages only.
+    # Private memory: mmap's default is shared memory, which has small pages only.
     block = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(LARGE_PAGES)
     return np.frombuffer(block, dtype=np.uint8)
 
 
 def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
-    """Rounded to the nearest bfloat16, ties to even."""
+    """Round to the nearest bfloat16, ties to even."""
     raw = values.view(np.uint32)
     return ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def from_bfloat16(raw: NDArray[np.uint16]) -> Floats:
+    """Widen bfloat16 bits to float32."""
     return (raw.astype(np.uint32) << 16).view(np.float32)
 
 
 def quantize_int8(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """Symmetric: q + 128 [rows, K] and scales [rows, K / GROUP8] in bfloat16, w = q * scale."""
+    """Quantise a matrix symmetrically, w = q * scale: return q + 128 [rows, K] and scales [rows, K / GROUP8].
+
+    The scales are bits of bfloat16.
+    """
     groups = w.reshape(len(w), -1, GROUP8)
-    # A scale rounded down would cut the largest weight: at most 0.4% of it, less than rounding does.
+    # A scale that is rounded down clips the largest weight by at most 0.4%, less than rounding to 8 bits does.
     scales = to_bfloat16(np.abs(groups).max(-1) / np.float32(127))
     steps = from_bfloat16(scales)
     inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
@@ -60,10 +63,13 @@ def quantize_int8(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
 
 
 def quantize_int4(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
-    """Asymmetric: q in 0..15 [rows, K], scales and offsets [rows, K / GROUP4] bfloat16, w = q * scale + offset.
+    """Quantise a matrix asymmetrically, w = q * scale + offset, q in 0..15.
 
-    Of several ranges, from the whole of a group's values to 0.8 of it, the one with the least
-    squared error is taken: cutting off an extreme value often serves the others.
+    Of several ranges, from a group's full range to 0.8 of it, the one with the least squared error is
+    chosen: clipping an extreme value often makes the rest of its group more exact.
+
+    Returns:
+        q [rows, K], and the scales and offsets [rows, K / GROUP4] as bits of bfloat16.
     """
     groups = w.reshape(len(w), -1, GROUP4)
     low, high = groups.min(-1), groups.max(-1)
@@ -86,15 +92,15 @@ def quantize_int4(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDA
 
 
 def pack_matrix(memory: Bytes, place: Matrix, w: Floats, bias: Floats | None = None) -> None:
-    """Write a matrix, at most [rows, columns], into its place; what it lacks becomes zeros.
+    """Write a matrix, at most [rows, columns], into its place and fill the rest with zeros.
 
-    A few thousand rows at a time: what quantising takes beside the weights stays small.
+    It is quantised a few thousand rows at a time, so that the temporary memory stays small.
     """
     for begin in range(0, place.rows, ROWS_AT_ONCE):
         rows = min(ROWS_AT_ONCE, place.rows - begin)
         part = np.zeros((rows, place.columns), np.float32)
-        given = w[begin : begin + rows]
-        part[: len(given), : w.shape[1]] = given
+        source = w[begin : begin + rows]
+        part[: len(source), : w.shape[1]] = source
         _pack_rows(memory, place, begin, part)
     if bias is not None:
         whole = np.zeros(place.rows, np.float32)
@@ -108,7 +114,7 @@ def _put(memory: Bytes, offset: int, values: NDArray[Any]) -> None:
 
 
 def _pack_rows(memory: Bytes, place: Matrix, begin: int, w: Floats) -> None:
-    """Rows ``begin``.. of a matrix; blocks of 16 rows follow each other, so its place is part of the whole."""
+    """Write rows of a matrix from ``begin`` on. Blocks of 16 rows are stored in order, so they are contiguous."""
     blocks, k = len(w) // 16, place.columns
     # Two bytes for the scale of a group, with int4 two more for its offset.
     scales_at = place.scales + begin * (2 * k // GROUP8 if place.kind == at.INT8 else 4 * k // GROUP4)
@@ -131,7 +137,7 @@ def _pack_rows(memory: Bytes, place: Matrix, begin: int, w: Floats) -> None:
 
 
 def pad_heads(w: Floats, head_dim: int, dim: int) -> Floats:
-    """Rows of heads, each padded: [n * head_dim, ...] to [n * dim, ...]."""
+    """Pad the rows of each head with zeros: [n * head_dim, ...] to [n * dim, ...]."""
     split = w.reshape(-1, head_dim, *w.shape[1:])
     whole = np.zeros((len(split), dim, *w.shape[1:]), np.float32)
     whole[:, :head_dim] = split
@@ -139,7 +145,17 @@ def pad_heads(w: Floats, head_dim: int, dim: int) -> Floats:
 
 
 def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get) -> tuple[Layout, Bytes]:
-    """Pack a model's tensors; ``get`` gives each by our module name."""
+    """Pack a model's tensors.
+
+    Args:
+        config: The network.
+        quantization: How matrices are stored.
+        stored: The type of the checkpoint's weights (see `layout.layout`).
+        get: Returns a tensor by our module name.
+
+    Returns:
+        Where each tensor is, and the packed memory.
+    """
     places = layout(config, quantization, stored)
     memory = allocate(places.size)
     shape = Shape.of(config)
@@ -163,7 +179,7 @@ def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get)
 
     def mlp(name: str, module: str) -> None:
         parts = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
-        # Blocks of gate and up alternate, so that a thread that needs both reads one stream.
+        # Blocks of gate and up alternate, so that a thread, which needs both, reads memory in order.
         both = np.zeros((shape.inner // 16, len(parts), 16, config.hidden_size), np.float32)
         biases = np.zeros((shape.inner // 16, len(parts), 16), np.float32)
         for number, part in enumerate(parts):
@@ -190,8 +206,8 @@ def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get)
         vector("positions", table.reshape(-1))
     for layer in range(config.num_layers):
         name, module = f"{layer}.", f"model.layers.{layer}"
-        for one in norms(config):
-            norm(name + one, f"{module}.{one}")
+        for norm_name in norms(config):
+            norm(name + norm_name, f"{module}.{norm_name}")
         attention = f"{module}.self_attn"
         qkv = np.concatenate([heads(get(f"{attention}.{part}_proj.weight")) for part in "qkv"])
         bias = None
@@ -217,12 +233,12 @@ def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get)
 
 
 def padded_vocabulary(config: ModelConfig) -> int:
-    """Rows of the head."""
+    """Return the number of rows of the packed head."""
     return padded(config.vocab_size, 16)
 
 
 def read_packed(path: Path, size: int) -> Bytes | None:
-    """A packed block from a file, in large pages; None where the file is not there or not whole."""
+    """Read packed weights of ``size`` bytes from a file; None if it is missing or has another size."""
     try:
         with path.open("rb") as stream:
             if path.stat().st_size != size:

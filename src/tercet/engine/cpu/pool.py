@@ -1,8 +1,8 @@
 """The compiled program and the threads that run it.
 
-Threads other than the caller's wait inside compiled code, spinning, for about a millisecond after a
-step, so that the next step of a generation starts at once; then they sleep until they are woken, so
-that a server without requests uses no processor.
+After a step, threads other than the caller's spin inside compiled code for about a millisecond, so that the
+next step of a generation starts at once. Then they sleep until they are woken, so that a server without
+requests uses no processor time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tercet.engine.cpu.native import function
 from tercet.host import allowed_cores
 
 PATIENCE = 30_000  # turns of waiting before a thread sleeps: one to two milliseconds
-LEAST = 0.25  # uneven work alone makes many threads wait this fraction
-RECENT = 0.9  # a step's weight falls by a tenth with each that follows
-ENOUGH, LONG = 6, 0.05  # steps, or seconds, before a judgement
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds until a thread is asked back
+UNEVEN_FRACTION = 0.25  # with many threads, uneven work alone makes them wait this fraction of the time
+DECAY = 0.9  # the weight of a step falls by a tenth with each later step
+MIN_STEPS, MIN_SECONDS = 6, 0.05  # a decision needs that many steps, or seconds
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds until a removed thread is added again
 
 
 def physical_cores() -> int:
-    """Cores this process may use, two hardware threads of one core counted once."""
+    """Count the cores that this process may use; two hardware threads of one core count once."""
     siblings = set()
     for cpu in allowed_cores():
         path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -39,55 +39,55 @@ def physical_cores() -> int:
 
 
 def _quota() -> int | None:
-    """The processors that a container's limit (cgroup v2) amounts to, at least one."""
+    """Return a container's limit (cgroup v2) in whole processors, at least one; None without a limit."""
     try:
-        most, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if most == "max" else max(1, int(most) // int(period))
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if limit == "max" else max(1, int(limit) // int(period))
     except (OSError, ValueError):
         return None
 
 
 class Crew:
-    """How many threads to use, when other processes want the cores too.
+    """Chooses the number of threads while other processes use the cores too.
 
-    Where the one that waits most does so a fraction f of the time, n threads do the work of n (1 - f):
-    less than n - 1 would when f is above 1 / n. Then one leaves, and is asked back after a while;
-    longer each time that this was too early.
+    If the thread that waits longest waits a fraction f of the time, n threads do the work of n (1 - f), which
+    is less than n - 1 threads would do when f is above 1 / n. Then one thread is removed. It is added again
+    after a pause, which doubles each time that this was too early.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = self.threads = most
-        self._waited = self._elapsed = 0.0  # seconds, recent steps weighing most
+    def __init__(self, limit: int) -> None:
+        self.limit = self.threads = limit
+        self._waited = self._elapsed = 0.0  # seconds, with the highest weight on recent steps
         self._steps = 0
         self._pause, self._again = FIRST_PAUSE, 0.0
 
     def choose(self, now: float) -> int:
-        """Threads for the step that begins ``now``."""
-        if self.threads < self.most and now >= self._again:
+        """Return the number of threads for the step that begins at time ``now`` (seconds)."""
+        if self.threads < self.limit and now >= self._again:
             self.threads += 1
             self._waited, self._elapsed, self._steps = 0.0, 0.0, 0
         return self.threads
 
     def note(self, waited: float, elapsed: float, now: float) -> None:
-        """A step took ``elapsed`` seconds, of which some thread waited ``waited``."""
+        """Record a step of ``elapsed`` seconds, of which the thread that waited longest waited ``waited``."""
         if self.threads == 1:
             return
-        self._waited = RECENT * self._waited + waited
-        self._elapsed = RECENT * self._elapsed + elapsed
+        self._waited = DECAY * self._waited + waited
+        self._elapsed = DECAY * self._elapsed + elapsed
         self._steps += 1
         fraction = self._waited / self._elapsed
-        judged = self._steps >= ENOUGH or self._elapsed > LONG
-        if judged and fraction > max(1 / self.threads, LEAST):
+        reliable = self._steps >= MIN_STEPS or self._elapsed > MIN_SECONDS
+        if reliable and fraction > max(1 / self.threads, UNEVEN_FRACTION):
             self.threads -= 1
             self._again = now + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
             self._waited, self._elapsed, self._steps = 0.0, 0.0, 0
-        elif self._steps >= 4 * ENOUGH and fraction < 0.5 / self.threads:
+        elif self._steps >= 4 * MIN_STEPS and fraction < 0.5 / self.threads:
             self._pause = FIRST_PAUSE
 
 
 class Pool:
-    """A few threads that run steps together; the caller is the first of them.
+    """A few threads that run steps together; the calling thread is the first of them.
 
     Steps of one pool run one after another, whichever Python thread they come from.
     """
@@ -98,8 +98,8 @@ class Pool:
         self._table = at.STEP_TABLE // 8
         self._waited = np.array([(at.WAITING + 64 * thread) // 8 for thread in range(threads)])
         self._parked = [(at.PARKED + 64 * thread) // 8 for thread in range(threads)]
-        # Meetings are counted here, not in the models' memory, which may be gone when a slow thread looks
-        # a last time; and never from zero again, as it may look many steps later.
+        # Arrivals at barriers are counted here, not in a model's memory, which may be freed before a slow
+        # thread reads the count for the last time. The count never restarts, as that may be many steps later.
         raw = np.zeros(8 + 8 * threads + 16, dtype=np.int64)
         self._control = raw[-(raw.ctypes.data // 8) % 8 :]
         self._arrived = 8 + 8 * threads
@@ -122,7 +122,7 @@ class Pool:
             self._control[self._parked[thread]] = 0
 
     def run(self, table: NDArray[np.int64]) -> None:
-        """Run the step that ``table`` describes; it takes up to ``threads`` threads."""
+        """Run the step that ``table`` describes, with up to ``threads`` threads."""
         with self._lock:
             control = self._control
             begin = time.perf_counter()
@@ -145,7 +145,7 @@ class Pool:
                 self.crew.note(waited, end - begin, end)
 
     def _seconds_waited(self, threads: int) -> NDArray[np.float64]:
-        """How long each thread has waited in meetings, ever."""
+        """Return how long each thread has waited at barriers since the pool was made."""
         places = self._waited[:threads]
         seconds: NDArray[np.float64] = self._control[places] * self._turn + self._control[places + 1] * 1e-9
         return seconds
@@ -155,7 +155,7 @@ _pools: dict[tuple[int, int], Pool] = {}
 
 
 def pool(threads: int) -> Pool:
-    """The process's pool of so many threads (a forked child gets its own)."""
+    """Return the process's pool of that many threads; a forked child gets its own."""
     key = (os.getpid(), threads)
     if key not in _pools:
         _pools[key] = Pool(threads)

@@ -32,7 +32,7 @@ def prepare(part: Any, matrix: int, x: int, x_stride: int, copies: int, passed: 
 @njit
 def added_at_once(table: Any) -> bool:
     """Whether attention's output goes to the residual stream at once: no norm or parallel layer needs it alone."""
-    return table[at.POST_NORM] == 0 and table[at.PARALLEL] == 0
+    return bool(table[at.POST_NORM] == 0 and table[at.PARALLEL] == 0)
 
 
 @njit

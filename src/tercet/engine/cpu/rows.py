@@ -1,4 +1,4 @@
-"""What happens to a row of activations between matrix products: norm, quantisation, gate."""
+"""Operations on a row of activations between matrix products: norm, quantisation, gate, soft cap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from tercet.simd import F32, I8, I32, I64, INTEGERS, LANES, VECTOR, Vectors, ker
 
 @kernel(6)
 def rms_norm(v: Vectors, x: Any, weight: Any, vectors: Any, size: Any, eps: Any, out: Any) -> None:
-    """x / sqrt(mean(x**2) + eps) * weight. ``vectors`` of 16, zero after the first ``size`` values."""
+    """Emit out = x / sqrt(mean(x**2) + eps) * weight (RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    A row has ``vectors`` vectors of 16 floats, which are zero after the first ``size`` values. ``eps`` is
+    passed as the bits of a float32.
+    """
     b = v.b
     squares = v.variable(VECTOR, v.constant(0.0))
     with v.loop(vectors) as i:
@@ -59,10 +63,12 @@ def norm(table: Any, x: int, weight: int, bias: int, out: int) -> None:
 
 
 def _quantize(group_size: int, integer_zeros: bool) -> Any:
-    """(x, groups, out, scales, zeros): int8 with a scale for each group of ``group_size`` floats.
+    """Build the kernel (x, groups, out, scales, zeros) that quantises a row to int8.
 
-    zeros: -128 times the group's sum (int32), what unsigned weights have too much; or scale times
-    the group's sum (float32), which a group's offset is multiplied by.
+    Each group of ``group_size`` floats gets a scale of its own and a number ``zeros``, which corrects the
+    products with unsigned weights: with ``integer_zeros`` -128 times the group's sum (int32), since int8
+    weights are stored plus 128; otherwise scale times the group's sum (float32), which is multiplied by the
+    offset of int4 weights.
     """
     vectors = group_size // LANES
 
@@ -77,7 +83,7 @@ def _quantize(group_size: int, integer_zeros: bool) -> Any:
                 highest = v.largest(highest, v.absolute(value))
             top = v.maximum(highest)
             scale = b.fmul(top, F32(1 / 127))
-            # A group of zeros stays one; so does one too small for its inverse to be finite.
+            # A group of zeros stays zero; a group too small for a finite inverse becomes zero.
             usable = b.fcmp_ordered(">", top, F32(1e-30))
             inverse = v.splat(b.select(usable, b.fdiv(F32(127.0), top), F32(0.0)))
             total = v.integers(0)
@@ -96,7 +102,7 @@ def _quantize(group_size: int, integer_zeros: bool) -> Any:
 
 
 def _gate(activation: str, gated: bool) -> Any:
-    """(gate, up, out): 16 values of act(gate) * up, or of act(gate) alone."""
+    """Build the kernel (gate, up, out) of 16 values: act(gate) * up if ``gated``, otherwise act(gate) alone."""
 
     @kernel(3)
     def gate(v: Vectors, gate: Any, up: Any, out: Any) -> None:
@@ -107,18 +113,19 @@ def _gate(activation: str, gated: bool) -> Any:
 
 
 def _activate(v: Vectors, x: ir.Value, activation: str) -> ir.Value:
-    b, one, half = v.b, v.constant(1.0), v.constant(0.5)
+    """Emit an activation function of 16 values."""
+    b, unit, half = v.b, v.constant(1.0), v.constant(0.5)
     if activation == "silu":
-        return b.fdiv(x, b.fadd(one, v.exp(b.fneg(x))))
+        return b.fdiv(x, b.fadd(unit, v.exp(b.fneg(x))))
     if activation == "relu":
         return v.largest(x, v.constant(0.0))
     if activation == "gelu_tanh":
         cube = b.fmul(b.fmul(x, x), b.fmul(x, v.constant(0.044715)))
         inner = b.fmul(v.constant(0.7978845608028654), b.fadd(x, cube))
-        return b.fmul(b.fmul(half, x), b.fadd(one, v.tanh(inner)))
+        return b.fmul(b.fmul(half, x), b.fadd(unit, v.tanh(inner)))
     # gelu: x * (1 + erf(x / sqrt 2)) / 2, erf within 1.5e-7 (Abramowitz and Stegun 7.1.26).
     z = b.fmul(v.absolute(x), v.constant(0.7071067811865476))
-    t = b.fdiv(one, v.fma(z, v.constant(0.3275911), one))
+    t = b.fdiv(unit, v.fma(z, v.constant(0.3275911), unit))
     power = v.constant(1.061405429)
     for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         power = v.fma(power, t, v.constant(factor))
@@ -134,7 +141,7 @@ GATES = {(name, gated): _gate(name, gated) for name in ACTIVATIONS for gated in 
 
 @kernel(3)
 def soft_cap(v: Vectors, x: Any, vectors: Any, cap: Any) -> None:
-    """cap * tanh(x / cap), in place."""
+    """Emit x = cap * tanh(x / cap), in place, for ``vectors`` vectors of 16; ``cap`` as bits of a float32."""
     b, limit = v.b, v.number(cap)
     with v.loop(vectors) as i:
         place = v.address(x, b.mul(i, I64(64)))

@@ -1,25 +1,25 @@
 """The table that describes a model and a step to the compiled code: 64-bit integers and addresses.
 
-One compiled program serves every model: what differs is data. `kernels` reads the table, `backend`
-fills it. Names are indices.
+One compiled program serves every model: models differ in the data of the table. `backend` fills the table and
+`kernels` reads it. The names here are indices into it.
 """
 
 from __future__ import annotations
 
-GROUP8, GROUP4 = 64, 64  # weights that share a scale, int8 and int4
+GROUP8, GROUP4 = 64, 64  # weights that share a scale: int8, int4
 PAGE = 64  # positions in a page of keys and values
 LANES = 16  # of a vector, and rows in a block of weights
 QUERIES = (1, 4)  # of an attention tile
 
-# Where threads meet.
+# Threads and barriers.
 (
     THREADS,  # threads that take part in this step
-    ARRIVED,  # address: arrivals at meetings, ever: a late thread always finds that it need not wait any more
+    ARRIVED,  # address of the pool's count of arrivals at barriers, which never falls: a late thread need not wait
     BEFORE,  # arrivals before this step
-    WAITED,  # address: for each thread, 64 bytes apart, turns it has waited in meetings
-    COUNTERS,  # address: for each phase, what has been handed out
-    # What to compute.
-    HEAD_ONLY,  # more logits of the rows that the last step left in X
+    WAITED,  # address: for each thread, 64 bytes apart, turns it has waited at barriers
+    COUNTERS,  # address: for each phase, items drawn beyond those dealt in advance
+    # The step.
+    HEAD_ONLY,  # 1: only the head, for rows that the last step left in X
     TOKENS,  # T: rows of activations
     IDS,  # address [T]
     POSITIONS,  # address [T]
@@ -27,10 +27,10 @@ QUERIES = (1, 4)  # of an attention tile
     CHUNKS,  # address [chunks, 3]: first row, first position, address of the chunk's pages
     TILES,  # number of attention tiles (before heads)
     TILE_TABLE,  # address [tiles, 3]: chunk, first row within it, rows
-    STATES_ONLY,  # what the head would read is wanted, row after row in NORMED; no logits
+    STATES_ONLY,  # 1: no logits, but the rows that the head would read, in NORMED
     SELECTED,  # number of rows that the head reads
-    SELECTED_ROWS,  # address
-    LOGITS,  # address [wanted, vocabulary in blocks]
+    SELECTED_ROWS,  # address [SELECTED]: their indices
+    LOGITS,  # address [SELECTED, vocabulary in blocks]
     # The model's shape.
     LAYERS,
     HIDDEN,  # row length, in floats, padded to 64
@@ -42,7 +42,7 @@ QUERIES = (1, 4)  # of an attention tile
     ROTARY_HALF,  # pairs that are rotated
     INNER,  # row length of the feed-forward layer, padded to 64
     ATTENTION_WIDTH,  # row length of attention outputs, padded to 64
-    GATE,  # addresses of functions
+    GATE,  # addresses of functions in `programs`
     STORE,
     ATTEND_ONE,
     ATTEND_FOUR,
@@ -77,14 +77,14 @@ QUERIES = (1, 4)  # of an attention tile
     ZEROS,  # [T, widest / 32]
     QKV,  # [T, heads * DIM]
     ATTENDED,  # [T, ATTENTION_WIDTH]
-    OUTPUT,  # [T, HIDDEN]: of attention or feed-forward layer, where it is not added at once
+    OUTPUT,  # [T, HIDDEN]: of attention or the feed-forward layer, where it is not added to X at once
     INNER_ROWS,  # [T * experts per token, INNER]
-    ROUTES,  # int64 [T, experts per token], and weights float32 behind
-    ROUTE_WEIGHTS,
-    PRIVATE,  # scratch of the threads
-    PRIVATE_BYTES,  # of each
+    ROUTES,  # int64 [T, experts per token]
+    ROUTE_WEIGHTS,  # [T, experts per token]
+    PRIVATE,  # scratch of the threads, one after the other
+    PRIVATE_BYTES,  # of each thread
     # Adapters (see `lowrank`).
-    RUNS,  # rows of one adapter that follow each other: how many such runs there are in this step
+    RUNS,  # number of runs in this step: consecutive rows with the same adapter
     RUN_TABLE,  # address [RUNS, RUN_WIDTH]
     LOW_ROWS,  # [T, LOW_WIDTH]: A x
     LOW_WIDTH,
@@ -115,9 +115,9 @@ QUERIES = (1, 4)  # of an attention tile
 
 # A matrix.
 (
-    PRODUCT,  # addresses of the functions that multiply by it
-    QUANTIZE,  # and that prepare activations for it, or 0
-    GROUP,  # weights with a scale of their own
+    PRODUCT,  # address of the function that multiplies by it
+    QUANTIZE,  # address of the function that prepares activations for it, or 0
+    GROUP,  # weights that share a scale
     BLOCK_BYTES,  # weights of 16 rows
     SCALE_BYTES,  # their scales
     KIND,
@@ -131,7 +131,7 @@ QUERIES = (1, 4)  # of an attention tile
 
 # A run of rows with one adapter.
 (
-    RUN_ADAPTER,  # address of what it changes [layers, CHANGES, CHANGE_WIDTH]
+    RUN_ADAPTER,  # address of the adapter's changes [layers, CHANGES, CHANGE_WIDTH]
     RUN_BEGIN,  # first row
     RUN_ROWS,
     RUN_WIDTH,
@@ -149,38 +149,35 @@ QUERIES = (1, 4)  # of an attention tile
     PHASES,
 ) = range(7)
 
-# The products of a layer, which an adapter may change, ...
-CHANGES = HEAD_PRODUCT
+CHANGES = HEAD_PRODUCT  # products of a layer, all of which an adapter may change
 
-# ... what it changes in one, ...
+# An adapter's change of one matrix.
 (
-    LOW_BLOCKS,  # of A, in blocks of 16 rows; 0: the matrix stays as it is
+    LOW_BLOCKS,  # of A, in blocks of 16 rows; 0: no change
     LOW_COLUMNS,  # of A
     LOW_WEIGHTS,  # address of A
     HIGH_TABLE,  # address [the matrix's blocks, HIGH_WIDTH]
     CHANGE_WIDTH,
 ) = range(5)
 
-# ... and in one of its blocks.
+# An adapter's change of one block of a matrix.
 (
-    HIGH_WEIGHTS,  # address of the block of B; 0: it stays as it is
-    HIGH_BEGIN,  # which values of A x it is multiplied by
+    HIGH_WEIGHTS,  # address of the block of B; 0: no change
+    HIGH_BEGIN,  # index of the first value of A x that it is multiplied by
     HIGH_COLUMNS,
     HIGH_WIDTH,
 ) = range(4)
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
-SMALL = 2  # up to so many rows every thread normalises all of them itself rather than wait for another
+SMALL = 2  # up to this many rows, every thread prepares all of them itself rather than wait for the others
 
 # The control block of a pool of threads, in bytes.
 GENERATION, STEP_TABLE = 0, 8
-CREW = 256  # a generation is this times the number of the step, and how many threads take part
-PARKED, WAITING = (
-    64,
-    72,
-)  # one a thread, a cache line apart; behind WAITING: nanoseconds, and a clock's scratch
+CREW = 256  # a generation is this times the number of the step, plus the number of threads that take part
+# For each thread, a cache line apart. WAITING is followed by nanoseconds and the scratch of `threads.now`.
+PARKED, WAITING = 64, 72
 
 
 def state_bytes(queries: int, head_dim: int) -> int:
-    """Scratch for an attention tile: maxima, sums, weights and outputs."""
+    """Return the bytes of an attention tile's state: maxima, sums, weights and outputs."""
     return 4 * queries * (LANES + LANES + PAGE + head_dim)

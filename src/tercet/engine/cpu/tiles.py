@@ -1,20 +1,20 @@
 """Matrix products, a tile at a time: 16 rows of weights times 1, 4 or 8 tokens.
 
-Weights lie in blocks of 16 rows, so that a vector holds one row in each lane: sums never cross
-lanes, and a weight that is loaded serves every token of the tile.
+Weights are stored in blocks of 16 rows, so that each lane of a vector belongs to one row: sums never cross
+lanes, and a loaded weight serves every token of the tile.
 
-float32, bfloat16   [blocks, K, 16]: one weight of 16 rows after the other.
+float32, bfloat16   [blocks, K, 16]: for each column the weights of the 16 rows.
 int8    [blocks, K / 4, 16, 4] unsigned (w + 128), and scales [blocks, K / GROUP8, 16] bfloat16.
-int4    [blocks, K / 8, 16, 4]: a byte holds two weights (w + 8 or w + minimum) that lie four apart, the
+int4    [blocks, K / 8, 16, 4]: a byte holds the quantised weights 0..15 of two columns that are four apart, the
         lower nibble first; scales and offsets [blocks, K / GROUP4, 2, 16] bfloat16.
 
-Activations come quantised to int8 with a scale for each group. Every output is summed in one order,
-whatever the tile, so that a token's result does not depend on what is computed beside it.
+For int8 and int4, activations are quantised to int8 with a scale for each group. Every output is summed in
+the same order in every tile, so that a token's result does not depend on what is computed beside it.
 
-A product takes eleven integers: the addresses of a block's weights and scales, K, the address and
-stride of float32 x, of its quantised rows, their scales and zeros, the number of tokens, and the address
-and stride of out [tokens, 16]. Strides in bytes; a row of quantised values has K bytes, one of scales or
-zeros 4 for each group.
+A product takes eleven integers: the addresses of a block's weights and scales; K; the address and stride of
+float32 x; the addresses of its quantised rows, their scales and their zeros; the number of tokens; and the
+address and stride of out [tokens, 16]. Strides are in bytes. A row of quantised values has K bytes, a row of
+scales or zeros 4 bytes for each group.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 from tercet.engine.cpu.table import GROUP4, GROUP8
 from tercet.simd import F32, I32, I64, INTEGERS, VECTOR, Vectors, kernel
 
-TILES = (8, 4, 1)  # tokens: as many as registers hold, and what is left
+TILES = (8, 4, 1)  # tokens: as many as the registers hold, and smaller tiles for the rest
 Tile = Callable[..., None]
 
 
 def _product(tile: Tile) -> Any:
-    """A block times any number of tokens, in tiles."""
+    """Build the kernel that multiplies a block by any number of tokens, in tiles."""
 
     @kernel(11)
     def product(
@@ -52,7 +52,10 @@ def _product(tile: Tile) -> Any:
 
 
 def _float_tile(bfloat: bool) -> Tile:
-    """Two sums a token, over even and odd k, hide the latency of adding."""
+    """Build a tile of float32 or bfloat16 weights.
+
+    Two sums for each token, over even and odd columns, hide the latency of adding.
+    """
     size = 2 if bfloat else 4
 
     def tile(
@@ -64,11 +67,11 @@ def _float_tile(bfloat: bool) -> Tile:
         sums = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(2)] for _ in range(tokens)]
         with v.loop(b.lshr(k, I64(1))) as pair:
             for half in range(2):
-                at = v.address(w, b.add(b.mul(pair, I64(32 * size)), I64(16 * size * half)))
-                weights = v.bfloats(at) if bfloat else v.floats(at)
+                column = v.address(w, b.add(b.mul(pair, I64(32 * size)), I64(16 * size * half)))
+                weights = v.bfloats(column) if bfloat else v.floats(column)
                 for t in range(tokens):
-                    where = v.address(rows[t], b.add(b.mul(pair, I64(8)), I64(4 * half)))
-                    value = v.splat(v.load(where, F32, 4))
+                    place = v.address(rows[t], b.add(b.mul(pair, I64(8)), I64(4 * half)))
+                    value = v.splat(v.load(place, F32, 4))
                     b.store(v.fma(weights, value, b.load(sums[t][half])), sums[t][half])
         for t in range(tokens):
             total = b.fadd(b.load(sums[t][0]), b.load(sums[t][1]))
@@ -78,8 +81,10 @@ def _float_tile(bfloat: bool) -> Tile:
 
 
 def _integer_tile(int4: bool, vnni: bool) -> Tile:
-    """int8: x zeros are int32, -128 times a group's sum, for the 128 that unsigned weights have too much.
-    int4: they are float32, scale times a group's sum, for the offsets.
+    """Build a tile of int8 or int4 weights; ``vnni``: with one instruction for four products, where there is one.
+
+    int8: the zeros of x are int32, -128 times a group's sum, which cancels the 128 added to stored weights.
+    int4: they are float32, scale times a group's sum, which the offsets are multiplied by.
     """
     group_size = GROUP4 if int4 else GROUP8
     group_bytes = group_size * 16 // (2 if int4 else 1)
@@ -110,9 +115,9 @@ def _integer_tile(int4: bool, vnni: bool) -> Tile:
                         four = v.splat(v.load(v.address(starts[t], 4 * quad), I32, 4))
                         dots[t] = v.dot4(dots[t], weights, four, vnni)
                     quad += 1
-            at = v.address(scales, b.mul(group, I64(64 if int4 else 32)))
-            scale = v.bfloats(at)
-            minimum = v.bfloats(v.address(at, 32)) if int4 else None
+            group_scales = v.address(scales, b.mul(group, I64(64 if int4 else 32)))
+            scale = v.bfloats(group_scales)
+            minimum = v.bfloats(v.address(group_scales, 32)) if int4 else None
             for t in range(tokens):
                 factor = b.fmul(scale, v.splat(v.load(v.address(row_scales[t], offset), F32, 4)))
                 value = v.fma(b.sitofp(dots[t], VECTOR), factor, b.load(sums[t]))
@@ -126,7 +131,7 @@ def _integer_tile(int4: bool, vnni: bool) -> Tile:
 
 
 def _nibbles(v: Vectors, raw: Any) -> list[Any]:
-    """The lower and the upper four bits of each byte."""
+    """Emit the lower and the upper four bits of each byte."""
     mask = v.integers(0x0F0F0F0F)
     return [v.b.and_(raw, mask), v.b.and_(v.b.lshr(raw, v.integers(4)), mask)]
 

@@ -1,1 +1,1 @@
-"""Training on a CPU: the network's forward and backward passes written out, a part of the batch a thread."""
+"""Training on a CPU: written-out forward and backward passes, with a part of the batch for each thread."""

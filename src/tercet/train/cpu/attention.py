@@ -1,13 +1,17 @@
 """Causal attention within documents, forward and backward, in two ways.
 
-`PlainAttention`: PyTorch's products, a stretch of queries at a time, so that few scores are computed in vain.
+`PlainAttention` uses PyTorch's products, for a range of queries at a time, so that few scores of invisible keys
+are computed.
 
-`PairedAttention`: by pairs of bfloat16 (`products.py`), four rows of queries at a time. Their scores stay in
-the cache, in float32, until they are weights, and keys that none of them sees are left out. On the way back
-the same rows get their gradients; what they add to keys and values is summed some rows at a time.
+`PairedAttention` multiplies pairs of bfloat16 (`products.py`), four rows of queries at a time. Their scores
+stay in the cache, in float32, until they become weights, and keys that none of the four sees are skipped. The
+backward pass computes the queries' gradients four rows at a time as well, and sums the gradients of keys and
+values over `TOGETHER` rows at a time.
 
-Both keep the weights for the way back. A key head's queries lie side by side, G to a position: row r is at
-position r // G. q, out [B K, T G, D], k, v [B K, T, D], begins [B, T]: the first position that each may see.
+Both keep the attention weights for the backward pass. The G queries of a key head at one position are adjacent:
+row r is at position r // G.
+
+Shapes: q, out [B K, T G, D]; k, v [B K, T, D]; begins [B, T], the first position that each token sees.
 """
 
 from __future__ import annotations
@@ -37,13 +41,13 @@ from tercet.train.cpu.products import (
     tile,
 )
 
-QUERIES = 128  # positions whose scores PyTorch computes together: of 64 to 512 the fastest at 512 tokens
-UNSEEN = np.float32(-3e38)  # the score of a key that isn't seen: its weight is exactly 0
-TOGETHER = 128  # rows whose gradients for keys and values are added at once
+QUERIES = 128  # positions whose scores PyTorch computes together: the fastest of 64 to 512 at 512 tokens
+UNSEEN = np.float32(-3e38)  # the score of a key that a query does not see: its weight is exactly 0
+TOGETHER = 128  # rows whose gradients for keys and values are added together
 
 
 class Read(NamedTuple):
-    """What attention reads, both ways. Shapes as above."""
+    """The inputs of attention, forward and backward; shapes as above."""
 
     begins: NDArray[np.int64]
     q: Tensor
@@ -52,61 +56,65 @@ class Read(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Queries for each key and position."""
+        """Number of query heads for each key head."""
         return self.q.shape[1] // self.k.shape[1]
 
 
 class Attention(Protocol):
-    """One way to attend."""
+    """An implementation of attention."""
 
     def forward(self, read: Read) -> tuple[Tensor, Any]:
-        """out, and what `backward` wants to have back."""
+        """Return the output, and the state that `backward` needs."""
 
-    def backward(self, read: Read, out: Tensor, kept: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q (activations' type), k and v (float32)."""
+    def backward(self, read: Read, out: Tensor, state: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q (in the activations' type), k and v (float32)."""
 
 
 def attention_for(products: Products) -> Attention:
-    """The one that belongs to these products."""
+    """Return the attention that uses the same instructions as ``products``."""
     return PairedAttention() if isinstance(products, PairedProducts) else PlainAttention()
 
 
 def _along(out: Tensor, d_out: Tensor) -> NDArray[np.float32]:
-    """[B K, T G]: the sum of each row of weights times its gradient (Dao et al. 2022, arXiv:2205.14135)."""
+    """Return [B K, T G]: for each row, the sum of weights times their gradients (Dao et al. 2022, arXiv:2205.14135)."""
     along = np.empty(out.shape[:2], np.float32)
     kernels.row_products(raw(out), raw(d_out), along)
     return along
 
 
 class PlainAttention:
+    """Attention by PyTorch's products."""
+
     def forward(self, read: Read) -> tuple[Tensor, Any]:
+        """Return the output, and the weights of each range of queries."""
         begins, q, k, v = read
         groups, out = read.groups, torch.empty_like(q)
-        kept = []
-        for first, end, start in _stretches(begins):
+        all_weights = []
+        for first, end, start in _ranges(begins):
             scores = q[:, first * groups : end * groups] @ k[:, start:end].transpose(1, 2)
             kernels.softmax(raw(scores), begins, groups, first, start)
             out[:, first * groups : end * groups] = scores @ v[:, start:end]
-            kept.append(scores)
-        return out, kept
+            all_weights.append(scores)
+        return out, all_weights
 
-    def backward(self, read: Read, out: Tensor, kept: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, read: Read, out: Tensor, state: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v; ``state``: the weights of each range."""
         begins, q, k, v = read
         groups, d_q = read.groups, torch.empty_like(q)
         d_k, d_v = (torch.zeros(k.shape) for _ in range(2))
         along = _along(out, d_out)
-        for (first, end, start), weights in zip(_stretches(begins), kept, strict=True):
-            mine = slice(first * groups, end * groups)
-            d_v[:, start:end] += weights.transpose(1, 2) @ d_out[:, mine]
-            d_scores = d_out[:, mine] @ v[:, start:end].transpose(1, 2)
+        for (first, end, start), weights in zip(_ranges(begins), state, strict=True):
+            rows = slice(first * groups, end * groups)
+            d_v[:, start:end] += weights.transpose(1, 2) @ d_out[:, rows]
+            d_scores = d_out[:, rows] @ v[:, start:end].transpose(1, 2)
             kernels.softmax_backward(raw(weights), raw(d_scores), along, first * groups)
-            d_q[:, mine] = d_scores @ k[:, start:end]
-            d_k[:, start:end] += d_scores.transpose(1, 2) @ q[:, mine]
+            d_q[:, rows] = d_scores @ k[:, start:end]
+            d_k[:, start:end] += d_scores.transpose(1, 2) @ q[:, rows]
         return d_q, d_k, d_v
 
 
-def _stretches(begins: NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(first, end, start): queries first..end-1 see keys start..end-1 at most, in any of the rows."""
+def _ranges(begins: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+    """Return triples (first, end, start): in all rows, queries first..end-1 see no keys outside start..end-1."""
     time = begins.shape[1]
     return [
         (first, min(first + QUERIES, time), int(begins[:, first].min())) for first in range(0, time, QUERIES)
@@ -114,28 +122,30 @@ def _stretches(begins: NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 class PairedAttention:
+    """Attention by products of pairs of bfloat16."""
+
     def forward(self, read: Read) -> tuple[Tensor, Any]:
+        """Return the output, and the weights [B K, T G, columns(T)]."""
         begins, q, k, v = read
         out, weights = torch.empty_like(q), q.new_empty(*q.shape[:2], columns(k.shape[1]))
         attend(raw(q), raw(k), raw(v), begins, read.groups, raw(weights), raw(out))
         return out, weights
 
-    def backward(self, read: Read, out: Tensor, kept: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, read: Read, out: Tensor, state: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v; ``state``: the weights, which are overwritten where unseen."""
         begins, q, k, v = read
         d_q = torch.empty_like(q)
         d_k, d_v = (torch.zeros(k.shape) for _ in range(2))
         attend_backward(
-            *(
-                raw(q),
-                raw(k),
-                raw(v),
-                begins,
-                read.groups,
-                raw(kept),
-                _along(out, d_out),
-                raw(d_out),
-                raw(d_q),
-            ),
+            raw(q),
+            raw(k),
+            raw(v),
+            begins,
+            read.groups,
+            raw(state),
+            _along(out, d_out),
+            raw(d_out),
+            raw(d_q),
             d_k.numpy(),
             d_v.numpy(),
         )
@@ -144,7 +154,7 @@ class PairedAttention:
 
 @kernel(3)
 def _softmax(v: Vectors, scores: Any, panels: Any, weights: Any) -> None:
-    """weights, bfloat16, = the softmax of so many panels of float32 scores, which are overwritten."""
+    """Emit weights (bfloat16) = softmax of ``panels`` panels of float32 scores, which are overwritten."""
     b = v.b
     largest = [v.variable(VECTOR, v.constant(-3e38)) for _ in range(VECTORS)]
     totals = [v.variable(VECTOR, v.constant(0.0)) for _ in range(VECTORS)]
@@ -152,10 +162,10 @@ def _softmax(v: Vectors, scores: Any, panels: Any, weights: Any) -> None:
         for i in range(VECTORS):
             at = v.address(scores, b.add(b.mul(panel, I64(4 * PANEL)), I64(64 * i)))
             b.store(v.largest(v.floats(at), b.load(largest[i])), largest[i])
-    most = b.load(largest[0])
-    for one in largest[1:]:
-        most = v.largest(b.load(one), most)
-    shift = v.splat(v.maximum(most))
+    highest = b.load(largest[0])
+    for variable in largest[1:]:
+        highest = v.largest(b.load(variable), highest)
+    shift = v.splat(v.maximum(highest))
     with v.loop(panels) as panel:
         for i in range(VECTORS):
             at = v.address(scores, b.add(b.mul(panel, I64(4 * PANEL)), I64(64 * i)))
@@ -163,8 +173,8 @@ def _softmax(v: Vectors, scores: Any, panels: Any, weights: Any) -> None:
             v.store(power, at, 4)
             b.store(b.fadd(b.load(totals[i]), power), totals[i])
     total = b.load(totals[0])
-    for one in totals[1:]:
-        total = b.fadd(total, b.load(one))
+    for variable in totals[1:]:
+        total = b.fadd(total, b.load(variable))
     share = v.splat(b.fdiv(F32(1.0), v.total(total)))
     with v.loop(panels) as panel:
         for i in range(VECTORS):
@@ -174,15 +184,15 @@ def _softmax(v: Vectors, scores: Any, panels: Any, weights: Any) -> None:
 
 
 def columns(positions: int) -> int:
-    """How long a row of weights is in memory."""
+    """Return the length in memory of a row of weights: whole panels."""
     return -(-positions // PANEL) * PANEL
 
 
 @addressing
 def attend(q, k, v, begins, groups, weights, out):
-    """weights [B K, T G, columns(T)] = softmax of q times k, out = weights times v. All bfloat16.
+    """Compute weights [B K, T G, columns(T)] = softmax of q times k, and out = weights times v; all bfloat16.
 
-    Of a row of weights only the panels are written that some row beside it sees.
+    In a row of weights only those panels are written that some row of the same tile sees.
     """
     heads, rows, dim = q.shape
     positions, per_row = k.shape[1], heads // len(begins)
@@ -196,9 +206,9 @@ def attend(q, k, v, begins, groups, weights, out):
         pair_rows(v[head], values, 0)
         for row in range(0, rows, ROWS):
             count = min(ROWS, rows - row)
-            low = begin[row // groups] // PANEL  # documents lie in order: those after see no further back
+            low = begin[row // groups] // PANEL  # documents are in order: later queries see no earlier keys
             high = ((row + count - 1) // groups) // PANEL + 1
-            queries, mine = q[head, row : row + count], weights[head, row : row + count]
+            queries, row_weights = q[head, row : row + count], weights[head, row : row + count]
             for panel in range(low, high):
                 exact_tile(
                     queries.ctypes.data, queries.strides[0], keys[panel].ctypes.data, dim // 2,
@@ -209,11 +219,11 @@ def attend(q, k, v, begins, groups, weights, out):
                 scores[i, low * PANEL : begin[position]] = UNSEEN
                 scores[i, position + 1 : high * PANEL] = UNSEEN
                 start = 4 * low * PANEL
-                _softmax(scores[i].ctypes.data + start, high - low, mine[i].ctypes.data + start // 2)
+                _softmax(scores[i].ctypes.data + start, high - low, row_weights[i].ctypes.data + start // 2)
             seen = min(high * PANEL, positions + 1) - low * PANEL  # an odd last key is paired with a zero
             for panel in range(len(values)):
                 tile(
-                    mine.ctypes.data + 2 * low * PANEL, mine.strides[0],
+                    row_weights.ctypes.data + 2 * low * PANEL, row_weights.strides[0],
                     values[panel, low * PANEL // 2 :].ctypes.data, seen // 2,
                     out[head, row : row + count], panel * PANEL, rest,
                 )  # fmt: skip
@@ -221,9 +231,10 @@ def attend(q, k, v, begins, groups, weights, out):
 
 @addressing
 def attend_backward(q, k, v, begins, groups, weights, along, d_out, d_q, d_k, d_v):
-    """Gradients of `attend`: d_q (bfloat16) is set, d_k and d_v (float32) are added to.
+    """Compute the gradients of `attend`: d_q (bfloat16) is set, d_k and d_v (float32) are added to.
 
-    along [B K, T G]: `kernels.row_products` of out and d_out, the sum of a row of weights times its gradient.
+    ``along`` [B K, T G] is `kernels.row_products` of out and d_out: for each row the sum of weights times their
+    gradients.
     """
     heads, rows, dim = q.shape
     positions, per_row = k.shape[1], heads // len(begins)
@@ -257,9 +268,9 @@ def attend_backward(q, k, v, begins, groups, weights, along, d_out, d_q, d_k, d_
                     ds = d_scores[row - start + i]
                     ds[bottom:left] = 0
                     weights[head, row + i, bottom:left] = 0
-                    mine = ds[left:right]
+                    seen_ds = ds[left:right]
                     for j in range(right - left):
-                        put(mine, j, get(p, j) * (dp[j] - shift))
+                        put(seen_ds, j, get(p, j) * (dp[j] - shift))
                     ds[right:top] = 0
                     weights[head, row + i, right:top] = 0
                 seen = min(right, positions + 1) - left

@@ -1,6 +1,7 @@
-"""How the functions of a training step are compiled.
+"""Decorators that compile the functions of a training step.
 
-By numba, when first used; the machine code is kept beside the sources or in numba's cache directory.
+numba compiles them when they are first used and stores the machine code beside the sources or in its cache
+directory.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 class Apart(Compiler):
-    """Compiles a function whose array arguments never overlap.
+    """A compiler for functions whose array arguments never overlap.
 
-    Not told so, LLVM writes a loop twice, sixteen at a time and one by one, and chooses when it runs by how
-    near to each other the arrays lie. The two add up in different orders, so that one run in a hundred
-    differed in a last digit.
+    Without this promise LLVM compiles a loop twice, sixteen elements at a time and one by one, and chooses
+    between them at run time by the distance of the arrays. The two sum in different orders, so that one run
+    in a hundred differed in a last digit.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Apart(Compiler):
 
 @functools.cache
 def _sources() -> str:
-    """A digest of everything that compiled code is made from."""
+    """Return a digest of all sources that compiled code depends on."""
     digest = hashlib.sha256()
     package = Path(tercet.__file__).parent
     for file in (*sorted(Path(__file__).parent.glob("*.py")), package / "simd.py", package / "host.py"):
@@ -44,35 +45,41 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _kept(function: Any, **options: Any) -> Any:
-    made = njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-    # numba looks at the age of the function's own file, and would go on with code of what it calls in others.
-    made._cache._cache_file._source_stamp = _sources()
-    return made
+def _cached(function: Any, **options: Any) -> Any:
+    dispatcher = njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+    # numba checks only the age of the function's own file, and would reuse stale code of functions in others.
+    dispatcher._cache._cache_file._source_stamp = _sources()
+    return dispatcher
 
 
 def compiled(function: Any, **changes: Any) -> Any:
-    return _kept(function, **{"fastmath": FAST, "pipeline_class": Apart} | changes)
+    """Compile a function of arrays that do not overlap; sums in it may be reordered.
+
+    Other compiled functions must not call it; see `addressing`.
+    """
+    return _cached(function, **{"fastmath": FAST, "pipeline_class": Apart} | changes)
 
 
 def addressing(function: Any) -> Any:
-    """For functions that take addresses of arrays, about which nothing may be promised then.
+    """Compile a function that takes addresses of arrays, without the promise that arrays do not overlap.
 
-    Only such may be called by compiled functions. Called by another, a function is compiled twice, alone and
-    as a part of the other, and which of the two runs depends on whether the code was kept or just made. Here
-    nothing may be reordered, so both compute the same; `compiled` ones differed in a last digit.
+    Only such functions may be called by compiled functions. A function that is called by another is compiled
+    twice, alone and as a part of the other, and which of the two runs depends on whether the code was stored
+    or just compiled. Here nothing may be reordered, so both give the same result; functions made by
+    `compiled` differed in a last digit.
     """
-    return _kept(function)
+    return _cached(function)
 
 
 def compiled_without_nan(function: Any) -> Any:
-    """For functions that look for a maximum: only where no number is NaN can that run sixteen at a time.
+    """Compile a function that computes a maximum, which runs sixteen at a time only if no number is NaN.
 
-    A NaN in the network is still found: it goes on in the hidden states, which the head's gradient is
-    a product of.
+    A NaN in the network is still noticed: it spreads through the hidden states, which are a factor of the
+    head's gradient.
     """
     return compiled(function, fastmath=FAST | {"nnan"})
 
 
 def inlined(function: Any) -> Any:
-    return _kept(function, fastmath=FAST, inline="always")
+    """Compile a function into its callers; sums in it may be reordered."""
+    return _cached(function, fastmath=FAST, inline="always")

@@ -1,13 +1,13 @@
-"""What happens between the matrix products of a training step, each as one pass over memory.
+"""The operations between the matrix products of a training step, each in one pass over memory.
 
-PyTorch runs these as many small operations, each of which reads and writes everything and waits for
-all threads. Here a function does it in one pass, on one thread, without Python's lock: a step gives
-each thread rows of its own (`step.py`).
+PyTorch runs these as many small operations, each of which reads and writes all its data and waits for all
+threads. Here one function does the work in one pass, on one thread, without Python's lock: a step gives each
+thread rows of its own (`step.py`).
 
-Activations are float32 or bfloat16 (as uint16, which is how numpy can hold it); sums, exponentials,
-norms and the residual stream are float32. Reductions may be reordered (``reassoc``), which is what lets them run
-sixteen at a time; the order is fixed when compiled, so a run repeats bit for bit. For that the arrays
-a kernel is given must not overlap, and it is compiled on that promise.
+Activations are float32 or bfloat16 (as uint16, since numpy has no bfloat16); sums, exponentials, norms and the
+residual stream are float32. Reductions may be reordered (``reassoc``), so that they run sixteen elements at a
+time; the order is fixed at compile time, so a run repeats bit for bit. This requires that a kernel's arrays do
+not overlap, which the compiler is promised.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOG2E = np.float32(1.4426950408889634)
 
 @intrinsic
 def _widen(context: Any, bits: Any) -> Any:
-    """bfloat16 bits to float32: they are its upper half."""
+    """Convert bfloat16 bits to float32, whose upper half they are."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         whole = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
@@ -40,7 +40,7 @@ def _widen(context: Any, bits: Any) -> Any:
 
 @intrinsic
 def _narrow(context: Any, value: Any) -> Any:
-    """float32 to bfloat16 bits, to nearest, ties to even. NaN stays NaN only if its upper bits say so."""
+    """Round float32 to bfloat16 bits, to nearest, ties to even; a NaN stays NaN only if its upper half is one."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(32)
@@ -54,7 +54,7 @@ def _narrow(context: Any, value: Any) -> Any:
 
 @intrinsic
 def _power_of_two(context: Any, exponent: Any) -> Any:
-    """2 ** exponent as float32, for a whole number in [-126, 127]."""
+    """Return 2 ** exponent as float32, for an integer in [-126, 127]."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(32)
@@ -65,11 +65,11 @@ def _power_of_two(context: Any, exponent: Any) -> Any:
 
 
 def get(array, place):
-    """array[place] as float32, whichever way it is stored."""
+    """Return array[place] as float32, from float32 or bfloat16 bits."""
 
 
 def put(array, place, value):
-    """array[place] = value, rounded to what the array holds."""
+    """Set array[place] = value, rounded to the array's type."""
 
 
 @overload(get, inline="always")
@@ -96,11 +96,11 @@ def _put(array, place, value):
 
 @inlined
 def exp(x):
-    """e ** x to 2 units in the last place, in operations that run sixteen at a time; 0 below -87."""
+    """Return e ** x within 2 units in the last place, in operations that vectorise; x is clamped to [-87, 87]."""
     x = min(max(x, np.float32(-87.0)), np.float32(87.0))
     scaled = x * LOG2E
     whole = np.float32(math.floor(scaled + np.float32(0.5)))
-    # x - whole * ln 2 in two parts, so that little is lost; then the Taylor series to degree 6.
+    # x - whole * ln 2 in two parts, to keep precision; then the Taylor series to degree 6.
     rest = x - whole * np.float32(0.693145751953125)
     rest = rest - whole * np.float32(1.42860682030941723e-6)
     series = np.float32(1.0 / 720)
@@ -118,7 +118,7 @@ def exp(x):
 
 @compiled
 def add_and_norm(stream, update, weight, eps, new_stream, normed, factors):
-    """new_stream = stream + update; normed = its norm times weight."""
+    """Compute new_stream = stream + update, and normed = its norm times weight."""
     rows, width = stream.shape
     for row in range(rows):
         before, change, after, out = stream[row], update[row], new_stream[row], normed[row]
@@ -135,7 +135,7 @@ def add_and_norm(stream, update, weight, eps, new_stream, normed, factors):
 
 @compiled
 def norm(stream, weight, eps, normed, factors):
-    """As `add_and_norm` with nothing to add."""
+    """Compute normed, as `add_and_norm` without an update."""
     rows, width = stream.shape
     for row in range(rows):
         before, out = stream[row], normed[row]
@@ -150,7 +150,7 @@ def norm(stream, weight, eps, normed, factors):
 
 @compiled
 def norm_backward(stream, weight, factors, d_normed, d_stream, d_weight, narrow):
-    """Add the norm's gradients to d_stream [N, H] and d_weight [H]; narrow = d_stream for the next products.
+    """Add the norm's gradients to d_stream [N, H] and d_weight [H]; narrow = d_stream in the activations' type.
 
     With x the row, f = 1 / rms and g = d_normed * weight: dx = f (g - x f^2 mean(g x)).
     """
@@ -170,15 +170,15 @@ def norm_backward(stream, weight, factors, d_normed, d_stream, d_weight, narrow)
             put(small, i, value)
 
 
-# Heads: one row of queries, keys and values into the attention's layout, normed and turned, and back.
+# Heads: rows of queries, keys and values into the attention's layout, normed and rotated, and their gradients back.
 # qkv [B * T, (N + 2 K) D]; q [B * K, T * G, D] with G = N / K queries to a key head; k, v [B * K, T, D].
 
 
 @compiled
 def heads(qkv, q_weight, k_weight, normed, eps, cosines, sines, positions, scale, q, k, v, factors):
-    """Norm each head (if ``normed``), turn it by its position, and scale queries by ``scale``.
+    """Norm each head (if ``normed``), rotate it by its position, and scale queries by ``scale``.
 
-    factors [B * T, N + K]: 1 / rms of each head, for the way back.
+    ``factors`` [B * T, N + K] gets 1 / rms of each head, for the backward pass.
     """
     batch, time = positions.shape
     kv_heads, dim = k.shape[0] // batch, k.shape[2]
@@ -234,12 +234,15 @@ def heads_backward(
     d_q_weight,
     d_k_weight,
 ):
-    """Gradients of `heads`: d_q (activations' type), d_k, d_v (float32) into d_qkv and the weights'."""
+    """Compute the gradients of `heads` for d_q (activations' type), d_k and d_v (float32).
+
+    d_qkv is set, d_q_weight and d_k_weight are added to.
+    """
     batch, time = positions.shape
     kv_heads, dim = d_k.shape[0] // batch, d_k.shape[2]
     groups = d_q.shape[1] // time
     half = dim // 2
-    turned = np.empty(dim, np.float32)
+    rotated = np.empty(dim, np.float32)
     for b in range(batch):
         for t in range(time):
             row = b * time + t
@@ -250,30 +253,30 @@ def heads_backward(
                 out = d_qkv[row, head * dim : (head + 1) * dim]
                 if is_query:
                     grad = d_q[b * kv_heads + head // groups, t * groups + head % groups]
-                    for i in range(half):  # the turn backwards
+                    for i in range(half):  # the inverse rotation
                         first, second = get(grad, i) * scale, get(grad, i + half) * scale
-                        turned[i] = first * cos[i] + second * sin[i]
-                        turned[i + half] = second * cos[i] - first * sin[i]
+                        rotated[i] = first * cos[i] + second * sin[i]
+                        rotated[i + half] = second * cos[i] - first * sin[i]
                 else:
                     exact = d_k[b * kv_heads + head - kv_heads * groups, t]
                     for i in range(half):
-                        turned[i] = exact[i] * cos[i] + exact[i + half] * sin[i]
-                        turned[i + half] = exact[i + half] * cos[i] - exact[i] * sin[i]
+                        rotated[i] = exact[i] * cos[i] + exact[i + half] * sin[i]
+                        rotated[i + half] = exact[i + half] * cos[i] - exact[i] * sin[i]
                 weight = q_weight if is_query else k_weight
                 d_weight = d_q_weight if is_query else d_k_weight
                 if normed:
                     factor = factors[row, head]
                     along = np.float32(0)
                     for i in range(dim):
-                        along += turned[i] * weight[i] * get(place, i)
+                        along += rotated[i] * weight[i] * get(place, i)
                     pull = along * factor * factor * factor / np.float32(dim)
                     for i in range(dim):
                         value = get(place, i)
-                        d_weight[i] += turned[i] * value * factor
-                        put(out, i, turned[i] * weight[i] * factor - value * pull)
+                        d_weight[i] += rotated[i] * value * factor
+                        put(out, i, rotated[i] * weight[i] * factor - value * pull)
                 else:
                     for i in range(dim):
-                        put(out, i, turned[i])
+                        put(out, i, rotated[i])
             for head in range(kv_heads):
                 start = (kv_heads * groups + kv_heads + head) * dim
                 out = d_qkv[row, start : start + dim]
@@ -282,13 +285,13 @@ def heads_backward(
                     put(out, i, exact[i])
 
 
-# Attention weights of a stretch of queries. scores [B * K, C * G, S]: queries first..first + C - 1 see
-# keys start..start + S - 1; query at t sees keys begins[b, t]..t, the part of its own segment before it.
+# Attention weights of a range of queries. scores [B * K, C * G, S] are those of queries first..first + C - 1 and
+# keys start..start + S - 1. The query at t sees keys begins[b, t]..t: itself and what precedes it in its segment.
 
 
 @compiled_without_nan
 def softmax(scores, begins, groups, first, start):
-    """Scores into weights, in place; what a query may not see gets 0."""
+    """Turn scores into weights, in place; keys that a query does not see get 0."""
     heads, rows, keys = scores.shape
     per_row = heads // begins.shape[0]
     numbers = np.empty(keys, np.float32)
@@ -297,7 +300,7 @@ def softmax(scores, begins, groups, first, start):
             place = scores[head, row]
             query = first + row // groups
             begin, seen = begins[head // per_row, query] - start, query - start + 1
-            # Slices, whose indices begin at 0: numba guards others against being negative, one by one.
+            # Index slices from 0: with another start numba checks each index for being negative.
             live, count = place[begin:seen], seen - begin
             largest = np.float32(-3e38)
             for i in range(count):
@@ -316,7 +319,7 @@ def softmax(scores, begins, groups, first, start):
 
 @compiled
 def row_products(left, right, out):
-    """out [M, R] = the product of each row of left [M, R, D] with that of right, summed in float32."""
+    """Compute out [M, R] = the dot products of the rows of left and right [M, R, D], summed in float32."""
     heads, rows, dim = left.shape
     for head in range(heads):
         for row in range(rows):
@@ -329,11 +332,11 @@ def row_products(left, right, out):
 
 @compiled
 def softmax_backward(weights, d_weights, along, first):
-    """d_weights [B * K, R, S] into weights * (d_weights - along), the gradient of the scores, in place.
+    """Replace d_weights [B * K, R, S] by the scores' gradient, weights * (d_weights - along).
 
-    along [B * K, rows of all queries]: `row_products` of the attention's result and its gradient, which
-    is the sum of weights * d_weights over a row (Dao et al. 2022, arXiv:2205.14135); ``first``: the row
-    of it that belongs to row 0.
+    ``along`` [B * K, rows of all queries] is `row_products` of the attention's output and its gradient, which
+    is the sum of weights * d_weights over a row (Dao et al. 2022, arXiv:2205.14135). ``first`` is the row of
+    ``along`` that belongs to row 0.
     """
     heads, rows, keys = weights.shape
     for head in range(heads):
@@ -344,12 +347,12 @@ def softmax_backward(weights, d_weights, along, first):
                 put(dp, i, get(p, i) * (get(dp, i) - shift))
 
 
-# The gated feed-forward layer. both [N, 2 I]: the gate's half, then the values' half.
+# The gated feed-forward layer. both [N, 2 I]: the gates, then the values.
 
 
 @compiled
 def gate(both, out):
-    """out [N, I] = silu(gate) * values (SwiGLU, Shazeer 2020)."""
+    """Compute out [N, I] = silu(gates) * values (SwiGLU, Shazeer 2020)."""
     rows, inner = out.shape
     for row in range(rows):
         left, right, place = both[row, :inner], both[row, inner:], out[row]
@@ -360,7 +363,7 @@ def gate(both, out):
 
 @compiled
 def gate_backward(both, d_out, d_both):
-    """Gradients of `gate`, into d_both [N, 2 I]."""
+    """Compute the gradients of `gate`, into d_both [N, 2 I]."""
     rows, inner = d_out.shape
     for row in range(rows):
         left, right, grad = both[row, :inner], both[row, inner:], d_out[row]
@@ -377,9 +380,9 @@ def gate_backward(both, d_out, d_both):
 
 @compiled_without_nan
 def cross_entropy(logits, targets, scale, z_weight, losses):
-    """Losses of rows of logits [N, V], which are replaced by scale * d(loss + z_weight log(Z)^2)/d(logits).
+    """Compute the losses of logits [N, V], and replace the logits by scale * d(loss + z_weight log(Z)^2)/d(logits).
 
-    losses [N]: minus the log-probability of each target (nats), without the z term, which keeps the
+    ``losses`` [N] gets minus the log-probability of each target (nats), without the z term, which keeps the
     normaliser Z near 1 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
     """
     rows, vocabulary = logits.shape
@@ -404,7 +407,7 @@ def cross_entropy(logits, targets, scale, z_weight, losses):
 
 @compiled
 def add_rows(table, ids, rows):
-    """table[ids[n]] += rows[n] for every n: the gradient of an embedding."""
+    """Add rows[n] to table[ids[n]] for every n: the gradient of an embedding."""
     count, width = rows.shape
     for row in range(count):
         place, source = table[ids[row]], rows[row]

@@ -1,7 +1,7 @@
 """Muon's step for one matrix on a CPU (`train.optimizer.Muon`), by pairs of bfloat16 (`products.py`).
 
-The formulas of its `_update`, each number read and written once where memory is slow. A wide matrix is
-multiplied by its transpose from the right, a tall one from the left, so that none is ever turned.
+The formulas are those of the optimizer's `_update`; each number is read and written once where memory is slow. A
+wide matrix is multiplied by its transpose from the right, a tall one from the left, so that none is transposed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from tercet.train.cpu.products import BLOCK, PANEL, ROWS, exact_tile, pair_colum
 
 @compiled
 def _look_ahead(gradient, momentum, decay, ahead):
-    """Update the momentum; ahead = what Nesterov's takes; the sum of its squares."""
+    """Update the momentum, set ``ahead`` to Nesterov's direction, and return the sum of its squares."""
     squares = np.float32(0)
     for row in range(len(gradient)):
-        new, kept, out = gradient[row], momentum[row], ahead[row]
+        new, average, out = gradient[row], momentum[row], ahead[row]
         for i in range(len(new)):
-            value = kept[i] + (np.float32(1) - decay) * (new[i] - kept[i])
-            kept[i] = value
+            value = average[i] + (np.float32(1) - decay) * (new[i] - average[i])
+            average[i] = value
             value = new[i] + decay * (value - new[i])
             out[i] = value
             squares += value * value
@@ -35,7 +35,7 @@ def _look_ahead(gradient, momentum, decay, ahead):
 
 @compiled
 def _scaled(values, scale, out):
-    """out = scale * values, in bfloat16."""
+    """Compute out = scale * values, in bfloat16."""
     for row in range(len(values)):
         source, target = values[row], out[row]
         for i in range(len(source)):
@@ -44,7 +44,7 @@ def _scaled(values, scale, out):
 
 @compiled
 def row_squares(matrix, squares):
-    """The sum of squares of each row."""
+    """Compute the sum of squares of each row."""
     for row in range(len(matrix)):
         source = matrix[row]
         total = np.float32(0)
@@ -55,7 +55,7 @@ def row_squares(matrix, squares):
 
 @compiled
 def move(parameter, direction, factors, shrink):
-    """parameter = shrink * parameter + each row of direction times its factor."""
+    """Compute parameter = shrink * parameter + each row of direction times its factor, in place."""
     for row in range(len(parameter)):
         place, source, factor = parameter[row], direction[row], factors[row]
         for i in range(len(place)):
@@ -64,7 +64,7 @@ def move(parameter, direction, factors, shrink):
 
 @addressing
 def _mirror(matrix):
-    """Write what lies in panels left of the diagonal's also above it, turned: the matrix is symmetric."""
+    """Copy the panels left of the diagonal's, transposed, above the diagonal: the matrix is symmetric."""
     size = len(matrix)
     for below in range(PANEL, size, PANEL):
         for left in range(0, below, PANEL):
@@ -75,7 +75,10 @@ def _mirror(matrix):
 
 @addressing
 def _squared(panels, sums, out):
-    """out = the product of what lies in ``panels`` with its own transpose, bfloat16; sums: float32, whole panels."""
+    """Compute out = the product of the matrix in ``panels`` with its own transpose, bfloat16.
+
+    ``sums`` is scratch for float32, in whole panels.
+    """
     pairs, size = panels.shape[1], panels.strides[0]
     base, target, step = panels.ctypes.data, sums.ctypes.data, sums.strides[0]
     for down in range(len(panels)):
@@ -84,17 +87,18 @@ def _squared(panels, sums, out):
                 at = target + (down * PANEL + row) * step + 4 * across * PANEL
                 single(base + down * size + 4 * row, 4, 4 * PANEL, base + across * size, pairs, at, step)
     for row in range(len(out)):
-        line, found = out[row], sums[row]
+        line, exact = out[row], sums[row]
         for column in range(min(len(line), (row // PANEL + 1) * PANEL)):
-            put(line, column, found[column])
+            put(line, column, exact[column])
     _mirror(out)
 
 
 @addressing
 def _add_product(left, panels, base, share, factor, out, symmetric):
-    """out = share * base + factor * left times ``panels``, rounded to bfloat16 once; sizes as for `product`.
+    """Compute out = share * base + factor * left times ``panels``, rounded to bfloat16 once.
 
-    symmetric: only the panels up to the diagonal are computed, the others mirrored.
+    Sizes are as for `products.product`. ``symmetric``: only the panels up to the diagonal are computed, and
+    mirrored.
     """
     rows, columns = out.shape
     pairs, step = left.shape[1] // 2, left.strides[0]
@@ -110,16 +114,16 @@ def _add_product(left, panels, base, share, factor, out, symmetric):
                     sums.ctypes.data, 4 * PANEL, count, last - first,
                 )  # fmt: skip
                 for i in range(count):
-                    before, after, found = base[row + i, first:last], out[row + i, first:last], sums[i]
+                    before, after, exact = base[row + i, first:last], out[row + i, first:last], sums[i]
                     for j in range(last - first):
-                        put(after, j, share * get(before, j) + factor * found[j])
+                        put(after, j, share * get(before, j) + factor * exact[j])
     if symmetric:
         _mirror(out)
 
 
 @addressing
 def orthogonal(x, coefficients):
-    """x [R, C] bfloat16, R and C even, after the odd polynomials a x + b x^3 + c x^5 of each row (a, b, c)."""
+    """Apply to x [R, C] (bfloat16, R and C even) the polynomials a x + b x^3 + c x^5, one for each row (a, b, c)."""
     rows, columns = x.shape
     wide = rows <= columns
     small = min(rows, columns)
@@ -133,7 +137,7 @@ def orthogonal(x, coefficients):
         np.empty((small, small), np.uint16),
         np.empty_like(x),
     )
-    one = np.float32(1)
+    unit = np.float32(1)
     for step in range(len(coefficients)):
         a, b, c = coefficients[step]
         if wide:
@@ -145,10 +149,10 @@ def orthogonal(x, coefficients):
         _add_product(gram, squares, gram, b, c, inner, True)
         if wide:
             pair_rows(x, paired, 0)
-            _add_product(inner, paired, x, a, one, after, False)
+            _add_product(inner, paired, x, a, unit, after, False)
         else:
             pair_rows(inner, squares, 0)
-            _add_product(x, squares, x, a, one, after, False)
+            _add_product(x, squares, x, a, unit, after, False)
         x, after = after, x
     return x
 
@@ -160,20 +164,25 @@ def direction(
     safety: float,
     coefficients: Sequence[tuple[float, float, float]],
 ) -> NDArray[np.uint16]:
-    """Where Muon moves a matrix, [R, C] bfloat16; ``momentum`` is updated in place.
+    """Return Muon's direction for a matrix, [R, C] bfloat16, and update ``momentum`` in place.
 
-    safety: the norm is taken for so many times as large, before the polynomials of ``coefficients``.
+    Args:
+        gradient: [R, C] float32.
+        momentum: [R, C] float32, the running average of gradients.
+        decay: Decay of the momentum.
+        safety: Factor on the norm that the matrix is divided by, so that no singular value is above 1.
+        coefficients: (a, b, c) of each polynomial; see `orthogonal`.
     """
     ahead, x = np.empty(gradient.shape, np.float32), np.empty(gradient.shape, np.uint16)
     length = _look_ahead(gradient.numpy(), momentum.numpy(), np.float32(decay), ahead) ** 0.5
     _scaled(ahead, np.float32(1 / (length * safety + 1e-20)), x)
-    found: NDArray[np.uint16] = orthogonal(x, np.array(coefficients, np.float32))
-    return found
+    result: NDArray[np.uint16] = orthogonal(x, np.array(coefficients, np.float32))
+    return result
 
 
 def prepare() -> None:
-    """Compile what this machine has not compiled yet, before any clock runs."""
-    zeros = torch.zeros(2, 2)
-    found, rows = direction(zeros, zeros.clone(), 0.0, 1.0, [(1.0, 1.0, 1.0)]), np.zeros(2, np.float32)
-    row_squares(found, rows)
-    move(zeros.numpy(), found, rows, np.float32(1))
+    """Compile this module's functions on a machine that has not compiled them yet, before any time is measured."""
+    zeros, rows = torch.zeros(2, 2), np.zeros(2, np.float32)
+    moved = direction(zeros, zeros.clone(), 0.0, 1.0, [(1.0, 1.0, 1.0)])
+    row_squares(moved, rows)
+    move(zeros.numpy(), moved, rows, np.float32(1))

@@ -1,13 +1,13 @@
 """Forward and backward pass of the network in `model.transformer`, written out by hand.
 
-For the shape that Tercet builds and its relatives (Llama, Mistral, Qwen2 and Qwen3 without biases):
-RMS norms, rotary positions, grouped queries, SwiGLU. The gradients are those of the textbook, each
-beside the line it belongs to; `tests/train/test_train_cpu.py` compares them with PyTorch's own.
+They cover the shape that Tercet builds and its relatives (Llama, Mistral, Qwen2 and Qwen3 without biases): RMS
+norms, rotary positions, grouped queries, SwiGLU. The gradients are those of the textbook;
+`tests/train/test_train_cpu.py` compares them with PyTorch's own.
 
-What is gained over PyTorch's automatic gradients: everything between two matrix products is one pass
-over memory (`kernels.py`), scores of tokens that can't see each other are not computed, logits exist
-for a few hundred tokens at a time, and nothing needs more than one thread, so that a step can give each
-thread sequences of its own and never wait in the middle (`step.py`).
+They are faster than PyTorch's automatic gradients because everything between two matrix products is one pass over
+memory (`kernels.py`), scores of tokens that can't see each other are not computed, logits exist for a few hundred
+tokens at a time, and no operation needs more than one thread, so that a step gives each thread sequences of its
+own and waits only at the end (`step.py`).
 
 Shapes: B sequences of T tokens, M = B T, H hidden size, N query heads, K key heads, G = N / K,
 D head dimension, I inner size, V vocabulary. Activations are bfloat16 or float32; the residual stream
@@ -31,16 +31,18 @@ from tercet.train.cpu import kernels
 from tercet.train.cpu.attention import Read, attention_for
 from tercet.train.cpu.products import Matrix, Products, Sum, raw
 
-TOGETHER = 512  # tokens that go through several products in turn, while the cache holds what they leave
-LOGITS = 1 << 21  # numbers of logits that exist at once: 4 MB in bfloat16, which the cache holds
+TOGETHER = (
+    512  # tokens that go through several products in turn, while the cache holds the intermediate results
+)
+LOGITS = 1 << 21  # logits in memory at once: 4 MB in bfloat16, which the cache holds
 
 
-Kind = TypeVar("Kind")  # a `Matrix`, as the products want it, or the `Sum` of its gradients
+Kind = TypeVar("Kind")  # a `Matrix`, laid out for products, or the `Sum` of its gradients
 
 
 @dataclass
 class LayerWeights(Generic[Kind]):
-    """One layer's matrices, those with one input joined; norms in float32.
+    """One layer's weights: matrices, joined where they have the same input, and norms in float32.
 
     qkv [(N + 2 K) D, H], o [H, N D], gate_up [2 I, H], down [H, I]; norms [H], [H], [D], [D].
     """
@@ -57,9 +59,9 @@ class LayerWeights(Generic[Kind]):
 
 @dataclass
 class Weights(Generic[Kind]):
-    """Everything a pass reads, or everything it adds gradients to.
+    """All weights that a pass reads, or all sums that it adds gradients to.
 
-    embedding [V, H] float32; head [V, H]. For gradients the embedding is the head's sum where they are tied.
+    embedding [V, H] float32; head [V, H]. For gradients of tied weights the embedding is the head's sum.
     """
 
     embedding: Tensor
@@ -70,9 +72,10 @@ class Weights(Generic[Kind]):
 
 @dataclass
 class Rows:
-    """Sequences of one length for a pass. tokens, targets, positions [B, T] int64, in numpy.
+    """Sequences of one length for a pass.
 
-    begins: [B, T], the place in its row of the first token that each token may see.
+    tokens, targets, positions: [B, T] int64.
+    begins: [B, T], for each token the index in its row of the first token that it sees.
     """
 
     tokens: NDArray[np.int64]
@@ -87,7 +90,7 @@ class Rows:
         positions: NDArray[np.int64] | None = None,
         segments: NDArray[np.int64] | None = None,
     ) -> Rows:
-        """As `Batch` gives them: positions default to 0..T-1, segments to one a row."""
+        """Return rows from the tensors of a `Batch`; positions default to 0..T-1, segments to one a row."""
         places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         begins = np.zeros(tokens.shape, np.int64)
         if segments is not None:
@@ -96,23 +99,23 @@ class Rows:
         return Rows(
             np.ascontiguousarray(tokens),
             np.ascontiguousarray(targets),
-            # A copy, since numba compiles anew for an array that may not be written to, as `places` may not.
+            # A copy, since `places` is read-only, and numba compiles functions again for read-only arrays.
             np.array(places if positions is None else positions, np.int64, order="C"),
             begins,
         )
 
 
 @dataclass
-class Kept:
-    """What a layer's backward pass needs of its forward pass."""
+class Activations:
+    """The results of a layer's forward pass that its backward pass needs."""
 
     stream: Tensor  # [M, H] before the attention's norm
     factors: NDArray[np.float32]
     normed: Tensor
     qkv: Tensor
-    read: Read  # by attention
+    read: Read  # the inputs of attention
     head_factors: NDArray[np.float32]
-    weights: Any  # attention weights, as `Attention` keeps them
+    attention_state: Any  # from `Attention.forward`
     attended: Tensor  # [B K, T G, D]
     merged: Tensor  # the same as [M, N D]
     middle: Tensor  # [M, H] before the MLP's norm
@@ -123,7 +126,7 @@ class Kept:
 
 
 class Passes:
-    """Loss and gradients of a network of one configuration. Holds no weights."""
+    """Computes loss and gradients for networks of one configuration; holds no weights."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, products: Products) -> None:
         self.config, self.dtype, self.products = config, dtype, products
@@ -139,29 +142,29 @@ class Passes:
     def run(
         self, rows: Rows, weights: Weights[Matrix], gradients: Weights[Sum], scale: float, z_weight: float
     ) -> float:
-        """The summed loss (nats); adds ``scale`` times the gradient of loss and z-loss to ``gradients``.
+        """Return the summed loss (nats) and add ``scale`` times the gradient of loss and z-loss to ``gradients``.
 
-        Runs on the calling thread; ``gradients`` must be its own.
+        This runs on the calling thread, which must be the only one to use ``gradients``.
         """
         stream = torch.nn.functional.embedding(torch.from_numpy(rows.tokens.reshape(-1)), weights.embedding)
-        kept: list[Kept] = []
+        all_activations: list[Activations] = []
         stream = stream.float()
         update: Tensor | None = None
         for layer in weights.layers:
-            one, update = self._layer(rows, layer, stream, update)
-            stream = one.middle
-            kept.append(one)
+            activations, update = self._layer(rows, layer, stream, update)
+            stream = activations.middle
+            all_activations.append(activations)
         assert update is not None
         final, normed, factors = self._add_and_norm(stream, update, weights.norm)
         loss, d_normed = self._head(rows, weights, gradients, normed, scale, z_weight)
         d_stream = torch.zeros_like(final)
         narrow = torch.empty_like(normed)
         self._norm_backward(final, factors, weights.norm, d_normed, d_stream, narrow, gradients.norm)
-        for one, layer, sums in zip(
-            reversed(kept), reversed(weights.layers), reversed(gradients.layers), strict=True
+        for activations, layer, sums in zip(
+            reversed(all_activations), reversed(weights.layers), reversed(gradients.layers), strict=True
         ):
-            self._mlp_backward(one, layer, sums, d_stream, narrow)
-            self._attention_backward(rows, one, layer, sums, d_stream, narrow)
+            self._mlp_backward(activations, layer, sums, d_stream, narrow)
+            self._attention_backward(rows, activations, layer, sums, d_stream, narrow)
         gradients.head.settle()
         kernels.add_rows(gradients.embedding.numpy(), rows.tokens.reshape(-1), d_stream.numpy())
         return loss
@@ -171,7 +174,7 @@ class Passes:
     def _add_and_norm(
         self, stream: Tensor, update: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
-        """stream + update, its norm, and the factors that the way back needs."""
+        """Return stream + update, its norm, and the factors 1 / rms for the backward pass."""
         added, normed = torch.empty_like(stream), torch.empty_like(stream, dtype=self.dtype)
         factors = np.empty(len(stream), np.float32)
         kernels.add_and_norm(
@@ -181,8 +184,8 @@ class Passes:
 
     def _layer(
         self, rows: Rows, layer: LayerWeights[Matrix], stream: Tensor, update: Tensor | None
-    ) -> tuple[Kept, Tensor]:
-        """One block. ``update``: what the block before adds to ``stream``; this one's is returned."""
+    ) -> tuple[Activations, Tensor]:
+        """Run one block. ``update`` is the previous block's addition to ``stream``; this block's is returned."""
         config = self.config
         batch, time = rows.tokens.shape
         if update is None:
@@ -213,20 +216,20 @@ class Passes:
             head_factors,
         )
         read = Read(rows.begins, q, k, v)
-        attended, weights = self.attention.forward(read)
+        attended, attention_state = self.attention.forward(read)
         merged = self._merged(attended, batch)
         update = torch.empty_like(normed)
         layer.o.forward(merged, update)
         middle, middle_normed, middle_factors = self._add_and_norm(stream, update, layer.mlp_norm)
         gate_up, gated, down = self._mlp(layer, middle_normed)
-        kept = Kept(
+        activations = Activations(
             stream,
             factors,
             normed,
             qkv,
             read,
             head_factors,
-            weights,
+            attention_state,
             attended,
             merged,
             middle,
@@ -235,25 +238,25 @@ class Passes:
             gate_up,
             gated,
         )
-        return kept, down
+        return activations, down
 
     def _mlp(self, layer: LayerWeights[Matrix], normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """gate_up, gated, and the block's update of the stream."""
+        """Return gate_up, gated, and the block's update of the stream."""
         inner = self.config.intermediate_size
         gate_up, gated = (normed.new_empty(len(normed), size) for size in (2 * inner, inner))
         out = torch.empty_like(normed)
-        for some in _stretches(len(normed)):
-            layer.gate_up.forward(normed[some], gate_up[some])
-            kernels.gate(raw(gate_up[some]), raw(gated[some]))
-            layer.down.forward(gated[some], out[some])
+        for part in _parts(len(normed)):
+            layer.gate_up.forward(normed[part], gate_up[part])
+            kernels.gate(raw(gate_up[part]), raw(gated[part]))
+            layer.down.forward(gated[part], out[part])
         return gate_up, gated, out
 
     def _merged(self, attended: Tensor, batch: int) -> Tensor:
-        """[B K, T G, D] to [M, N D], heads in the checkpoint's order."""
+        """Rearrange [B K, T G, D] to [M, N D], heads in the checkpoint's order."""
         split = attended.view(batch, self.config.num_kv_heads, -1, self.groups, self.config.head_dim)
         return split.transpose(1, 2).reshape(-1, self.config.num_heads * self.config.head_dim).contiguous()
 
-    # The head, both ways at once: its gradient is at hand when the loss is, and the logits can go
+    # The head, forward and backward at once, so that the logits can be discarded
 
     def _head(
         self,
@@ -264,12 +267,13 @@ class Passes:
         scale: float,
         z_weight: float,
     ) -> tuple[float, Tensor]:
-        """The summed loss, and its gradient (times ``scale``) for the final norm's output."""
+        """Return the summed loss, and its gradient (times ``scale``) for the final norm's output."""
         targets = rows.targets.reshape(-1)
-        chosen = np.flatnonzero(targets != IGNORED)
-        everything = len(chosen) == len(targets)
-        hidden = normed if everything else normed[torch.from_numpy(chosen)]
-        wanted = targets if everything else targets[chosen]
+        supervised = np.flatnonzero(targets != IGNORED)
+        everything = len(supervised) == len(targets)
+        hidden = normed if everything else normed[torch.from_numpy(supervised)]
+        if not everything:
+            targets = targets[supervised]
         d_hidden = torch.empty_like(hidden)
         losses = np.empty(len(hidden), np.float32)
         size = max(1, LOGITS // self.config.vocab_size)
@@ -279,7 +283,7 @@ class Passes:
             weights.head.forward(piece, logits)
             kernels.cross_entropy(
                 raw(logits),
-                wanted[begin : begin + size],
+                targets[begin : begin + size],
                 np.float32(scale),
                 np.float32(z_weight),
                 losses[begin : begin + size],
@@ -289,10 +293,10 @@ class Passes:
         if everything:
             return float(losses.sum(dtype=np.float64)), d_hidden
         d_normed = torch.zeros_like(normed)
-        d_normed[torch.from_numpy(chosen)] = d_hidden
+        d_normed[torch.from_numpy(supervised)] = d_hidden
         return float(losses.sum(dtype=np.float64)), d_normed
 
-    # Backward. d_stream: gradient of the residual stream, float32; narrow: the same for the products
+    # Backward. d_stream: gradient of the residual stream, float32; narrow: the same in the activations' type
 
     def _norm_backward(
         self,
@@ -316,36 +320,38 @@ class Passes:
 
     def _mlp_backward(
         self,
-        kept: Kept,
+        activations: Activations,
         layer: LayerWeights[Matrix],
         sums: LayerWeights[Sum],
         d_stream: Tensor,
         narrow: Tensor,
     ) -> None:
         inner = self.config.intermediate_size
-        d_gated, d_gate_up = (kept.gated.new_empty(TOGETHER, size) for size in (inner, 2 * inner))
+        d_gated, d_gate_up = (activations.gated.new_empty(TOGETHER, size) for size in (inner, 2 * inner))
         d_normed = narrow.new_empty(TOGETHER, narrow.shape[1])
-        for some in _stretches(len(narrow)):
-            count = some.stop - some.start
-            self.products.gradient(sums.down, narrow[some], kept.gated[some])
-            layer.down.backward(narrow[some], d_gated[:count])
-            kernels.gate_backward(raw(kept.gate_up[some]), raw(d_gated[:count]), raw(d_gate_up[:count]))
-            self.products.gradient(sums.gate_up, d_gate_up[:count], kept.middle_normed[some])
+        for part in _parts(len(narrow)):
+            count = part.stop - part.start
+            self.products.gradient(sums.down, narrow[part], activations.gated[part])
+            layer.down.backward(narrow[part], d_gated[:count])
+            kernels.gate_backward(
+                raw(activations.gate_up[part]), raw(d_gated[:count]), raw(d_gate_up[:count])
+            )
+            self.products.gradient(sums.gate_up, d_gate_up[:count], activations.middle_normed[part])
             layer.gate_up.backward(d_gate_up[:count], d_normed[:count])
             self._norm_backward(
-                kept.middle[some],
-                kept.middle_factors[some],
+                activations.middle[part],
+                activations.middle_factors[part],
                 layer.mlp_norm,
                 d_normed[:count],
-                d_stream[some],
-                narrow[some],
+                d_stream[part],
+                narrow[part],
                 sums.mlp_norm,
             )
 
     def _attention_backward(
         self,
         rows: Rows,
-        kept: Kept,
+        activations: Activations,
         layer: LayerWeights[Matrix],
         sums: LayerWeights[Sum],
         d_stream: Tensor,
@@ -353,15 +359,18 @@ class Passes:
     ) -> None:
         config = self.config
         batch, time = rows.tokens.shape
-        self.products.gradient(sums.o, narrow, kept.merged)
-        d_merged = torch.empty_like(kept.merged)
+        self.products.gradient(sums.o, narrow, activations.merged)
+        d_merged = torch.empty_like(activations.merged)
         layer.o.backward(narrow, d_merged)
         split = d_merged.view(batch, time, config.num_kv_heads, self.groups, config.head_dim)
-        d_attended = split.transpose(1, 2).reshape(kept.attended.shape).contiguous()  # also of one row
-        d_q, d_k, d_v = self.attention.backward(kept.read, kept.attended, kept.weights, d_attended)
-        d_qkv = torch.empty_like(kept.qkv)
+        # `reshape` alone need not copy a single row.
+        d_attended = split.transpose(1, 2).reshape(activations.attended.shape).contiguous()
+        d_q, d_k, d_v = self.attention.backward(
+            activations.read, activations.attended, activations.attention_state, d_attended
+        )
+        d_qkv = torch.empty_like(activations.qkv)
         kernels.heads_backward(
-            raw(kept.qkv),
+            raw(activations.qkv),
             layer.q_norm.numpy(),
             layer.k_norm.numpy(),
             config.qk_norm == "head",
@@ -369,7 +378,7 @@ class Passes:
             self.sines,
             rows.positions,
             self.scale,
-            kept.head_factors,
+            activations.head_factors,
             raw(d_q),
             d_k.numpy(),
             d_v.numpy(),
@@ -378,21 +387,21 @@ class Passes:
             sums.k_norm.numpy(),
         )
         d_normed = narrow.new_empty(TOGETHER, narrow.shape[1])
-        for some in _stretches(len(narrow)):
-            count = some.stop - some.start
-            self.products.gradient(sums.qkv, d_qkv[some], kept.normed[some])
-            layer.qkv.backward(d_qkv[some], d_normed[:count])
+        for part in _parts(len(narrow)):
+            count = part.stop - part.start
+            self.products.gradient(sums.qkv, d_qkv[part], activations.normed[part])
+            layer.qkv.backward(d_qkv[part], d_normed[:count])
             self._norm_backward(
-                kept.stream[some],
-                kept.factors[some],
+                activations.stream[part],
+                activations.factors[part],
                 layer.input_norm,
                 d_normed[:count],
-                d_stream[some],
-                narrow[some],
+                d_stream[part],
+                narrow[part],
                 sums.input_norm,
             )
 
 
-def _stretches(tokens: int) -> list[slice]:
-    """Some tokens at a time: what one product leaves is still in the cache when the next reads it."""
+def _parts(tokens: int) -> list[slice]:
+    """Divide tokens into parts so small that the cache still holds one product's results when the next reads them."""
     return [slice(begin, min(begin + TOGETHER, tokens)) for begin in range(0, tokens, TOGETHER)]

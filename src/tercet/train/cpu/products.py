@@ -1,15 +1,15 @@
-"""Matrix products of bfloat16 in float32 sums, for processors that multiply pairs of bfloat16 (AVX-512 BF16).
+"""Matrix products of bfloat16 with float32 sums, for processors that multiply pairs of bfloat16 (AVX-512 BF16).
 
-One instruction adds to 16 sums the products of two neighbours each: sixteen sums += pairs of one row, the same
-in all lanes, times pairs of 16 columns. So what is multiplied lies in pairs along what is summed over, as
-32-bit words, and its columns lie in panels of 64:
+One instruction adds to each of 16 sums the products of two pairs: a pair of one row, the same in all lanes, times
+pairs of 16 columns. So a matrix is stored in pairs along the summed dimension, as 32-bit words, and its columns
+are grouped in panels of 64:
 
     panels [ceil(columns / 64), pairs, 64] uint32, the first of a pair in the lower half; zeros beyond the end.
 
-A tile of 4 rows and 64 columns keeps its 16 sums in registers from the first pair to the last. Weights are
-laid out so once a step, for both directions; rows of activations already have their pairs side by side. The
-gradient of a weight is a sum over tokens, for which both sides are laid out, some hundred tokens at a time,
-and is added to float32 sums without being rounded first.
+A tile of 4 rows and 64 columns keeps its 16 sums in registers from the first pair to the last. Weights are laid
+out this way once a step, for both directions; rows of activations already have their pairs side by side. The
+gradient of a weight is a sum over tokens. For it both sides are laid out, some hundred tokens at a time, and the
+result is added to float32 sums without an intermediate rounding.
 
 On processors with an instruction for whole tiles (AMX), and in float32, PyTorch's products are used.
 """
@@ -30,15 +30,15 @@ from tercet.simd import I16, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
 from tercet.train.cpu.compiling import addressing
 from tercet.train.cpu.kernels import put
 
-PANEL = 64  # columns that lie together
-ROWS = 4  # of a tile: 4 x 4 vectors of sums, more than hide the latency of one, and few loads for each
+PANEL = 64  # columns that are stored together
+ROWS = 4  # of a tile: its 4 x 4 vectors of sums hide the latency of one, and each load serves several of them
 BLOCK = 128  # rows that go through all panels before the next rows do, so that they stay in the cache
-TOKENS = 256  # that are laid out at a time for a gradient
+TOKENS = 256  # tokens that are laid out at a time for a gradient
 VECTORS = PANEL // LANES
 
 
 def raw(tensor: Tensor) -> NDArray[Any]:
-    """The tensor's memory as numpy sees it; bfloat16 as uint16."""
+    """View a tensor's memory as a numpy array; bfloat16 as uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -46,10 +46,12 @@ def raw(tensor: Tensor) -> NDArray[Any]:
 
 
 def _tile(rows: int, write: str, vectors: int = VECTORS) -> Any:
-    """(left, from row to row, from pair to pair, panel, pairs, out, from row to row of it).
+    """Build the kernel (left, row_step, pair_step, panel, pairs, out, out_step) that multiplies a tile by a panel.
 
-    write: "narrow" rounds to bfloat16, "single" stores float32, "add" adds to float32. vectors: of the panel's
-    columns, from the first.
+    Args:
+        rows: Rows of the tile.
+        write: "narrow" rounds to bfloat16, "single" stores float32, "add" adds to float32.
+        vectors: Vectors of the panel's columns to compute, from the first on.
     """
 
     @kernel(7)
@@ -59,7 +61,7 @@ def _tile(rows: int, write: str, vectors: int = VECTORS) -> Any:
         b = v.b
         sums = [[v.variable(VECTOR, v.constant(0.0)) for _ in range(vectors)] for _ in range(rows)]
         starts = [v.address(left, b.mul(row_step, I64(row))) for row in range(rows)]
-        if write == "add":  # what is added to is on its way while the products are computed
+        if write == "add":  # prefetch the previous sums while the products are computed
             for row in range(rows):
                 for i in range(vectors):
                     v.fetch(v.address(b.add(out, b.mul(out_step, I64(row))), 64 * i))
@@ -95,7 +97,7 @@ add = _tile(ROWS, "add")
 
 @kernel(3)
 def _interleave(v: Vectors, upper: Any, lower: Any, out: Any) -> None:
-    """PANEL pairs of bfloat16: one of each from ``upper`` and ``lower``."""
+    """Emit PANEL pairs of bfloat16, each of one number from ``upper`` and one from ``lower``."""
     halves, b = ir.VectorType(I16, LANES), v.b
     for i in range(VECTORS):
         first, second = (
@@ -106,9 +108,10 @@ def _interleave(v: Vectors, upper: Any, lower: Any, out: Any) -> None:
 
 @addressing
 def pair_rows(matrix, panels, first):
-    """panels[., first + p, c] = the pair matrix[2 p, c], matrix[2 p + 1, c]; an odd last row is paired with zeros.
+    """Set panels[., first + p, c] = the pair matrix[2 p, c], matrix[2 p + 1, c]; pair an odd last row with zeros.
 
-    matrix: bfloat16, with columns beside each other. Whole panels are written: zeros beyond the last column.
+    ``matrix`` is bfloat16 and contiguous along its rows. Whole panels are written, with zeros beyond the last
+    column.
     """
     rows, columns = matrix.shape
     source, step = matrix.ctypes.data, matrix.strides[0]
@@ -135,7 +138,7 @@ def pair_rows(matrix, panels, first):
 
 @addressing
 def pair_columns(matrix, panels, first):
-    """panels[., p, first + r] = the pair matrix[r, 2 p], matrix[r, 2 p + 1]: rows of bfloat16 become columns."""
+    """Set panels[., p, first + r] = the pair matrix[r, 2 p], matrix[r, 2 p + 1]: rows of bfloat16 become columns."""
     for row in range(len(matrix)):
         pairs = matrix[row].view(np.uint32)
         panel, lane = panels[(first + row) // PANEL], (first + row) % PANEL
@@ -145,20 +148,21 @@ def pair_columns(matrix, panels, first):
 
 @addressing
 def lay_out(weight, forward, backward, first):
-    """Rows ``first`` and on of a weight [O, K] float32, for products with its transpose and with itself.
+    """Lay out rows of a weight [O, K] float32, from ``first`` on, for products with its transpose and with itself.
 
-    forward [., K / 2, PANEL]: each row is a column, its pairs along K. backward [., O / 2, PANEL]: rows in pairs.
+    In ``forward`` [., K / 2, PANEL] each row is a column with its pairs along K. In ``backward`` [., O / 2, PANEL]
+    rows are paired.
     """
     rows, columns = weight.shape
     lines = np.empty((LANES, columns), np.uint16)
     for begin in range(0, rows, LANES):
-        some = lines[: min(LANES, rows - begin)]
-        for row in range(len(some)):
-            line, source = some[row], weight[begin + row]
+        block = lines[: min(LANES, rows - begin)]
+        for row in range(len(block)):
+            line, source = block[row], weight[begin + row]
             for column in range(columns):
                 put(line, column, source[column])
-        pair_columns(some, forward, first + begin)
-        pair_rows(some, backward, (first + begin) // 2)
+        pair_columns(block, forward, first + begin)
+        pair_rows(block, backward, (first + begin) // 2)
 
 
 # Products
@@ -166,9 +170,9 @@ def lay_out(weight, forward, backward, first):
 
 @addressing
 def exact_tile(left, step, panel, pairs, out, out_step, rows, width):
-    """``rows`` rows (ROWS, or 1 each time) at address ``left`` times a panel, into float32 at ``out``.
+    """Multiply ``rows`` rows at address ``left`` by a panel, into float32 at ``out``.
 
-    width: columns of the panel that are wanted; others may be left out.
+    Only the first ``width`` columns of the panel are needed; the others may be left out.
     """
     if rows == ROWS and width <= PANEL // 2:
         single_half(left, step, 4, panel, pairs, out, out_step)
@@ -181,7 +185,7 @@ def exact_tile(left, step, panel, pairs, out, out_step, rows, width):
 
 @addressing
 def tile(left, step, panel, pairs, out, first, rest):
-    """As `exact_tile`, into the bfloat16 rows ``out`` from column ``first`` on; rest [ROWS, PANEL] float32."""
+    """As `exact_tile`, into the bfloat16 rows ``out`` from column ``first`` on; ``rest`` [ROWS, PANEL] is scratch."""
     rows, width = len(out), min(PANEL, out.shape[1] - first)
     if width < PANEL:
         exact_tile(left, step, panel, pairs, rest.ctypes.data, 4 * PANEL, rows, width)
@@ -200,7 +204,7 @@ def tile(left, step, panel, pairs, out, first, rest):
 
 @addressing
 def product(left, panels, out):
-    """out [M, N] = left [M, K] times ``panels`` of K pairs and N columns; all bfloat16. K is even."""
+    """Compute out [M, N] = left [M, K] times ``panels`` of K / 2 pairs and N columns; all bfloat16, K even."""
     rows, pairs = len(out), left.shape[1] // 2
     source, step, base, size = left.ctypes.data, left.strides[0], panels.ctypes.data, panels.strides[0]
     rest = np.empty((ROWS, PANEL), np.float32)
@@ -220,7 +224,7 @@ def product(left, panels, out):
 
 @addressing
 def gradient(d_out, inputs, total, fresh):
-    """total [O, K] float32 += the transpose of d_out [T, O] times inputs [T, K]; fresh: what it held is replaced."""
+    """Add d_out [T, O] transposed times inputs [T, K] to total [O, K] float32; ``fresh``: replace the old total."""
     tokens, outs = d_out.shape
     columns = inputs.shape[1]
     right = np.empty(((columns + PANEL - 1) // PANEL, (tokens + 1) // 2, PANEL), np.uint32)
@@ -252,82 +256,91 @@ def gradient(d_out, inputs, total, fresh):
                     else:
                         single(place, 4, 4 * PANEL, there, pairs, rest.ctypes.data, 4 * PANEL)
                     for i in range(min(ROWS, stop - row)):
-                        line, found = total[row + i], rest[i]
+                        line, exact = total[row + i], rest[i]
                         for j in range(width):
-                            line[first + j] = found[j] if replaces else line[first + j] + found[j]
+                            line[first + j] = exact[j] if replaces else line[first + j] + exact[j]
 
 
-# What the passes use
+# The interface of the passes
 
 
 class Matrix(Protocol):
-    """A weight [O, K] as the products want it."""
+    """A weight [O, K], laid out for products."""
 
     def refresh(self) -> None:
-        """Read the parameters anew."""
+        """Read the parameters' present values."""
 
     def forward(self, inputs: Tensor, out: Tensor) -> None:
-        """inputs [M, K] to out [M, O]."""
+        """Multiply inputs [M, K] by the transpose, into out [M, O]."""
 
     def backward(self, d_out: Tensor, d_inputs: Tensor) -> None:
-        """d_out [M, O] to d_inputs [M, K]."""
+        """Multiply d_out [M, O] by the weight, into d_inputs [M, K]."""
 
 
 class Sum:
-    """A float32 tensor that gradients are added to, without being cleared before."""
+    """A float32 tensor that gradients are added to; the first of a step replaces the old value."""
 
     def __init__(self, *shape: int) -> None:
         self.value = torch.zeros(*shape)
-        self.fresh = True  # what it holds is not of this step
+        self.fresh = True  # nothing was added in this step; the value is an old one
 
     def settle(self) -> None:
-        """Make it zero if nothing was added."""
+        """Set the value to zero if nothing was added."""
         if self.fresh:
             self.value.zero_()
             self.fresh = False
 
 
 class Products(Protocol):
-    """One way to multiply."""
+    """An implementation of matrix products."""
 
     def matrix(self, parts: Sequence[Tensor]) -> Matrix:
-        """The parameters ``parts`` [., K], one below the other. Holds nothing before `Matrix.refresh`."""
+        """Join parameters [., K], one below the other. The matrix is empty until `Matrix.refresh`."""
 
     def gradient(self, total: Sum, d_out: Tensor, inputs: Tensor) -> None:
         """Add the gradient of a weight, d_out [M, O] transposed times inputs [M, K], to total [O, K]."""
 
 
 class PlainMatrix:
+    """A weight for PyTorch's products, in one type."""
+
     def __init__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.parts, self.dtype = parts, dtype
         self.weight = torch.empty(0)
 
     def refresh(self) -> None:
+        """Join the parameters' present values."""
         whole = self.parts[0] if len(self.parts) == 1 else torch.cat([part.detach() for part in self.parts])
         self.weight = whole.detach().to(self.dtype)
 
     def forward(self, inputs: Tensor, out: Tensor) -> None:
+        """Multiply inputs [M, K] by the transpose, into out [M, O]."""
         torch.mm(inputs, self.weight.T, out=out)
 
     def backward(self, d_out: Tensor, d_inputs: Tensor) -> None:
+        """Multiply d_out [M, O] by the weight, into d_inputs [M, K]."""
         torch.mm(d_out, self.weight, out=d_inputs)
 
 
 class PlainProducts:
-    """PyTorch's, in ``dtype``."""
+    """PyTorch's products, in one type."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def matrix(self, parts: Sequence[Tensor]) -> Matrix:
+        """Join parameters [., K], one below the other."""
         return PlainMatrix(parts, self.dtype)
 
     def gradient(self, total: Sum, d_out: Tensor, inputs: Tensor) -> None:
+        """Add d_out [M, O] transposed times inputs [M, K] to total [O, K]."""
         total.settle()
         total.value += d_out.T @ inputs
 
 
 class PairedMatrix:
+    """A weight in panels of pairs of bfloat16, for both directions."""
+
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self.parts = parts
         outputs, inputs = sum(len(part) for part in parts), parts[0].shape[1]
@@ -337,25 +350,30 @@ class PairedMatrix:
         )
 
     def refresh(self) -> None:
+        """Lay out the parameters' present values."""
         first = 0
         for part in self.parts:
             lay_out(part.detach().numpy(), self._forward, self._backward, first)
             first += len(part)
 
     def forward(self, inputs: Tensor, out: Tensor) -> None:
+        """Multiply inputs [M, K] by the transpose, into out [M, O]."""
         product(raw(inputs), self._forward, raw(out))
 
     def backward(self, d_out: Tensor, d_inputs: Tensor) -> None:
+        """Multiply d_out [M, O] by the weight, into d_inputs [M, K]."""
         product(raw(d_out), self._backward, raw(d_inputs))
 
 
 class PairedProducts:
-    """Those of this module."""
+    """This module's products of pairs of bfloat16."""
 
     def matrix(self, parts: Sequence[Tensor]) -> Matrix:
+        """Join parameters [., K], one below the other."""
         return PairedMatrix(parts)
 
     def gradient(self, total: Sum, d_out: Tensor, inputs: Tensor) -> None:
+        """Add d_out [M, O] transposed times inputs [M, K] to total [O, K]."""
         if not len(d_out):
             return
         gradient(raw(d_out), raw(inputs), total.value.numpy(), total.fresh)
@@ -363,6 +381,6 @@ class PairedProducts:
 
 
 def products_for(dtype: torch.dtype, sizes: Sequence[int]) -> Products:
-    """The fastest for activations of ``dtype`` and matrices of these ``sizes``, which pairs must divide."""
+    """Return the fastest products for activations of ``dtype``; pairs need matrices of even ``sizes``."""
     fast = dtype == torch.bfloat16 and has_bfloat_dot() and not has_bfloat_tiles()
     return PairedProducts() if fast and all(size % 2 == 0 for size in sizes) else PlainProducts(dtype)

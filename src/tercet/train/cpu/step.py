@@ -1,8 +1,8 @@
 """The gradients of an optimizer step: each thread takes sequences of its own through the whole network.
 
-PyTorch divides every operation among threads and waits for all of them after each, a thousand times a
-step. Here the threads meet once, at the end, where their gradients are added in a fixed order: a step
-repeats bit for bit with the same number of threads.
+PyTorch divides every operation among threads and waits for all of them after each, a thousand times a step. Here
+there is one barrier, at the end, where the threads' gradients are added in a fixed order: a step repeats bit for
+bit with the same number of threads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tercet.train.loss import Batch
 
 
 class Stepper:
-    """Computes gradients of ``model``, whose parameters' ``grad`` it sets.
+    """Computes the gradients of ``model`` and sets its parameters' ``grad``.
 
-    Weights are read anew each step, so an optimizer may change them in place between steps.
+    Each step reads the weights again, so an optimizer may change them in place between steps.
     """
 
     def __init__(self, model: Transformer, threads: int, z_weight: float = 0.0) -> None:
@@ -54,14 +54,15 @@ class Stepper:
         ]
         self._sums = [self._zeros() for _ in range(self.threads)]
         self._pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
-        # Compiles what this machine has not compiled yet (half a minute, once), before any clock runs.
+        # Compile the kernels that this machine has not compiled yet (half a minute, once), before any time is
+        # measured.
         place = np.zeros((1, 2), np.int64)
         self._each(self._run, [([Rows.of(place, place)], self._weights(), self._sums[0], 0.0)])
 
     def gradients(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Mean loss in nats over the supervised tokens of all ``batches``, and how many those are.
+        """Return the mean loss (nats) over the supervised tokens of all ``batches``, and the number of those tokens.
 
-        Sets every parameter's ``grad`` to the gradient of that mean.
+        Every parameter's ``grad`` is set to the gradient of that mean.
         """
         tokens = sum(batch.supervised for batch in batches)
         scale = 1.0 / max(1, tokens)
@@ -70,49 +71,51 @@ class Stepper:
             for number, part in enumerate(_shares(batch, self.threads)):
                 rows[number].append(part)
         weights = self._weights()
-        work = [(mine, weights, sums, scale) for mine, sums in zip(rows, self._sums, strict=True)]
+        work = [(own_rows, weights, sums, scale) for own_rows, sums in zip(rows, self._sums, strict=True)]
         total = sum(self._each(self._run, work))
         self._each(_add_up, list(zip(*(list(_tensors(sums)) for sums in self._sums), strict=True)))
         self._hand_over(self._sums[0])
         return total * scale, tokens
 
     def _run(self, work: tuple[list[Rows], Weights[Matrix], Weights[Sum], float]) -> float:
-        """One thread's part: the summed loss of its rows, whose gradients replace its sums."""
+        """Do one thread's part: return the summed loss of its rows, and replace its sums by their gradients."""
         rows, weights, sums, scale = work
         vectors, matrices = _parts_of(sums)
         for vector in vectors:
             vector.zero_()
         for matrix in matrices:
             matrix.fresh = True
-        total = sum(self.passes.run(one, weights, sums, scale, self.z_weight) for one in rows)
+        total = sum(self.passes.run(part, weights, sums, scale, self.z_weight) for part in rows)
         for matrix in matrices:
             matrix.settle()
         return total
 
     def _each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """``function`` of each of the items, on the threads."""
+        """Apply ``function`` to each of the items, on the threads."""
 
         def alone(item: Any) -> Any:
             if torch.get_num_threads() != 1:
-                torch.set_num_threads(1)  # of this thread: what it starts runs on it alone
+                torch.set_num_threads(
+                    1
+                )  # PyTorch's setting is per thread: operations run on this thread alone
             with torch.inference_mode():
                 return function(item)
 
         return list(map(alone, items) if self._pool is None else self._pool.map(alone, items))
 
     def _weights(self) -> Weights[Matrix]:
-        """The network's weights as they are now, as the passes want them."""
+        """Return the network's present weights, laid out for the passes."""
         inner, normed = self.model.model, self.model.config.qk_norm == "head"
         self._each(lambda matrix: matrix.refresh(), [self._head, *itertools.chain(*self._matrices)])
-        one = torch.ones(self.model.config.head_dim)
+        ones = torch.ones(self.model.config.head_dim)
         blocks: list[Any] = list(inner.layers)
         layers = [
             LayerWeights(
                 *matrices,
                 block.input_layernorm.weight.detach(),
                 block.post_attention_layernorm.weight.detach(),
-                block.self_attn.q_norm.weight.detach() if normed else one,
-                block.self_attn.k_norm.weight.detach() if normed else one,
+                block.self_attn.q_norm.weight.detach() if normed else ones,
+                block.self_attn.k_norm.weight.detach() if normed else ones,
             )
             for block, matrices in zip(blocks, self._matrices, strict=True)
         ]
@@ -141,7 +144,7 @@ class Stepper:
         return Weights(embedding, layers, torch.zeros(hidden), head)
 
     def _hand_over(self, sums: Weights[Sum]) -> None:
-        """Make each parameter's gradient the part of the sums that is its own."""
+        """Set each parameter's gradient to its part of the sums."""
         config, inner = self.model.config, self.model.model
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         blocks: list[Any] = list(inner.layers)
@@ -169,7 +172,7 @@ class Stepper:
 
 
 def _parts_of(sums: Weights[Sum]) -> tuple[list[Tensor], list[Sum]]:
-    """Everything gradients are added to, each once: what is cleared before a step, and what needs not be."""
+    """Return the tensors to clear before a step, and the sums that need no clearing; each once."""
     parts = [part for layer in sums.layers for part in vars(layer).values()]
     vectors = [sums.norm, *(part for part in parts if not isinstance(part, Sum))]
     if sums.embedding is not sums.head.value:
@@ -183,21 +186,21 @@ def _tensors(sums: Weights[Sum]) -> list[Tensor]:
 
 
 def _add_up(copies: Sequence[Tensor]) -> None:
-    """Add the others to the first, in order."""
-    for other in copies[1:]:
-        copies[0].add_(other)
+    """Add the second and later tensors to the first, in order."""
+    for copy in copies[1:]:
+        copies[0].add_(copy)
 
 
 def _shares(batch: Batch, parts: int) -> list[Rows]:
-    """The batch's rows in at most ``parts`` stretches of nearly equal size."""
+    """Divide the batch's rows into at most ``parts`` parts of nearly equal size."""
     count = len(batch.tokens)
     ends = np.linspace(0, count, min(parts, count) + 1).round().astype(int).tolist()
-    found = []
+    shares = []
     for begin, end in itertools.pairwise(ends):
         tokens, targets, positions, segments = (
             None if tensor is None else tensor[begin:end].numpy()
             for tensor in (batch.tokens, batch.targets, batch.positions, batch.segments)
         )
         assert tokens is not None and targets is not None
-        found.append(Rows.of(tokens, targets, positions, segments))
-    return found
+        shares.append(Rows.of(tokens, targets, positions, segments))
+    return shares

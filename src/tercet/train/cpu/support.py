@@ -1,4 +1,4 @@
-"""Which networks the written-out passes compute. Apart from them, so that asking doesn't import numba."""
+"""The networks that the written-out passes support; a module of its own, so that the check doesn't import numba."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tercet.model.transformer import Linear, Transformer
 
 
 def supports(model: Transformer) -> bool:
-    """Whether these passes compute this network: its parts are those above and all of it is trained."""
+    """Return whether `passes` computes this network: all its parts are supported and all are trained."""
     config = model.config
     blocks: list[Any] = list(model.model.layers)
     return (
