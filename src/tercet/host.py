@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import llvmlite.binding as llvm
 import numpy as np
 
 if TYPE_CHECKING:
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 @functools.cache
 def host_features() -> frozenset[str]:
     """Return the processor's features by LLVM's names."""
+    import llvmlite.binding as llvm
+
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 
 
