@@ -1,4 +1,4 @@
-"""CPU backends of small checkpoints, and ways to feed them."""
+"""CPU backends for small checkpoints, and ways to feed them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(
     portable: bool = False,
     exact: bool = False,
 ) -> CPUBackend:
-    """A backend with less room for keys and values than usual; they are float32 where it is exact."""
+    """Load a backend with less memory for keys and values than usual; with ``exact`` they are float32."""
     weights = Weights(directory)
     places, memory = pack(weights.config, quantization, weights.dtype, weights)
     return CPUBackend(
@@ -45,30 +45,32 @@ def chunk(
     start: int = 0,
     pages: Sequence[int] = range(64),
     sequence: int = 0,
-    wanted: Any = None,
+    outputs: Any = None,
 ) -> Chunk:
-    """All logits are wanted unless told."""
-    return Chunk(sequence, list(tokens), start, list(pages), range(len(tokens)) if wanted is None else wanted)
+    """Return a chunk; every token is an output by default."""
+    return Chunk(
+        sequence, list(tokens), start, list(pages), range(len(tokens)) if outputs is None else outputs
+    )
 
 
 def at_once(backend: CPUBackend, tokens: Sequence[int], pages: Sequence[int] = range(64)) -> Logits:
-    """Logits after each token, in as few calls as it takes."""
+    """Return the logits after each token, in as few calls as possible."""
     size = backend.max_tokens
     calls = [chunk(tokens[begin : begin + size], begin, pages) for begin in range(0, len(tokens), size)]
-    return np.concatenate([backend.feed([one]) for one in calls])
+    return np.concatenate([backend.feed([call]) for call in calls])
 
 
 def in_pieces(
     backend: CPUBackend, sequences: Sequence[Sequence[int]], rng: np.random.Generator, sizes: Sequence[int]
 ) -> list[Logits]:
-    """Logits after each token of each sequence, fed by chance: who is in a call, how many tokens, which pages.
+    """Return the logits after each token of each sequence, fed in random calls of random sizes and pages.
 
-    Each sequence's pages are taken when it comes to need them, so those of all are mixed.
+    A sequence gets its pages when it needs them, so that the pages of all sequences are mixed.
     """
     free = list(rng.permutation(backend.num_pages))
     pages: list[list[int]] = [[] for _ in sequences]
     done = [0] * len(sequences)
-    found: list[list[Logits]] = [[] for _ in sequences]
+    result: list[list[Logits]] = [[] for _ in sequences]
     while any(count < len(tokens) for count, tokens in zip(done, sequences, strict=True)):
         left = [number for number, tokens in enumerate(sequences) if done[number] < len(tokens)]
         taken = rng.permutation(left)[: rng.integers(1, len(left) + 1)]
@@ -81,7 +83,7 @@ def in_pieces(
             chunks.append(chunk(tokens[begin:end], begin, pages[number], number))
             done[number] = end
         rows = backend.feed(chunks)
-        cuts = np.cumsum([len(one.tokens) for one in chunks])[:-1]
+        cuts = np.cumsum([len(part.tokens) for part in chunks])[:-1]
         for number, part in zip(taken, np.split(rows, cuts), strict=True):
-            found[number].append(part)
-    return [np.concatenate(parts) for parts in found]
+            result[number].append(part)
+    return [np.concatenate(parts) for parts in result]

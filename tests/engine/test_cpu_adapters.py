@@ -1,4 +1,4 @@
-"""Adapters beside packed weights: peft's logits, whatever is computed beside them."""
+"""Adapters beside packed weights: the logits of peft, whatever the rest of the batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tiny_checkpoints import Make
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
-    found: list[int] = np.random.default_rng(seed).integers(3, 61, count).tolist()
-    return found
+    result: list[int] = np.random.default_rng(seed).integers(3, 61, count).tolist()
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,14 @@ def all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def feed(
     backend: CPUBackend, tokens: list[int], adapter: int, page: int = 0, cuts: tuple[int, ...] = ()
 ) -> Logits:
-    """Logits at every token, fed in parts of those lengths and the rest at once."""
-    found, begin = [], 0
+    """Return the logits at every token, fed in parts of the lengths ``cuts`` and the rest at once."""
+    result, begin = [], 0
     for size in (*cuts, len(tokens)):
         part = tokens[begin : begin + size]
         if part:
-            found.append(backend.feed([Chunk(0, part, begin, [page], range(len(part)), adapter)]))
+            result.append(backend.feed([Chunk(0, part, begin, [page], range(len(part)), adapter)]))
         begin += len(part)
-    return np.concatenate(found)
+    return np.concatenate(result)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,10 +54,10 @@ def test_logits_are_those_of_peft_and_of_the_merged_adapter(make: Make, tmp_path
         for number, (name, model) in enumerate(zip(("one", "other"), models, strict=True), 1):
             expected = logits_of(model, tokens)
             assert np.abs(expected - plain).max() > 0.05
-            found = feed(backend, tokens, number, cuts=(11, 1, 1, 2, 9))
-            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+            result = feed(backend, tokens, number, cuts=(11, 1, 1, 2, 9))
+            np.testing.assert_allclose(result, expected, atol=1e-4, rtol=0)
             merged = load_cpu_backend(base, tmp_path / name, "none")
-            np.testing.assert_allclose(found, at_once(merged, tokens), atol=1e-4, rtol=0)
+            np.testing.assert_allclose(result, at_once(merged, tokens), atol=1e-4, rtol=0)
         np.testing.assert_array_equal(feed(backend, tokens, 0), before)
 
 
@@ -66,7 +66,7 @@ def test_logits_are_those_of_peft_and_of_the_merged_adapter(make: Make, tmp_path
 def test_other_adapters_in_the_batch_change_no_bit(
     make: Make, tmp_path: Path, family: str, quantization: Any
 ) -> None:
-    """With threads that race, tokens cut anyhow, and adapters of different ranks and layers."""
+    """The threads race, sequences are cut at random, and adapters have different ranks and layers."""
     _, base = make(family)
     ends = ["query_key_value", "dense"] if family == "gpt_neox" else ["q_proj", "up_proj", "o_proj"]
     make_adapter(base, tmp_path / "wide", r=20)
@@ -86,7 +86,7 @@ def test_other_adapters_in_the_batch_change_no_bit(
     expected = [feed(alone, tokens, adapter) for tokens, adapter in rows]
     rng = np.random.default_rng(0)
     for _ in range(8):
-        at, found = [0] * len(rows), [[] for _ in rows]  # type: ignore[var-annotated]
+        at, result = [0] * len(rows), [[] for _ in rows]  # type: ignore[var-annotated]
         while any(begin < len(tokens) for begin, (tokens, _) in zip(at, rows, strict=True)):
             chunks, whose = [], []
             for number in rng.permutation(len(rows)).tolist():
@@ -100,13 +100,13 @@ def test_other_adapters_in_the_batch_change_no_bit(
             if chunks:
                 logits = both.feed(chunks)
                 for number, chunk in zip(whose, chunks, strict=True):
-                    found[number].append(logits[: len(chunk.tokens)])
+                    result[number].append(logits[: len(chunk.tokens)])
                     logits = logits[len(chunk.tokens) :]
-        for parts, wanted in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(np.concatenate(parts), wanted)
+        for parts, alone in zip(result, expected, strict=True):
+            np.testing.assert_array_equal(np.concatenate(parts), alone)
 
 
-def test_an_adapter_beside_quantised_weights_is_as_near_as_these(make: Make, tmp_path: Path) -> None:
+def test_an_adapter_beside_quantised_weights_adds_no_error(make: Make, tmp_path: Path) -> None:
     theirs, base = make("llama")
     model = make_adapter(base, tmp_path / "adapter")
     for quantization, bound in (("bf16", 0.05), ("int8", 0.15), ("int4", 1.2)):
@@ -118,7 +118,7 @@ def test_an_adapter_beside_quantised_weights_is_as_near_as_these(make: Make, tmp
 
 
 def test_many_tokens_of_several_adapters_in_one_step(make: Make, tmp_path: Path) -> None:
-    """Runs of rows: neighbours of one adapter are computed together, and as if alone."""
+    """Consecutive rows of one adapter are computed together, with the same result as alone."""
     _, base = make("qwen3", max_position_embeddings=256)
     make_adapter(base, tmp_path / "adapter")
     backend = load(base, threads=2)

@@ -1,4 +1,4 @@
-"""The network on the CPU kernels, against transformers and against itself in other company."""
+"""The network on the CPU kernels, against transformers and against itself in other batches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Logits = NDArray[np.float32]
 
 
 def ids(count: int, seed: int = 1) -> list[int]:
-    found: list[int] = np.random.default_rng(seed).integers(3, 61, count).tolist()
-    return found
+    result: list[int] = np.random.default_rng(seed).integers(3, 61, count).tolist()
+    return result
 
 
 def reference(model: Any, tokens: list[int]) -> Logits:
@@ -41,15 +41,15 @@ def reference(model: Any, tokens: list[int]) -> Logits:
 
 
 def feed(backend: CPUBackend, tokens: list[int], cuts: list[int], pages: list[int] | None = None) -> Logits:
-    """Logits at every token, fed in parts of those lengths and the rest at once."""
+    """Return the logits at every token, fed in parts of the lengths ``cuts`` and the rest at once."""
     pages = pages or list(range(len(tokens) // PAGE + 1))
-    found, begin = [], 0
+    result, begin = [], 0
     for size in [*cuts, len(tokens)]:
         part = tokens[begin : begin + size]
         if part:
-            found.append(backend.feed([Chunk(0, part, begin, pages, list(range(len(part))))]))
+            result.append(backend.feed([Chunk(0, part, begin, pages, list(range(len(part))))]))
         begin += len(part)
-    return np.concatenate(found)
+    return np.concatenate(result)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,23 +69,23 @@ def test_sequences_and_windows_cross_pages(make: Make, fields: dict[str, Any]) -
     model, directory = make("mistral", max_position_embeddings=256, **({"sliding_window": None} | fields))
     tokens = ids(200)
     backend = load_cpu_backend(directory, quantization="none")
-    found = feed(backend, tokens, [60, 1, 1, 1, 1, 1, 90], pages=[7, 2, 9, 4])
-    np.testing.assert_allclose(found, reference(model, tokens), atol=1e-4)
+    result = feed(backend, tokens, [60, 1, 1, 1, 1, 1, 90], pages=[7, 2, 9, 4])
+    np.testing.assert_allclose(result, reference(model, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize(("quantization", "bound"), [("bf16", 0.03), ("int8", 0.1), ("int4", 0.9)])
 def test_quantised_logits_are_near(make: Make, quantization: Any, bound: float) -> None:
     model, directory = make("llama")
-    found = feed(load_cpu_backend(directory, quantization=quantization), ids(30), [])
-    error = np.abs(found - reference(model, ids(30))).max()
+    result = feed(load_cpu_backend(directory, quantization=quantization), ids(30), [])
+    error = np.abs(result - reference(model, ids(30))).max()
     assert 0 < error < bound
 
 
 def mixture(backend: CPUBackend, rows: list[list[int]], seed: int) -> list[Logits]:
-    """Logits of all rows, fed beside each other in random parts."""
+    """Return the logits of all rows, fed together in random parts."""
     rng = np.random.default_rng(seed)
     places = rng.permutation(len(rows) * 2).tolist()
-    at, found = [0] * len(rows), [[] for _ in rows]  # type: ignore[var-annotated]
+    at, result = [0] * len(rows), [[] for _ in rows]  # type: ignore[var-annotated]
     while any(begin < len(row) for begin, row in zip(at, rows, strict=True)):
         chunks, whose = [], []
         for number, row in enumerate(rows):
@@ -99,9 +99,9 @@ def mixture(backend: CPUBackend, rows: list[list[int]], seed: int) -> list[Logit
         if chunks:
             logits = backend.feed(chunks)
             for number, chunk in zip(whose, chunks, strict=True):
-                found[number].append(logits[: len(chunk.tokens)])
+                result[number].append(logits[: len(chunk.tokens)])
                 logits = logits[len(chunk.tokens) :]
-    return [np.concatenate(parts) for parts in found]
+    return [np.concatenate(parts) for parts in result]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "mixtral"])
@@ -113,8 +113,8 @@ def test_neighbours_parts_pages_and_threads_change_no_bit(make: Make, family: st
     expected = [feed(alone, row, []) for row in rows]
     backend = load_cpu_backend(directory, quantization=quantization, threads=2)
     for seed in range(12):  # threads that race do so sometimes only
-        for found, wanted in zip(mixture(backend, rows, seed), expected, strict=True):
-            np.testing.assert_array_equal(found, wanted)
+        for result, alone_logits in zip(mixture(backend, rows, seed), expected, strict=True):
+            np.testing.assert_array_equal(result, alone_logits)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -138,10 +138,10 @@ def test_log_probabilities_are_the_log_softmax_of_the_logits(make: Make) -> None
     targets = [[5, 60] if place % 3 else [7] for place in range(150)]
     values, likeliest = backend.logprobs(chunks, targets)
     logits = np.concatenate([reference(model, row) for row in rows])
-    wanted = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+    log_softmax = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
     flat = [(place, token) for place, tokens in enumerate(targets) for token in tokens]
-    np.testing.assert_allclose(values, [wanted[place, token] for place, token in flat], atol=1e-4)
-    assert likeliest.tolist() == [wanted[place].argmax() == token for place, token in flat]
+    np.testing.assert_allclose(values, [log_softmax[place, token] for place, token in flat], atol=1e-4)
+    assert likeliest.tolist() == [log_softmax[place].argmax() == token for place, token in flat]
 
 
 def test_a_sequence_can_be_rewound_and_its_page_copied(make: Make) -> None:
@@ -152,8 +152,8 @@ def test_a_sequence_can_be_rewound_and_its_page_copied(make: Make) -> None:
     feed(backend, tokens, [], pages=[4])
     backend.copy_pages([(4, 6)])
     again = [backend.feed([Chunk(1, other, 8, [page], list(range(12)))]) for page in (4, 6)]
-    for found in again:
-        np.testing.assert_array_equal(found, expected[8:])
+    for result in again:
+        np.testing.assert_array_equal(result, expected[8:])
 
 
 # Packing
@@ -162,7 +162,7 @@ def test_a_sequence_can_be_rewound_and_its_page_copied(make: Make) -> None:
 @pytest.mark.parametrize(
     ("quantize", "group", "levels"), [(quantize_int8, GROUP8, 254), (quantize_int4, GROUP4, 15)]
 )
-def test_a_weight_is_off_by_half_a_step_at_most_unless_a_range_was_cut(
+def test_the_error_of_a_weight_is_at_most_half_a_step_unless_its_range_was_clipped(
     quantize: Any, group: int, levels: int
 ) -> None:
     rng = np.random.default_rng(0)
@@ -178,9 +178,9 @@ def test_a_weight_is_off_by_half_a_step_at_most_unless_a_range_was_cut(
     span = (groups.max(-1) - groups.min(-1) if offsets else 2 * np.abs(groups).max(-1)).repeat(group, -1)
     cut = (
         0.1 * span if offsets else 0
-    )  # int4 leaves out up to a fifth of a range where that serves the others
+    )  # int4 clips up to a fifth of a range where that lowers the squared error
     assert (error <= 0.5 * span / levels * 1.02 + cut).all()
-    assert (error**2).mean() <= ((span / levels) ** 2 / 12).mean() * 1.02, "what rounding alone costs"
+    assert (error**2).mean() <= ((span / levels) ** 2 / 12).mean() * 1.02, "the error of rounding alone"
     assert not error[3, :group].any()
 
 
@@ -197,7 +197,7 @@ def test_int8_takes_little_more_than_a_byte_a_weight(make: Make) -> None:
         intermediate_size=512, vocab_size=1024)[1]).parameters  # fmt: skip
 
 
-def test_packed_weights_are_kept_until_the_checkpoint_changes(
+def test_packed_weights_are_cached_until_the_checkpoint_changes(
     make: Make, own_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, directory = make("llama")
@@ -215,7 +215,7 @@ def test_packed_weights_are_kept_until_the_checkpoint_changes(
         load_cpu_backend(directory)
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_costs_only_time(
+def test_a_cache_that_cannot_be_written_is_reported_and_costs_only_time(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, directory = make("llama")
@@ -225,7 +225,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_costs_only_time(
     assert "Could not store the quantised weights in" in capsys.readouterr().err
 
 
-def test_kept_code_that_is_not_whole_is_not_run(tmp_path: Path) -> None:
+def test_damaged_compiled_code_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "run.o"
     assert native._read(path) is None
     code = b"symbol\nmachine code"
@@ -239,11 +239,11 @@ def test_kept_code_that_is_not_whole_is_not_run(tmp_path: Path) -> None:
 # Threads
 
 
-def test_threads_that_mostly_wait_leave_and_come_back() -> None:
+def test_a_thread_that_mostly_waits_is_removed_and_added_again() -> None:
     crew = Crew(2)
     for step in range(20):
         assert crew.choose(step / 100) == 2
-        crew.note(0.001, 0.01, step / 100)  # a tenth of the time: two are better than one
+        crew.note(0.001, 0.01, step / 100)  # a tenth of the time: two threads are faster than one
     for step in range(20, 30):
         crew.choose(step / 100)
         crew.note(0.007, 0.01, step / 100)
@@ -251,7 +251,7 @@ def test_threads_that_mostly_wait_leave_and_come_back() -> None:
     assert crew.choose(1.0) == 2
 
 
-def test_idle_threads_use_no_processor(make: Make) -> None:
+def test_idle_threads_use_no_processor_time(make: Make) -> None:
     backend = load_cpu_backend(make("llama")[1], threads=2)
     feed(backend, ids(10), [])
     time.sleep(0.1)
@@ -262,7 +262,7 @@ def test_idle_threads_use_no_processor(make: Make) -> None:
 
 def test_a_model_runs_without_torch_and_compiled_code_without_numba(make: Make) -> None:
     _, directory = make("llama")
-    feed(load_cpu_backend(directory), ids(5), [])  # compiles what is not compiled yet
+    feed(load_cpu_backend(directory), ids(5), [])  # compile the kernels first
     program = (
         "import sys; from tercet.engine.backend import Chunk; from tercet.engine.cpu.load import load_cpu_backend; "
         f"load_cpu_backend({str(directory)!r}).feed([Chunk(0, [5, 6], 0, [0], [1])]); "
@@ -274,7 +274,7 @@ def test_a_model_runs_without_torch_and_compiled_code_without_numba(make: Make) 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_computes_with_threads_of_its_own(make: Make) -> None:
-    """As torch's data loaders and web servers fork."""
+    """torch's data loaders and web servers fork."""
     _, directory = make("llama")
     expected = feed(load_cpu_backend(directory, threads=2), ids(10), [])
     child = os.fork()

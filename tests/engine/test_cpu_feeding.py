@@ -1,4 +1,4 @@
-"""However a sequence is fed to the CPU backend, its logits are those of transformers, bit for bit the same."""
+"""Logits of the CPU backend are those of transformers, and the same bits however a sequence is fed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tiny_checkpoints import GEMMA3_ROPE, LONGROPE, TWO_WINDOWS, YARN, Make, rel
 
 LENGTH = 210  # three pages and a part
 
-# What a page's end, a window's edge or a head's width could spoil.
+# Cases that errors at a page's end, a window's edge or a head's width would affect.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window over a page's end": ("mistral", {"sliding_window": 70}),
     "window of a page": ("mistral", {"sliding_window": PAGE}),
@@ -49,14 +49,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
-    found: list[int] = np.random.default_rng(seed).integers(0, 61, count).tolist()
-    return found
+    result: list[int] = np.random.default_rng(seed).integers(0, 61, count).tolist()
+    return result
 
 
 @torch.no_grad()
 def expected_logits(theirs: Any, tokens: list[int]) -> Logits:
-    found: Logits = theirs(torch.tensor([tokens])).logits[0].numpy()
-    return found
+    result: Logits = theirs(torch.tensor([tokens])).logits[0].numpy()
+    return result
 
 
 def long_model(make: Make, family: str, **fields: Any) -> tuple[Any, Path]:
@@ -78,20 +78,20 @@ def test_long_sequences_are_as_in_transformers(case: str, make: Make) -> None:
     for threads in (1, 2):
         backend = load(directory, threads=threads)
         pages = np.random.default_rng(threads).permutation(backend.num_pages)[:4]
-        found = at_once(backend, tokens, pages)
-        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+        result = at_once(backend, tokens, pages)
+        np.testing.assert_allclose(result, expected, atol=1e-4, rtol=0)
         if "longrope" not in case:
             sizes = (1, 2, 3, 17, PAGE, PAGE + 1)
             for seed in range(3):
                 [pieces] = in_pieces(backend, [tokens], np.random.default_rng(seed), sizes)
-                np.testing.assert_array_equal(pieces, found)
+                np.testing.assert_array_equal(pieces, result)
 
 
 def test_positions_beyond_the_first_rotary_table(make: Make) -> None:
     theirs, directory = long_model(make, "llama", max_position_embeddings=2500)
     tokens = ids(2200)
-    found = at_once(load(directory, threads=2), tokens)
-    np.testing.assert_allclose(found, expected_logits(theirs, tokens), atol=1e-4, rtol=0)
+    result = at_once(load(directory, threads=2), tokens)
+    np.testing.assert_allclose(result, expected_logits(theirs, tokens), atol=1e-4, rtol=0)
 
 
 # Positions stretched by the length at hand
@@ -105,7 +105,7 @@ STRETCHED: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("family", STRETCHED)
 @torch.no_grad()
 def test_stretched_positions_grow_as_in_transformers(family: str, make: Make) -> None:
-    """Keys stay as they were turned when they were fed."""
+    """Keys keep the rotation of the step in which they were fed."""
     _, directory = long_model(make, STRETCHED[family][0], **STRETCHED[family][1])
     backend, theirs = load(directory), reload(directory)
     tokens, past, begin = ids(150), None, 0
@@ -113,8 +113,8 @@ def test_stretched_positions_grow_as_in_transformers(family: str, make: Make) ->
         part = tokens[begin : begin + size]
         out = theirs(torch.tensor([part]), past_key_values=past, use_cache=True)
         past = out.past_key_values
-        found = backend.feed([chunk(part, begin)])
-        np.testing.assert_allclose(found, out.logits[0].numpy(), atol=1e-4, rtol=0)
+        result = backend.feed([chunk(part, begin)])
+        np.testing.assert_allclose(result, out.logits[0].numpy(), atol=1e-4, rtol=0)
         begin += size
 
 
@@ -141,11 +141,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    found = {}
+    result = {}
     for name, (family, fields) in FAMILIES.items():
-        found[name] = tmp_path_factory.mktemp("checkpoints") / name
-        save_random(found[name], family, **{"max_position_embeddings": 256, **fields})
-    return found
+        result[name] = tmp_path_factory.mktemp("checkpoints") / name
+        save_random(result[name], family, **{"max_position_embeddings": 256, **fields})
+    return result
 
 
 SEQUENCES = [ids(150, 1), ids(70, 2), ids(33, 3), ids(1, 4), ids(20, 5)]
@@ -156,8 +156,10 @@ SEQUENCES = [ids(150, 1), ids(70, 2), ids(33, 3), ids(1, 4), ids(20, 5)]
     [(name, quantization) for name in FAMILIES for quantization in ("none", "int8")]
     + [("llama", "bf16"), ("llama", "int4"), ("qwen3_moe", "int4")],
 )
-def test_no_bit_depends_on_the_company(name: str, quantization: Any, checkpoints: dict[str, Path]) -> None:
-    """Neighbours, chunks, pages and threads; often enough that threads that raced would show."""
+def test_no_bit_depends_on_the_rest_of_the_batch(
+    name: str, quantization: Any, checkpoints: dict[str, Path]
+) -> None:
+    """Vary the other sequences, chunks, pages and threads, often enough to show a race."""
     alone = load(checkpoints[name], quantization)
     expected = [at_once(alone, tokens) for tokens in SEQUENCES]
     backends = [load(checkpoints[name], quantization, threads) for threads in (1, 2, 3)]
@@ -171,18 +173,18 @@ def test_no_bit_depends_on_the_company(name: str, quantization: Any, checkpoints
     )
     def check(seed: int, which: list[int], sizes: list[int], backend: int) -> None:
         rng = np.random.default_rng(seed)
-        found = in_pieces(backends[backend], [SEQUENCES[number] for number in which], rng, sizes)
-        for number, logits in zip(which, found, strict=True):
+        result = in_pieces(backends[backend], [SEQUENCES[number] for number in which], rng, sizes)
+        for number, logits in zip(which, result, strict=True):
             np.testing.assert_array_equal(logits, expected[number])
 
     check()
     for seed in range(4):  # a generation with neighbours: many small steps
-        found = in_pieces(backends[1], SEQUENCES, np.random.default_rng(seed), (1, 1, 2, 5, 11))
-        for logits, wanted in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(logits, wanted)
+        result = in_pieces(backends[1], SEQUENCES, np.random.default_rng(seed), (1, 1, 2, 5, 11))
+        for logits, alone in zip(result, expected, strict=True):
+            np.testing.assert_array_equal(logits, alone)
 
 
-def test_what_was_in_a_page_before_does_not_matter(checkpoints: dict[str, Path]) -> None:
+def test_earlier_contents_of_a_page_have_no_effect(checkpoints: dict[str, Path]) -> None:
     for name in ("llama", "gemma2"):
         for quantization in ("none", "int8"):
             backend = load(checkpoints[name], quantization)  # type: ignore[arg-type]
@@ -200,12 +202,12 @@ def test_feeding_from_an_earlier_position_rewinds(checkpoints: dict[str, Path]) 
     for keep in (149, 128, 100, 64, 63, 1, 0):
         at_once(backend, tokens, pages)
         fresh = tokens[:keep] + other[: 150 - keep]
-        found = backend.feed([chunk(fresh[keep:], keep, pages)])
-        np.testing.assert_array_equal(found, at_once(backend, fresh, [20, 21, 22])[keep:])
+        result = backend.feed([chunk(fresh[keep:], keep, pages)])
+        np.testing.assert_array_equal(result, at_once(backend, fresh, [20, 21, 22])[keep:])
 
 
 def test_pages_are_shared_and_copied(checkpoints: dict[str, Path]) -> None:
-    """Three answers to one prompt: its whole page in common, its last one copied for each."""
+    """Three answers to one prompt share its full page and have copies of its last page."""
     backend, prompt = load(checkpoints["mixtral"], "int8", threads=2), ids(100, 1)
     ends = [ids(40, seed) for seed in (5, 6, 7)]
     at_once(backend, prompt, [7, 3])
@@ -214,8 +216,8 @@ def test_pages_are_shared_and_copied(checkpoints: dict[str, Path]) -> None:
         chunk(end, 100, pages, number)
         for number, (end, pages) in enumerate(zip(ends, ([7, 3, 20], [7, 11, 21], [7, 12, 22]), strict=True))
     ]
-    found = np.split(backend.feed(chunks), 3)
-    for end, logits in zip(ends, found, strict=True):
+    result = np.split(backend.feed(chunks), 3)
+    for end, logits in zip(ends, result, strict=True):
         np.testing.assert_array_equal(logits, at_once(backend, prompt + end, [30, 31, 32])[100:])
     backend.release(0)
 
@@ -223,14 +225,14 @@ def test_pages_are_shared_and_copied(checkpoints: dict[str, Path]) -> None:
 # Wanted rows and limits
 
 
-def two_sequences(wanted: list[range]) -> list[Any]:
+def two_sequences(outputs: list[range]) -> list[Any]:
     pages = ([1, 2, 3], [4, 5])
     tokens = (SEQUENCES[0], SEQUENCES[1])
-    return [chunk(tokens[n], 0, pages[n], n, wanted[n]) for n in (0, 1)]
+    return [chunk(tokens[n], 0, pages[n], n, outputs[n]) for n in (0, 1)]
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "outputs",
     [
         [range(150), range(70)],
         [range(0, 150, 2), range(0, 70, 3)],
@@ -240,32 +242,32 @@ def two_sequences(wanted: list[range]) -> list[Any]:
         [range(149, 150), range(0)],
     ],
 )
-def test_any_number_of_rows_may_be_wanted(wanted: list[range], checkpoints: dict[str, Path]) -> None:
+def test_any_tokens_may_be_outputs(outputs: list[range], checkpoints: dict[str, Path]) -> None:
     backend = load(checkpoints["llama"], "int8", threads=2)
     whole = [at_once(backend, tokens) for tokens in SEQUENCES[:2]]
-    expected = np.concatenate([rows[list(some)] for rows, some in zip(whole, wanted, strict=True)])
-    kept = backend.feed(two_sequences(wanted))
-    np.testing.assert_array_equal(kept, expected)
+    expected = np.concatenate([rows[list(places)] for rows, places in zip(whole, outputs, strict=True)])
+    first = backend.feed(two_sequences(outputs))
+    np.testing.assert_array_equal(first, expected)
     backend.feed([chunk([7])])
-    np.testing.assert_array_equal(kept, expected)  # not overwritten by the next step
+    np.testing.assert_array_equal(first, expected)  # not overwritten by the next step
     count = len(expected)
     targets = [[place % 61, 60] if place % 4 else [] for place in range(count)]
-    values, likeliest = backend.logprobs(two_sequences(wanted), targets)
+    values, likeliest = backend.logprobs(two_sequences(outputs), targets)
     logs = torch.log_softmax(torch.from_numpy(expected).double(), -1).numpy()
-    flat = [(place, token) for place, some in enumerate(targets) for token in some]
+    flat = [(place, token) for place, tokens in enumerate(targets) for token in tokens]
     np.testing.assert_allclose(values, [logs[place, token] for place, token in flat], atol=1e-5, rtol=0)
     assert likeliest.tolist() == [int(logs[place].argmax()) == token for place, token in flat]
 
 
-def test_nothing_wanted_fills_the_pages_all_the_same(checkpoints: dict[str, Path]) -> None:
+def test_a_chunk_without_outputs_fills_the_pages(checkpoints: dict[str, Path]) -> None:
     backend, tokens = load(checkpoints["gpt_neox"], threads=2), SEQUENCES[0]
-    assert backend.feed([chunk(tokens[:149], wanted=())]).shape == (0, 61)
-    found = backend.feed([chunk(tokens[149:], 149)])
-    np.testing.assert_array_equal(found[0], at_once(backend, tokens)[149])
+    assert backend.feed([chunk(tokens[:149], outputs=())]).shape == (0, 61)
+    result = backend.feed([chunk(tokens[149:], 149)])
+    np.testing.assert_array_equal(result[0], at_once(backend, tokens)[149])
 
 
 def test_logprobs_of_logits_far_apart(make: Make) -> None:
-    """exp of their differences is 0 in float32, their logarithms are not."""
+    """The exponential of their differences is 0 in float32; their log-probabilities are finite."""
     theirs, directory = make("llama")
     with torch.no_grad():
         theirs.lm_head.weight *= 300
@@ -285,7 +287,7 @@ def filled(backend: CPUBackend, tokens: int, chunks: int) -> list[Any]:
     ]
 
 
-def test_as_many_tokens_and_chunks_as_promised(checkpoints: dict[str, Path]) -> None:
+def test_a_step_takes_its_largest_numbers_of_tokens_and_chunks(checkpoints: dict[str, Path]) -> None:
     for name in ("llama", "mixtral"):
         backend = load(checkpoints[name], "int8", threads=2)
         rows = at_once(backend, SEQUENCES[0])
@@ -294,13 +296,13 @@ def test_as_many_tokens_and_chunks_as_promised(checkpoints: dict[str, Path]) -> 
             (backend.max_tokens, MAX_CHUNKS),
             (MAX_CHUNKS, MAX_CHUNKS),
         ):
-            asked = filled(backend, tokens, chunks)
-            found = backend.feed(asked)
-            np.testing.assert_array_equal(found, rows[[len(one.tokens) - 1 for one in asked]])
+            calls = filled(backend, tokens, chunks)
+            result = backend.feed(calls)
+            np.testing.assert_array_equal(result, rows[[len(call.tokens) - 1 for call in calls]])
 
 
-def test_more_than_promised_is_refused(checkpoints: dict[str, Path]) -> None:
-    """Rather than written over other memory."""
+def test_more_tokens_or_chunks_are_refused(checkpoints: dict[str, Path]) -> None:
+    """They must not overwrite other memory."""
     backend = load(checkpoints["llama"])
     for tokens, chunks in ((backend.max_tokens + 1, 4), (MAX_CHUNKS + 1, MAX_CHUNKS + 1)):
         with pytest.raises((ValueError, IndexError)):
@@ -309,11 +311,11 @@ def test_more_than_promised_is_refused(checkpoints: dict[str, Path]) -> None:
     np.testing.assert_array_equal(at_once(backend, SEQUENCES[1]), expected)
 
 
-# Weights kept in fewer bits
+# Weights in fewer bits
 
 
 def int8_values(w: torch.Tensor) -> torch.Tensor:
-    """Each 64 weights of a row rounded to 255 steps of a size in bfloat16."""
+    """Round each 64 weights of a row to 255 steps, whose size is a bfloat16."""
     groups = w.reshape(len(w), -1, 64)
     steps = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
     return ((groups / steps).round().clamp(-127, 127) * steps).reshape(w.shape)
@@ -329,15 +331,15 @@ WHOLE_GROUPS = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 
 
 @torch.no_grad()
-def test_int8_is_what_torch_computes_with_the_same_roundings(make: Make) -> None:
-    """One layer, so that a value that is rounded the other way changes its own row only."""
+def test_int8_equals_torch_with_the_same_roundings(make: Make) -> None:
+    """The model has one layer, so that a value rounded the other way changes only its own row."""
     theirs, directory = long_model(make, "llama", num_hidden_layers=1, **WHOLE_GROUPS)
     for parameter in theirs.parameters():
         if parameter.ndim == 2:  # rounding is to be seen, not to be magnified
             parameter *= 0.2
     theirs.save_pretrained(directory)
     exact = expected_logits(theirs, ids(100))
-    found = at_once(load(directory, "int8", exact=True), ids(100))
+    result = at_once(load(directory, "int8", exact=True), ids(100))
     for parameter in theirs.parameters():
         if parameter.ndim == 2:
             parameter.copy_(int8_values(parameter))
@@ -347,21 +349,21 @@ def test_int8_is_what_torch_computes_with_the_same_roundings(make: Make) -> None
             module.register_forward_pre_hook(int8_activations)
     both = expected_logits(theirs, ids(100))
     size = exact.std()
-    off = np.abs(found - both).max(-1) / size
+    off = np.abs(result - both).max(-1) / size
     assert np.quantile(off, 0.7) < 1e-5 and off.max() < 0.1
-    assert np.sqrt(np.square(found - weights_only).mean()) < 0.03 * size
-    assert np.sqrt(np.square(found - exact).mean()) < 0.04 * size
+    assert np.sqrt(np.square(result - weights_only).mean()) < 0.03 * size
+    assert np.sqrt(np.square(result - exact).mean()) < 0.04 * size
 
 
 @torch.no_grad()
-def test_bf16_is_what_torch_computes_with_rounded_weights(make: Make) -> None:
+def test_bf16_equals_torch_with_rounded_weights(make: Make) -> None:
     theirs, directory = long_model(make, "qwen3", **WHOLE_GROUPS)
-    found = at_once(load(directory, "bf16"), ids(100))
+    result = at_once(load(directory, "bf16"), ids(100))
     for parameter in theirs.parameters():
         if parameter.ndim == 2:
             parameter.copy_(parameter.bfloat16())
     expected = expected_logits(theirs, ids(100))
-    assert np.abs(found - expected).max() < 0.02 * expected.std()  # keys and values are in float16
+    assert np.abs(result - expected).max() < 0.02 * expected.std()  # keys and values are in float16
     theirs.bfloat16().save_pretrained(directory)  # norms too
     stored = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     backend = load(directory)  # "none" keeps what is stored, keys and values are float32
@@ -372,7 +374,9 @@ def test_bf16_is_what_torch_computes_with_rounded_weights(make: Make) -> None:
 
 @pytest.mark.parametrize(("quantization", "error"), [("bf16", 0.01), ("int8", 0.05), ("int4", 0.45)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
-def test_fewer_bits_cost_what_they_should(family: str, quantization: Any, error: float, make: Make) -> None:
+def test_the_error_of_fewer_bits_is_within_bounds(
+    family: str, quantization: Any, error: float, make: Make
+) -> None:
     theirs, directory = make(family)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -380,6 +384,6 @@ def test_fewer_bits_cost_what_they_should(family: str, quantization: Any, error:
                 parameter *= 0.3
     theirs.save_pretrained(directory)
     expected = expected_logits(theirs, ids(60))
-    found = at_once(load(directory, quantization), ids(60))
-    relative = np.sqrt(np.square(found - expected).mean()) / expected.std()
+    result = at_once(load(directory, quantization), ids(60))
+    relative = np.sqrt(np.square(result - expected).mean()) / expected.std()
     assert error / 50 < relative < error

@@ -22,7 +22,7 @@ TOKENS = 20
 
 
 def compiled(name: str) -> Callable[..., None]:
-    """`programs`.name, called from Python with integers."""
+    """Return the function ``name`` of `programs`, to be called from Python with integers."""
     from tercet.engine.cpu import programs
 
     count = getattr(programs, name).__code__.co_argcount
@@ -30,7 +30,7 @@ def compiled(name: str) -> Callable[..., None]:
 
 
 def aligned(values: Array) -> Array:
-    """The same at an address that is a multiple of 64, as packed weights are."""
+    """Copy an array to an address that is a multiple of 64, as packed weights are."""
     memory = allocate(values.nbytes)[: values.nbytes]
     memory[:] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
     return memory.view(values.dtype).reshape(values.shape)
@@ -59,7 +59,7 @@ def _dot(v: simd.Vectors, unsigned: Any, signed: Any, sums: Any, native: Any, po
 
 @pytest.fixture(scope="module")
 def functions() -> dict[str, Callable[..., None]]:
-    """What is compiled for these tests alone, in one function, which takes less time than in several."""
+    """Compile functions for these tests alone, as one program, which takes less time than several."""
 
     def apply(
         which: int, x: int, weight: int, vectors: int, size: int, eps: int, out: int, extra: int, more: int
@@ -116,18 +116,24 @@ def test_exp_is_within_three_units_in_the_last_place(functions: dict[str, Any]) 
 def test_exp_at_its_edges(functions: dict[str, Any]) -> None:
     below = np.nextafter(np.float32(-87), np.float32(-1000))
     x = np.array([0, -0.0, below, -1e30, -np.inf, 88, 89, 1e30, np.inf, np.nan], np.float32)
-    found = functions["exp"](x)
-    assert found[:2].tolist() == [1, 1]  # what an attention's largest score weighs
-    assert found[2:5].tolist() == [0, 0, 0]  # exactly: what attention does not see weighs nothing
-    assert (found[5:9] == found[5]).all() and found[5] == pytest.approx(np.exp(88.0), rel=1e-6)  # never inf
-    assert np.isnan(found[9])  # a broken model shows
+    result = functions["exp"](x)
+    assert result[:2].tolist() == [1, 1]  # the weight of attention's largest score
+    assert result[2:5].tolist() == [
+        0,
+        0,
+        0,
+    ]  # exactly 0: the weight of a position that attention does not see
+    assert (result[5:9] == result[5]).all() and result[5] == pytest.approx(
+        np.exp(88.0), rel=1e-6
+    )  # never inf
+    assert np.isnan(result[9])  # a broken model must not be hidden
 
 
 def test_tanh_and_soft_cap(functions: dict[str, Any]) -> None:
     x = np.linspace(-50, 50, 200_000).astype(np.float32)
-    found = functions["tanh"](x)
-    assert np.abs(found - np.tanh(x.astype(np.float64))).max() < 3e-7
-    assert found.min() == -1 and found.max() == 1 and functions["tanh"](np.zeros(1))[0] == 0
+    result = functions["tanh"](x)
+    assert np.abs(result - np.tanh(x.astype(np.float64))).max() < 3e-7
+    assert result.min() == -1 and result.max() == 1 and functions["tanh"](np.zeros(1))[0] == 0
     assert np.isnan(functions["tanh"](np.array([np.nan]))[0])
     for cap in (2.0, 30.0):
         expected = cap * np.tanh(x.astype(np.float64) / cap)
@@ -151,16 +157,16 @@ def test_activations(name: str) -> None:
     up = np.random.default_rng(0).standard_normal(len(x)).astype(np.float32)
     expected = REFERENCES[name](x.astype(np.float64))
     gated, plain = np.zeros_like(x), np.zeros_like(x)
-    one, two = compiled(f"gated_{name}"), compiled(f"ungated_{name}")
+    gate, activate = compiled(f"gated_{name}"), compiled(f"ungated_{name}")
     for place in range(0, 4 * len(x), 64):
-        one(at(x) + place, at(up) + place, at(gated) + place)
-        two(at(x) + place, 0, at(plain) + place)
+        gate(at(x) + place, at(up) + place, at(gated) + place)
+        activate(at(x) + place, 0, at(plain) + place)
     bound = 4e-7 * np.abs(x.astype(np.float64)) + 1e-30
     assert (np.abs(plain - expected) <= bound).all()
     np.testing.assert_array_equal(gated, plain * up)
 
 
-def test_rms_norm_counts_what_is_not_padding(functions: dict[str, Any]) -> None:
+def test_rms_norm_does_not_count_padding(functions: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     for size, scale, eps in (
         (64, 1.0, 1e-6),
@@ -174,9 +180,9 @@ def test_rms_norm_counts_what_is_not_padding(functions: dict[str, Any]) -> None:
         x[:size], weight[:size] = rng.standard_normal(size) * scale, rng.standard_normal(size)
         exact = x[:size].astype(np.float64)
         expected = exact / np.sqrt(np.mean(exact**2) + eps) * weight[:size]
-        found = functions["rms_norm"](x, weight, size, eps)
-        np.testing.assert_allclose(found[:size], expected, rtol=2e-6)
-        assert not found[size:].any()
+        result = functions["rms_norm"](x, weight, size, eps)
+        np.testing.assert_allclose(result[:size], expected, rtol=2e-6)
+        assert not result[size:].any()
     nothing = functions["rms_norm"](np.zeros(64, np.float32), np.ones(64, np.float32), 64, 1e-6)
     assert not nothing.any()
 
@@ -199,7 +205,7 @@ def test_layer_norm() -> None:
 
 
 def _bytes(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
-    """Unsigned and signed bytes, one part random, one only extremes."""
+    """Return unsigned and signed bytes, one half extremes and one half random."""
     unsigned, signed = rng.integers(0, 256, count), rng.integers(-128, 128, count)
     half = count // 2
     unsigned[:half] = rng.choice([0, 255], half)
@@ -225,8 +231,8 @@ def test_quantized_activations(name: str, group: int) -> None:
     x[1] = 0
     x[2] = 1e-35  # too small for the inverse of its scale
     x[3], x[3, -1] = 0, -1e30
-    x[4] = np.linspace(-127, 127, group).round()  # whole numbers: kept exactly
-    x[5, 7] = 4000  # all but one rounded to a few steps
+    x[4] = np.linspace(-127, 127, group).round()  # whole numbers stay exact
+    x[5, 7] = 4000  # an outlier: the others are rounded to a few steps
     x[6] = np.resize([127, 0.5, 1.5, 2.5, -0.5, -1.5], group)  # ties, to even
     q = np.full(x.shape, 99, np.int8)
     scales, zeros = np.full(12, np.nan, np.float32), np.zeros(12, np.int32)
@@ -251,7 +257,7 @@ def test_quantized_activations(name: str, group: int) -> None:
 
 
 class Block:
-    """16 rows of random weights packed as the kernels expect them, and what they stand for in float64."""
+    """16 rows of random weights, packed for the kernels, and their values in float64."""
 
     def __init__(self, kind: str, columns: int, seed: int, scale: float | None = None) -> None:
         """scale: of every group; then all sums are exact, whatever their order. None: random."""
@@ -340,15 +346,15 @@ COLUMNS = {
 def test_products(kind: str, portable: bool) -> None:
     for columns in COLUMNS[kind]:
         block = Block(kind, columns, seed=columns)
-        found = block.times(0, TOKENS, portable)
+        result = block.times(0, TOKENS, portable)
         size = np.abs(block.inputs) @ np.abs(block.w).T  # rounding is measured by this, as sums cancel
-        assert (np.abs(found - block.inputs @ block.w.T) <= 1e-6 * size + 1e-30).all()
+        assert (np.abs(result - block.inputs @ block.w.T) <= 1e-6 * size + 1e-30).all()
         for count in range(1, TOKENS + 1):  # the same bits whatever else is computed
-            np.testing.assert_array_equal(block.times(0, count, portable), found[:count])
-            np.testing.assert_array_equal(block.times(TOKENS - count, 1, portable)[0], found[TOKENS - count])
+            np.testing.assert_array_equal(block.times(0, count, portable), result[:count])
+            np.testing.assert_array_equal(block.times(TOKENS - count, 1, portable)[0], result[TOKENS - count])
 
 
-@pytest.mark.parametrize(("kind", "portable"), [one for one in KINDS if one[0] in ("int8", "int4")])
+@pytest.mark.parametrize(("kind", "portable"), [case for case in KINDS if case[0] in ("int8", "int4")])
 def test_integer_products_are_exact_where_scales_are(kind: str, portable: bool) -> None:
     for columns in (64, 576):
         block = Block(kind, columns, seed=1, scale=0.25)

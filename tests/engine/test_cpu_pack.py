@@ -1,4 +1,4 @@
-"""Packing weights: errors by arithmetic, bytes where the kernels look for them, and a cache that can be trusted."""
+"""Packing weights: the errors of quantisation, the places of bytes, and the cache of packed models."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def bfloat(raw: NDArray[np.uint16]) -> NDArray[np.float64]:
 
 
 def random_weights(seed: int = 0) -> Floats:
-    """Rows from 1e-4 to 1e2, as normal as trained weights are."""
+    """Return normally distributed rows, as trained weights are, of scales from 1e-4 to 1e2."""
     rng = np.random.default_rng(seed)
     w: Floats = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     return w * (10.0 ** rng.integers(-4, 3, (ROWS, 1))).astype(np.float32)
 
 
 def from_int8(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Groups of weights as int8 keeps them, and their steps."""
+    """Return groups of weights after int8 quantisation, and their steps."""
     q, scales = pack.quantize_int8(w)
     steps = bfloat(scales)[..., None]
     return (q.reshape(*scales.shape, at.GROUP8).astype(int) - 128) * steps, steps
 
 
 def from_int4(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Groups of weights as int4 keeps them, their steps and offsets."""
+    """Return groups of weights after int4 quantisation, their steps and offsets."""
     q, scales, offsets = pack.quantize_int4(w)
     assert q.max() <= 15
     steps, starts = bfloat(scales)[..., None], bfloat(offsets)[..., None]
@@ -60,55 +60,55 @@ def from_int4(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64], NDAr
 
 
 def test_int8_is_off_by_half_a_step() -> None:
-    """A step is a 127th of the largest weight, give or take what bfloat16 rounds: 2**-9 of it."""
+    """A step is a 127th of the largest weight, rounded to bfloat16, which changes it by up to 2**-9."""
     w = random_weights()
     groups = w.reshape(ROWS, -1, at.GROUP8).astype(np.float64)
-    found, steps = from_int8(w)
+    result, steps = from_int8(w)
     highest = np.abs(groups).max(-1, keepdims=True)
     np.testing.assert_allclose(steps, highest / 127, rtol=2.0**-8)
-    cut = np.maximum(np.abs(groups) - 127 * steps, 0)  # what a step rounded down does not reach
-    assert (np.abs(found - groups) <= np.maximum(steps * 0.5001, cut * 1.0001)).all()
-    assert (np.abs(found - groups) <= highest * 0.004).all()
+    cut = np.maximum(np.abs(groups) - 127 * steps, 0)  # beyond the range of a step that was rounded down
+    assert (np.abs(result - groups) <= np.maximum(steps * 0.5001, cut * 1.0001)).all()
+    assert (np.abs(result - groups) <= highest * 0.004).all()
 
 
 def test_int4_is_off_by_half_a_step_within_its_range() -> None:
     w = random_weights()
     groups = w.reshape(ROWS, -1, at.GROUP4).astype(np.float64)
-    found, steps, starts = from_int4(w)
+    result, steps, starts = from_int4(w)
     inside = np.clip(groups, starts, starts + 15 * steps)
-    assert (np.abs(found - inside) <= 0.5001 * steps).all()
+    assert (np.abs(result - inside) <= 0.5001 * steps).all()
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     assert (steps * 15 <= (high - low) * 1.005).all() and (steps * 15 >= (high - low) * 0.795).all()
 
 
-def test_int4_chooses_no_worse_a_range_than_the_whole() -> None:
+def test_int4_chooses_a_range_no_worse_than_the_full_range() -> None:
     w = random_weights(1)
     groups = w.reshape(ROWS, -1, at.GROUP4).astype(np.float64)
     low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
     start = torch.from_numpy(low).bfloat16().double().numpy()
     step = torch.from_numpy((high - low) / 15).bfloat16().double().numpy()
     whole = np.clip(np.rint((groups - start) / step), 0, 15) * step + start
-    mine, theirs = (np.square(one - groups).sum(-1) for one in (from_int4(w)[0], whole))
-    assert (mine <= theirs * 1.0001).all()
-    assert mine.sum() < 0.99 * theirs.sum()  # and it pays
+    errors, full_range_errors = (np.square(values - groups).sum(-1) for values in (from_int4(w)[0], whole))
+    assert (errors <= full_range_errors * 1.0001).all()
+    assert errors.sum() < 0.99 * full_range_errors.sum()  # and the total is lower
 
 
 def test_groups_of_one_value() -> None:
     w = np.zeros((16, 128), np.float32)
     w[1], w[2], w[3] = 0.37, -1e-30, 1e15
     w[4, 64:] = 5  # the other group of the row stays zero
-    for found in (from_int8(w)[0], from_int4(w)[0]):
-        found = found.reshape(16, 128)
-        assert not found[[0, *range(5, 16)]].any() and not found[4, :64].any()
-        np.testing.assert_allclose(found[1:4], w[1:4], rtol=2.0**-8)
-        np.testing.assert_allclose(found[4, 64:], 5, rtol=2.0**-8)
+    for result in (from_int8(w)[0], from_int4(w)[0]):
+        result = result.reshape(16, 128)
+        assert not result[[0, *range(5, 16)]].any() and not result[4, :64].any()
+        np.testing.assert_allclose(result[1:4], w[1:4], rtol=2.0**-8)
+        np.testing.assert_allclose(result[4, 64:], 5, rtol=2.0**-8)
 
 
 def test_weights_too_small_for_a_scale_become_zero_or_nearly() -> None:
     w = np.full((16, 64), 1e-42, np.float32)
     w[1::2] *= -1
-    for found in (from_int8(w)[0], from_int4(w)[0]):
-        assert (np.abs(found.reshape(16, 64) - w) <= 1e-41).all()
+    for result in (from_int8(w)[0], from_int4(w)[0]):
+        assert (np.abs(result.reshape(16, 64) - w) <= 1e-41).all()
 
 
 def test_an_outlier_costs_its_own_group_only() -> None:
@@ -142,9 +142,9 @@ def test_bfloat16_is_rounded_as_by_torch() -> None:
     ]
     x = np.concatenate([x[~np.isnan(x)], np.array(edges, np.float32)])
     expected = torch.from_numpy(x).bfloat16()
-    found = pack.to_bfloat16(x)
-    np.testing.assert_array_equal(found, expected.view(torch.uint16).numpy())
-    np.testing.assert_array_equal(pack.from_bfloat16(found), expected.float().numpy())
+    result = pack.to_bfloat16(x)
+    np.testing.assert_array_equal(result, expected.view(torch.uint16).numpy())
+    np.testing.assert_array_equal(pack.from_bfloat16(result), expected.float().numpy())
 
 
 # Places
@@ -159,8 +159,8 @@ def matrix_of(kind: int, rows: int, columns: int, bias: bool) -> tuple[Any, pack
 
 
 @pytest.mark.parametrize("kind", [at.FLOAT32, at.BFLOAT16, at.INT8, at.INT4])
-def test_weights_lie_where_the_kernels_look(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 rows, padded with zeros, however many rows are packed at a time."""
+def test_weights_are_where_the_kernels_read_them(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in blocks of 16 rows, padded with zeros, for any number of rows packed at a time."""
     place, memory = matrix_of(kind, 48, 128, bias=True)
     w, bias = random_weights()[:, :128][:, :100] + np.float32(0.001), np.arange(35, dtype=np.float32)
     w = np.concatenate([w, w[:5]])[:37]
@@ -173,21 +173,24 @@ def test_weights_lie_where_the_kernels_look(kind: int, monkeypatch: pytest.Monke
         return memory[offset : offset + size].view(dtype).reshape(shape)
 
     if kind in (at.FLOAT32, at.BFLOAT16):
-        found = part(place.weights, np.float32 if kind == at.FLOAT32 else np.uint16, 3, 128, 16)
+        result = part(place.weights, np.float32 if kind == at.FLOAT32 else np.uint16, 3, 128, 16)
         expected = whole if kind == at.FLOAT32 else pack.to_bfloat16(whole)
         for row, column in np.ndindex(48, 128):
-            assert found[row // 16, column, row % 16] == expected[row, column]
+            assert result[row // 16, column, row % 16] == expected[row, column]
     elif kind == at.INT8:
         q, scales = pack.quantize_int8(whole)
-        found, steps = part(place.weights, np.uint8, 3, 32, 16, 4), part(place.scales, np.uint16, 3, 2, 16)
+        result, steps = part(place.weights, np.uint8, 3, 32, 16, 4), part(place.scales, np.uint16, 3, 2, 16)
         for row, column in np.ndindex(48, 128):
-            assert found[row // 16, column // 4, row % 16, column % 4] == q[row, column]
+            assert result[row // 16, column // 4, row % 16, column % 4] == q[row, column]
             assert steps[row // 16, column // 64, row % 16] == scales[row, column // 64]
     else:
         q, scales, offsets = pack.quantize_int4(whole)
-        found, steps = part(place.weights, np.uint8, 3, 16, 16, 4), part(place.scales, np.uint16, 3, 2, 2, 16)
+        result, steps = (
+            part(place.weights, np.uint8, 3, 16, 16, 4),
+            part(place.scales, np.uint16, 3, 2, 2, 16),
+        )
         for row, column in np.ndindex(48, 128):
-            both = found[row // 16, column // 8, row % 16, column % 4]
+            both = result[row // 16, column // 8, row % 16, column % 4]
             assert (both >> 4 if column % 8 >= 4 else both & 15) == q[row, column]
             group = column // at.GROUP4
             assert steps[row // 16, group, 0, row % 16] == scales[row, group]
@@ -221,14 +224,14 @@ def packed(caches: Path) -> list[Path]:
 
 @pytest.fixture
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test alone."""
+    """Give the test a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     return tmp_path / "caches"
 
 
 @pytest.fixture
 def no_packing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``no_packing()``: from now on nothing may be packed."""
+    """Return a function that makes any later packing an error."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("packed again")
@@ -236,34 +239,34 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda: monkeypatch.setattr(loading, "pack", refuse)
 
 
-def test_each_way_of_quantising_is_kept_once(make: Make, caches: Path, no_packing: Any) -> None:
+def test_each_quantisation_is_cached_once(make: Make, caches: Path, no_packing: Any) -> None:
     _, directory = make("qwen3")
-    found = {one: bits(load_cpu_backend(directory, quantization=one)) for one in QUANTIZATIONS}
-    assert len(packed(caches)) == 3  # what is exact is read from the checkpoint itself
+    result = {name: bits(load_cpu_backend(directory, quantization=name)) for name in QUANTIZATIONS}
+    assert len(packed(caches)) == 3  # "none" is read from the checkpoint itself
     no_packing()
-    for one in ("int8", "int4", "bf16"):
-        np.testing.assert_array_equal(bits(load_cpu_backend(directory, quantization=one)), found[one])
+    for name in ("int8", "int4", "bf16"):
+        np.testing.assert_array_equal(bits(load_cpu_backend(directory, quantization=name)), result[name])
     with pytest.raises(AssertionError, match="packed again"):
         load_cpu_backend(directory, quantization="none")
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "empty", "a directory", "left over"])
-def test_what_is_not_whole_is_not_used(damage: str, make: Make, caches: Path) -> None:
+def test_a_damaged_cache_file_is_not_used(damage: str, make: Make, caches: Path) -> None:
     _, directory = make("llama")
     expected = bits(load_cpu_backend(directory))
-    [kept] = packed(caches)
-    whole = kept.read_bytes()
+    [cached] = packed(caches)
+    whole = cached.read_bytes()
     if damage == "left over":  # of a process that was killed while writing
-        kept.rename(kept.with_name(f".{kept.name}.0123.tmp"))
+        cached.rename(cached.with_name(f".{cached.name}.0123.tmp"))
     else:
-        kept.unlink()
+        cached.unlink()
         if damage == "a directory":
-            kept.mkdir()
+            cached.mkdir()
         else:
-            kept.write_bytes({"cut": whole[:-1], "longer": whole + b"0", "empty": b""}[damage])
+            cached.write_bytes({"cut": whole[:-1], "longer": whole + b"0", "empty": b""}[damage])
     np.testing.assert_array_equal(bits(load_cpu_backend(directory)), expected)
     if damage != "a directory":
-        assert kept.read_bytes() == whole
+        assert cached.read_bytes() == whole
 
 
 def test_a_changed_checkpoint_is_packed_again(make: Make, caches: Path) -> None:
@@ -279,7 +282,7 @@ def test_a_changed_checkpoint_is_packed_again(make: Make, caches: Path) -> None:
     assert np.abs(bits(load_cpu_backend(directory)) - changed).max() > 0.01
 
 
-def test_the_ones_used_longest_ago_go(make: Make, caches: Path) -> None:
+def test_the_least_recently_used_models_are_deleted(make: Make, caches: Path) -> None:
     directories = [make(family)[1] for family in ("llama", "qwen3", "gpt2", "gemma2", "olmo2")]
     first = packed_after(caches, directories[0], "int8")
     for number in range(MAX_CACHED - 1):
@@ -299,7 +302,7 @@ def packed_after(caches: Path, directory: Path, quantization: Any) -> Path:
     return new
 
 
-def test_a_cache_that_cannot_be_made_is_told_in_one_line(
+def test_a_cache_that_cannot_be_made_is_reported_in_one_line(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, directory = make("llama")
@@ -313,7 +316,7 @@ def test_a_cache_that_cannot_be_made_is_told_in_one_line(
 
 
 def test_two_processes_at_once(make: Make, caches: Path) -> None:
-    """Both pack; each finds its own result or the other's, never half of one."""
+    """Both pack, and each reads its own file or the other's, never half of a file."""
     _, directory = make("llama", hidden_size=256, intermediate_size=512, vocab_size=4000)
     program = (
         "import sys, hashlib\n"
@@ -360,32 +363,33 @@ def write_adapter(base: Path, directory: Path, alpha: int = 6) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
 @torch.no_grad()
-def test_adapters_compute_what_torch_computes_with_them_merged(
-    family: str, make: Make, tmp_path: Path
-) -> None:
+def test_merged_adapters_compute_the_same_as_in_torch(family: str, make: Make, tmp_path: Path) -> None:
     _, base = make(family)
     write_adapter(base, tmp_path / "adapter")
     model = load_model(base, trainable=True)
     load_adapter(model, tmp_path / "adapter")
     merge_lora(model)
     expected = model(torch.tensor([TOKENS]))[0].numpy()
-    found = bits(load_cpu_backend(base, tmp_path / "adapter", quantization="none"))
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    result = bits(load_cpu_backend(base, tmp_path / "adapter", quantization="none"))
+    np.testing.assert_allclose(result, expected, atol=1e-4, rtol=0)
     plain = bits(load_cpu_backend(base, quantization="none"))
-    assert np.abs(found - plain).max() > 0.1
+    assert np.abs(result - plain).max() > 0.1
     near = bits(load_cpu_backend(base, tmp_path / "adapter", quantization="int8"))
     assert np.abs(near - expected).mean() < 0.2 * np.abs(plain - expected).mean()
 
 
-def test_base_and_adapters_are_kept_apart(make: Make, tmp_path: Path, caches: Path, no_packing: Any) -> None:
+def test_base_and_adapters_have_their_own_cache_files(
+    make: Make, tmp_path: Path, caches: Path, no_packing: Any
+) -> None:
     _, base = make("llama")
     write_adapter(base, tmp_path / "one")
     write_adapter(base, tmp_path / "two", alpha=12)
-    found = {one: bits(load_cpu_backend(base, one)) for one in (None, tmp_path / "one", tmp_path / "two")}
+    adapters = (None, tmp_path / "one", tmp_path / "two")
+    result = {adapter: bits(load_cpu_backend(base, adapter)) for adapter in adapters}
     assert len(packed(caches)) == 3
     no_packing()
-    for one, expected in found.items():
-        np.testing.assert_array_equal(bits(load_cpu_backend(base, one)), expected)
+    for adapter, expected in result.items():
+        np.testing.assert_array_equal(bits(load_cpu_backend(base, adapter)), expected)
 
 
 def test_a_changed_scale_of_an_adapter_is_packed_again(make: Make, tmp_path: Path, caches: Path) -> None:

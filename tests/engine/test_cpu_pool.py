@@ -1,4 +1,4 @@
-"""The threads of the CPU kernels: any number of callers, late threads, forks, and a processor left in peace."""
+"""The threads of the CPU kernels: several callers, late threads, forks, and idle threads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ HAS_FORK = hasattr(os, "fork")
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
-    found: list[int] = np.random.default_rng(seed).integers(0, 61, count).tolist()
-    return found
+    result: list[int] = np.random.default_rng(seed).integers(0, 61, count).tolist()
+    return result
 
 
 def script(text: str, directory: Path, seconds: float) -> str:
-    """What a process of its own prints; "hangs" if it takes longer than ``seconds`` after its start."""
+    """Run a script in a process of its own and return its output; "hangs" if it takes longer than ``seconds``."""
     begin = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent)]!r}\n"
     begin += f"directory = __import__('pathlib').Path({str(directory)!r})\nprint('started', flush=True)\n"
     with subprocess.Popen(
@@ -49,7 +49,7 @@ def both_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("both_threads")
 def test_steps_come_from_several_python_threads_and_models(make: Make) -> None:
-    """All backends of as many threads share one pool; each is fed by one thread, as by its engine."""
+    """All backends with the same number of threads share one pool; each is fed by one thread, as by its engine."""
     directories = [make("llama")[1], make("mixtral")[1], make("qwen3")[1]]
     backends = [load(directory, threads=2) for directory in directories]
     expected = [at_once(load(directory), ids(30)) for directory in directories]
@@ -57,8 +57,8 @@ def test_steps_come_from_several_python_threads_and_models(make: Make) -> None:
 
     def work(number: int) -> None:
         for seed in range(10):
-            [found] = in_pieces(backends[number], [ids(30)], np.random.default_rng(seed), (1, 2, 5, 11))
-            if not np.array_equal(found, expected[number]):
+            [result] = in_pieces(backends[number], [ids(30)], np.random.default_rng(seed), (1, 2, 5, 11))
+            if not np.array_equal(result, expected[number]):
                 problems.append(f"model {number}, seed {seed}")
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(len(backends))]
@@ -78,9 +78,9 @@ def test_a_pool_counts_as_many_threads_as_it_has() -> None:
 
 
 def test_threads_sleep_and_wake_again(make: Make) -> None:
-    """Longer than a thread spins, shorter, and just as long: none may be missed as it goes to sleep."""
+    """Pause shorter than a thread spins, as long, and longer: no step may be missed as a thread goes to sleep."""
     _, directory = make("llama")
-    found = script(
+    result = script(
         "import time, numpy as np\n"
         "from cpu_backends import *\n"
         "backend = load(directory, threads=2)\n"
@@ -95,7 +95,7 @@ def test_threads_sleep_and_wake_again(make: Make) -> None:
         directory,
         30,
     )
-    assert found == "awake"
+    assert result == "awake"
 
 
 CREWS = """
@@ -103,20 +103,20 @@ import itertools, os, time
 from cpu_backends import *
 from tercet.engine.cpu.pool import Crew
 
-most, sizes = {crew}
-if hasattr(os, "sched_setaffinity"):  # one core for all: who waits is put aside in the middle of waiting
+limit, sizes = {crew}
+if hasattr(os, "sched_setaffinity"):  # one core for all: a waiting thread is suspended in the middle of waiting
     os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
 tokens = np.random.default_rng(0).integers(0, 61, 40).tolist()
 expected = at_once(load(directory), tokens)
 sizes = itertools.cycle(sizes)
 Crew.choose, Crew.note = lambda self, now: next(sizes), lambda *_: None
-backend = load(directory, threads=most)
+backend = load(directory, threads=limit)
 begin = time.monotonic()
 while time.monotonic() - begin < 1:
     for place, token in enumerate(tokens):
         assert np.array_equal(backend.feed([chunk([token], place)])[0], expected[place])
 print("the same")
-os._exit(0)  # whoever still spins is of no interest
+os._exit(0)  # without waiting for threads that still spin
 """
 
 
@@ -129,9 +129,9 @@ os._exit(0)  # whoever still spins is of no interest
     ],
 )  # fmt: skip
 def test_late_threads_neither_hang_nor_disturb_a_step(crew: tuple[int, list[int]], make: Make) -> None:
-    """Crews change while other processes have the cores; each step must still be the work of its own crew."""
+    """The number of threads changes while they share a core; each step must be the work of its own threads."""
     _, directory = make("llama", num_hidden_layers=1)
-    at_once(load(directory), ids(3))  # compiles what is not compiled yet
+    at_once(load(directory), ids(3))  # compile the kernels first
     assert script(CREWS.format(crew=crew), directory, 10) == "the same"
 
 
@@ -147,9 +147,9 @@ def test_late_threads_neither_hang_nor_disturb_a_step(crew: tuple[int, list[int]
     ],
 )  # fmt: skip
 def test_a_forked_child_has_threads_of_its_own(whose: str, make: Make) -> None:
-    """Whether it makes a backend or uses its parent's."""
+    """This holds for a backend of its own and for its parent's."""
     _, directory = make("llama")
-    found = script(
+    result = script(
         "import os, time\n"
         "from cpu_backends import *\n"
         "from tercet.engine.cpu.pool import Crew\n"
@@ -173,4 +173,4 @@ def test_a_forked_child_has_threads_of_its_own(whose: str, make: Make) -> None:
         directory,
         30,
     )
-    assert found == "0 True"
+    assert result == "0 True"

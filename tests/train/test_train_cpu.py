@@ -1,4 +1,4 @@
-"""The written-out passes against PyTorch's own gradients, and what they are asked to refuse."""
+"""The written-out passes against PyTorch's own gradients, and the networks that they do not support."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,8 +37,8 @@ def model_of(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float32) -
 
 
 def packed(time: int = 270) -> Batch:
-    """Three rows: one document, two, three of which one is a single token; some tokens not trained on."""
-    assert time > 2 * QUERIES, "more than one stretch of queries"
+    """Return three rows of one, two and three documents, one of them a single token; some are not supervised."""
+    assert time > 2 * QUERIES, "more than one range of queries"
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 130, (3, time), generator=generator)
     targets = torch.randint(0, 130, (3, time), generator=generator)
@@ -53,9 +53,9 @@ def packed(time: int = 270) -> Batch:
 
 
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == dict(model.named_parameters()).keys()
-    return found
+    result = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert result.keys() == dict(model.named_parameters()).keys()
+    return result
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -77,9 +77,9 @@ def test_loss_and_gradients_are_those_of_autograd(name: str, threads: int) -> No
     model, batch = model_of(VARIANTS[name]), packed()
     loss, tokens = Autograd(model).gradients([batch])
     expected = gradients(model)
-    mine, mine_tokens = Stepper(model, threads).gradients([batch])
-    assert (tokens, mine_tokens) == (3 * 270 - 20, 3 * 270 - 20)
-    assert mine == pytest.approx(float(loss), rel=1e-6)
+    own_loss, own_tokens = Stepper(model, threads).gradients([batch])
+    assert (tokens, own_tokens) == (3 * 270 - 20, 3 * 270 - 20)
+    assert own_loss == pytest.approx(float(loss), rel=1e-6)
     for parameter, value in gradients(model).items():
         assert distance(value, expected[parameter]) < 2e-5, parameter
 
@@ -114,8 +114,8 @@ def test_several_batches_of_unequal_size_are_weighted_by_token() -> None:
     empty = Batch(long.tokens[:1, :9], torch.full((1, 9), IGNORED))
     loss, tokens = Autograd(model).gradients([long, short])
     expected = gradients(model)
-    mine = Stepper(model, 2).gradients([long, short, empty])
-    assert mine[1] == tokens and mine[0] == pytest.approx(float(loss), rel=1e-6)
+    own_loss = Stepper(model, 2).gradients([long, short, empty])
+    assert own_loss[1] == tokens and own_loss[0] == pytest.approx(float(loss), rel=1e-6)
     for parameter, value in gradients(model).items():
         assert distance(value, expected[parameter]) < 2e-5, parameter
 
@@ -133,7 +133,7 @@ def test_a_step_repeats_bit_for_bit() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 def test_no_sum_depends_on_where_arrays_lie_in_memory(dtype: Any) -> None:
     # LLVM's name for the choice between two versions of a loop that it makes by the arrays' distance. With
-    # it about one short run in a hundred ended in other bytes than the one before.
+    # it about one short run in a hundred ended in other bytes than the run before.
     generator = np.random.default_rng(0)
 
     def numbers(*shape: int) -> Any:
@@ -163,7 +163,7 @@ def test_no_sum_depends_on_where_arrays_lie_in_memory(dtype: Any) -> None:
         assert "vector.memcheck" not in "".join(fresh.inspect_llvm().values()), kernel.__name__
     careless = njit(fastmath=FAST)(kernels.softmax.py_func)
     careless(*calls[kernels.softmax])
-    assert "vector.memcheck" in "".join(careless.inspect_llvm().values()), "what is looked for exists"
+    assert "vector.memcheck" in "".join(careless.inspect_llvm().values()), "LLVM still uses this name"
 
 
 def test_the_z_loss_has_the_gradient_of_the_squared_log_normaliser() -> None:
@@ -175,19 +175,21 @@ def test_the_z_loss_has_the_gradient_of_the_squared_log_normaliser() -> None:
     (loss + 0.1 * rows.logsumexp(-1).square().mean()).backward()  # type: ignore[no-untyped-call]
     expected = gradients(model)
     for work in (Stepper(model, 1, z_weight=0.1), Autograd(model, z_weight=0.1)):
-        mine, _ = work.gradients([batch])
-        assert mine == pytest.approx(float(loss.detach()), rel=1e-6), "what is reported is the cross-entropy"
+        own_loss, _ = work.gradients([batch])
+        assert own_loss == pytest.approx(float(loss.detach()), rel=1e-6), (
+            "the reported loss is the cross-entropy alone"
+        )
         for parameter, value in gradients(model).items():
             assert distance(value, expected[parameter]) < 2e-5, parameter
 
 
-def test_threads_of_the_caller_stay_as_they_were() -> None:
+def test_the_callers_thread_count_stays_the_same() -> None:
     before = torch.get_num_threads()
     Stepper(model_of(), 2).gradients([packed()])
     assert torch.get_num_threads() == before
 
 
-def test_a_weight_that_is_not_a_number_is_seen_in_loss_or_gradients() -> None:
+def test_a_nan_weight_shows_in_the_loss_or_the_gradients() -> None:
     for name, _ in model_of().named_parameters():
         model = model_of(dtype=torch.bfloat16)
         with torch.no_grad():
@@ -200,7 +202,8 @@ def test_a_weight_that_is_not_a_number_is_seen_in_loss_or_gradients() -> None:
 def test_rows_know_where_each_document_begins() -> None:
     batch = packed()
     assert batch.positions is not None and batch.segments is not None
-    rows = Rows.of(*(one.numpy() for one in (batch.tokens, batch.targets, batch.positions, batch.segments)))
+    tensors = (batch.tokens, batch.targets, batch.positions, batch.segments)
+    rows = Rows.of(*(tensor.numpy() for tensor in tensors))
     assert rows.begins[0].max() == 0
     assert rows.begins[1, 149] == 0 and (rows.begins[1, 150:] == 150).all()
     assert rows.begins[2, 131] == 131 and (rows.begins[2, 132:] == 132).all()

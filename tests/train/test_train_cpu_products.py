@@ -30,9 +30,9 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> None:
-    """Within ``rounding`` of each number, and what float32 sums lose of the largest."""
-    error = (found.double() - expected).abs()
+def close(result: torch.Tensor, expected: torch.Tensor, rounding: float) -> None:
+    """Assert errors within ``rounding`` of each number, plus the error of float32 sums of the largest."""
+    error = (result.double() - expected).abs()
     assert (error <= rounding * expected.abs() + 1e-6 * expected.abs().max()).all(), float(error.max())
 
 
@@ -50,14 +50,14 @@ def dot_and_narrow(left: int, right: int, sums: int, native: int, portable: int)
     _dot_and_narrow(left, right, sums, native, portable)
 
 
-def test_without_the_instruction_the_same_is_computed() -> None:
+def test_the_portable_form_computes_the_same() -> None:
     left, right = (numbers(LANES, 2, seed=seed) for seed in (1, 2))
     sums = numbers(LANES, seed=3).float()
     native, portable = (torch.zeros(2 * LANES) for _ in range(2))
     dot_and_narrow(*(tensor.data_ptr() for tensor in (left, right, sums, native, portable)))
     exact = sums.double() + (left.double() * right.double()).sum(1)
-    for found in (native, portable):
-        total, narrow = found[:LANES], found[LANES:].view(torch.bfloat16)[:LANES]
+    for result in (native, portable):
+        total, narrow = result[:LANES], result[LANES:].view(torch.bfloat16)[:LANES]
         close(total, exact, 2.0**-23)
         assert torch.equal(narrow, total.bfloat16())
 
@@ -110,7 +110,7 @@ def test_panels_hold_pairs_and_zeros_beyond_the_end(rows: int, columns: int) -> 
     assert np.array_equal(panels, expected.reshape(-1, len(panels), PANEL).transpose(1, 0, 2))
 
 
-def test_weights_are_rounded_to_nearest_and_read_anew() -> None:
+def test_weights_are_rounded_to_nearest_and_read_again_each_time() -> None:
     weight = torch.nn.Parameter(torch.randn(8, 6))
     matrix = PairedMatrix([weight])
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_weights_are_rounded_to_nearest_and_read_anew() -> None:
         weight.data.mul_(1.7)
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+def test_nan_stays_nan() -> None:
     matrix = PairedMatrix([torch.ones(64, 64)])
     matrix.refresh()
     x = torch.ones(8, 64).bfloat16()
@@ -132,7 +132,7 @@ def test_what_is_not_a_number_stays_so() -> None:
 def reference(
     begins: np.ndarray[Any, Any], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    """Attention from its formula, in the tensors' own type."""
+    """Compute attention by its formula, in the tensors' own type."""
     heads, rows, _ = q.shape
     time, per_row = k.shape[1], heads // len(begins)
     place = torch.arange(rows) // (rows // time)
@@ -155,27 +155,27 @@ def test_attention_and_its_gradients(kind: Any, time: int, groups: int, dim: int
     q = (numbers(batch * kv_heads, time * groups, dim).float() * dim**-0.5).bfloat16()
     k, v = (numbers(batch * kv_heads, time, dim, seed=seed) for seed in (1, 2))
     d_out = numbers(batch * kv_heads, time * groups, dim, seed=3)
-    exact = [one.double().requires_grad_() for one in (q, k, v)]
+    exact = [tensor.double().requires_grad_() for tensor in (q, k, v)]
     expected = reference(begins, *exact)
     expected.backward(d_out.double())  # type: ignore[no-untyped-call]
     made = kind()
     read = Read(begins, q, k, v)
-    out, kept = made.forward(read)
-    found = made.backward(read, out, kept, d_out)
-    for mine, theirs in zip((out, *found), (expected, *(one.grad for one in exact)), strict=True):
-        assert theirs is not None
-        difference = (mine.double() - theirs.detach()).norm()
+    out, state = made.forward(read)
+    result = made.backward(read, out, state, d_out)
+    for computed, correct in zip((out, *result), (expected, *(tensor.grad for tensor in exact)), strict=True):
+        assert correct is not None
+        difference = (computed.double() - correct.detach()).norm()
         # A few roundings to bfloat16, one after the other, also of terms that cancel.
-        assert difference < 0.012 * theirs.norm() + 0.004 * d_out.float().norm()
+        assert difference < 0.012 * correct.norm() + 0.004 * d_out.float().norm()
 
 
 def test_which_products_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(dot: bool, tiles: bool, dtype: torch.dtype, sizes: tuple[int, ...] = (64, 130)) -> type:
         monkeypatch.setattr(products, "has_bfloat_dot", lambda: dot)
         monkeypatch.setattr(products, "has_bfloat_tiles", lambda: tiles)
-        found = products_for(dtype, sizes)
-        assert isinstance(found, PairedProducts) == isinstance(attention_for(found), PairedAttention)
-        return type(found)
+        result = products_for(dtype, sizes)
+        assert isinstance(result, PairedProducts) == isinstance(attention_for(result), PairedAttention)
+        return type(result)
 
     assert chosen(True, False, torch.bfloat16) is PairedProducts
     assert chosen(True, True, torch.bfloat16) is PlainProducts, "whole tiles are faster than pairs"
@@ -202,7 +202,7 @@ config = ModelConfig(
 )
 model = Transformer(config, compute_dtype=torch.bfloat16)
 Muon._by_pairs = lambda *_: True
-matrices = [one for one in model.parameters() if one.dim() == 2]
+matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
 muon = Muon(matrices, 0.02, row_decay=0.95)
 work = step.Stepper(model, 1)
 
@@ -231,8 +231,8 @@ work.gradients([
 ])
 late = [name for name, count in versions().items() if count != ready[name]]
 assert not late, f"compiled when steps had begun: {late}"
-for one in model.parameters():
-    digest.update(one.grad.numpy().tobytes() + one.detach().numpy().tobytes())
+for parameter in model.parameters():
+    digest.update(parameter.grad.numpy().tobytes() + parameter.detach().numpy().tobytes())
 print(sum(products.product.stats.cache_hits.values()), digest.hexdigest())
 """
 ONE = """
@@ -249,11 +249,11 @@ print(sum(products.pair_columns.stats.cache_hits.values()))
 """
 
 
-def test_code_just_compiled_and_code_that_was_kept_give_the_same_bits(tmp_path: Path) -> None:
-    # Also: nothing is compiled once steps have begun, or calibration takes it for a slow machine. With as many
-    # key heads as query heads, since the one row that is compiled for lies otherwise in memory then.
-    # A run that compiles and the one that resumes it must not differ. Fails where a function whose sums may be
-    # reordered is called by a compiled one: it is then compiled twice, and either of the two may be the one run.
+def test_code_just_compiled_and_stored_code_give_the_same_bits(tmp_path: Path) -> None:
+    # A run that compiles and the run that resumes it must not differ. They do differ where a function whose sums
+    # may be reordered is called by a compiled function: it is compiled twice then, and either version may run.
+    # Also, nothing may be compiled once steps have begun, or calibration would measure a slow machine. The model
+    # has as many key heads as query heads, since the single row that is compiled for has another layout then.
     package = tmp_path / "tercet"
     shutil.copytree(Path(tercet.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -261,10 +261,10 @@ def test_code_just_compiled_and_code_that_was_kept_give_the_same_bits(tmp_path: 
         command = [sys.executable, "-c", code, str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
-    fresh, kept = run(STEPS), run(STEPS)
-    assert (fresh[0], kept[0]) == ("0", "1"), "the first compiled, the second didn't"
-    assert fresh[1] == kept[1]
-    # Code is compiled anew when any source changes, also of what it calls in another file.
+    fresh, stored = run(STEPS), run(STEPS)
+    assert (fresh[0], stored[0]) == ("0", "1"), "the first compiled, the second didn't"
+    assert fresh[1] == stored[1]
+    # Code is compiled again when any source changes, also that of a function it calls in another file.
     assert run(ONE) == ["1"]
     other = package / "train" / "cpu" / "kernels.py"
     other.write_text(other.read_text() + "\n# changed\n")
