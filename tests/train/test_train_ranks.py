@@ -49,7 +49,7 @@ SCRIPT = textwrap.dedent(
         model = Transformer(network(2, 64, 96, 32))
         initialize(model, 0)
         if parallel == "fsdp":
-            from tercet.train.sharded import shard, whole
+            from tercet.train.sharded import shard, unsharded
             shard(model, ranks)
 
         def batches_at(step):
@@ -71,7 +71,7 @@ SCRIPT = textwrap.dedent(
                         evaluate_every=5)
         train(model, recipe, batches_at, directory, fingerprint="test", title="test", evaluate=evaluate,
               ranks=ranks, sharded=parallel == "fsdp")
-        result = whole(model) if parallel == "fsdp" else model
+        result = unsharded(model) if parallel == "fsdp" else model
         if ranks.first:
             save_file({name: value.detach().clone() for name, value in result.named_parameters()},
                       directory / "weights.safetensors")

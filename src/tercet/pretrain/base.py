@@ -166,9 +166,9 @@ def train_base(run: Run, directory: Path, plan: Plan, corpus: Corpus, deadline: 
     if keep_best:
         _report_overfitting(trained, len(data.stream))
     if run.sharded:
-        from tercet.train.sharded import whole
+        from tercet.train.sharded import unsharded
 
-        model = whole(model)
+        model = unsharded(model)
     if not ranks.first:
         return None
     kept_step = trained.best_step if keep_best else trained.steps

@@ -68,7 +68,7 @@ def head_losses(
     """
     weight, cap = model.lm_head.weight, model.config.logit_softcap
     if not torch.is_grad_enabled():
-        # An autograd.Function otherwise still reports that its parameters need gradients.
+        # Within a Function, `needs_input_grad` is true for parameters even where gradients are disabled.
         hidden, weight = hidden.detach(), weight.detach()
     factor = torch.full((), scale, dtype=torch.float32, device=hidden.device)
     return Losses(*cast(Any, _HeadLosses).apply(hidden, weight, targets, factor, z_weight, cap, compiler))
@@ -92,19 +92,24 @@ class _HeadLosses(torch.autograd.Function):
         cap: float | None,
         compiler: str | None,
     ) -> tuple[Tensor, Tensor]:
-        hidden_needs, weight_needs = ctx.needs_input_grad[:2]
+        hidden_gradient, weight_gradient = ctx.needs_input_grad[:2]
         kernel = _in_place if hidden.device.type == "cpu" else _fusible
         if compiler is not None:
             kernel = _compiled(compiler)
         head = weight.to(hidden.dtype)
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if hidden_needs else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_needs else None
+        d_hidden = torch.empty_like(hidden) if hidden_gradient else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_gradient else None
         for begin in range(0, len(hidden), rows := chunk_rows(len(weight), compiler is not None)):
             chunk = hidden[begin : begin + rows]
             logits = F.linear(chunk, head)
             losses, d_logits = kernel(
-                logits, targets[begin : begin + rows], scale, z_weight, cap, hidden_needs or weight_needs
+                logits,
+                targets[begin : begin + rows],
+                scale,
+                z_weight,
+                cap,
+                hidden_gradient or weight_gradient,
             )
             sums += losses
             if d_hidden is not None:

@@ -49,7 +49,7 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
     return model
 
 
-def whole(model: Transformer) -> Transformer:
+def unsharded(model: Transformer) -> Transformer:
     """Return a copy of a sharded model with all weights, in every process; each process must call it."""
     copy = Transformer(model.config)
     sharded = dict(model.named_parameters())
