@@ -77,16 +77,20 @@ def test_copies_and_test_texts_are_dropped_and_the_rest_stays(tmp_path: Path, sm
     assert made.dropped == {"exact duplicate": 1, "near-duplicate": 1, "nothing but test texts": 1}
     assert made.skipped == {"empty": 1}
     assert (made.documents_read, made.documents) == (65, 62)
-    found = rows(tmp_path / "out")
+    written = rows(tmp_path / "out")
     without_test = texts[63].replace(f"{TEST}\n\n", "")
-    assert Counter(row["text"] for row in found) == Counter([*texts[:61], without_test])
-    assert made.bytes == sum(len(row["text"].encode()) for row in found) == sum(row["bytes"] for row in found)
+    assert Counter(row["text"] for row in written) == Counter([*texts[:61], without_test])
+    assert (
+        made.bytes
+        == sum(len(row["text"].encode()) for row in written)
+        == sum(row["bytes"] for row in written)
+    )
     assert made.shards == len(files(tmp_path / "out")) > 2
-    by_text = {row["text"]: row for row in found}
+    by_text = {row["text"]: row for row in written}
     assert by_text[texts[3]]["duplicates"] == 1
     assert by_text[texts[60]]["duplicates"] == 1
     assert by_text[without_test]["passages_removed"] == 1
-    assert sum(row["duplicates"] for row in found) == 2
+    assert sum(row["duplicates"] for row in written) == 2
     assert by_text[texts[5]] == by_text[texts[5]] | {
         "source": str(data), "id": f"{data.as_posix()}:6", "words": len(texts[5].split()), "masked": 0, "copy": 0,
     }  # fmt: skip
@@ -179,18 +183,18 @@ def test_a_source_can_be_repeated_sampled_and_left_out(tmp_path: Path) -> None:
     # The sources differ except for the test text, which stays in the first source.
     weights = {names[0]: 2.0, names[1]: 0.5, names[2]: 0.0}
     made = run(names, tmp_path / "out", weights=weights)
-    found = rows(tmp_path / "out")
-    count = Counter(row["source"] for row in found)
+    written = rows(tmp_path / "out")
+    count = Counter(row["source"] for row in written)
     assert count[names[0]] == 2 * 53
     assert 120 < count[names[1]] < 182  # 302 draws of a half: four standard deviations are 35
     assert count[names[2]] == 0
     assert made.dropped["left out by its weight"] == 72 + 302 - count[names[1]]
-    assert Counter(row["copy"] for row in found)[1] == 53
-    assert {row["id"] for row in found if row["copy"] == 1} == {
-        row["id"] for row in found if row["source"] == names[0]
+    assert Counter(row["copy"] for row in written)[1] == 53
+    assert {row["id"] for row in written if row["copy"] == 1} == {
+        row["id"] for row in written if row["source"] == names[0]
     }
-    places = [place for place, row in enumerate(found) if row["id"] == found[0]["id"]]
-    assert found[0]["source"] != names[0] or places[1] != places[0] + 1  # copies are apart
+    places = [place for place, row in enumerate(written) if row["id"] == written[0]["id"]]
+    assert written[0]["source"] != names[0] or places[1] != places[0] + 1  # copies are not adjacent
 
 
 def test_a_share_is_a_share_of_the_text_written(tmp_path: Path) -> None:

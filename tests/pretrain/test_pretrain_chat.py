@@ -1,4 +1,4 @@
-"""A build that ends with conversations: what the chat model knows, and how it is resumed."""
+"""A build with a chat stage: the answers of the chat model, and resuming."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def built(text: Path, conversations: Path, tmp_path_factory: pytest.TempPathFact
     return out
 
 
-def test_it_answers_and_ends_its_answers(built: Path) -> None:
+def test_the_chat_model_answers_and_stops(built: Path) -> None:
     tokenizer, engine = Tokenizer.load(built / "model"), load_engine(built / "model")
     for kind, answer in QUESTIONS.items():
         ids = tokenizer.encode_chat(
@@ -66,7 +66,7 @@ def test_it_answers_and_ends_its_answers(built: Path) -> None:
         assert (completion.text, completion.finish_reason) == (answer, "stop")
 
 
-def test_transformers_says_the_same_with_the_template_that_is_saved(built: Path) -> None:
+def test_transformers_gives_the_same_answer_with_the_saved_template(built: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(built / "model")
     theirs = AutoModelForCausalLM.from_pretrained(built / "model")
     prompt = tokens.apply_chat_template(
@@ -79,17 +79,17 @@ def test_transformers_says_the_same_with_the_template_that_is_saved(built: Path)
     assert tokens.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True) == "cat"
 
 
-def test_the_base_stays_and_has_no_template(built: Path) -> None:
+def test_the_base_model_is_saved_without_a_template(built: Path) -> None:
     assert Tokenizer.load(built / "base").chat_template is None
     result = json.loads((built / "result.json").read_text())
     assert result["model"] == str(built / "model")
     assert result["chat"]["base"] == str(built / "base")
-    # 120 rows, of which a twentieth is held out.
+    # A twentieth of 120 rows is held out.
     assert result["chat"]["examples"] == 114
     assert "114 rows gave 114 examples" in (built / "report.html").read_text()
 
 
-def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
+def test_a_build_killed_in_the_chat_stage_resumes_with_the_same_weights(
     built: Path, text: Path, conversations: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -119,7 +119,7 @@ def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
         assert time.monotonic() < deadline
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    # What pre-training made is not made again.
+    # The base model is not trained again.
     weights = (out / "base" / "model.safetensors").stat().st_mtime_ns
     build(text, out, tokens=20_000, chat=conversations, chat_epochs=40, **SMALL)
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns == weights
@@ -129,7 +129,7 @@ def test_a_build_killed_while_it_learns_to_chat_ends_with_the_same_weights(
         ).read_bytes()
 
 
-def test_rows_that_are_no_conversations_are_refused(text: Path, tmp_path: Path) -> None:
+def test_rows_without_conversations_are_refused(text: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(UserError, match=r"row 1: a conversation needs messages.*it has prompt, completion"):

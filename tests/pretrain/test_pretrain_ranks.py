@@ -16,7 +16,7 @@ from tercet.compose import build
 from tercet.errors import UserError
 
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32", "--batch-tokens", "256"]
-# The measured speed of a busy machine must not decide in what type it computes.
+# The data type must not depend on the measured speed of a busy machine.
 START = (
     "import tercet.train.calibrate as calibrate\n"
     "calibrate._measure = lambda *a: calibrate.Speed(3_000.0, 'float32', 1)\n"
@@ -37,7 +37,7 @@ def run(path: Path, count: int, arguments: list[str]) -> subprocess.CompletedPro
     )
 
 
-def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
+def test_two_processes_build_the_same_model_as_a_single_process(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = ["the", "small", "red", "cat", "dog", "runs", "sleeps", "under", "tree", "house"]
     text = tmp_path / "text.jsonl"
@@ -46,9 +46,9 @@ def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
     done = run(tmp_path, 2, [*common, "--parallel", "fsdp", "--out", str(tmp_path / "two"), "--json"])
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads(done.stdout)  # of the first process alone
-    one = build(
+    alone = build(
         text,
-        tmp_path / "one",
+        tmp_path / "alone",
         tokens=20_000,
         layers=1,
         width=32,
@@ -56,11 +56,11 @@ def test_two_processes_build_what_one_does(tmp_path: Path) -> None:
         context=32,
         batch_tokens=256,
     )
-    assert two["bits_per_byte"] == pytest.approx(one.bits_per_byte, rel=1e-3)
-    assert two["tokens"] == one.tokens
-    assert AutoModelForCausalLM.from_pretrained(two["model"]).num_parameters() == one.parameters
+    assert two["bits_per_byte"] == pytest.approx(alone.bits_per_byte, rel=1e-3)
+    assert two["tokens"] == alone.tokens
+    assert AutoModelForCausalLM.from_pretrained(two["model"]).num_parameters() == alone.parameters
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
-        path.name for path in (tmp_path / "one").iterdir()
+        path.name for path in (tmp_path / "alone").iterdir()
     }
     wrong = run(tmp_path, 2, [*common[:2], "--tokens", "-1", "--out", str(tmp_path / "three")])
     assert wrong.returncode != 0 and "--tokens is -1" in wrong.stderr

@@ -131,7 +131,7 @@ class Duplicates:
     exact: NDArray[np.bool_]
 
     @property
-    def kept(self) -> NDArray[np.bool_]:
+    def stays(self) -> NDArray[np.bool_]:
         """Whether each document stays, shape (documents,)."""
         return np.asarray(self.first == np.arange(len(self.first), dtype=self.first.dtype))
 

@@ -124,9 +124,8 @@ def _hash_words(text: str) -> tuple[Hashes, NDArray[np.int64]]:
     kinds = _classes()[np.minimum(points, TABLE_SIZE)]
     inside = kinds > 0
     alone = kinds == _UNSPACED
-    joins = np.zeros(
-        len(points) + 1, dtype=bool
-    )  # whether a character continues the word of the previous one
+    # Whether a character continues the word of the previous one.
+    joins = np.zeros(len(points) + 1, dtype=bool)
     joins[1:-1] = (kinds[1:] == _LETTER) & (kinds[:-1] == _LETTER)
     starts = np.flatnonzero(inside & (alone | ~joins[:-1]))
     ends = np.flatnonzero(inside & (alone | ~joins[1:])) + 1

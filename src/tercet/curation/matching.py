@@ -34,7 +34,7 @@ def find_duplicates(work: Work) -> None:
     expected = sum(factors[source] * size for source, size in sizes.items())
     clusters = largest_clusters(duplicates)
     exact = np.flatnonzero(duplicates.exact)[:EXAMPLES]
-    near = np.flatnonzero(~duplicates.kept & ~duplicates.exact)[:EXAMPLES]
+    near = np.flatnonzero(~duplicates.stays & ~duplicates.exact)[:EXAMPLES]
     with atomic_directory(work.path("duplicates")) as temporary:
         np.save(temporary / "first.npy", duplicates.first)
         np.save(temporary / "exact.npy", duplicates.exact)
@@ -58,7 +58,7 @@ def _sizes_of_sources(
     start = 0
     for part, length in zip(parts, lengths, strict=True):
         table = shards.read_part(work.path(f"{part}.arrow"), ["source", "bytes"])
-        table = table.filter(pa.array(duplicates.kept[start : start + length]))
+        table = table.filter(pa.array(duplicates.stays[start : start + length]))
         for row in table.group_by("source").aggregate([("bytes", "sum")]).to_pylist():
             sizes[row["source"]] += row["bytes_sum"]
         start += length

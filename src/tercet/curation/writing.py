@@ -30,7 +30,7 @@ class Scatter:
         part: Its name.
         shards: The number of shards.
         factors: How often each document is written, by source.
-        kept: Whether each document of the part stays.
+        stays: Whether each document of the part stays.
         exact: Whether each document is an exact copy.
         duplicates: The number of copies of each document that are dropped.
         shown: The documents in the report: their index among all documents, by their place in the part.
@@ -39,7 +39,7 @@ class Scatter:
     part: str
     shards: int
     factors: Mapping[str, float]
-    kept: NDArray[np.bool_]
+    stays: NDArray[np.bool_]
     exact: NDArray[np.bool_]
     duplicates: NDArray[np.int64]
     shown: Mapping[int, int]
@@ -51,7 +51,7 @@ def scatter_pieces(work: Work) -> Iterator[Scatter]:
     first = np.load(work.path("duplicates") / "first.npy")
     exact = np.load(work.path("duplicates") / "exact.npy")
     copies = np.bincount(first, minlength=len(first)) - 1 if len(first) else np.zeros(0, dtype=np.int64)
-    kept = first == np.arange(len(first))
+    stays = first == np.arange(len(first))
     shown = {place for pair in plan["copies"] for place in pair}
     shown.update(place for cluster in plan["clusters"] for place in cluster["members"])
     starts = plan["starts"]
@@ -64,7 +64,7 @@ def scatter_pieces(work: Work) -> Iterator[Scatter]:
             part,
             plan["shards"],
             plan["factors"],
-            kept[piece],
+            stays[piece],
             exact[piece],
             np.maximum(copies[piece], 0),
             shown_here,
@@ -81,7 +81,7 @@ def scatter_part(work: Work, piece: Scatter) -> int:
         for place, number in piece.shown.items()
     }
     _drop_copies(tally, table, piece)
-    table = table.append_column("duplicates", pa.array(piece.duplicates)).filter(pa.array(piece.kept))
+    table = table.append_column("duplicates", pa.array(piece.duplicates)).filter(pa.array(piece.stays))
     table, decontamination = _without_tests(work, tally, table)
     copies = _copies(tally, table, piece.factors, seed)
     tables, keys = [], []
@@ -103,7 +103,7 @@ def scatter_part(work: Work, piece: Scatter) -> int:
 
 
 def _drop_copies(tally: Tally, table: pa.Table, piece: Scatter) -> None:
-    dropped = np.flatnonzero(~piece.kept)
+    dropped = np.flatnonzero(~piece.stays)
     sources = table["source"].take(pa.array(dropped)).to_pylist()
     sizes = table["bytes"].take(pa.array(dropped)).to_pylist()
     for place, source, size in zip(dropped.tolist(), sources, sizes, strict=True):
