@@ -224,3 +224,15 @@ def test_minimal_pairs_are_measured_in_the_run_and_at_its_end(corpus: Path, tmp_
     assert "100.0% of 4 right" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(UserError, match="there is no file or directory"):
         build(corpus, tmp_path / "other", tokens=20_000, pairs=["nowhere.jsonl"], **SMALL)
+
+
+def test_minimal_pairs_longer_than_the_context_are_refused_before_training(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Such a pair once ended a run at its last measurement, after all of the training."""
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"sentence_good": "the cat " * 50, "sentence_bad": "the cats " * 50, "UID": "length"}
+    pairs.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"the sentence 'the cat.*takes at most 32"):
+        build(corpus, tmp_path / "run", tokens=20_000, pairs=[pairs], **SMALL)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tercet.data.minimal_pairs import Pair, sample_pairs
+from tercet.errors import UserError
 from tercet.files import read_json
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
@@ -37,8 +38,13 @@ class HeldOut:
             tokenizer: The tokenizer of that corpus.
             context: Tokens that the model reads at once.
             pairs: Minimal pairs to measure grammar on; none: grammar is not measured.
+
+        Raises:
+            UserError: A sentence of the pairs is longer than the context.
         """
-        self.tokenizer, self.context, self.pairs = tokenizer, context, pairs
+        self.tokenizer, self.context = tokenizer, context
+        self.pairs = sample_pairs(pairs, PAIRS_AT_END)
+        self._check_pairs()
         self.stream = open_stream(directory / "heldout.bin", tokenizer.vocab_size)
         self._starts = np.load(directory / "heldout.starts.npy")
         self._source_of = np.load(directory / "heldout.sources.npy")
@@ -67,9 +73,20 @@ class HeldOut:
         measured = self._bits(model, FINAL_TOKENS, torch.float32)
         if not self.pairs:
             return measured, None
-        pairs = sample_pairs(self.pairs, PAIRS_AT_END)
-        right = pair_accuracy(model, self.tokenizer, pairs, dtype=torch.float32)
+        right = pair_accuracy(model, self.tokenizer, self.pairs, dtype=torch.float32)
         return measured, {"accuracy": right["accuracy"], "pairs": right["pairs"]}
+
+    def _check_pairs(self) -> None:
+        """Raise the error that `tercet.train.evaluate.pair_accuracy` would raise after hours of training."""
+        sentences = [sentence for pair in self.pairs for sentence in (pair.good, pair.bad)]
+        for sentence, ids in zip(
+            sentences, self.tokenizer.encode_batch(sentences, special=False), strict=True
+        ):
+            if len(ids) > self.context:
+                raise UserError(
+                    f"the sentence {sentence[:60]!r} in `pairs` has {len(ids)} tokens; the model takes at most "
+                    f"{self.context}"
+                )
 
     def _bits(self, model: Transformer, tokens: int, dtype: torch.dtype | None) -> dict[str, Any]:
         sources = max(1, len(np.unique(self._source_of)))
