@@ -85,7 +85,9 @@ def test_one_line_says_what_the_limit_is() -> None:
     assert "28.8 GB/s, so the limit is 200.0 tokens/s, and this run reached 50% of it" in limit(REPORT)
     several = dataclasses.replace(REPORT, batch=8, fraction_of_limit=None)
     assert "for all 8 sequences" in limit(several)
-    assert "on the CPU only" in limit(dataclasses.replace(several, bandwidth_bytes_per_second=None))
+    assert "only for models on the CPU" in limit(
+        dataclasses.replace(several, bandwidth_bytes_per_second=None)
+    )
     assert "\n" not in limit(REPORT)
 
 
