@@ -136,7 +136,8 @@ def train_base(run: Run, directory: Path, plan: Plan, corpus: Corpus, deadline: 
         The result in the first process, None in the others.
 
     Raises:
-        UserError: The corpus is smaller than one step, or the loss is not finite.
+        UserError: The corpus is smaller than one step, a sentence of ``pairs`` is longer than the context, or
+            the loss is not finite.
         KeyboardInterrupt: Stopped; the same call resumes.
     """
     settings, ranks = run.settings, run.ranks

@@ -77,7 +77,7 @@ class HeldOut:
         return measured, {"accuracy": right["accuracy"], "pairs": right["pairs"]}
 
     def _check_pairs(self) -> None:
-        """Raise the error that `tercet.train.evaluate.pair_accuracy` would raise after hours of training."""
+        """Refuse a sentence that is longer than the context before training, not at its last measurement."""
         sentences = [sentence for pair in self.pairs for sentence in (pair.good, pair.bad)]
         for sentence, ids in zip(
             sentences, self.tokenizer.encode_batch(sentences, special=False), strict=True
