@@ -11,7 +11,7 @@ A setting's name, default and help are written once, as a field of the dataclass
 
     tune = keyword_form(TuneSettings, tune_with, "tune")    # tune(model, *, epochs=3.0)
 
-`tercet.cli.command` makes the options ``REF`` and ``--epochs`` of the same class. A module of settings does
+`tercet.cli.command` makes the argument ``REF`` and the option for ``epochs`` of the same class. A module of settings does
 not postpone the evaluation of annotations, so that signatures hold types instead of their names.
 """
 
@@ -38,9 +38,9 @@ class Option:
     """How the command line offers a setting.
 
     Attributes:
-        help: one sentence, for ``--help`` and the documentation.
-        metavar: the name of the value in ``--help``.
-        name: the option, such as ``--rslora``; None derives it from the setting's name.
+        help: one sentence, for the command's help and the documentation.
+        metavar: the name of the value in the command's help.
+        name: the option with its dashes; None derives it from the setting's name.
         argument: a positional argument instead of an option.
         type: the type that the command line reads; None: the type of the setting.
         parse: turns the value that was read into the value of the setting.

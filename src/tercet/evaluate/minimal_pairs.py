@@ -92,7 +92,7 @@ class PairResult:
     groups: list[GroupScore]  # in the order of the data
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object that ``tercet eval --json`` prints."""
+        """Return the JSON object that ``tercet eval`` prints."""
         return {"kind": MINIMAL_PAIRS, "metric": "accuracy", **asdict(self)}
 
 
