@@ -129,13 +129,13 @@ def test_an_answer_that_was_cut_off_is_shown_and_is_an_error(
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == '{"city": "Os\n'
-    assert "raise max_tokens" in shown.err
+    assert "raise --max-tokens" in shown.err
     server.script.append(completion('{"city": "Os', finish_reason="length"))
     assert main([*arguments, "--json"]) == 2
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert (found["text"], found["parsed"], found["finish_reason"]) == ('{"city": "Os', None, "length")
-    assert "raise max_tokens" in shown.err
+    assert "raise --max-tokens" in shown.err
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_a_file_that_is_no_conversation_changes_nothing(
         ("/save talk.json", "nothing to save"),
         ("/load gone.json", "cannot read"),
         ("/retry", "nothing to retry"),
-        ("/undo now", "takes nothing after it"),
+        ("/undo now", "takes no argument"),
     ],
 )
 def test_a_command_that_cannot_be_done_says_why(session: ChatSession, line: str, part: str) -> None:
@@ -197,7 +197,7 @@ def test_clear_forgets_all_but_the_system_message(session: ChatSession) -> None:
 
 
 def test_history_and_help_and_exit(session: ChatSession) -> None:
-    assert session.run("/history").note == "nothing has been said"
+    assert session.run("/history").note == "the conversation is empty"
     said(session.say("hi"))
     assert session.run("/history").note == "user: hi\n\nassistant: hi"
     assert all(usage in session.run("/help").note for usage in HELP)

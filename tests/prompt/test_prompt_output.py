@@ -148,7 +148,7 @@ def test_a_batch_has_one_form_for_all(llm: LLM) -> None:
 
 def test_an_answer_cut_off_is_told_with_max_tokens_and_not_lost(llm: LLM) -> None:
     for schema in (Pet, PET):
-        with pytest.raises(OutputError, match=r"cut off after 8 tokens.*raise max_tokens") as problem:
+        with pytest.raises(OutputError, match=r"cut off after 8 tokens.*raise `max_tokens`") as problem:
             llm.generate("a pet: ", schema=schema, max_tokens=8)
         one_line(problem)
         assert problem.value.completion.text.startswith('{"kind":')
@@ -190,8 +190,11 @@ def test_the_prompt_is_as_it_was_written(directory: Path) -> None:
         ({"grammar": "start: x"}, "grammar: line 1, column 8: unknown name"),
         ({"schema": '{"type": "string"}'}, "must be a pydantic BaseModel class or a JSON Schema as a dict"),
         ({"schema": Pet(kind="cat", legs=4)}, "must be a pydantic BaseModel class"),
-        ({"schema": int}, "schema is the class int; it must be one of pydantic's BaseModel"),
-        ({"schema": Pet, "regex": "a"}, "schema and regex are given; .* at most one of schema, regex"),
+        ({"schema": int}, "`schema` is the class int; it must be a subclass of pydantic's BaseModel"),
+        (
+            {"schema": Pet, "regex": "a"},
+            "`schema` and `regex` contradict each other; .* at most one of `schema`, `regex`",
+        ),
         ({"shema": Pet}, "there is no sampling setting 'shema'; did you mean schema"),
     ],
 )

@@ -280,7 +280,7 @@ def test_a_template_that_would_drop_calls_or_cannot_hold_as_many_is_told() -> No
     two = conversation()
     two[1]["tool_calls"] *= 2
     bare = templates.tokenizer_with(templates.BARE)
-    assert "one a message" in refusal(template_messages, two, bare).message
+    assert "one call per message" in refusal(template_messages, two, bare).message
 
 
 def test_what_a_model_writes_comes_back_to_it_as_it_was() -> None:

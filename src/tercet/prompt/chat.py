@@ -1,4 +1,4 @@
-"""A conversation with a model, and the commands on it. No terminal here: text in, text out."""
+"""A conversation with a model, and the commands that change it. It does no input or output itself."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt
 
 HELP = {
-    "/system [TEXT]": "set the system message for the answers to come; without TEXT show it",
+    "/system [TEXT]": "set the system message for the next answers; without TEXT show it",
     "/undo": "take back the last exchange",
-    "/retry": "ask the last message again",
+    "/retry": "send the last message again",
     "/history": "show the conversation",
     "/save PATH": "write the conversation to PATH, .json or .md",
-    "/load PATH": "go on with a conversation saved as .json",
-    "/clear": "forget the conversation; the system message stays",
+    "/load PATH": "continue a conversation saved as .json",
+    "/clear": "delete the conversation, except the system message",
     "/help": "this list",
-    "/exit": "leave (or Ctrl-D)",
+    "/exit": "exit (or Ctrl-D)",
 }
 
 
 @dataclass
 class Reply:
-    """What a line that begins with / gave: a note to show, an answer to stream, or the end."""
+    """The result of a command.
+
+    note: text to show.
+    answer: an answer to stream.
+    leave: whether the chat ends.
+    """
 
     note: str = ""
     answer: Iterator[str] | None = None
@@ -40,12 +45,12 @@ class Reply:
 class ChatSession:
     """The messages of one conversation, and the model that answers them.
 
-    A model without a chat template (a base model) continues text: there every message stands
-    alone, and the answer is its continuation.
+    A model without a chat template (a base model) continues text: each message is a prompt of its own,
+    and the answer is its continuation.
 
     Args:
-        llm: who answers.
-        system: the system message, if any.
+        llm: the model.
+        system: the system message; None: none.
         settings: fields of Sampling for every answer.
 
     Raises:
@@ -55,15 +60,15 @@ class ChatSession:
     def __init__(self, llm: LLM, system: str | None = None, **settings: Any) -> None:
         self.llm, self.settings = llm, settings
         self.messages: list[Message] = []
-        self.last: Completion | None = None  # of the last answer that ended by itself
-        self._unanswered: str | None = None  # what /retry asks after a failure
-        self._files: set[Path] = set()  # written or read by this session, so it may overwrite them
+        self.last: Completion | None = None  # of the last answer, unless it was stopped
+        self._unanswered: str | None = None  # the message that /retry sends after a failure
+        self._files: set[Path] = set()  # written or read by this session, which may overwrite them
         if system is not None:
             self._set_system(system)
 
     @property
     def is_base(self) -> bool:
-        """Whether the model continues text for lack of a chat template."""
+        """Whether the model has no chat template, so that it continues text."""
         return not self.llm.has_chat_template
 
     @property
@@ -75,42 +80,45 @@ class ChatSession:
     def say(self, text: str) -> Iterator[str]:
         """Send ``text`` and yield the answer as it comes.
 
-        The exchange joins the conversation when the answer ends, or with what came of it when the
-        caller closes this generator or Ctrl-C stops it. When the answer fails, the conversation is
-        as it was before.
+        The exchange joins the conversation when the answer ends. When the caller closes this generator or
+        Ctrl-C stops it, the exchange joins with the answer so far. When the answer fails, the conversation
+        does not change.
 
         Raises:
-            ContextOverflow: it no longer fits, with the counts and what to do. Nothing is cut off.
+            ContextOverflow: the conversation is longer than the context; nothing is cut off. The message
+                contains the counts and a remedy.
             UserError: the model or its server failed.
         """
         check_text(text, "the message")
         prompt: Prompt = text if self.is_base else [*self.messages, {"role": "user", "content": text}]
         self.last, self._unanswered = None, text
-        came: list[str] = []
+        pieces: list[str] = []
         try:
             with self.llm.stream(prompt, **self.settings) as stream:
                 for piece in stream:
-                    came.append(piece)
+                    pieces.append(piece)
                     yield piece
             self.last = stream.completion
         except ContextOverflow as problem:
-            way = "send less" if self.is_base else "/undo takes back the last exchange, /clear starts anew"
-            raise ContextOverflow(f"{problem}; {way}") from problem
+            remedy = (
+                "send less" if self.is_base else "/undo takes back the last exchange, /clear starts again"
+            )
+            raise ContextOverflow(f"{problem}; {remedy}", problem.tokens, problem.limit) from problem
         except (GeneratorExit, KeyboardInterrupt):
-            if came:
-                self._add(text, "".join(came))
+            if pieces:
+                self._add(text, "".join(pieces))
             raise
-        self._add(text, "".join(came))
+        self._add(text, "".join(pieces))
 
     def _add(self, text: str, answer: str) -> None:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         self._unanswered = None
 
     def run(self, line: str) -> Reply:
-        """Do the command in ``line`` ("/undo", "/save talk.json").
+        """Run the command in ``line`` ("/undo", "/save talk.json").
 
         Raises:
-            UserError: no such command (the nearest is named), or it can't be done.
+            UserError: an unknown command (the message names the nearest), or a command that fails.
         """
         name, _, argument = line.strip().partition(" ")
         argument = argument.strip()
@@ -122,7 +130,7 @@ class ChatSession:
             "/save": self._command_save,
             "/load": self._command_load,
             "/clear": self._command_clear,
-            "/help": lambda _: Reply("\n".join(f"{usage:<16} {what}" for usage, what in HELP.items())),
+            "/help": lambda _: Reply("\n".join(f"{usage:<16} {text}" for usage, text in HELP.items())),
             "/exit": lambda _: Reply(leave=True),
         }
         if name not in actions:
@@ -131,7 +139,7 @@ class ChatSession:
                 f"there is no {name}; {f'did you mean {near[0]}?' if near else '/help lists the commands'}"
             )
         if argument and name not in ("/system", "/save", "/load"):
-            raise UserError(f"{name} takes nothing after it")
+            raise UserError(f"{name} takes no argument")
         return actions[name](argument)
 
     def _set_system(self, text: str) -> None:
@@ -148,7 +156,7 @@ class ChatSession:
         return Reply(self.system if self.system is not None else "no system message; /system TEXT sets one")
 
     def _last_user(self) -> int | None:
-        """Where the last exchange begins."""
+        """Return the index of the last exchange's first message; None where there is none."""
         places = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
         return places[-1] if places else None
 
@@ -156,10 +164,10 @@ class ChatSession:
         place = self._last_user()
         if place is None:
             raise UserError("there is nothing to undo")
-        taken = self.messages[place]["content"]
+        undone = self.messages[place]["content"]
         del self.messages[place:]
         self._unanswered = None
-        return Reply(f"took back: {_short(taken)}")
+        return Reply(f"took back: {_short(undone)}")
 
     def _command_retry(self, _: str) -> Reply:
         text, place = self._unanswered, self._last_user()
@@ -168,7 +176,7 @@ class ChatSession:
         return Reply(answer=self.say(text) if text is not None else self._again(place or 0))
 
     def _again(self, place: int) -> Iterator[str]:
-        """Answer the message at ``place`` anew; when that gives nothing the old answer stays."""
+        """Answer the message at ``place`` again; the old answer stays when no text comes."""
         before, text = list(self.messages), self.messages[place]["content"]
         del self.messages[place:]
         try:
@@ -179,18 +187,18 @@ class ChatSession:
 
     def _command_history(self, _: str) -> Reply:
         if not self.messages:
-            return Reply("nothing has been said")
+            return Reply("the conversation is empty")
         return Reply("\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages))
 
     def _command_clear(self, _: str) -> Reply:
         self.messages = self.messages[:1] if self.system is not None else []
         self._unanswered = None
-        return Reply("forgotten")
+        return Reply("conversation deleted")
 
     def _command_save(self, argument: str) -> Reply:
         path = _path(argument, "/save", (".json", ".md"))
         if not self.messages:
-            raise UserError("nothing has been said, so there is nothing to save")
+            raise UserError("the conversation is empty, so there is nothing to save")
         if path.exists() and path.resolve() not in self._files:
             raise UserError(f"{path} exists and is not from this chat; choose another name")
         if path.suffix == ".json":
@@ -219,7 +227,7 @@ def _path(argument: str, command: str, endings: tuple[str, ...]) -> Path:
     if not argument:
         raise UserError(f"{command} needs a path that ends in {' or '.join(endings)}")
     path = Path(argument)
-    with contextlib.suppress(RuntimeError):  # ~name of nobody: the name itself
+    with contextlib.suppress(RuntimeError):  # an unknown user in ~name: keep the name as it is
         path = path.expanduser()
     if path.suffix not in endings:
         raise UserError(f"{command} {argument}: the path must end in {' or '.join(endings)}")

@@ -1,4 +1,4 @@
-"""Errors of calls to a model. All are UserErrors; a prompt that is too long raises `tercet.errors.ContextOverflow`."""
+"""Errors of calls to a model, all UserErrors. Prompts that are too long raise `tercet.errors.ContextOverflow`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""How a model reads a text and goes on from it: each token's probability, and what else might have come.
+"""How a model reads a text and continues it: the probability of each token, and the alternatives.
 
-A language model does one thing: it gives every token of its vocabulary a probability of being next.
-Surprise is what that was worth for the token that came, in bits: -log2 p. A token that was certain is
-worth nothing; one that had a chance of a half is worth one bit.
+A language model assigns to every token of its vocabulary a probability of being next. The surprise of the
+token that came is -log2 p in bits: 0 for a certain token, 1 for a token with a probability of a half.
 """
 
 from __future__ import annotations
@@ -16,7 +15,10 @@ from tercet.engine.request import TokenLogprob
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that might have come. id: -1 from a server, whose protocol has none."""
+    """A token that might have come.
+
+    id: -1 from a server, whose protocol has no ids.
+    """
 
     id: int
     token: str
@@ -25,11 +27,14 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Step:
-    """One token, and what the model thought before it came.
+    """One token, and the model's distribution before it.
 
-    probability, surprise (bits): None for the first token of a text, which nothing stands before.
-    entropy: bits, the surprise that was to be expected there; None where a server does not tell.
-    alternatives: the likeliest tokens there, the best first; the token itself is among them if it was likely.
+    id: -1 from a server, whose protocol has no ids.
+    token: its text.
+    probability: None for the first token of a text, which has no tokens before it.
+    surprise: in bits; None likewise.
+    alternatives: the likeliest tokens, the best first; the token itself is among them if it was likely.
+    entropy: the expected surprise in bits; None from a server.
     """
 
     id: int
@@ -42,11 +47,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A text as a model reads it, and what it writes after it.
+    """A text as a model reads it, and its continuation.
 
-    read: the tokens of the text, a chat template's among them; empty where a server does not tell.
-    written: the tokens that the model went on with; its first step's alternatives are what may come next.
-    finish_reason: why it ended: "stop" or "length".
+    model: the model's reference.
+    read: the tokens of the text, including those of a chat template; empty from a server.
+    written: the tokens of the continuation; the alternatives of its first step may come next.
+    finish_reason: why the continuation ended: "stop" or "length".
     """
 
     model: str
@@ -56,13 +62,13 @@ class Explanation:
 
     @property
     def bits_per_token(self) -> float | None:
-        """Mean surprise of the text that was read; None where fewer than two tokens are known."""
+        """Mean surprise of the tokens that were read, except the first; None where there are none."""
         known = [step.surprise for step in self.read if step.surprise is not None]
         return sum(known) / len(known) if known else None
 
 
 def step_of(entry: TokenLogprob) -> Step:
-    """The step that an engine or a server describes in natural logarithms."""
+    """Return the step for a token that an engine or a server describes in natural logarithms."""
     return Step(
         entry.token_id,
         entry.token,
@@ -76,7 +82,13 @@ def step_of(entry: TokenLogprob) -> Step:
 def steps_read(
     tokens: Sequence[int], texts: Sequence[str], entries: Sequence[TokenLogprob | None]
 ) -> list[Step]:
-    """The steps of a text that was read; ``entries[0]`` is None, since nothing stands before it."""
+    """Return the steps of a text that was read.
+
+    Args:
+        tokens: token ids of the text.
+        texts: text of each token.
+        entries: log-probabilities of each token; the first is None, since no tokens come before it.
+    """
     return [
         Step(token, text, None, None, []) if entry is None else step_of(entry)
         for token, text, entry in zip(tokens, texts, entries, strict=True)

@@ -68,7 +68,7 @@ class HostedModel:
         self._client = HostedClient(reference, timeout, retries)
         self._usage_in_streams = True
 
-    # For a server that passes requests on
+    # For the server, which passes requests on
 
     @property
     def name(self) -> str:
@@ -134,7 +134,7 @@ class HostedModel:
         """Answer every prompt, at most CONCURRENCY requests at a time.
 
         A request that fails leaves its error in the list. After an error that every other request would meet
-        too (a wrong key, say) the remaining requests are not sent.
+        too, such as a wrong key, the remaining requests are not sent.
         """
         results: list[Completion | UserError] = [
             HostedError("not sent, since the server refuses all requests") for _ in prompts

@@ -288,7 +288,8 @@ class LLM:
         Args:
             prompt: a text to continue, or a conversation to answer.
             top: how many of the likeliest tokens to list at each place.
-            sampling, fields: as for ``generate``; by default the five likeliest tokens are written.
+            sampling: as for ``generate``; by default the model writes five tokens, the likeliest each time.
+            **fields: as for ``generate``.
         """
         from tercet.prompt.explain import Explanation, step_of
 

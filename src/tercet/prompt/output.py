@@ -1,4 +1,4 @@
-"""Answers of a given form: the grammar that holds a model to it, and what the text then stands for."""
+"""The form of answers: the grammar that enforces it, and the value that a text of that form stands for."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ OPTIONS = ("schema", "regex", "choices", "grammar")
 
 @dataclass(frozen=True)
 class Output:
-    """The form of an answer, as the user asked for it.
+    """The requested form of an answer.
 
-    option: which of OPTIONS it was asked with.
-    schema: a JSON Schema, where that is the form; ``model``: the pydantic class it is the schema of.
+    option: which of OPTIONS requests it.
+    grammar: enforces it.
+    schema: the JSON Schema, where that is the form.
+    model: the pydantic class of the schema, where the form is a class.
     """
 
     option: str
@@ -36,9 +38,9 @@ class Output:
     model: type[BaseModel] | None = None
 
     def response_format(self) -> dict[str, Any]:
-        """The form in OpenAI's protocol, with a schema only.
+        """Return the form in OpenAI's protocol; it must be a schema.
 
-        A dict is sent as it is. A class's schema is made strict, as the ``openai`` client does it:
+        A dict is sent unchanged. A class's schema is made strict, as by the ``openai`` client:
         every object closed, every property required.
         """
         assert self.schema is not None
@@ -55,13 +57,13 @@ class Output:
         }
 
     def parse(self, completion: Completion) -> None:
-        """Set ``completion.parsed``; nothing to do without a schema.
+        """Set ``completion.parsed``; without a schema do nothing.
 
-        A class checks everything it knows. Of a dict only the JSON is read: a local model is held to the
-        schema token by token, and a server has promised to.
+        A class validates the whole answer. For a dict only the JSON is parsed: a local model is held to the
+        schema token by token, and a server has promised to enforce it.
 
         Raises:
-            OutputError: the text is not what was asked for, being cut off or for another reason.
+            OutputError: the text does not match the schema, for example because it was cut off.
         """
         if self.schema is None:
             return
@@ -71,11 +73,11 @@ class Output:
             if completion.finish_reason == "length":
                 message = (
                     f"the answer was cut off after {completion.usage.completion_tokens} tokens, before its JSON "
-                    "was complete; raise max_tokens (or shorten the prompt, where the context is full)"
+                    "was complete; raise `max_tokens` (or shorten the prompt, where the context is full)"
                 )
             else:
-                what = f"a {self.model.__name__}" if self.model else "JSON"
-                message = f"the answer is not {what}: {_why(problem)}; it begins {completion.text[:60]!r}"
+                form = f"a {self.model.__name__}" if self.model else "JSON"
+                message = f"the answer is not {form}: {_reason(problem)}; it begins {completion.text[:60]!r}"
             raise OutputError(message, completion) from problem
 
     def _parsed(self, text: str) -> Any:
@@ -84,28 +86,29 @@ class Output:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
 
 
-def wanted_output(
+def requested_output(
     schema: Schema | None = None,
     regex: str | None = None,
     choices: Sequence[str] | None = None,
     grammar: str | None = None,
 ) -> Output | None:
-    """What is asked for; None when nothing is.
+    """Return the requested form of the answer; None for any text.
 
     Args:
         schema: a pydantic class, or a JSON Schema as a dict.
         regex: a regular expression that matches the whole answer.
-        choices: the texts of which the answer is one.
+        choices: the texts, one of which is the answer.
         grammar: a grammar in Lark syntax.
 
     Raises:
-        UserError: more than one is given, or one is of a wrong type.
+        UserError: more than one form is requested, or one has a wrong type.
     """
-    every = zip(OPTIONS, (schema, regex, choices, grammar), strict=True)
-    given = [option for option, value in every if value is not None]
-    if len(given) > 1:
+    values = zip(OPTIONS, (schema, regex, choices, grammar), strict=True)
+    requested = [option for option, value in values if value is not None]
+    if len(requested) > 1:
         raise UserError(
-            f"{' and '.join(given)} are given; an answer has one form, so give at most one of {', '.join(OPTIONS)}"
+            f"{' and '.join(f'`{option}`' for option in requested)} contradict each other; an answer has one "
+            f"form, so use at most one of {', '.join(f'`{option}`' for option in OPTIONS)}"
         )
     if regex is not None:
         return Output("regex", Grammar.regex(regex))
@@ -121,22 +124,24 @@ def _schema_output(schema: object) -> Output:
         return Output("schema", Grammar.json_schema(schema), dict(schema))
     if not isinstance(schema, type):
         raise GrammarError(
-            f"schema is {schema!r:.60}; it must be a pydantic BaseModel class or a JSON Schema as a dict"
+            f"`schema` is {schema!r:.60}; it must be a pydantic BaseModel class or a JSON Schema as a dict"
         )
     from pydantic import BaseModel
     from pydantic.errors import PydanticUserError
 
     if not issubclass(schema, BaseModel):
-        raise GrammarError(f"schema is the class {schema.__name__}; it must be one of pydantic's BaseModel")
+        raise GrammarError(
+            f"`schema` is the class {schema.__name__}; it must be a subclass of pydantic's BaseModel"
+        )
     try:
-        made = schema.model_json_schema()
-    except PydanticUserError as problem:  # a field of a type that JSON has nothing for
-        raise GrammarError(f"{schema.__name__} has no JSON schema: {_why(problem)}") from problem
-    return Output("schema", Grammar.json_schema(made), made, schema)
+        json_schema = schema.model_json_schema()
+    except PydanticUserError as problem:  # a field of a type that JSON cannot express
+        raise GrammarError(f"{schema.__name__} has no JSON schema: {_reason(problem)}") from problem
+    return Output("schema", Grammar.json_schema(json_schema), json_schema, schema)
 
 
-def _why(problem: Exception) -> str:
-    """The first thing that is wrong, in one line."""
+def _reason(problem: Exception) -> str:
+    """Return the first mistake in one line."""
     from pydantic import ValidationError
 
     if isinstance(problem, ValidationError):

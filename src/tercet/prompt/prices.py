@@ -1,7 +1,7 @@
-"""What a call costs, in US dollars, from its usage and a price the user gave.
+"""The cost of a call in US dollars, from its usage and the user's prices.
 
-No prices are built in: they would be wrong within months. They come from ``LLM(price=(in, out))``,
-from ``--price IN,OUT`` or from ``$XDG_CONFIG_HOME/tercet/prices.yaml`` (``~/.config`` by default)::
+No prices are built in: they would be wrong within months. They come from ``LLM(price=(in, out))``, from
+the command line, or from ``$XDG_CONFIG_HOME/tercet/prices.yaml`` (``~/.config`` by default)::
 
     openai:some-model: [0.15, 0.60]    # USD per million tokens read, written
 
@@ -29,14 +29,14 @@ class Price:
     completion: float  # written
 
     def cost(self, usage: Usage) -> float | None:
-        """Dollars for ``usage``; None when the server reported none."""
+        """Return dollars for ``usage``; None when the server reported no usage."""
         if usage.prompt_tokens == 0 and usage.completion_tokens == 0:
             return None
         return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
 
 
 def as_price(value: Any, where: str = "price") -> Price:
-    """Two numbers as a Price. UserError when they are not two finite numbers of 0 or more."""
+    """Return two numbers as a Price. UserError unless they are finite and 0 or more."""
     numbers = list(value) if isinstance(value, list | tuple) else []
     good = len(numbers) == 2 and all(
         isinstance(number, int | float)
@@ -54,23 +54,23 @@ def as_price(value: Any, where: str = "price") -> Price:
 
 
 def parse_price(text: str) -> Price:
-    """``IN,OUT`` as on the command line."""
+    """Return the Price for a text such as ``0.15,0.60``. UserError for any other text."""
     try:
         return as_price([float(part) for part in text.split(",")])
     except ValueError as problem:
         raise UserError(
-            f"--price is {text!r}; it must be IN,OUT in USD per million tokens, such as 0.15,0.60"
+            f"`price` is {text!r}; it must be IN,OUT in USD per million tokens, such as 0.15,0.60"
         ) from problem
 
 
 def prices_file() -> Path:
-    """Where the user keeps prices."""
+    """Return the path of the user's prices file."""
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(home) / "tercet" / "prices.yaml"
 
 
 def known_price(reference: str) -> Price | None:
-    """The price of ``reference`` (exactly as written) in the user's prices file, or None.
+    """Return the price of ``reference`` (exactly as written) in the user's prices file, or None.
 
     Raises:
         UserError: the file is not YAML, or its entry is not two numbers.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from tercet.engine.request import Sampling
 from tercet.errors import UserError, nearest
-from tercet.prompt.output import OPTIONS, Output, wanted_output
+from tercet.prompt.output import OPTIONS, Output, requested_output
 
 if TYPE_CHECKING:
     from tercet.prompt.output import Schema
@@ -40,7 +40,7 @@ class CallSettings:
 
     Attributes:
         sampling: every field; a local model uses all of them.
-        sent: the fields that the caller set. A hosted model is sent these only, so that its own defaults hold.
+        sent: the fields that the caller set. A hosted model is sent only these, so its own defaults hold.
         output: the form of the answer; None: any text.
     """
 
@@ -72,14 +72,15 @@ def call_settings(
                 f"there is no sampling setting {name!r}{suggestion} (settings: {', '.join(FIELDS)})"
             )
     merged = dataclasses.replace(sampling or Sampling(), **fields)
-    output = wanted_output(schema, regex, choices, grammar)
+    output = requested_output(schema, regex, choices, grammar)
     return CallSettings(merged, _sent(merged, sampling, fields), output)
 
 
 def _sent(merged: Sampling, sampling: Sampling | None, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that go to a server: keywords, and those of ``sampling`` that matter there.
 
-    Of a Sampling object these are ``max_tokens``, ``temperature`` and the fields that differ from the defaults.
+    Of a Sampling object these are ``max_tokens``, ``temperature`` and the fields that differ from the
+    defaults.
     """
     default = Sampling()
     names = set(fields)

@@ -1,4 +1,4 @@
-"""The server's application: every route, behind the guard, with every error in one shape."""
+"""The server's application: all routes, behind the guard, with all errors in one shape."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ CORS_HEADERS = ("authorization", "content-type", "x-api-key", "anthropic-version
 
 
 def make_app(models: Models, settings: Settings, store: Store | None = None) -> FastAPI:
-    """The application. Closing it (its lifespan's end) ends the engines.
+    """Make the application. The end of its lifespan stops the engines.
 
-    store: where the chat page keeps conversations; None: no page.
+    Args:
+        models: the models that it serves.
+        settings: of the server.
+        store: the database of the chat page's conversations; None: no page.
     """
     from tercet import __version__
 
@@ -47,7 +50,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
         version=__version__,
         description="Large language models over OpenAI's protocol.",
         lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from other servers
         redoc_url=None,
     )
     metrics = Metrics(models)
@@ -59,7 +62,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
         from tercet.serve.web.page_api import add_page
 
         add_page(app, store, models)
-    # The last that is added is the outermost.
+    # The middleware that is added last is the outermost.
     app.add_middleware(Guard, settings=settings)
     if settings.allowed_origins:
         app.add_middleware(
@@ -100,12 +103,13 @@ def _add_routes(app: FastAPI) -> None:
 
 
 class Observed:
-    """Gives every answer its id, tells the metrics of it, and answers what nothing inside has caught."""
+    """Middleware that gives answers an id, records them in the metrics, and handles uncaught exceptions."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI event."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -1,7 +1,7 @@
-"""What goes wrong, as OpenAI's protocol says it: ``{"error": {message, type, param, code}}``.
+"""Errors in the shape of OpenAI's protocol: ``{"error": {message, type, param, code}}``.
 
-Raise `APIError` anywhere below a route; what the engine and the tokenizer raise as UserError becomes a 400.
-Nothing that a client sends may end as a 500: those are our own mistakes, logged and told without details.
+Raise `APIError` anywhere below a route; a UserError of the engine or the tokenizer becomes a 400. No input of
+a client may end as a 500: those are defects of the server, which are logged and answered without details.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RETRY_AFTER = 1  # seconds; a queue that was full a second ago has usually moved
 
 
 class ErrorObject(BaseModel):
-    """What is wrong, and where."""
+    """The description of an error."""
 
     message: str
     type: str
@@ -41,12 +41,12 @@ class ErrorBody(BaseModel):
     error: ErrorObject
 
 
-# For the OpenAPI document: the errors that any route may give.
+# For the OpenAPI document: the errors of every route.
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
 class APIError(Exception):
-    """An answer that is an error. ``headers``: more of them, for the HTTP answer."""
+    """An error that becomes the HTTP answer. ``headers``: further headers of that answer."""
 
     def __init__(
         self,
@@ -62,12 +62,12 @@ class APIError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """All four keys, as the contract wants them."""
+        """Return the JSON body, always with all four keys."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The HTTP answer."""
-        # ASCII: a message may quote what no UTF-8 can express.
+        """Return the HTTP answer."""
+        # ASCII: a message may quote characters that UTF-8 cannot express.
         return Response(
             json.dumps(self.body()), self.status, headers=self.headers, media_type="application/json"
         )
@@ -90,7 +90,9 @@ def missing_parameter(param: str) -> APIError:
 
 def unknown_parameter(param: str) -> APIError:
     """Return the 400 for a parameter that this server does not know."""
-    return APIError(400, f"{param} is not a known parameter", param=param, code="unknown_parameter")
+    return APIError(
+        400, f"{param} is not a parameter of this endpoint", param=param, code="unknown_parameter"
+    )
 
 
 def unsupported(param: str, reason: str) -> APIError:
@@ -106,17 +108,20 @@ def check_keys(entry: Mapping[str, Any], known: Collection[str], where: str) -> 
 
 
 class Disconnected(Exception):
-    """The client has gone; nobody reads an answer."""
+    """The client has disconnected, so nobody reads the answer."""
 
 
 def from_user_error(problem: UserError, param: str | None = None) -> APIError:
-    """The API's form of a mistake that the engine, the tokenizer or a model's server found."""
+    """Return the APIError for a UserError of the engine, the tokenizer or a hosted model.
+
+    param: the parameter of the request that caused it.
+    """
     if isinstance(problem, QueueFull):
         return queue_full(str(problem))
     if not isinstance(problem, ContextOverflow):
         return APIError(400, str(problem), param=param, code="invalid_value")
     message = str(problem)
-    if problem.limit is not None and param is not None:  # OpenAI's words: some clients search for them
+    if problem.limit is not None and param is not None:  # OpenAI's words: clients match on them
         message = (
             f"This model's maximum context length is {problem.limit} tokens. However, your {param} resulted in "
             f"{problem.tokens} tokens. Please reduce the length of the {param}."
@@ -125,18 +130,18 @@ def from_user_error(problem: UserError, param: str | None = None) -> APIError:
 
 
 def queue_full(message: str) -> APIError:
-    """429: come back in a moment."""
+    """Return the 429 that invites the client to try again in a moment."""
     headers = {"retry-after": str(RETRY_AFTER)}
     return APIError(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
 
 def server_error() -> APIError:
-    """500, for what is our own mistake."""
+    """Return the 500 for a defect of the server."""
     return APIError(500, "the server failed on this request; its log says more", "server_error")
 
 
 def api_error(problem: BaseException) -> APIError:
-    """Any exception as an error of the API; what is unexpected is logged."""
+    """Return the APIError for any exception; unexpected ones are logged."""
     if isinstance(problem, APIError):
         return problem
     if isinstance(problem, UserError):
@@ -146,13 +151,13 @@ def api_error(problem: BaseException) -> APIError:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every error of every route in one shape."""
+    """Give all errors of all routes the same shape."""
 
-    def ours(request: Request, problem: Exception) -> Response:
+    def from_tercet(request: Request, problem: Exception) -> Response:
         return api_error(problem).response()
 
-    def gone(request: Request, problem: Exception) -> Response:
-        return Response(status_code=499)  # nginx's number for it; only the metrics see it
+    def disconnected(request: Request, problem: Exception) -> Response:
+        return Response(status_code=499)  # nginx's status for it; only the metrics record it
 
     def framework(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
@@ -162,48 +167,46 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(problem, RequestValidationError)
         return from_validation(problem.errors(), problem.body).response()
 
-    app.add_exception_handler(APIError, ours)
-    app.add_exception_handler(UserError, ours)
-    app.add_exception_handler(Disconnected, gone)
+    app.add_exception_handler(APIError, from_tercet)
+    app.add_exception_handler(UserError, from_tercet)
+    app.add_exception_handler(Disconnected, disconnected)
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, invalid)
 
 
 def _of_framework(request: Request, problem: HTTPException) -> APIError:
-    """What the router and the reader of bodies raise."""
+    """Return the APIError for an exception of the router or of the parser of bodies."""
     method, path = request.method, request.url.path
     if problem.status_code == 404:
-        return APIError(404, f"there is no {method} {path} here", code="unknown_url")
+        return APIError(404, f"this server has no route {method} {path}", code="unknown_url")
     if problem.status_code == 405:
         allowed = (problem.headers or {}).get("Allow", "")
         return APIError(
             405,
-            f"{path} does not take {method}; it takes {allowed or 'another method'}",
+            f"{path} does not accept {method}; it accepts {allowed or 'another method'}",
             code="method_not_allowed",
             headers=problem.headers,
         )
     message = str(problem.detail)
     if problem.status_code == 400:  # nested too deeply, a number too long, not UTF-8
-        message = "the body can't be read as JSON"
+        message = "the body is not valid JSON"
     return APIError(problem.status_code, message, code="invalid_json", headers=problem.headers)
 
 
-# What pydantic found
-
-_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+# Errors of pydantic
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
-    """The one of pydantic's errors that tells most, with the place as ``messages[0].role``."""
+    """Return the most specific of pydantic's errors, with its place as ``messages[0].role``."""
     placed = [(_place(error, body), error) for error in errors]
-    # Of a union every member complains; the one that came furthest is the one that was meant, and one
-    # that takes the type at all rather than another.
-    place, error = max(placed, key=lambda one: (len(one[0]), not str(one[1]["type"]).endswith("_type")))
+    # Every member of a union reports an error. The deepest one belongs to the member that was meant; at equal
+    # depth prefer a member that accepts the type.
+    place, error = max(placed, key=lambda pair: (len(pair[0]), not str(pair[1]["type"]).endswith("_type")))
     param = _path(place)
     kind = str(error["type"])
     if kind == "json_invalid":
-        why = str(error.get("ctx", {}).get("error", "")).lower()
-        return APIError(400, f"the body is not JSON: {why}", code="invalid_json")
+        reason = str(error.get("ctx", {}).get("error", "")).lower()
+        return APIError(400, f"the body is not JSON: {reason}", code="invalid_json")
     if not param:
         if isinstance(body, bytes):
             message = "the body must be JSON, sent with the header content-type: application/json"
@@ -211,33 +214,32 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
             message = "the body must be a JSON object"
         return APIError(400, message, code="invalid_json")
     if kind == "missing":
-        return APIError(400, f"{param} is missing", param=param, code=_CODES[kind])
+        return missing_parameter(param)
     if kind == "extra_forbidden":
-        message = f"{param} is not a parameter of this endpoint"
-        return APIError(400, message, param=param, code=_CODES[kind])
+        return unknown_parameter(param)
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     return APIError(400, f"{param} {message[:1].lower()}{message[1:]}"[:1000], param=param, code=code)
 
 
 def _place(error: Mapping[str, Any], body: Any) -> list[str | int]:
-    """Keys and indices down to the error, without the names that pydantic gives to members of unions."""
-    found: list[str | int] = []
+    """Return keys and indices down to the error, without pydantic's names of the members of unions."""
+    place: list[str | int] = []
     kind, *path = error["loc"]
     if kind != "body":
         return [*path]
     if error["type"] == "json_invalid":
         return []
-    here: Any = body
+    value: Any = body
     for number, step in enumerate(path):
         last = number == len(path) - 1
-        if isinstance(here, dict) and (step in here or (last and error["type"] == "missing")):
-            found.append(step)
-            here = here.get(step)
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
-            found.append(step)
-            here = here[step]
-    return found
+        if isinstance(value, dict) and (step in value or (last and error["type"] == "missing")):
+            place.append(step)
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            place.append(step)
+            value = value[step]
+    return place
 
 
 def _path(place: Sequence[str | int]) -> str:

@@ -1,4 +1,4 @@
-"""From what the command line says to a server that runs: models, keys, a socket, and an end in good order."""
+"""Start a server: load the models, read the keys, open the socket, serve, and shut down in good order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tercet.model.source import base_directories
 from tercet.prompt.hosted import HostedModel
 from tercet.prompt.local import LocalModel
 from tercet.serve.app import make_app
-from tercet.serve.models import Models, Served
+from tercet.serve.models import Models, Served, check_names
 from tercet.serve.security import HEADER_BYTES, timed_protocol
 from tercet.serve.settings import Settings, hash_key
 from tercet.serve.worker import Worker
@@ -35,7 +35,7 @@ from tercet.serve.worker import Worker
 if TYPE_CHECKING:
     from tercet.serve.web.store import Store
 
-KEEP_ALIVE = 30  # seconds that an idle connection stays open for its client's next request
+KEEP_ALIVE = 30  # seconds that an idle connection stays open for the client's next request
 SHORTEST_KEY = 8
 _NAMED = re.compile(r"([A-Za-z0-9][\w.:/@-]*)=(.+)", re.DOTALL)
 
@@ -47,10 +47,16 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How local models are loaded."""
+    """How local models are loaded. None: the engine's default.
+
+    quantize: form of the weights in memory, as for `tercet.LLM`.
+    speculation: "ngram", or the reference of a draft model.
+    max_batch: largest number of requests in a batch.
+    max_waiting: largest number of waiting requests.
+    """
 
     quantize: str | None = None
-    speculate: str | None = None
+    speculation: str | None = None
     max_batch: int | None = None
     max_waiting: int | None = None
 
@@ -58,24 +64,25 @@ class LoadOptions:
 def load_models(
     references: Sequence[str], adapters: Sequence[str], options: LoadOptions, note: Note = lambda line: None
 ) -> Models:
-    """Every model that is named, loaded. All names are read before the first is loaded.
+    """Load every named model. All names are checked before the first model is loaded.
 
-    references: ``REF`` or ``NAME=REF``; adapters: ``NAME=DIRECTORY``, each beside the base it belongs to.
+    Args:
+        references: ``REF`` or ``NAME=REF``.
+        adapters: ``NAME=DIRECTORY``, each served on the weights of its base model.
+        options: how local models are loaded.
+        note: called with a line of progress for each model.
 
     Raises:
-        UserError: a wrong reference, two of one name, a model that can't be loaded, an option that would
-            do nothing.
+        UserError: a wrong reference, two models of one name, a model that cannot be loaded, an option
+            that would do nothing.
     """
     named = [(name, parse_reference(text)) for name, text in map(_split, references)]
-    beside = [_adapter(text) for text in adapters]
-    names = [name for name, _ in [*named, *beside]]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two models are called {name}; name one of them otherwise: NAME=REF")
-    if not named:
-        raise UserError("there is no model to serve; name one: tercet serve REF")
+    named_adapters = [_adapter(text) for text in adapters]
+    names = [name for name, _ in named]
+    check_names(names)
+    check_names([*names, *(name for name, _ in named_adapters)])
     if not any(reference.is_local for _, reference in named):
-        _refuse_local_options(options, beside)
+        _refuse_local_options(options, named_adapters)
     served: list[Served] = []
     local: list[tuple[LocalModel, Worker]] = []
     try:
@@ -88,7 +95,7 @@ def load_models(
             worker = Worker(model.engine)
             local.append((model, worker))
             served.append(Served(name, local=worker))
-        for name, directory in beside:
+        for name, directory in named_adapters:
             worker = _base_of(directory, local)
             worker.engine.add_adapter(name, directory)
             served.append(Served(name, local=worker, adapter=name))
@@ -100,39 +107,41 @@ def load_models(
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Name and reference; a path that exists is a path, whatever is in it."""
-    found = _NAMED.fullmatch(text)
-    if found is None or Path(text).expanduser().exists():
+    """Split name and reference. An existing path is a path, even with a = in it."""
+    match = _NAMED.fullmatch(text)
+    if match is None or Path(text).expanduser().exists():
         return text, text
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def _adapter(text: str) -> tuple[str, Path]:
-    found = _NAMED.fullmatch(text)
-    if found is None:
-        raise UserError(f"--adapter {text} has no name; write --adapter NAME=DIRECTORY")
-    directory = Path(found[2]).expanduser()
-    # A run directory of ours stands for the model in it, as everywhere.
+    match = _NAMED.fullmatch(text)
+    if match is None:
+        raise UserError(f"`adapter` {text} has no name; write NAME=DIRECTORY")
+    directory = Path(match[2]).expanduser()
+    # A run directory stands for the model in it, as everywhere.
     for candidate in (directory, directory / "model"):
         if is_adapter(candidate):
-            return found[1], candidate
-    raise UserError(f"--adapter {text}: {directory} is no adapter directory (it has no adapter_config.json)")
+            return match[1], candidate
+    raise UserError(
+        f"`adapter` {text}: {directory} is not an adapter directory (it has no adapter_config.json)"
+    )
 
 
 def _refuse_local_options(options: LoadOptions, adapters: Sequence[object]) -> None:
-    given = [name.replace("_", "-") for name, value in vars(options).items() if value is not None]
+    names = [name for name, value in vars(options).items() if value is not None]
     if adapters:
-        given.append("adapter")
-    if given:
-        raise UserError(f"--{given[0]} is for models that run here; all that are named run on other servers")
+        names.append("adapter")
+    if names:
+        raise UserError(f"`{names[0]}` is for local models; every model of this server is hosted")
 
 
 def _load(reference: Reference, options: LoadOptions) -> LocalModel:
     drafter: Engine | Literal["ngram"] | None = None
-    if options.speculate == "ngram":
+    if options.speculation == "ngram":
         drafter = "ngram"
-    elif options.speculate is not None:
-        smaller = parse_reference(options.speculate)
+    elif options.speculation is not None:
+        smaller = parse_reference(options.speculation)
         if not smaller.is_local:
             raise UserError(f"{smaller.text} is hosted and cannot draft for another model; use a local model")
         drafter = LocalModel(smaller).draft_engine()
@@ -144,41 +153,49 @@ def _load(reference: Reference, options: LoadOptions) -> LocalModel:
 
 
 def _base_of(directory: Path, local: Sequence[tuple[LocalModel, Worker]]) -> Worker:
-    """The engine of the base that an adapter names; the only one there is, whatever it names."""
+    """Return the worker of an adapter's base model; of the only local model, whichever base is named."""
     if len(local) == 1:
         return local[0][1]
     config = read_adapter_config(directory)
-    named = config.base_model or ""
+    base = config.base_model or ""
     paths = {path.resolve() for path in base_directories(directory, config)}
     for model, worker in local:
-        if model.directory.resolve() in paths or model.reference.name == named:
+        if model.directory.resolve() in paths or model.reference.name == base:
             return worker
-    there = ", ".join(model.reference.text for model, _ in local)
-    raise UserError(f"{directory} is an adapter of {named or 'an unnamed base'}, which is not among {there}")
+    models = ", ".join(model.reference.text for model, _ in local)
+    raise UserError(
+        f"{directory} is an adapter of {base or 'an unnamed base'}, which is not among the models: {models}"
+    )
 
 
 # Keys
 
 
-def read_keys(given: Sequence[str], file: Path | None) -> tuple[bytes, ...]:
-    """The hashes of all API keys: those given, those of a file (one a line), TERCET_API_KEY's.
+def read_keys(api_keys: Sequence[str], api_key_file: Path | None) -> tuple[bytes, ...]:
+    """Return the hashes of all API keys.
+
+    Args:
+        api_keys: keys themselves.
+        api_key_file: a file of keys, one per line; lines that begin with # are comments.
+
+    The environment variable TERCET_API_KEY holds the key where neither is set.
 
     Raises:
-        UserError: the file can't be read or holds none, or a key is no key.
+        UserError: the file cannot be read or contains no key, or a key is malformed.
     """
-    keys = [*given]
-    if file is not None:
-        lines = [line.strip() for line in read_text(file).splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise UserError(f"{file} holds no key; write one a line")
-        keys += found
+    keys = [*api_keys]
+    if api_key_file is not None:
+        lines = [line.strip() for line in read_text(api_key_file).splitlines()]
+        keys_in_file = [line for line in lines if line and not line.startswith("#")]
+        if not keys_in_file:
+            raise UserError(f"{api_key_file} contains no key; write one per line")
+        keys += keys_in_file
     if not keys and (from_environment := os.environ.get("TERCET_API_KEY", "").strip()):
         keys = [from_environment]
     for key in keys:
         if len(key) < SHORTEST_KEY or not all("!" <= letter <= "~" for letter in key):
             raise UserError(
-                f"an API key is {SHORTEST_KEY} or more letters, digits and signs without blanks; make one: "
+                f"an API key must be {SHORTEST_KEY} or more letters, digits and signs without spaces; make one: "
                 "python -c 'import secrets; print(secrets.token_urlsafe(24))'"
             )
     return tuple(dict.fromkeys(hash_key(key) for key in keys))
@@ -188,56 +205,58 @@ def read_keys(given: Sequence[str], file: Path | None) -> tuple[bytes, ...]:
 
 
 def check_reach(host: str, keys: Sequence[bytes]) -> None:
-    """UserError for an address that others can reach, without a key."""
+    """Raise UserError for an address that other machines can reach, unless there is a key."""
     if keys or is_loopback(host):
         return
     raise UserError(
-        f"--host {host} can be reached by others, so it needs a key: --api-key-file FILE, --api-key KEY or "
+        f"other machines can reach `host` {host}, so it needs a key: set `api_key_file`, `api_key` or "
         "TERCET_API_KEY"
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Return whether only this machine can reach ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         pass
     try:
-        found = socket.getaddrinfo(host, None)
+        addresses = socket.getaddrinfo(host, None)
     except OSError as problem:
-        raise UserError(f"--host {host} is no address of this machine ({problem.strerror})") from problem
-    return all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found)
+        raise UserError(f"`host` {host} is not an address of this machine ({problem.strerror})") from problem
+    return all(ipaddress.ip_address(address[4][0]).is_loopback for address in addresses)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """The socket to listen on. UserError where that can't be."""
+    """Return a socket bound to ``host`` and ``port``. UserError where the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, OverflowError) as problem:
-        raise UserError(f"--host {host} is no address of this machine ({problem})") from problem
-    found = socket.socket(family, kind, protocol)
+        raise UserError(f"`host` {host} is not an address of this machine ({problem})") from problem
+    listening = socket.socket(family, kind, protocol)
     try:
         if os.name == "posix":  # elsewhere it would let two servers share a port
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
     except OSError as problem:
-        found.close()
+        listening.close()
         if problem.errno == errno.EADDRINUSE:
             raise UserError(
-                f"port {port} of {host} is in use; stop what runs there, or take another with --port "
-                "(0: any that is free)"
+                f"port {port} of {host} is in use; stop the program that uses it, or choose another `port` "
+                "(0: any free one)"
             ) from problem
         if problem.errno == errno.EACCES:
-            raise UserError(f"port {port} is not for this user; take one above 1023 with --port") from problem
-        raise UserError(f"{host} port {port} can't be listened on: {problem.strerror}") from problem
-    return found
+            raise UserError(
+                f"this user may not listen on port {port}; choose a `port` above 1023"
+            ) from problem
+        raise UserError(f"cannot listen on port {port} of {host}: {problem.strerror}") from problem
+    return listening
 
 
 def address_of(listening: socket.socket) -> str:
-    """How a client on this machine reaches it: ``http://127.0.0.1:8000``."""
+    """Return the URL for a client on this machine, such as ``http://127.0.0.1:8000``."""
     host, port = listening.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = "127.0.0.1"
@@ -248,9 +267,9 @@ def address_of(listening: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says when it listens.
+    """uvicorn's server, with a callback once it listens.
 
-    And it tells the chat page first that it ends: the page's event streams would never do so by themselves.
+    At shutdown it first closes the chat page, whose event streams would never end by themselves.
     """
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, ready: Callable[[], None]) -> None:
@@ -258,13 +277,13 @@ class Server(uvicorn.Server):
         self.asgi, self._ready = app, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         await super().startup(sockets)
         if self.started:
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let what runs finish for `Settings.drain_timeout` at most, end the engines."""
+        """Stop accepting requests, let running ones finish within `Settings.drain_timeout`, stop the engines."""
         page = getattr(self.asgi.state, "page", None)
         if page is not None:
             await page.close()
@@ -272,7 +291,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(app: FastAPI, settings: Settings, ready: Callable[[], None] = lambda: None) -> Server:
-    """A server of ``app``, not yet listening; ``ready`` is called when it does."""
+    """Return a server of ``app`` that does not listen yet; it calls ``ready`` once it does."""
     config = uvicorn.Config(
         app,
         http=timed_protocol(settings.read_timeout),
@@ -282,7 +301,7 @@ def make_server(app: FastAPI, settings: Settings, ready: Callable[[], None] = la
         log_level="error",
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # whoever connects could claim any address
+        proxy_headers=False,  # any client could claim any address
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
         h11_max_incomplete_event_size=HEADER_BYTES,
@@ -297,9 +316,9 @@ def run(
     listening: socket.socket,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then finish what runs. A second SIGINT does not wait for it.
+    """Serve until SIGINT or SIGTERM, then finish running requests. A second SIGINT stops at once.
 
-    ready: called when clients can connect.
+    ready: called once clients can connect.
     """
     server = make_server(make_app(models, settings, store), settings, ready)
     try:
@@ -313,7 +332,7 @@ def run(
 
 @contextmanager
 def _quiet_signals() -> Iterator[None]:
-    """uvicorn raises the signals that ended it once more when it is done: that is no reason to die of them."""
+    """Ignore the signals that uvicorn raises once more after it has shut down."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

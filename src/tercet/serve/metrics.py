@@ -1,4 +1,4 @@
-"""/metrics: what the server does, in Prometheus' text format."""
+"""/metrics: counts and times of the server, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from tercet.serve.models import Models
 
 router = APIRouter()
 
-# From a small model's first token on a GPU to an answer that a queue has held up for minutes.
+# From a small model's first token on a GPU to an answer that waited in the queue for minutes.
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """All numbers of one server, in a registry of its own."""
+    """All metrics of one server, in a registry of its own."""
 
     def __init__(self, models: Models) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         self._requests = Counter(
             "tercet_requests",
-            "Answers, by route and HTTP status (499: the client had gone).",
+            "Answers, by route and HTTP status (499: the client had disconnected).",
             ("route", "status"),
             registry=self.registry,
         )
         self._seconds = Histogram(
             "tercet_request_seconds",
-            "From a request's headers to the last byte of its answer.",
+            "Seconds from a request's headers to the last byte of its answer.",
             ("route",),
             buckets=SECONDS,
             registry=self.registry,
@@ -46,29 +46,29 @@ class Metrics:
         )
         self.first_token_seconds = Histogram(
             "tercet_first_token_seconds",
-            "From a request for generation to its first piece of text, waiting included.",
+            "Seconds from a request for generation to its first piece of text, including the time in the queue.",
             ("model",),
             buckets=SECONDS,
             registry=self.registry,
         )
         self.registry.register(_Load(models))
         for worker in models.workers:
-            # The names by which clients call what this engine runs, by adapter.
-            names = {one.adapter: one.name for one in models if one.local is worker}
+            # Clients' names for this engine's model and adapters, by the engine's name of the adapter.
+            names = {model.adapter: model.name for model in models if model.local is worker}
             worker.meter = ModelMeter(self, names)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """An answer is complete."""
+        """Record a complete answer."""
         self._requests.labels(route, str(status or 499)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
-        """The exposition."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class ModelMeter:
-    """Counts what one engine reads and writes."""
+    """Counts the tokens that one engine reads and writes."""
 
     def __init__(self, metrics: Metrics, names: dict[str | None, str]) -> None:
         self._metrics, self._names = metrics, names
@@ -77,21 +77,21 @@ class ModelMeter:
         return self._names.get(adapter, adapter or "")
 
     def first_token(self, adapter: str | None, seconds: float) -> None:
-        """The first piece of an answer has come."""
+        """Record the time to an answer's first piece of text."""
         self._metrics.first_token_seconds.labels(self._name(adapter)).observe(seconds)
 
     def finished(self, adapter: str | None, usage: Usage) -> None:
-        """An answer is complete."""
+        """Record the tokens of a complete answer."""
         self._metrics.prompt_tokens.labels(self._name(adapter)).inc(usage.prompt_tokens)
         self._metrics.completion_tokens.labels(self._name(adapter)).inc(usage.completion_tokens)
 
     def read(self, adapter: str | None, tokens: int) -> None:
-        """Texts were read without an answer."""
+        """Record tokens that were read without an answer."""
         self._metrics.prompt_tokens.labels(self._name(adapter)).inc(tokens)
 
 
 class _Load(Collector):
-    """How many requests run and wait, looked up when somebody asks."""
+    """Running and waiting requests, counted when the metrics are read."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
@@ -101,21 +101,21 @@ class _Load(Collector):
             "tercet_requests_running", "Requests that are being computed.", labels=["model"]
         )
         waiting = GaugeMetricFamily(
-            "tercet_requests_waiting", "Requests that wait for their turn.", labels=["model"]
+            "tercet_requests_waiting", "Requests that wait in the queue.", labels=["model"]
         )
         seen: set[int] = set()
-        for one in self._models:
-            if one.local is not None and id(one.local) not in seen:
-                seen.add(id(one.local))
-                load = one.local.load
-                running.add_metric([one.name], load.running)
-                waiting.add_metric([one.name], load.waiting)
+        for model in self._models:
+            if model.local is not None and id(model.local) not in seen:
+                seen.add(id(model.local))
+                load = model.local.load
+                running.add_metric([model.name], load.running)
+                waiting.add_metric([model.name], load.waiting)
         yield running
         yield waiting
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
-    found: Metrics = request.app.state.metrics
-    return Response(found.text(), media_type=CONTENT_TYPE_PLAIN_1_0_0)
+    """Return all metrics in Prometheus' text format."""
+    collected: Metrics = request.app.state.metrics
+    return Response(collected.text(), media_type=CONTENT_TYPE_PLAIN_1_0_0)

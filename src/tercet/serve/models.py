@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Served:
-    """One name: a model that runs here, one of its adapters, or one behind another server.
+    """A model under one name: a local model, an adapter of one, or a hosted model.
 
-    local: whose engine runs it; ``adapter``: the name that the engine knows it by (``Request.adapter``).
-    hosted: the model that requests are passed on to.
+    name: the name that clients use.
+    local: the worker whose engine runs it; None for a hosted model.
+    adapter: the engine's name of the adapter (``Request.adapter``); None for the model itself.
+    hosted: the model that requests are passed on to; None for a local model.
+    created: when it was loaded, in seconds since 1970.
     """
 
     name: str
@@ -35,11 +38,11 @@ class Served:
 
     @property
     def worker(self) -> Worker:
-        """``local``. APIError 400 where requests are passed on."""
+        """The worker of a local model. APIError 400 for a hosted one."""
         if self.local is None:
             raise APIError(
                 400,
-                f"{self.name} runs on another server, which this endpoint can't ask; use a model that runs here",
+                f"{self.name} is hosted on another server, which has no such endpoint; use a local model",
                 param="model",
                 code="unsupported_model",
             )
@@ -47,7 +50,7 @@ class Served:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's, or its adapter's own. APIError 400 for a hosted model."""
+        """The tokenizer of the model, or the adapter's own. APIError 400 for a hosted model."""
         return self.worker.engine.tokenizer_of(self.adapter)
 
     @property
@@ -57,12 +60,12 @@ class Served:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether conversations can be answered."""
+        """Whether it answers conversations."""
         return self.local is None or self.tokenizer.chat_template is not None
 
     @cached_property
     def fingerprint(self) -> str:
-        """What OpenAI calls ``system_fingerprint``: another one where the same seed may answer otherwise."""
+        """OpenAI's ``system_fingerprint``: it differs where the same seed may give another answer."""
         from tercet import __version__
 
         template = "" if self.local is None else self.tokenizer.fingerprint
@@ -75,10 +78,9 @@ class Served:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **template_variables: Any,
     ) -> list[int]:
-        """The conversation after the chat template, up to where the answer begins.
+        """Return the tokens of a conversation after the chat template, up to where the answer begins.
 
-        messages: their contents are strings (or what the template itself understands). A developer
-            message is a system message where the template does not know that role.
+        The arguments are those of `tercet.data.prompt_tokens.conversation_tokens`.
 
         Raises:
             APIError: 400; no template, one that refuses the messages, or a prompt that is too long.
@@ -86,7 +88,7 @@ class Served:
         if not self.has_chat_template:
             raise APIError(
                 400,
-                f"{self.name} has no chat template (a base model), so it can't chat; use /v1/completions",
+                f"{self.name} has no chat template (a base model), so it cannot chat; use /v1/completions",
                 param="messages",
                 code="unsupported_model",
             )
@@ -98,39 +100,44 @@ class Served:
         return tokens
 
     def check_length(self, tokens: Sequence[int], param: str) -> None:
-        """APIError 400 ``context_length_exceeded`` for a prompt that leaves no room for an answer."""
+        """Raise APIError 400 ``context_length_exceeded`` for a prompt that leaves no room for an answer."""
         try:
             check_context(tokens, self.context_length, param, self.name)
         except ContextOverflow as problem:
             raise from_user_error(problem, param) from problem
 
     def answer_room(self, tokens: Sequence[int]) -> int:
-        """Tokens that an answer to this prompt may have: the last of them is never read, so needs no room."""
+        """Return how many tokens an answer may have. Its last token is never read, so it needs no room."""
         return (self.context_length or 0) - len(tokens) + 1
 
 
-class Models:
-    """All of them. Names come from the command line only: a request can't name a file or a server."""
+def check_names(names: Sequence[str]) -> None:
+    """Raise UserError unless there is a name, and none twice."""
+    if not names:
+        raise UserError("there is no model to serve; name one: tercet serve REF")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name}; give one of them another name: NAME=REF")
 
-    def __init__(self, served: Iterable[Served]) -> None:
-        self._by_name: dict[str, Served] = {}
-        for one in served:
-            if one.name in self._by_name:
-                raise UserError(f"two models are called {one.name}; name one of them otherwise: NAME=REF")
-            self._by_name[one.name] = one
-        if not self._by_name:
-            raise UserError("there is no model to serve; name one: tercet serve REF")
+
+class Models:
+    """The models of one server. Requests choose by these names only, never by a file or an address."""
+
+    def __init__(self, models: Iterable[Served]) -> None:
+        listed = list(models)
+        check_names([model.name for model in listed])
+        self._by_name = {model.name: model for model in listed}
 
     def get(self, name: str) -> Served:
-        """APIError 404 ``model_not_found``, with the nearest names."""
-        found = self._by_name.get(name)
-        if found is not None:
-            return found
+        """Return the model called ``name``. APIError 404 ``model_not_found`` names the nearest ones."""
+        model = self._by_name.get(name)
+        if model is not None:
+            return model
         near = nearest(name, self._by_name, limit=3)
-        there = near or list(self._by_name)[:5]
+        names = near or list(self._by_name)[:5]
         raise APIError(
             404,
-            f"The model `{name:.200}` does not exist here; {'nearest' if near else 'there is'}: {', '.join(there)}",
+            f"The model `{name:.200}` does not exist; {'nearest' if near else 'available'}: {', '.join(names)}",
             param="model",
             code="model_not_found",
         )
@@ -143,15 +150,15 @@ class Models:
 
     @property
     def default(self) -> Served:
-        """The first."""
+        """The first model."""
         return next(iter(self))
 
     @property
     def workers(self) -> list[Worker]:
-        """Each engine once, however many adapters it has."""
-        return list({id(one.local): one.local for one in self if one.local is not None}.values())
+        """The workers of the local models, each once, however many adapters it has."""
+        return list({id(model.local): model.local for model in self if model.local is not None}.values())
 
     def close(self) -> None:
-        """End all engines."""
+        """Stop all engines."""
         for worker in self.workers:
             worker.close()

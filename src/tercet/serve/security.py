@@ -1,13 +1,13 @@
-"""The guard before every route: who may ask, how much, and how slowly.
+"""The guard before every route: authentication, origins, and limits on size and time.
 
 - The Host header must be a name of this server, so that a web page whose name an attacker points to
-  127.0.0.1 (DNS rebinding) is refused. IP addresses need no DNS and are taken as they are.
-- A request of a web page of another origin (Origin, Sec-Fetch-Site) may change nothing, unless that
-  origin is allowed: a page elsewhere must not use a model here behind its reader's back.
-- Where there are API keys, one of them must come with every request: as a bearer token, as x-api-key
-  (Anthropic's clients), or as the cookie that the chat page was given for it. What is kept and compared
-  are hashes, in constant time.
-- A body has a greatest length and a time to arrive in. The protocol class does the same for headers.
+  127.0.0.1 (DNS rebinding) is refused. IP addresses need no DNS and are accepted.
+- A request from a web page of another origin (Origin, Sec-Fetch-Site) may change nothing, unless that
+  origin is allowed: a page elsewhere must not use a model here without its reader's knowledge.
+- Where there are API keys, every request must carry one of them: as a bearer token, as x-api-key
+  (Anthropic's clients), or as the cookie that the chat page received for it. Only hashes are stored, and
+  they are compared in constant time.
+- A body has a maximum length and a time limit for its arrival. The protocol class does the same for headers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tercet.serve.errors import APIError, Disconnected, queue_full
 from tercet.serve.settings import Settings, hash_key
 
 COOKIE = "tercet_session"
-OPEN = ("/", "/health", "/page/login")  # without a key
+OPEN = ("/", "/health", "/page/login")  # paths that need no key
 HEADER_BYTES = 32 << 10  # of a request's first line and headers together
 CHANGES = ("POST", "PUT", "PATCH", "DELETE")
 _LOOPBACK = ("localhost", "localhost.localdomain")
@@ -39,15 +39,16 @@ router = APIRouter(include_in_schema=False)
 
 
 class Guard:
-    """Lets a request through with its whole body, or answers it."""
+    """Middleware that passes a request on with its whole body, or answers it with an error."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI event."""
         if scope["type"] == "websocket":
-            return  # there is none
+            return  # there are no websocket routes
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -74,14 +75,14 @@ class Guard:
         if not host_allowed(host, settings):
             raise APIError(
                 403,
-                f"this server is not called {host:.100}; if it is, start it with --allow-host {host:.100}",
+                f"{host:.100} is not a host name of this server; add it to the server's setting `allowed_hosts`",
                 "permission_error",
                 code="host_not_allowed",
             )
         if scope["method"] in CHANGES and not same_site(headers, settings):
             raise APIError(
                 403,
-                "web pages of other origins may not use this server; --allow-origin ORIGIN lets one do so",
+                "web pages of other origins may not use this server; add the origin to its setting `allowed_origins`",
                 "permission_error",
                 code="origin_not_allowed",
             )
@@ -95,10 +96,10 @@ class Guard:
             )
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body: nothing behind this guard waits for a slow client."""
-        most = self.settings.max_body
+        """Read the whole body, so that nothing behind this guard waits for a slow client."""
+        limit = self.settings.max_body
         length = Headers(scope=scope).get("content-length", "0")
-        too_long = length.isdigit() and int(length) > most
+        too_long = length.isdigit() and int(length) > limit
         parts: list[bytes] = []
         size = 0
         try:
@@ -109,11 +110,11 @@ class Guard:
                         raise Disconnected
                     part = message.get("body", b"")
                     size += len(part)
-                    too_long = too_long or size > most
+                    too_long = too_long or size > limit
                     if not too_long:
                         parts.append(part)
-                    # A client reads no answer before it has sent all; but there is an end to that.
-                    if not message.get("more_body") or size > 4 * most:
+                    # Most clients read no answer before they have sent everything, so read on, up to a limit.
+                    if not message.get("more_body") or size > 4 * limit:
                         break
         except TimeoutError:
             raise APIError(
@@ -125,7 +126,7 @@ class Guard:
         if too_long:
             raise APIError(
                 413,
-                f"the body is longer than the {most} bytes that this server takes (--max-body)",
+                f"the body is longer than the {limit} bytes that this server accepts (its setting `max_body`)",
                 code="request_too_large",
                 headers={"connection": "close"},
             )
@@ -133,20 +134,20 @@ class Guard:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    given = False
+    replayed = False
 
     async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()  # that is the disconnect, whenever it comes
-        given = True
+        nonlocal replayed
+        if replayed:
+            return await receive()  # the disconnect, when it comes
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return again
 
 
 def _host(headers: Headers) -> str:
-    """The Host header's name, in lower case without its port; "" where there is none or several."""
+    """Return the Host header's name, in lower case without its port; "" where there is none or several."""
     values = headers.getlist("host")
     if len(values) != 1:
         return ""
@@ -157,7 +158,7 @@ def _host(headers: Headers) -> str:
 
 
 def host_allowed(host: str, settings: Settings) -> bool:
-    """Whether ``host`` can only mean this server."""
+    """Return whether ``host`` can only mean this server."""
     if host in _LOOPBACK or host == settings.host or host in settings.allowed_hosts:
         return bool(host)
     try:
@@ -168,7 +169,7 @@ def host_allowed(host: str, settings: Settings) -> bool:
 
 
 def same_site(headers: Headers, settings: Settings) -> bool:
-    """Whether a request comes from no web page, from one of this server's or from an allowed one."""
+    """Return whether a request comes from no web page, or from one of this server or an allowed origin."""
     origin = headers.get("origin")
     if origin is not None:
         allowed = settings.allowed_origins
@@ -184,20 +185,22 @@ def _same_origin(origin: str, headers: Headers) -> bool:
 
 
 def _is_open(path: str) -> bool:
-    """The page's files hold nothing but the page."""
+    """Return whether a path needs no key; the page's own files contain nothing secret."""
     return path in OPEN or (path.startswith("/page/") and not path.startswith("/page/api"))
 
 
 def key_given(headers: Headers, settings: Settings) -> bool:
-    """Whether one of the server's keys is in the request, as itself or as the page's cookie."""
-    given = []
+    """Return whether the request carries one of the server's keys, as itself or as the page's cookie."""
+    candidates = []
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        given.append(token.strip())
+        candidates.append(token.strip())
     if "x-api-key" in headers:
-        given.append(headers["x-api-key"])
-    # Every key is compared, so that the time tells nothing about which one was near.
-    matches = [hmac.compare_digest(hash_key(one), key) for one in given for key in settings.keys]
+        candidates.append(headers["x-api-key"])
+    # Every key is compared, so that the time reveals nothing about which of them matched.
+    matches = [
+        hmac.compare_digest(hash_key(candidate), key) for candidate in candidates for key in settings.keys
+    ]
     session = _session(headers)
     if session is not None:
         matches += [hmac.compare_digest(session, session_of(key).encode()) for key in settings.keys]
@@ -205,7 +208,7 @@ def key_given(headers: Headers, settings: Settings) -> bool:
 
 
 def session_of(key: bytes) -> str:
-    """What the page's cookie holds for a key, of which it gives nothing away."""
+    """Return the value of the page's cookie for a key; the key cannot be derived from it."""
     return hmac.new(key, b"tercet page session", sha256).hexdigest()
 
 
@@ -218,8 +221,8 @@ def _session(headers: Headers) -> bytes | None:
 
 
 @router.get("/page/login")
-async def who(request: Request) -> dict[str, bool]:
-    """Whether a key is needed, and whether this browser has shown one."""
+async def login_state(request: Request) -> dict[str, bool]:
+    """Return whether a key is needed, and whether this browser has sent one."""
     settings: Settings = request.app.state.settings
     needed = bool(settings.keys)
     return {"needed": needed, "given": not needed or key_given(request.headers, settings)}
@@ -229,28 +232,33 @@ async def who(request: Request) -> dict[str, bool]:
 async def login(
     request: Request, response: Response, key: Annotated[str, Body(embed=True)]
 ) -> dict[str, bool]:
-    """Take the key once; from now on the browser's cookie stands for it."""
+    """Accept a key and set the cookie that stands for it from now on."""
     settings: Settings = request.app.state.settings
-    found = [one for one in settings.keys if hmac.compare_digest(hash_key(key), one)]
-    if settings.keys and not found:
-        raise APIError(401, "this is not the server's key", "authentication_error", code="invalid_api_key")
-    for one in found:
+    matches = [known for known in settings.keys if hmac.compare_digest(hash_key(key), known)]
+    if settings.keys and not matches:
+        raise APIError(
+            401, "this is not a key of this server", "authentication_error", code="invalid_api_key"
+        )
+    for known in matches:
         secure = request.url.scheme == "https"
         response.set_cookie(
-            COOKIE, session_of(one), max_age=30 * 86400, httponly=True, samesite="strict", secure=secure
+            COOKIE, session_of(known), max_age=30 * 86400, httponly=True, samesite="strict", secure=secure
         )
     return {"given": True}
 
 
 @router.post("/page/logout")
 async def logout(response: Response) -> dict[str, bool]:
-    """Forget the key."""
+    """Delete the cookie."""
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return {"given": False}
 
 
 def timed_protocol(seconds: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol with a time for headers to come in: `timeout_keep_alive` ends with their first byte."""
+    """Return a class of uvicorn's HTTP protocol with a time limit for headers.
+
+    uvicorn's own `timeout_keep_alive` ends with their first byte.
+    """
 
     class TimedProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
@@ -271,12 +279,12 @@ def timed_protocol(seconds: float) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            """What h11 could not read, in the API's shape."""
-            body = json.dumps(APIError(400, "this is no HTTP request that can be read").body()).encode()
+            """Answer a request that h11 cannot parse with an error in the API's shape."""
+            body = json.dumps(APIError(400, "the request is not valid HTTP").body()).encode()
             _write_400(self, body)
 
         def _arm(self) -> None:
-            """From the first byte of a request on; more bytes give no more time."""
+            """Start the time limit at the first byte of a request; later bytes do not extend it."""
             if self._deadline is None:
                 self._deadline = self.loop.call_later(seconds, self._give_up)
 

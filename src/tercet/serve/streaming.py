@@ -1,7 +1,7 @@
-"""Answers that end when their reader goes, and answers by server-sent events.
+"""Cancel answers whose client disconnects, and stream answers by server-sent events.
 
-An answer is worked on in a task of its own beside one that waits for the client to disconnect; whichever
-ends first ends the other. So it is for the deadline.
+An answer is computed in a task of its own, beside a task that waits for the client to disconnect. The first
+of them to end cancels the other; so does the deadline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tercet.serve.settings import Settings
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-# For the OpenAPI document: what a route that may stream gives.
+# For the OpenAPI document: content types of a route that may stream.
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
@@ -29,21 +29,21 @@ _DEADLINE = "tercet.deadline"
 
 
 def event(data: Mapping[str, Any]) -> bytes:
-    """One event; text stays as it is, in UTF-8."""
+    """Encode one event; text is UTF-8 without escapes."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def error_event(problem: APIError) -> bytes:
-    """An error in the middle of a stream, as OpenAI's client understands it, and the end."""
+    """Encode an error in the middle of a stream, as OpenAI's client reads it, and the end of the stream."""
     return b"data: " + json.dumps(problem.body()).encode() + b"\n\n" + DONE
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns; it is cancelled when nobody waits for it any more.
+    """Return the result of ``work``, which is cancelled when the client disconnects.
 
     Raises:
-        Disconnected: the client went.
-        APIError: 503; it took longer than ``Settings.request_timeout`` since the first such call.
+        Disconnected: the client disconnected.
+        APIError: 503; more than ``Settings.request_timeout`` passed since the request's first such call.
     """
     settings: Settings = request.app.state.settings
     loop = asyncio.get_running_loop()
@@ -59,8 +59,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise Disconnected
         raise APIError(
             503,
-            f"the answer took longer than the {settings.request_timeout:g} s that this server gives it "
-            "(--request-timeout)",
+            f"the answer took longer than the {settings.request_timeout:g} s that this server allows "
+            "(its setting `request_timeout`)",
             "server_error",
             code="request_timeout",
             headers={"x-should-retry": "false"},  # it would take as long again
@@ -81,9 +81,11 @@ async def event_stream(
     chunks: AsyncGenerator[bytes, None],
     error: Callable[[APIError], bytes] = error_event,
 ) -> Response:
-    """``chunks`` as the answer. Waits for the first of them, so that what fails before it is an HTTP error.
+    """Return a response that streams ``chunks``.
 
-    error: what to send where something fails later.
+    It waits for the first chunk, so that a failure before it becomes an HTTP error.
+
+    error: encodes an error after the first chunk.
     """
     first = await while_connected(request, _next(chunks))
     return _EventStream(request, first, chunks, error)
@@ -105,7 +107,7 @@ class _EventStream(Response):
     ) -> None:
         super().__init__()
         self._request, self._first, self._chunks, self._error = request, first, chunks, error
-        # No content-length, and no proxy (nginx) that would gather the pieces.
+        # No content-length; x-accel-buffering keeps a proxy (nginx) from collecting the pieces.
         self.raw_headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-cache"),
@@ -123,7 +125,7 @@ class _EventStream(Response):
             last = self._error(api_error(problem))
         finally:
             await self._chunks.aclose()
-        # A client that reads nothing must not hold its place for ever.
+        # A client that reads nothing must not hold its connection for ever.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._request.app.state.settings.read_timeout):
                 await send({"type": "http.response.body", "body": last})

@@ -1,8 +1,8 @@
-"""One engine and the thread that owns it; asyncio on the outside.
+"""One engine and the thread that owns it, with an interface for coroutines.
 
-The thread takes commands (submit, cancel, run a function) between two turns of the engine, and hands
-what each turn brought to the event loops of those who wait for it. So no lock is held while the network
-computes, and an answer that nobody wants any more ends within one token.
+The thread takes commands (submit, cancel, run a function) between two turns of the engine, and passes the
+output of each turn to the event loops of the callers. So no lock is held while the network computes, and a
+cancelled answer ends within one token.
 """
 
 from __future__ import annotations
@@ -29,70 +29,78 @@ log = logging.getLogger("tercet.serve")
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that run and requests that wait."""
+    """Numbers of running and of waiting requests."""
 
     running: int
     waiting: int
 
 
 class Meter(Protocol):
-    """Told what a worker does. ``adapter`` is that of the request; `read` is for `Worker.run`'s callers."""
+    """Records what a worker does. ``adapter`` is that of the request."""
 
-    def first_token(self, adapter: str | None, seconds: float) -> None: ...
-    def finished(self, adapter: str | None, usage: Usage) -> None: ...
-    def read(self, adapter: str | None, tokens: int) -> None: ...
+    def first_token(self, adapter: str | None, seconds: float) -> None:
+        """Record the time to an answer's first token."""
+
+    def finished(self, adapter: str | None, usage: Usage) -> None:
+        """Record the tokens of a complete answer."""
+
+    def read(self, adapter: str | None, tokens: int) -> None:
+        """Record tokens that a function given to `Worker.run` read; its caller reports them."""
 
 
 class EngineStopped(APIError):
     """503: the worker was closed, or its engine failed."""
 
     def __init__(self) -> None:
-        message = "this model's engine has stopped: the server is shutting down, or its log tells why"
+        message = "this model's engine has stopped: the server is shutting down, or its log says why"
         super().__init__(503, message, "server_error", code="engine_stopped")
 
 
 @dataclass(eq=False)
 class _Ticket:
-    """Requests that belong together, and where their deltas go."""
+    """Requests of one call, and the queue for their deltas."""
 
     requests: Sequence[Request]
     loop: asyncio.AbstractEventLoop
     inbox: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
-    handles: list[int] = field(default_factory=list)  # the thread's own
-    over: bool = False  # nobody reads the inbox any more
+    handles: list[int] = field(default_factory=list)  # used by the engine's thread only
+    over: bool = False  # the caller reads the inbox no longer
 
 
 class Worker:
-    """An engine for any number of coroutines.
+    """An engine that any number of coroutines can use.
 
-    engine: its tokenizer, ``max_positions`` and ``stop_ids`` may be read from any thread; everything
+    engine: its tokenizer, ``context_length`` and ``stop_ids`` may be read from any thread; everything
         else only by functions given to `run`.
     """
 
     def __init__(self, engine: Engine, meter: Meter | None = None) -> None:
         self.engine, self.meter = engine, meter
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._functions: deque[Callable[[], None]] = deque()  # one is run between two turns
-        self._owners: dict[int, tuple[_Ticket, int]] = {}  # by handle: whose, and which of its requests
+        self._functions: deque[Callable[[], None]] = deque()  # one of them runs between two turns
+        self._owners: dict[
+            int, tuple[_Ticket, int]
+        ] = {}  # by handle: the ticket, and the place in its requests
         self._closed = False
         self._load = Load(0, 0)
-        self._pending = 0  # functions of `run` that are not done
-        self._swept, self._sweeping = threading.Event(), threading.Lock()  # once the thread ends
+        self._pending = 0  # functions given to `run` that are not done
+        self._swept, self._sweeping = threading.Event(), threading.Lock()  # for when the thread ends
         self._thread = threading.Thread(target=self._work, name="tercet-engine", daemon=True)
         self._thread.start()
 
     # For coroutines
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Delta, None]:
-        """The requests' deltas as they come; ``index`` is a request's place in ``requests``.
+        """Yield the requests' deltas as they come; ``index`` is a request's place in ``requests``.
 
-        Deltas that came while nobody looked are one, so that a busy server sends fewer and longer pieces.
+        Deltas of one request that came between two reads are joined, so that a busy server sends fewer
+        and longer pieces.
 
-        The first `anext` checks and queues all of them, or none. Closing the iterator, or cancelling the
+        The first `anext` checks and queues all requests, or none. Closing the iterator, or cancelling the
         task that waits for it, ends them in the engine within one token.
 
         Raises:
-            QueueFull: there is no room for them now.
+            QueueFull: the queue has no room for them now.
             UserError: one of them can never be answered.
         """
         ticket = _Ticket(requests, asyncio.get_running_loop())
@@ -101,7 +109,7 @@ class Worker:
         self._put(lambda: self._submit(ticket))
         try:
             while left:
-                for delta in _joined([await ticket.inbox.get(), *_there(ticket.inbox)]):
+                for delta in _joined([await ticket.inbox.get(), *_queued(ticket.inbox)]):
                     if isinstance(delta, Exception):
                         raise delta
                     if delta.error is not None:
@@ -116,7 +124,7 @@ class Worker:
                 self._put(lambda: self._cancel(ticket))
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """The requests to their end, in order. Raises as `stream`."""
+        """Return the completions of all requests, in order. Raises as `stream`."""
         done: dict[int, Completion] = {}
         async with aclosing(self.stream(requests)) as deltas:
             async for delta in deltas:
@@ -125,13 +133,13 @@ class Worker:
         return [done[index] for index in range(len(requests))]
 
     async def run(self, function: Callable[[Engine], T]) -> T:
-        """``function(engine)`` between two turns, on the engine's thread; what it returns or raises.
+        """Run ``function(engine)`` between two turns, on the engine's thread; return its result.
 
-        Those who stream wait meanwhile, so a long work is better done in several parts. Cancelling the
-        caller leaves it out if it has not begun.
+        All streams wait meanwhile, so long work is better done in several parts. A function whose caller
+        is cancelled before it has begun does not run.
 
         Raises:
-            QueueFull: as many functions wait as requests may.
+            QueueFull: ``max_waiting`` functions wait already. Also whatever the function raises.
         """
         if self._pending >= self.engine.max_waiting:
             raise QueueFull(f"{self._pending} requests are waiting already; send this one again later")
@@ -169,16 +177,16 @@ class Worker:
 
     @property
     def load(self) -> Load:
-        """As of the last turn."""
+        """The load as of the last turn."""
         return Load(self._load.running, self._load.waiting + self._pending)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread takes work."""
+        """Whether the engine's thread accepts work."""
         return self._thread.is_alive() and not self._closed
 
     async def drain(self, seconds: float) -> bool:
-        """Wait until nothing is to be done, for so long at most; whether that was reached."""
+        """Wait until there is no work left, at most ``seconds``; return whether there is none."""
         end = time.monotonic() + seconds
         while self._owners or self._pending or self._load != Load(0, 0):
             if time.monotonic() >= end:
@@ -187,7 +195,7 @@ class Worker:
         return True
 
     def close(self) -> None:
-        """End what runs with an error, and the thread."""
+        """Stop the thread; running requests end with an error."""
         self._closed = True
         self._put(lambda: None)
         self._thread.join(timeout=10)
@@ -195,7 +203,7 @@ class Worker:
     def _put(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
         if self._swept.is_set():
-            self._sweep()  # nobody else would
+            self._sweep()  # the thread has ended and runs no commands
 
     def _measure(self, request: Request, delta: Delta, began: float | None) -> None:
         if self.meter is None:
@@ -227,7 +235,7 @@ class Worker:
         try:
             deltas = self.engine.step()
         except Exception as problem:
-            # The backend failed, out of memory say. Trying the same again would fail the same way.
+            # The backend failed, for example out of memory. The same requests would fail again.
             log.error("the engine failed; all its requests end", exc_info=problem)
             self._abort(problem)
             return
@@ -238,7 +246,7 @@ class Worker:
         return Load(running, len(self._owners) - running)
 
     def _take_commands(self) -> None:
-        """All that are there; wait for one when there is nothing else to do."""
+        """Run all queued commands; wait for one when there is no other work."""
         try:
             block = not self.engine.has_work and not self._functions and not self._closed
             self._commands.get(block)()
@@ -248,7 +256,7 @@ class Worker:
             pass
 
     def _submit(self, ticket: _Ticket) -> None:
-        """All of a ticket's requests, or none of them."""
+        """Submit all of a ticket's requests, or none of them."""
         if ticket.over:
             return
         try:
@@ -256,7 +264,7 @@ class Worker:
                 raise EngineStopped()
             if len(ticket.requests) > self.engine.max_waiting:
                 raise UserError(
-                    f"{len(ticket.requests)} answers are asked for at once; the server takes "
+                    f"the request is for {len(ticket.requests)} answers; the server accepts "
                     f"{self.engine.max_waiting} at most, so send fewer prompts or a smaller n"
                 )
             for place, request in enumerate(ticket.requests):
@@ -273,7 +281,7 @@ class Worker:
                 self.engine.cancel(handle)
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
-        """One message to each event loop, however many it is for: waking a loop is what costs."""
+        """Send one message to each event loop for all its tickets: waking a loop is the expensive part."""
         letters: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, Delta]]] = defaultdict(list)
         for delta in deltas:
             ticket, place = self._owners[delta.index]
@@ -291,7 +299,7 @@ class Worker:
             _call_soon(ticket.loop, ticket.inbox.put_nowait, problem)
 
     def _sweep(self) -> None:
-        """The last thing: nobody must wait for ever. What is put after the mark is swept by who put it."""
+        """End everything that waits, so that no caller waits for ever. `_put` sweeps commands put later."""
         self._closed = True
         self._swept.set()
         with self._sweeping:
@@ -305,28 +313,28 @@ class Worker:
                 self._functions.popleft()()
 
 
-def _there(inbox: asyncio.Queue[Delta | Exception]) -> Iterator[Delta | Exception]:
+def _queued(inbox: asyncio.Queue[Delta | Exception]) -> Iterator[Delta | Exception]:
     while not inbox.empty():
         yield inbox.get_nowait()
 
 
-def _joined(found: Sequence[Delta | Exception]) -> list[Delta | Exception]:
-    """One delta for each request, in the order in which they first came."""
-    if len(found) == 1:
-        return [*found]
-    one_of: dict[int, Delta] = {}
-    last: list[Delta | Exception] = []
-    for delta in found:
+def _joined(deltas: Sequence[Delta | Exception]) -> list[Delta | Exception]:
+    """Join the deltas of each request, in the order in which the requests first came; errors come last."""
+    if len(deltas) == 1:
+        return [*deltas]
+    by_request: dict[int, Delta] = {}
+    errors: list[Delta | Exception] = []
+    for delta in deltas:
         if isinstance(delta, Exception) or delta.error is not None:
-            last.append(delta)
-        elif (before := one_of.get(delta.index)) is None:
-            one_of[delta.index] = delta
+            errors.append(delta)
+        elif (before := by_request.get(delta.index)) is None:
+            by_request[delta.index] = delta
         else:
             logprobs = None if delta.logprobs is None else [*(before.logprobs or ()), *delta.logprobs]
-            one_of[delta.index] = replace(
+            by_request[delta.index] = replace(
                 delta, text=before.text + delta.text, tokens=before.tokens + delta.tokens, logprobs=logprobs
             )
-    return [*one_of.values(), *last]
+    return [*by_request.values(), *errors]
 
 
 def _hand_out(pairs: Sequence[tuple[_Ticket, Delta]]) -> None:
@@ -334,8 +342,8 @@ def _hand_out(pairs: Sequence[tuple[_Ticket, Delta]]) -> None:
         ticket.inbox.put_nowait(delta)
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *given: Any) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: Any) -> None:
     try:
-        loop.call_soon_threadsafe(function, *given)
-    except RuntimeError:  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:  # the loop is closed, so there is no caller
         log.debug("an answer came after its event loop had closed")

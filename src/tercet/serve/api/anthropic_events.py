@@ -1,4 +1,4 @@
-"""An answer as Anthropic's Messages API tells it: blocks, and the events in which they grow.
+"""Answers in the shape of Anthropic's Messages API: blocks, and the events that build them.
 
 The order is Anthropic's (https://docs.anthropic.com/en/api/messages-streaming): message_start; for each
 block its start, deltas and stop; message_delta with the reason and usage; message_stop.
@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 class MessageEvents:
-    """Events of one message; ``message`` is the object as it is by now, inputs of calls as text."""
+    """Events of one message, which also build the object of an answer without a stream."""
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         self._message: Json = {
@@ -34,11 +34,11 @@ class MessageEvents:
             "stop_sequence": None,
             "usage": _usage(Usage(prompt_tokens, 0)),
         }
-        self._open = False  # the last block grows
+        self._open = False  # whether the last block is unfinished
 
     @property
     def message(self) -> Json:
-        """The whole, once it has ended; a call that was cut off has the input {}."""
+        """The whole message, once it has ended; a call that was cut off has the input {}."""
         blocks = [
             block | {"input": _object(block["input"])} if block["type"] == "tool_use" else block
             for block in self._message["content"]
@@ -46,11 +46,11 @@ class MessageEvents:
         return self._message | {"content": blocks}
 
     def begin(self) -> list[Json]:
-        """Before the first piece."""
+        """Return the events before the first piece."""
         return [{"type": "message_start", "message": copy.deepcopy(self._message)}]
 
     def push(self, pieces: Sequence[Piece]) -> list[Json]:
-        """Text and calls as they come."""
+        """Return the events for the next text and calls."""
         events: list[Json] = []
         blocks = self._message["content"]
         for piece in pieces:
@@ -70,7 +70,7 @@ class MessageEvents:
         return events
 
     def end(self, completion: Completion, stop_sequence: str | None) -> list[Json]:
-        """After the last piece."""
+        """Return the events after the last piece."""
         called = any(block["type"] == "tool_use" for block in self._message["content"])
         if completion.finish_reason == "length":
             reason = "max_tokens"
@@ -110,12 +110,12 @@ class MessageEvents:
 
 
 def stopped_by(completion: Completion, stops: Sequence[str], tokenizer: Tokenizer) -> str | None:
-    """The stop string that ended an answer; None where it was something else."""
+    """Return the stop string that ended an answer; None where something else ended it."""
     if completion.finish_reason != "stop" or not stops:
         return None
     bytes_of = TokenBytes(tokenizer)
     written = b"".join(map(bytes_of, completion.tokens)).decode(errors="replace")
-    # The text ends before the stop string that was whole first.
+    # The text ends before the stop string that was complete first.
     rest = written[len(completion.text) :]
     return min((stop for stop in stops if rest.startswith(stop)), key=len, default=None)
 

@@ -1,4 +1,4 @@
-"""/v1/messages and /v1/messages/count_tokens: Anthropic's Messages API, errors in Anthropic's shape.
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's Messages API, with errors in Anthropic's shape.
 
 https://docs.anthropic.com/en/api/messages
 """
@@ -23,7 +23,7 @@ from tercet.serve.api.anthropic_requests import CountRequest, MessageRequest
 from tercet.serve.api.fields import answer_limit
 from tercet.serve.api.generation import Step, chat_tokens, steps
 from tercet.serve.api.hosted_steps import chat_payload, hosted_steps
-from tercet.serve.api.typed_events import Events, encode, encoded, to_the_end
+from tercet.serve.api.typed_events import Events, discard, encode, encoded
 from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
@@ -43,20 +43,20 @@ _TYPES = {
 
 
 class MessageError(BaseModel):
-    """What went wrong."""
+    """The description of an error."""
 
     type: str
     message: str
 
 
 class MessageErrorBody(BaseModel):
-    """An error as Anthropic tells it."""
+    """The body of an error in Anthropic's shape."""
 
     type: Literal["error"]
     error: MessageError
 
 
-# The guard before all routes answers in OpenAI's shape; Anthropic's clients go by the status.
+# The guard before all routes answers in OpenAI's shape; Anthropic's clients read the status.
 _ERROR = {"model": MessageErrorBody | ErrorBody}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 
@@ -65,9 +65,10 @@ class AnthropicRoute(APIRoute):
     """A route whose errors have Anthropic's shape."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler with its exceptions converted."""
         handle = super().get_route_handler()
 
-        async def told(request: Request) -> Response:
+        async def handler(request: Request) -> Response:
             try:
                 return await handle(request)
             except Disconnected:
@@ -75,11 +76,11 @@ class AnthropicRoute(APIRoute):
             except RequestValidationError as problem:
                 return _response(from_validation(problem.errors(), problem.body))
             except HTTPException as problem:
-                return _response(APIError(problem.status_code, "the body can't be read as JSON"))
+                return _response(APIError(problem.status_code, "the body is not valid JSON"))
             except Exception as problem:
                 return _response(api_error(problem))
 
-        return told
+        return handler
 
 
 router = APIRouter(route_class=AnthropicRoute)
@@ -87,42 +88,42 @@ router = APIRouter(route_class=AnthropicRoute)
 
 @router.post("/v1/messages", responses=STREAMED | ERRORS)
 async def create_message(request: Request, body: MessageRequest) -> Response:
-    """The assistant's next message."""
+    """Return the assistant's next message."""
     models: Models = request.app.state.models
     served = models.get(body.model)
     stops = tuple(body.stop_sequences or ())
     if served.hosted is not None:
-        found, count = hosted_steps(request, served, _payload(served, body)), 0
+        answer, count = hosted_steps(request, served, _payload(served, body)), 0
     else:
         plan, tokens = await _prompt(served, body)
         sampling, count = body.sampling(answer_limit(served, tokens, body.max_tokens)), len(tokens)
-        found = steps(served, tokens, [sampling], plan, whole=not body.stream)
-    told = MessageEvents(body.model, count)
-    events = _events(found, told, served, stops)
+        answer = steps(served, tokens, [sampling], plan, whole=not body.stream)
+    message = MessageEvents(body.model, count)
+    events = _events(answer, message, served, stops)
     if body.stream:
         return await event_stream(request, encoded(events), _error_event)
-    await while_connected(request, to_the_end(events))
-    return JSONResponse(told.message)
+    await while_connected(request, discard(events))
+    return JSONResponse(message.message)
 
 
 @router.post("/v1/messages/count_tokens", responses=ERRORS)
 async def count_tokens(request: Request, body: CountRequest) -> Response:
-    """How many tokens the model would read."""
+    """Return how many tokens the model would read."""
     models: Models = request.app.state.models
     _, tokens = await _prompt(models.get(body.model), body)
     return JSONResponse({"input_tokens": len(tokens)})
 
 
 async def _prompt(served: Served, body: CountRequest) -> tuple[ToolPlan, list[int]]:
-    """What is done about tools, and what a model here reads."""
+    """Return the plan of the tools, and the tokens that a local model reads."""
     form = await body.form()
-    wanted, messages = body.wanted(), body.conversation()
-    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form, "output_config.format")
+    tools, messages = body.tool_request(), body.conversation()
+    plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form, "output_config.format")
     return plan, await asyncio.to_thread(chat_tokens, served, messages, plan)
 
 
 def _payload(served: Served, body: MessageRequest) -> Json:
-    """The same as a chat completion."""
+    """Return the request as the body of a chat completion."""
     schema = body.output_config and body.output_config.format and body.output_config.format.schema_
     form = {"name": "answer", "schema": schema, "strict": True}
     fields = {
@@ -132,24 +133,24 @@ def _payload(served: Served, body: MessageRequest) -> Json:
         "stop": body.stop_sequences,
         "response_format": schema and {"type": "json_schema", "json_schema": form},
     }
-    return chat_payload(served, body.conversation(), body.wanted(), body.max_tokens, fields)
+    return chat_payload(served, body.conversation(), body.tool_request(), body.max_tokens, fields)
 
 
 async def _events(
-    found: AsyncGenerator[Step, None], told: MessageEvents, served: Served, stops: tuple[str, ...]
+    answer: AsyncGenerator[Step, None], message: MessageEvents, served: Served, stops: tuple[str, ...]
 ) -> Events:
-    """The events, those of a step together."""
+    """Yield the events, those of one step together."""
     begun = False
-    async with aclosing(found):
-        async for step in found:
-            events = [] if begun else told.begin()
+    async with aclosing(answer):
+        async for step in answer:
+            events = [] if begun else message.begin()
             begun = True
-            events += told.push(step.pieces)
+            events += message.push(step.pieces)
             if step.completion is not None:
-                # Another server does not tell which one it was.
+                # Another server does not report which stop sequence it was.
                 local = served.local is not None
                 stop = stopped_by(step.completion, stops, served.tokenizer) if local else None
-                events += told.end(step.completion, stop)
+                events += message.end(step.completion, stop)
             yield events
 
 
@@ -157,7 +158,7 @@ async def _events(
 
 
 def error_body(problem: APIError) -> Json:
-    """An error as Anthropic tells it."""
+    """Return the body of an error in Anthropic's shape."""
     kind = _TYPES.get(problem.status, "invalid_request_error" if problem.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": problem.message}}
 

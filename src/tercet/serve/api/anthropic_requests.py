@@ -1,7 +1,7 @@
-"""What a request to Anthropic's Messages API says, as a conversation of chat completions and settings.
+"""Requests to Anthropic's Messages API, read as a conversation of chat completions and settings.
 
-Blocks of text, calls and results are read; images, documents, thinking and Anthropic's own tools are
-refused. Marks for Anthropic's prompt cache change no answer and are taken.
+Blocks of text, calls and results are read; images, documents, thinking and Anthropic's own tools are refused.
+Marks for Anthropic's prompt cache change no answer and are accepted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tercet.engine.request import Sampling
 from tercet.serve.api.chat_messages import PART_SEPARATOR
 from tercet.serve.api.fields import SMALLEST_TOP_P, Body, string_field
 from tercet.serve.api.response_format import checked_schema
-from tercet.serve.errors import invalid_value
+from tercet.serve.errors import invalid_value, missing_parameter
 from tercet.serve.tools.request import ToolRequest, check_distinct, check_named, make_function
 
 Json = dict[str, Any]
@@ -55,20 +55,20 @@ class JSONFormat(Body):
 
 
 class OutputConfig(Body):
-    """``output_config``: a form for the answer; models here know no degrees of effort."""
+    """``output_config``: a form for the answer; models of this server have no levels of effort."""
 
     format: JSONFormat | None = None
     effort: None = None
 
 
 class Thinking(Body):
-    """``thinking``: models here have no switch for it, so that only "disabled" can be asked for."""
+    """``thinking``: models of this server have no switch for it, so only "disabled" is accepted."""
 
     type: Literal["disabled"]
 
 
 class Metadata(Body):
-    """``metadata``: who asked."""
+    """``metadata``: the user of the client."""
 
     user_id: str | None = None
 
@@ -86,37 +86,37 @@ class CountRequest(Body):
     cache_control: dict[str, Any] | None = None
 
     def conversation(self) -> list[Json]:
-        """The messages as those of chat completions."""
-        found: list[Json] = []
+        """Return the messages in the shape of chat completions."""
+        messages: list[Json] = []
         if self.system:
-            found.append({"role": "system", "content": _texts(self.system, "system")})
+            messages.append({"role": "system", "content": _texts(self.system, "system")})
         for number, message in enumerate(self.messages):
-            for one in _turns(message, f"messages.{number}"):
-                _join(one, found)
-        if found[-1]["role"] == "assistant":
+            for turn in _turns(message, f"messages.{number}"):
+                _join(turn, messages)
+        if messages[-1]["role"] == "assistant":
             # Generating after it would be another answer, not the rest of this one.
             raise invalid_value(
                 f"messages.{len(self.messages) - 1}.role",
-                "is assistant; beginnings of answers (prefill) can't be continued here, so that the last "
-                "message must be the user's",
+                "is assistant; this server does not continue a prefilled answer, so the last message must be the "
+                "user's",
             )
-        return found
+        return messages
 
-    def wanted(self) -> ToolRequest:
-        """The tools and how they may be called."""
+    def tool_request(self) -> ToolRequest:
+        """Return the tools and how the model may call them."""
         functions = []
         for number, tool in enumerate(self.tools or []):
             where = f"tools.{number}"
             if tool.get("type") not in (None, "custom"):
                 raise invalid_value(
-                    f"{where}.type", f"is {tool['type']!r:.60}; only tools of your own can be used"
+                    f"{where}.type", f"is {tool['type']!r:.60}; only tools of type custom are supported"
                 )
             for key in tool:
                 if key not in _TOOL_KEYS and tool[key]:
-                    raise invalid_value(f"{where}.{key}", "is not supported here")
+                    raise invalid_value(f"{where}.{key}", "is not supported")
             schema = tool.get("input_schema")
             if schema is None:
-                raise invalid_value(f"{where}.input_schema", "is missing")
+                raise missing_parameter(f"{where}.input_schema")
             functions.append(
                 make_function(
                     tool.get("name"),
@@ -136,19 +136,19 @@ class CountRequest(Body):
             only = check_named(choice.name, functions, "tool_choice.name")
             return ToolRequest(tuple(functions), "required", only, parallel)
         if choice.name is not None:
-            raise invalid_value("tool_choice.name", "goes only with the type tool")
+            raise invalid_value("tool_choice.name", "belongs to type tool")
         if choice.type == "any":
             if not functions:
-                raise invalid_value("tool_choice.type", "is any, and there are no tools")
+                raise invalid_value("tool_choice.type", "is any, but there are no tools")
             return ToolRequest(tuple(functions), "required", None, parallel)
         return ToolRequest(tuple(functions), choice.type, None, parallel)
 
     async def form(self) -> Grammar | None:
-        """The grammar of the answer's text. APIError 400 for a schema that can't be enforced."""
-        wanted = self.output_config and self.output_config.format
-        if not wanted:
+        """Return the grammar of the answer's text. APIError 400 for a schema that cannot be enforced."""
+        form = self.output_config and self.output_config.format
+        if not form:
             return None
-        return await checked_schema(wanted.schema_, "output_config.format.schema")
+        return await checked_schema(form.schema_, "output_config.format.schema")
 
 
 class MessageRequest(CountRequest):
@@ -164,7 +164,7 @@ class MessageRequest(CountRequest):
     service_tier: Literal["auto", "standard_only"] | None = None
 
     def sampling(self, max_tokens: int) -> Sampling:
-        """The engine's settings; Anthropic's default temperature is 1."""
+        """Return the engine's settings; Anthropic's default temperature is 1."""
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else float(self.temperature),
@@ -175,7 +175,7 @@ class MessageRequest(CountRequest):
 
 
 def _turns(message: InputMessage, where: str) -> list[Json]:
-    """One turn as messages: its results come first, each a message of its own."""
+    """Return one turn as messages: its results come first, each as a message of its own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results: list[Json] = []
@@ -193,8 +193,8 @@ def _turns(message: InputMessage, where: str) -> list[Json]:
         else:
             raise invalid_value(
                 f"{place}.type",
-                f"is {kind!r:.60}; a message of the {message.role} is made of text and "
-                f"{'tool_use' if message.role == 'assistant' else 'tool_result'} here",
+                f"is {kind!r:.60}; blocks of the {message.role} must be text or "
+                f"{'tool_use' if message.role == 'assistant' else 'tool_result'}",
             )
     content = PART_SEPARATOR.join(texts)
     if calls:
@@ -203,12 +203,12 @@ def _turns(message: InputMessage, where: str) -> list[Json]:
 
 
 def _call(block: Mapping[str, Any], where: str) -> Json:
-    given = block.get("input")
-    if not isinstance(given, dict):
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
         raise invalid_value(f"{where}.input", "must be an object")
     function = {
         "name": string_field(block, "name", where),
-        "arguments": json.dumps(given, ensure_ascii=False),
+        "arguments": json.dumps(arguments, ensure_ascii=False),
     }
     return {"id": string_field(block, "id", where), "type": "function", "function": function}
 
@@ -216,13 +216,13 @@ def _call(block: Mapping[str, Any], where: str) -> Json:
 def _result(block: Mapping[str, Any], where: str) -> Json:
     content = block.get("content")
     text = "" if content is None else _texts(content, f"{where}.content")
-    if block.get("is_error"):  # chat templates have no place for it
+    if block.get("is_error"):  # chat templates have no field for it
         text = f"Error: {text}"
     return {"role": "tool", "tool_call_id": string_field(block, "tool_use_id", where), "content": text}
 
 
 def _texts(content: object, where: str) -> str:
-    """A string, or the text of blocks."""
+    """Return a string, or the text of blocks."""
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
@@ -233,13 +233,15 @@ def _texts(content: object, where: str) -> str:
         if not isinstance(block, dict):
             raise invalid_value(place, "must be an object")
         if block.get("type") != "text":
-            raise invalid_value(f"{place}.type", f"is {block.get('type')!r:.60}; models here read text only")
+            raise invalid_value(
+                f"{place}.type", f"is {block.get('type')!r:.60}; models of this server read text only"
+            )
         texts.append(string_field(block, "text", place))
     return PART_SEPARATOR.join(texts)
 
 
 def _join(message: Json, messages: list[Json]) -> None:
-    """Consecutive turns of one role are one turn, as Anthropic documents it."""
+    """Append a message; consecutive turns of one role are one turn, as Anthropic documents."""
     last = messages[-1] if messages else None
     if last is None or last["role"] != message["role"] or message["role"] in ("tool", "system"):
         messages.append(message)

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: a conversation's next message, whole or as it comes."""
+"""/v1/chat/completions: the next message of a conversation, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tercet.serve.api.fields import (
 from tercet.serve.api.generation import Step, steps
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.logprobs import Aligned, Placed, chat_logprobs
-from tercet.serve.api.response_format import ResponseFormat, wanted_form
-from tercet.serve.errors import APIError, unsupported
+from tercet.serve.api.response_format import ResponseFormat, answer_grammar
+from tercet.serve.errors import invalid_value, unsupported
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
 from tercet.serve.tools.answer import CallDelta, Piece, gather
@@ -38,18 +38,18 @@ from tercet.serve.tools.request import read_tools
 router = APIRouter()
 
 _REFUSED = {
-    "audio": "the models here read and write text",
+    "audio": "models of this server read and write text",
     "functions": "it is deprecated; use tools",
     "function_call": "it is deprecated; use tool_choice",
-    "moderation": "nothing here moderates",
-    "web_search_options": "nothing here searches the web",
+    "moderation": "this server does not moderate",
+    "web_search_options": "this server does not search the web",
 }
-# What the renderer itself gives to a template, or is called with.
+# Names that the renderer itself passes to a template or takes as arguments.
 _OWN = ("messages", "tools", "documents", "add_generation_prompt", "template", "special_tokens", "self")
 
 
 class ChatBody(SamplingBody):
-    """OpenAI's request. What stands below ``Without effect`` changes no output by its nature."""
+    """OpenAI's request. The fields below ``Without effect`` never change an output."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -84,7 +84,11 @@ class ChatBody(SamplingBody):
 
 @dataclass(frozen=True)
 class Chat:
-    """One request, ready for the engine."""
+    """One request, ready for the engine.
+
+    tokens: the prompt.
+    samplings: the settings of each choice.
+    """
 
     served: Served
     tokens: list[int]
@@ -95,13 +99,13 @@ class Chat:
 
     @property
     def with_logprobs(self) -> bool:
-        """Whether log-probabilities are wanted."""
+        """Whether the answer includes log-probabilities."""
         return self.samplings[0].logprobs is not None
 
 
 @router.post("/v1/chat/completions", responses=STREAMED)
 async def chat_completions(request: Request, body: ChatBody) -> Response:
-    """The next message of a conversation."""
+    """Return the next message of a conversation."""
     models: Models = request.app.state.models
     served = models.get(body.model)
     body.check_stream()
@@ -117,16 +121,16 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 
 
 async def prepare(served: Served, body: ChatBody) -> Chat:
-    """Check everything and render the prompt. APIError 400 for all that is not honoured."""
+    """Check the request and render its prompt. APIError 400 for everything that is not supported."""
     refuse(body, _REFUSED)
     _check_modes(body)
     worker = served.worker
-    form = await wanted_form(body.response_format)
-    wanted = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
-    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form)
+    form = await answer_grammar(body.response_format)
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form)
     if body.logprobs and plan.form is not None:
         raise unsupported(
-            "logprobs", "not together with tools, whose calls are no text; leave one of them out"
+            "logprobs", "not together with tools, whose calls are not text; leave one of them out"
         )
     variables = _template_variables(served, body)
 
@@ -135,33 +139,30 @@ async def prepare(served: Served, body: ChatBody) -> Chat:
         check_names(served, messages, plan.tools)
         return served.prompt_tokens(messages, plan.tools, **variables)
 
-    # Rendering and encoding a long conversation takes a while; nobody else shall wait for it.
+    # Rendering and encoding a long conversation takes a while; other requests do not wait for it.
     tokens = await asyncio.to_thread(render)
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    limit = answer_limit(served, tokens, asked)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    limit = answer_limit(served, tokens, max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     samplings = [body.sampling(served, limit, logprobs, number) for number in range(body.n or 1)]
     if len(samplings) > worker.engine.max_waiting:
-        raise APIError(
-            400,
-            f"n is {body.n}; this server takes {worker.engine.max_waiting} at most",
-            param="n",
-            code="invalid_value",
-        )
+        raise invalid_value("n", f"is {body.n}; this server accepts {worker.engine.max_waiting} at most")
     return Chat(served, tokens, samplings, plan, new_id("chatcmpl"), int(time.time()))
 
 
 def _check_modes(body: ChatBody) -> None:
     if body.modalities is not None and body.modalities != ["text"]:
-        raise unsupported("modalities", "the models here write text")
+        raise unsupported("modalities", "models of this server write text")
     if body.verbosity not in (None, "medium"):
-        raise unsupported("verbosity", "no model here knows it; ask for short or long answers in the prompt")
+        raise unsupported(
+            "verbosity", "no model of this server knows it; describe the length of the answer in the prompt"
+        )
     if body.top_logprobs is not None and not body.logprobs:
-        raise APIError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        raise invalid_value("top_logprobs", "needs logprobs: true")
 
 
 def _template_variables(served: Served, body: ChatBody) -> dict[str, Any]:
-    """What the chat template gets beside messages and tools. APIError for what it would not look at."""
+    """Return the template's variables beside messages and tools. APIError for those that it never reads."""
     variables = dict(body.chat_template_kwargs or {})
     templates = "\n".join(served.tokenizer.templates.values())
     for name in variables:
@@ -184,16 +185,18 @@ async def _whole(chat: Chat) -> dict[str, Any]:
     aligned = [Aligned() for _ in chat.samplings]
     logprobs: list[list[Placed]] = [[] for _ in chat.samplings]
     done: dict[int, Completion] = {}
-    async with aclosing(steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=True)) as found:
-        async for step in found:
+    async with aclosing(
+        steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=True)
+    ) as answer_steps:
+        async for step in answer_steps:
             pieces[step.index] += step.pieces
             if chat.with_logprobs:
                 logprobs[step.index] += _aligned(aligned[step.index], step)
             if step.completion is not None:
                 done[step.index] = step.completion
     choices = []
-    for index, ones in enumerate(pieces):
-        answer = gather(ones)
+    for index, choice_pieces in enumerate(pieces):
+        answer = gather(choice_pieces)
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
         if answer.calls:
             message["tool_calls"] = [
@@ -227,7 +230,7 @@ async def _whole(chat: Chat) -> dict[str, Any]:
 
 
 async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
-    """The events of a stream: for each choice its role, its pieces, its end."""
+    """Yield the events of a stream: for each choice its role, its pieces, its end."""
     aligned = [Aligned() for _ in chat.samplings]
     called = [False] * len(chat.samplings)
     done: dict[int, Completion] = {}
@@ -239,8 +242,10 @@ async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
     opening = b"".join(
         chunk(index, {"role": "assistant", "content": ""}) for index in range(len(chat.samplings))
     )
-    async with aclosing(steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=False)) as found:
-        async for step in found:
+    async with aclosing(
+        steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=False)
+    ) as answer_steps:
+        async for step in answer_steps:
             parts, opening = [opening] if opening else [], b""
             tokens = _aligned(aligned[step.index], step) if chat.with_logprobs else []
             logprobs = chat_logprobs(tokens, chat.served.tokenizer) if tokens else None
@@ -276,7 +281,7 @@ def _delta(piece: Piece) -> dict[str, Any]:
     if isinstance(piece, str):
         return {"content": piece}
     call: dict[str, Any] = {"index": piece.index}
-    if piece.id is not None:  # once only: clients join what they get
+    if piece.id is not None:  # in the first piece only: clients join the strings of all pieces
         call |= {"id": piece.id, "type": "function"}
     function = {"arguments": piece.arguments}
     if piece.name is not None:
@@ -290,10 +295,10 @@ def _aligned(aligned: Aligned, step: Step) -> list[Placed]:
 
 
 def finish_reason(completion: Completion, called: bool) -> str:
-    """``tool_calls`` only where the model ended by itself: what was cut off is ``length``."""
+    """Return ``tool_calls`` only where the model ended the answer; ``length`` where it was cut off."""
     return "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
 
 
 def _usage(chat: Chat, done: dict[int, Completion]) -> dict[str, Any]:
     usages = [done[index].usage for index in range(len(chat.samplings))]
-    return total_usage(len(chat.tokens), usages, each=len(usages))
+    return total_usage(len(chat.tokens), usages, len(usages))

@@ -1,4 +1,4 @@
-"""Conversations as chat completions take them, checked, and as chat templates want them."""
+"""Check the messages of chat completions and convert them for chat templates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tercet.serve.api.fields import Body
 from tercet.serve.errors import invalid_value, missing_parameter, unknown_parameter, unsupported
 from tercet.serve.models import Served
 
-# Between the text parts of one message, as vLLM and llama.cpp put it.
+# Between the text parts of one message, as in vLLM and llama.cpp.
 PART_SEPARATOR = "\n"
 
 
 class Part(Body):
-    """A piece of a message's content. Only text is served; others are told by their type."""
+    """A part of a message's content. Only text is supported; other types are named in the error."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -34,39 +34,39 @@ class Message(Body):
     refusal: str | None = None
     tool_calls: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = None  # not OpenAI's: what templates of reasoning models put back
-    annotations: list[dict[str, Any]] | None = None  # of an earlier answer; nothing a model would read
+    reasoning_content: str | None = None  # not OpenAI's: templates of reasoning models repeat it
+    annotations: list[dict[str, Any]] | None = None  # of an earlier answer; models do not read them
     audio: dict[str, Any] | None = None
     function_call: dict[str, Any] | None = None
 
 
 def template_form(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages with their contents as strings. APIError 400 names the place of what is wrong."""
-    return [_message(one, f"messages[{number}]") for number, one in enumerate(messages)]
+    """Return the messages with their contents as strings. APIError 400 names the place of a mistake."""
+    return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
-def _message(one: Message, where: str) -> dict[str, Any]:
-    if one.audio is not None:
-        raise unsupported(f"{where}.audio", "the models here read and write text")
-    if one.function_call is not None:
+def _message(message: Message, where: str) -> dict[str, Any]:
+    if message.audio is not None:
+        raise unsupported(f"{where}.audio", "models of this server read and write text")
+    if message.function_call is not None:
         raise unsupported(f"{where}.function_call", "it is deprecated; use tool_calls")
     for name, role in (("tool_calls", "assistant"), ("refusal", "assistant"), ("tool_call_id", "tool")):
-        if getattr(one, name) is not None and one.role != role:
+        if getattr(message, name) is not None and message.role != role:
             raise invalid_value(f"{where}.{name}", f"is for messages of role {role}")
-    if one.reasoning_content is not None and one.role != "assistant":
+    if message.reasoning_content is not None and message.role != "assistant":
         raise invalid_value(f"{where}.reasoning_content", "is for messages of role assistant")
-    if one.role == "tool" and one.tool_call_id is None:
+    if message.role == "tool" and message.tool_call_id is None:
         raise missing_parameter(f"{where}.tool_call_id")
-    content = _text(one.content, f"{where}.content", one.role)
+    content = _text(message.content, f"{where}.content", message.role)
     if content is None:
-        content = one.refusal  # what the assistant said instead
-    if content is None and one.tool_calls is None:
+        content = message.refusal  # the assistant's text in place of content
+    if content is None and message.tool_calls is None:
         raise missing_parameter(f"{where}.content")
-    found: dict[str, Any] = {"role": one.role, "content": content}
+    converted: dict[str, Any] = {"role": message.role, "content": content}
     for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
-        if (value := getattr(one, name)) is not None:
-            found[name] = value
-    return found
+        if (value := getattr(message, name)) is not None:
+            converted[name] = value
+    return converted
 
 
 def _text(content: str | list[Part] | None, where: str, role: str) -> str | None:
@@ -77,7 +77,7 @@ def _text(content: str | list[Part] | None, where: str, role: str) -> str | None
         place = f"{where}[{number}]"
         known = part.type == "text" or (part.type == "refusal" and role == "assistant")
         if not known:
-            raise unsupported(place, f"the models here read text, not {part.type:.40}")
+            raise unsupported(place, f"models of this server read text, not {part.type:.40}")
         for name in part.model_extra or {}:
             raise unknown_parameter(f"{place}.{name}")
         text = part.text if part.type == "text" else part.refusal
@@ -90,14 +90,18 @@ def _text(content: str | list[Part] | None, where: str, role: str) -> str | None
 def check_names(
     served: Served, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
 ) -> None:
-    """APIError 400 where a message has a ``name`` that the chat template would leave out."""
-    named = [number for number, one in enumerate(messages) if "name" in one and one["role"] != "tool"]
+    """Raise APIError 400 where a message has a ``name`` that the chat template would leave out."""
+    named = [
+        number for number, message in enumerate(messages) if "name" in message and message["role"] != "tool"
+    ]
     if not named:
         return
     plain = [
-        {key: value for key, value in one.items() if key != "name" or one["role"] == "tool"}
-        for one in messages
+        {key: value for key, value in message.items() if key != "name" or message["role"] == "tool"}
+        for message in messages
     ]
     if served.prompt_tokens(messages, tools) == served.prompt_tokens(plain, tools):
         where = f"messages[{named[0]}].name"
-        raise unsupported(where, "this model's chat template does not show names; put it into the content")
+        raise unsupported(
+            where, "this model's chat template does not show names; put the name into the content"
+        )

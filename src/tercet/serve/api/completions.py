@@ -1,4 +1,4 @@
-"""/v1/completions: texts that go on, one for each prompt or several, and how likely the prompts are (``echo``)."""
+"""/v1/completions: continuations of texts, and log-probabilities of the prompts (``echo``)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_co
 
 router = APIRouter()
 
-MAX_TOKENS = 16  # where a request says nothing, as at OpenAI
+MAX_TOKENS = 16  # the default, as at OpenAI
 MAX_PROMPTS = 1024
-SCORE_TOKENS = 1024  # scored between two turns of the engine, so that streams go on meanwhile
+SCORE_TOKENS = 1024  # scored between two turns of the engine, so that streams continue meanwhile
 
 
 class CompletionsBody(SamplingBody):
@@ -44,9 +44,13 @@ class CompletionsBody(SamplingBody):
 
 @dataclass
 class Prompt:
-    """One prompt as it is read, and as it is shown where it is echoed.
+    """One prompt, and its parts in an echo.
 
-    offsets: where each of its tokens begins in ``text``.
+    tokens: the prompt as the model reads it.
+    text: the prompt as text.
+    names: text and bytes of each token.
+    offsets: where each token begins in ``text``.
+    scores: log-probabilities of the tokens; None for the first.
     """
 
     tokens: list[int]
@@ -58,12 +62,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Job:
-    """One request, ready for the engine: ``drawn`` answers to each prompt, of which ``n`` are shown."""
+    """One request, ready for the engine: ``drawn`` answers to each prompt, of which ``n`` are returned."""
 
     served: Served
     body: CompletionsBody
     prompts: list[Prompt]
-    requests: list[EngineRequest]  # none where no token is asked for
+    requests: list[EngineRequest]  # none where max_tokens is 0
     n: int
     drawn: int
     id: str = field(default_factory=lambda: new_id("cmpl"))
@@ -71,13 +75,13 @@ class Job:
 
     @property
     def usage(self) -> int:
-        """Tokens of all prompts."""
-        return sum(len(one.tokens) for one in self.prompts)
+        """Number of tokens of all prompts."""
+        return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
 @router.post("/v1/completions", responses=STREAMED)
 async def completions(request: Request, body: CompletionsBody) -> Response:
-    """What comes after each prompt."""
+    """Return continuations of each prompt."""
     models: Models = request.app.state.models
     served = models.get(body.model)
     body.check_stream()
@@ -93,45 +97,47 @@ async def completions(request: Request, body: CompletionsBody) -> Response:
 
 
 async def prepare(served: Served, body: CompletionsBody) -> Job:
-    """Check everything and encode the prompts. APIError 400 for all that is not honoured."""
+    """Check the request and encode its prompts. APIError 400 for everything that is not supported."""
     if body.suffix:
-        raise unsupported("suffix", "the models here go on with texts, they don't fill gaps")
+        raise unsupported("suffix", "models of this server continue texts; they do not fill gaps")
     n = body.n or 1
     drawn = body.best_of or n
     if drawn < n:
-        raise invalid_value("best_of", f"is {drawn}, and n is {n}; it must be as many at least")
+        raise invalid_value("best_of", f"is {drawn}; it must be at least n, which is {n}")
     if drawn > n and body.stream:
         raise invalid_value(
-            "best_of", "is more than n, and which are best is known at the end; leave out stream"
+            "best_of", "is more than n, and the best answers are known at the end only; leave out stream"
         )
-    given = prompt_list("" if body.prompt is None else body.prompt)
-    if len(given) > MAX_PROMPTS:
-        raise invalid_value("prompt", f"has {len(given)} prompts; at most {MAX_PROMPTS} are taken at once")
-    encoded = await encode_prompts(served, given, "prompt", begin=True)
+    sources = prompt_list("" if body.prompt is None else body.prompt)
+    if len(sources) > MAX_PROMPTS:
+        raise invalid_value(
+            "prompt", f"has {len(sources)} prompts; at most {MAX_PROMPTS} are accepted in one request"
+        )
+    encoded = await encode_prompts(served, sources, "prompt", begin=True)
     prompts = [Prompt(tokens) for tokens in encoded]
     if body.echo:
-        for prompt, text in zip(prompts, given, strict=True):
-            _show(served, prompt, text)
+        for prompt, source in zip(prompts, sources, strict=True):
+            _prepare_echo(served, prompt, source)
     return Job(served, body, prompts, _requests(served, body, prompts, drawn), n, drawn)
 
 
 def _requests(
     served: Served, body: CompletionsBody, prompts: Sequence[Prompt], drawn: int
 ) -> list[EngineRequest]:
-    asked = MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    if not asked:
+    max_tokens = MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    if not max_tokens:
         return []
-    # Which of several is best is told by their log-probabilities.
+    # The best of several answers is chosen by log-probability.
     logprobs = 0 if body.logprobs is None and drawn > (body.n or 1) else body.logprobs
-    most = served.worker.engine.max_waiting
-    if len(prompts) * drawn > most:
+    limit = served.worker.engine.max_waiting
+    if len(prompts) * drawn > limit:
         raise invalid_value(
-            "prompt", f"asks for {len(prompts) * drawn} texts; this server takes {most} at once"
+            "prompt", f"requires {len(prompts) * drawn} answers; this server accepts {limit} at once"
         )
     return [
         EngineRequest(
             tuple(prompt.tokens),
-            body.sampling(served, answer_limit(served, prompt.tokens, asked), logprobs, number),
+            body.sampling(served, answer_limit(served, prompt.tokens, max_tokens), logprobs, number),
             adapter=served.adapter,
         )
         for prompt in prompts
@@ -139,12 +145,12 @@ def _requests(
     ]
 
 
-def _show(served: Served, prompt: Prompt, given: str | list[int]) -> None:
-    """What an echo needs: the prompt's text, and where in it each token stands."""
+def _prepare_echo(served: Served, prompt: Prompt, source: str | list[int]) -> None:
+    """Set the prompt's text and the place of each token in it."""
     prompt.names = served.worker.engine.token_pieces(prompt.tokens)
-    if isinstance(given, str):
-        prompt.text = given
-        tokens, spans = served.tokenizer.encode_with_offsets(given)
+    if isinstance(source, str):
+        prompt.text = source
+        tokens, spans = served.tokenizer.encode_with_offsets(source)
         if tokens == prompt.tokens:
             reached = 0
             for start, end in spans:
@@ -152,23 +158,23 @@ def _show(served: Served, prompt: Prompt, given: str | list[int]) -> None:
                 reached = max(reached, end)
             return
     text, prompt.offsets = token_offsets([data for _, data in prompt.names])
-    prompt.text = given if isinstance(given, str) else text
+    prompt.text = source if isinstance(source, str) else text
 
 
 async def _score(job: Job) -> None:
-    """How likely each token of the prompts is, where that is asked for."""
+    """Set the log-probabilities of the prompts' tokens, if they are requested."""
     if not job.body.echo or job.body.logprobs is None:
         return
     top, served = job.body.logprobs, job.served
     scores: list[list[TokenLogprob | None]] = []
-    for part in parts([one.tokens for one in job.prompts], SCORE_TOKENS):
+    for part in parts([prompt.tokens for prompt in job.prompts], SCORE_TOKENS):
 
         def read(engine: Engine, part: Sequence[list[int]] = part) -> list[list[TokenLogprob | None]]:
             return engine.prompt_logprobs(part, top, adapter=served.adapter)
 
         scores += await served.worker.run(read)
-    for prompt, found in zip(job.prompts, scores, strict=True):
-        prompt.scores = found
+    for prompt, prompt_scores in zip(job.prompts, scores, strict=True):
+        prompt.scores = prompt_scores
     if not job.requests and served.worker.meter is not None:
         served.worker.meter.read(served.adapter, job.usage)
 
@@ -194,14 +200,14 @@ async def _whole(job: Job) -> dict[str, Any]:
         "model": job.served.name,
         "system_fingerprint": job.served.fingerprint,
         "choices": [{"index": index, **choice} for index, choice in enumerate(choices)],
-        "usage": total_usage(job.usage, [one.usage for one in done], job.drawn),
+        "usage": total_usage(job.usage, [completion.usage for completion in done], job.drawn),
     }
 
 
 def _mean_logprob(answer: Completion | None) -> float:
-    """By OpenAI's rule: the highest log-probability per token."""
+    """Return the log-probability per token, by which OpenAI defines the best answer."""
     logprobs = answer.logprobs if answer is not None else None
-    return sum(one.logprob for one in logprobs) / len(logprobs) if logprobs else 0.0
+    return sum(entry.logprob for entry in logprobs) / len(logprobs) if logprobs else 0.0
 
 
 def _choice(job: Job, prompt: Prompt, answer: Completion | None) -> dict[str, Any]:
@@ -225,9 +231,8 @@ class _Echo:
 
 
 def _echo(job: Job, prompt: Prompt) -> _Echo:
-    """What comes before the answer: the prompt, where it is echoed."""
-    wanted = job.body.logprobs is not None
-    logprobs = CompletionLogprobs.empty() if wanted else None
+    """Return the text before the answer: the prompt if it is echoed, else nothing."""
+    logprobs = None if job.body.logprobs is None else CompletionLogprobs.empty()
     if not job.body.echo:
         return _Echo("", logprobs)
     if logprobs is not None:
@@ -241,9 +246,9 @@ def _echo(job: Job, prompt: Prompt) -> _Echo:
 
 
 def _add(job: Job, logprobs: CompletionLogprobs, tokens: Sequence[Placed], begin: int) -> None:
-    """Tokens of an answer that begins at ``begin`` of its choice's text."""
-    for one in tokens:
-        logprobs.add_token(one.token, job.served.tokenizer, begin + one.start, job.body.logprobs)
+    """Add the tokens of an answer that begins at ``begin`` of its choice's text."""
+    for placed in tokens:
+        logprobs.add_token(placed.token, job.served.tokenizer, begin + placed.start, job.body.logprobs)
 
 
 async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
@@ -264,7 +269,9 @@ async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
     opening = b""
     if job.body.echo or not job.requests:
         reason = None if job.requests else "length"
-        opening = b"".join(chunk(index, one.text, one.logprobs, reason) for index, one in enumerate(echoed))
+        opening = b"".join(
+            chunk(index, echo.text, echo.logprobs, reason) for index, echo in enumerate(echoed)
+        )
     if not job.requests:
         yield opening
     else:

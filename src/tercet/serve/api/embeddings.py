@@ -16,14 +16,14 @@ from tercet.engine.engine import Engine
 from tercet.serve.api.fields import Body
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
-from tercet.serve.errors import APIError
+from tercet.serve.errors import invalid_value
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import while_connected
 
 router = APIRouter()
 
 MAX_INPUTS = 2048  # as at OpenAI
-TURN_TOKENS = 2048  # read between two turns of the engine, so that streams go on meanwhile
+TURN_TOKENS = 2048  # read between two turns of the engine, so that streams continue meanwhile
 
 
 class EmbeddingsBody(Body):
@@ -38,20 +38,20 @@ class EmbeddingsBody(Body):
 
 @router.post("/v1/embeddings")
 async def embeddings(request: Request, body: EmbeddingsBody) -> Response:
-    """The mean of what the head reads, as float32 numbers: a list, or their bytes in base64."""
+    """Return the mean of the hidden states that the output head reads.
+
+    It is a list of numbers, or the bytes of float32 numbers in base64.
+    """
     models: Models = request.app.state.models
     served = models.get(body.model)
     if served.hosted is not None:
-        if body.encoding_format is None:  # null is "float", whatever the other server thinks
+        if body.encoding_format is None:  # null means "float" here; the other server's default may differ
             body.encoding_format = "float"
         return await pass_on(request, served, "/embeddings", body)
     prompts = prompt_list(body.input)
     if len(prompts) > MAX_INPUTS:
-        raise APIError(
-            400,
-            f"input has {len(prompts)} texts; at most {MAX_INPUTS} are taken at once",
-            param="input",
-            code="invalid_value",
+        raise invalid_value(
+            "input", f"has {len(prompts)} texts; at most {MAX_INPUTS} are accepted in one request"
         )
     tokens = await encode_prompts(served, prompts, "input", begin=False)
     vectors = await while_connected(request, embed(served, tokens))
@@ -71,25 +71,25 @@ async def embeddings(request: Request, body: EmbeddingsBody) -> Response:
 
 
 async def embed(served: Served, prompts: Sequence[list[int]]) -> NDArray[np.float32]:
-    """Vectors [N, H], a few texts at a time."""
+    """Return vectors [N, H] of N prompts, computed a few prompts at a time."""
     worker = served.worker
-    found: list[NDArray[np.float32]] = []
+    vectors: list[NDArray[np.float32]] = []
     for part in parts(prompts, TURN_TOKENS):
 
         def read(engine: Engine, part: Sequence[list[int]] = part) -> NDArray[np.float32]:
             return engine.embed(part, adapter=served.adapter)
 
-        found.append(await worker.run(read))
+        vectors.append(await worker.run(read))
     if worker.meter is not None:
         worker.meter.read(served.adapter, sum(map(len, prompts)))
-    return np.concatenate(found)
+    return np.concatenate(vectors)
 
 
-def parts(prompts: Sequence[list[int]], most: int) -> Iterator[Sequence[list[int]]]:
-    """The prompts in order, some at a time: ``most`` tokens together, or one longer prompt alone."""
+def parts(prompts: Sequence[list[int]], limit: int) -> Iterator[Sequence[list[int]]]:
+    """Yield the prompts in order, in parts of at most ``limit`` tokens, or of one longer prompt."""
     begin, size = 0, 0
     for place, prompt in enumerate(prompts):
-        if place > begin and size + len(prompt) > most:
+        if place > begin and size + len(prompt) > limit:
             yield prompts[begin:place]
             begin, size = place, 0
         size += len(prompt)
@@ -97,15 +97,10 @@ def parts(prompts: Sequence[list[int]], most: int) -> Iterator[Sequence[list[int
 
 
 def shortened(vectors: NDArray[np.float32], dimensions: int) -> NDArray[np.float32]:
-    """The first ``dimensions`` of each vector, of length 1 again. APIError 400 where there are fewer."""
+    """Return the first ``dimensions`` of vectors [N, H], scaled to length 1. APIError 400 for more than H."""
     size = vectors.shape[1]
     if dimensions > size:
-        raise APIError(
-            400,
-            f"dimensions is {dimensions}; this model's vectors have {size}",
-            param="dimensions",
-            code="invalid_value",
-        )
+        raise invalid_value("dimensions", f"is {dimensions}; this model's vectors have {size}")
     cut = vectors[:, :dimensions]
     lengths = np.linalg.norm(cut, axis=1, keepdims=True)
     scaled: NDArray[np.float32] = (cut / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)

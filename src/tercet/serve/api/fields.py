@@ -1,7 +1,7 @@
-"""Fields that several endpoints share, and what the engine makes of them.
+"""Fields that several endpoints share, and their conversion to the engine's settings.
 
-Bodies are read strictly: no number out of a string, nothing that is not known here. ``null`` is the
-default everywhere. What can't be honoured and would change the output is refused, by `refuse`.
+Bodies are read strictly: strings are not converted to numbers, and unknown fields are refused. ``null`` means
+the default everywhere. `refuse` refuses unsupported fields that would change the output.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tercet.engine.request import Sampling, Usage
 from tercet.errors import UserError
-from tercet.serve.errors import APIError, from_user_error, invalid_value, missing_parameter, unsupported
+from tercet.serve.errors import from_user_error, invalid_value, missing_parameter, unsupported
 from tercet.serve.models import Served
 
 CHOICES = 128  # answers to one prompt at most, as at OpenAI
-SMALLEST_TOP_P = 1e-9  # what 0 means: the best token alone, which always stays
+SMALLEST_TOP_P = 1e-9  # used for 0: the best token alone, which always remains
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1)]
 
 
 class Body(BaseModel):
-    """A request, or a part of one."""
+    """A request, or a part of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
 
@@ -39,7 +39,7 @@ class StreamOptions(Body):
 
 
 class SamplingBody(Body):
-    """How tokens are chosen: OpenAI's fields, and four of ours that OpenAI lacks."""
+    """Sampling settings: OpenAI's fields, and four that OpenAI lacks."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -60,23 +60,21 @@ class SamplingBody(Body):
     ignore_eos: bool | None = None
 
     def check_stream(self) -> None:
-        """APIError for options of a stream without one."""
+        """Raise APIError for stream options without a stream."""
         if self.stream_options is None:
             return
         if not self.stream:
-            raise APIError(
-                400, "stream_options need stream: true", param="stream_options", code="invalid_value"
-            )
+            raise invalid_value("stream_options", "needs stream: true")
         if self.stream_options.include_obfuscation:
-            raise unsupported("stream_options.include_obfuscation", "streams are not padded here")
+            raise unsupported("stream_options.include_obfuscation", "this server does not pad streams")
 
     @property
     def usage_chunk(self) -> bool:
-        """Whether a stream ends with its usage."""
+        """Whether a stream ends with a chunk that contains its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, served: Served, max_tokens: int, logprobs: int | None, number: int = 0) -> Sampling:
-        """The engine's settings for choice ``number``. APIError for what the model can't do."""
+        """Return the engine's settings for choice ``number``. APIError for settings that the model lacks."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         try:
             return Sampling(
@@ -99,31 +97,28 @@ class SamplingBody(Body):
 
     def _bias(self, served: Served) -> dict[int, float] | None:
         size = served.worker.engine.backend.vocab_size
-        found = {}
+        biases = {}
         for token, bias in (self.logit_bias or {}).items():
             if not token.isascii() or not token.isdecimal() or len(token) > 10 or int(token) >= size:
-                raise APIError(
-                    400,
-                    f"logit_bias has the key {token!r:.40}; keys are token ids from 0 to {size - 1}",
-                    param="logit_bias",
-                    code="invalid_value",
+                raise invalid_value(
+                    "logit_bias", f"has the key {token!r:.40}; keys are token ids from 0 to {size - 1}"
                 )
-            found[int(token)] = float(bias)
-        return found or None
+            biases[int(token)] = float(bias)
+        return biases or None
 
 
 def choice_seed(seed: int | None, number: int) -> int | None:
-    """A seed for choice ``number`` of a request: another one for each, and the same every time."""
+    """Return a seed for choice ``number`` of a request: different for each choice, the same every time."""
     if seed is None:
         return None
-    # Steps of the golden ratio in 64 bits, so that choices of neighbouring seeds are no copies.
+    # Steps of the golden ratio in 64 bits, so that neighbouring seeds give different choices.
     return (seed + number * 0x9E3779B97F4A7C15) % 2**64
 
 
-def answer_limit(served: Served, tokens: list[int], asked: int | None) -> int:
-    """How many tokens an answer may have: at most ``asked``, and what the context leaves."""
+def answer_limit(served: Served, tokens: list[int], max_tokens: int | None) -> int:
+    """Return how many tokens an answer may have: ``max_tokens``, or fewer where the context ends before."""
     room = served.answer_room(tokens)
-    return room if asked is None else min(asked, room)
+    return room if max_tokens is None else min(max_tokens, room)
 
 
 def string_field(entry: Mapping[str, Any], key: str, where: str) -> str:
@@ -137,19 +132,19 @@ def string_field(entry: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def refuse(body: BaseModel, reasons: dict[str, str]) -> None:
-    """APIError for the first field of ``reasons`` that is set: to anything but null."""
-    for name, why in reasons.items():
+    """Raise APIError for the first field of ``reasons`` that is not null."""
+    for name, reason in reasons.items():
         if getattr(body, name) is not None:
-            raise unsupported(name, why)
+            raise unsupported(name, reason)
 
 
 def new_id(prefix: str) -> str:
-    """``chatcmpl-…``."""
+    """Return a new identifier such as ``chatcmpl-…``."""
     return f"{prefix}-{secrets.token_hex(14)}"
 
 
 def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
-    """Usage as OpenAI tells it."""
+    """Return usage in OpenAI's shape."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -159,15 +154,21 @@ def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int 
     }
 
 
-def total_usage(prompt_tokens: int, usages: Sequence[Usage], each: int = 1) -> dict[str, Any]:
-    """Of ``each`` answers to every prompt, in order; the prompts, of ``prompt_tokens`` together, count once."""
+def total_usage(prompt_tokens: int, usages: Sequence[Usage], answers_per_prompt: int = 1) -> dict[str, Any]:
+    """Return the usage of several answers; each prompt counts once.
+
+    Args:
+        prompt_tokens: tokens of all prompts together.
+        usages: of the answers, in the order of the prompts.
+        answers_per_prompt: how many answers each prompt has.
+    """
     return usage_object(
         prompt_tokens,
         sum(usage.completion_tokens for usage in usages),
-        sum(usage.cached_tokens for usage in usages[::each]),
+        sum(usage.cached_tokens for usage in usages[::answers_per_prompt]),
     )
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold: -9999 is OpenAI's for what never comes."""
+    """Return a log-probability that JSON can express: OpenAI writes -9999 for an impossible token."""
     return logprob if math.isfinite(logprob) else -9999.0

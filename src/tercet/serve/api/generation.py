@@ -1,4 +1,4 @@
-"""From a checked conversation to an answer as it comes: what all protocols of chats have in common."""
+"""Generate answers to checked conversations: the part that all chat protocols share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from tercet.serve.tools.plan import ToolPlan
 
 @dataclass(frozen=True)
 class Step:
-    """What is new of one choice. The last step of a choice has its ``completion``.
+    """The next part of one choice.
 
-    pieces: content and tool calls, in order; logprobs: of the tokens that have come, where asked for.
+    index: which choice.
+    pieces: content and tool calls, in order.
+    logprobs: of the tokens that have come; None unless requested.
+    completion: the whole choice, in its last step.
     """
 
     index: int
@@ -28,12 +31,12 @@ class Step:
 
 
 def chat_tokens(served: Served, messages: Sequence[Mapping[str, Any]], plan: ToolPlan) -> list[int]:
-    """The prompt of a conversation, earlier calls and tools included. APIError 400 as `prompt_tokens`."""
+    """Return the tokens of a conversation with earlier calls and tools. APIError 400 as `prompt_tokens`."""
     return served.prompt_tokens(template_messages(messages, served.tokenizer), plan.tools)
 
 
 def content(pieces: Sequence[Piece]) -> str:
-    """What of an answer's pieces is no call."""
+    """Return the content among an answer's pieces."""
     return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
@@ -45,12 +48,18 @@ async def steps(
     *,
     whole: bool,
 ) -> AsyncGenerator[Step, None]:
-    """One answer for each of ``samplings``, as they come; closing the iterator ends them in the engine.
+    """Yield one answer for each of ``samplings`` as they come; closing the iterator ends them in the engine.
 
-    whole: nobody looks before the end, so that a malformed call can be content to its last character.
+    Args:
+        served: the model.
+        tokens: the prompt.
+        samplings: the settings of each choice.
+        plan: the tools.
+        whole: the answer is sent at its end, so that a malformed call can be content to its last character.
 
     Raises:
-        QueueFull, UserError: with the first step, as `Worker.stream`.
+        QueueFull: with the first step, as `Worker.stream`.
+        UserError: likewise.
     """
     requests = [
         Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings

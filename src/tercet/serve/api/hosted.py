@@ -1,7 +1,8 @@
-"""Models behind another server: requests are passed on, and what comes back is given as it came.
+"""Pass requests for hosted models on to their servers, and return the answers unchanged.
 
-The body has been checked here; the model's name is that of the other server on the way there and ours on
-the way back. Our key goes there, the client's never does. What the other server would ignore is refused.
+The body has been checked before. The model's name is replaced by that of the other server, and back in the
+answer. The request carries this server's key, never the client's. Fields that the other server would ignore
+are refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Json = dict[str, Any]
 
 
 async def pass_on(request: Request, served: Served, path: str, body: BaseModel) -> Response:
-    """The other server's answer to ``body`` at ``path``, streamed where that was asked for."""
+    """Return the other server's answer to ``body`` at ``path``, as a stream if the body requests one."""
     payload = _checked(_hosted(served), body.model_dump(mode="json", by_alias=True, exclude_unset=True))
     if payload.get("stream"):
         return await event_stream(request, _chunks(request, served, path, payload))
@@ -39,11 +40,11 @@ async def pass_on(request: Request, served: Served, path: str, body: BaseModel) 
 
 
 async def chat_chunks(request: Request, served: Served, payload: Json) -> AsyncGenerator[Json, None]:
-    """The chunks of the other server's stream of a chat completion, for protocols that it may not speak."""
+    """Yield the chunks of a chat completion, for protocols that the other server may not support."""
     streamed = payload | {"stream": True, "stream_options": {"include_usage": True}}
     checked = _checked(_hosted(served), streamed)
-    async with aclosing(_received(request, served, "/chat/completions", checked)) as found:
-        async for chunk in found:
+    async with aclosing(_received(request, served, "/chat/completions", checked)) as chunks:
+        async for chunk in chunks:
             yield chunk
 
 
@@ -72,15 +73,15 @@ async def _answer(client: AsyncOpenAI, path: str, payload: Json) -> Json:
     try:
         answer = await client.post(path, body=payload, cast_to=object)
     except Exception as problem:
-        raise _told(problem) from problem
+        raise _translated(problem) from problem
     if not isinstance(answer, dict):
         raise bad_gateway("the model's server did not answer in OpenAI's protocol")
     return answer
 
 
 async def _chunks(request: Request, served: Served, path: str, payload: Json) -> AsyncGenerator[bytes, None]:
-    async with aclosing(_received(request, served, path, payload)) as found:
-        async for chunk in found:
+    async with aclosing(_received(request, served, path, payload)) as chunks:
+        async for chunk in chunks:
             yield event(chunk | {"model": served.name})
     yield DONE
 
@@ -99,17 +100,17 @@ async def _received(request: Request, served: Served, path: str, payload: Json) 
                     _count(request, served, chunk.get("usage"))
                     yield chunk
     except Exception as problem:
-        raise _told(problem) from problem
+        raise _translated(problem) from problem
 
 
-def _told(problem: Exception) -> Exception:
-    """What the other server said, or that it said nothing."""
+def _translated(problem: Exception) -> Exception:
+    """Return the error for the client: the other server's own, or that it did not answer."""
     import openai
 
     if isinstance(problem, openai.APITimeoutError):
         return APIError(504, "the model's server did not answer in time", "server_error", code="timeout")
     if isinstance(problem, openai.APIConnectionError):
-        return bad_gateway("the model's server can't be reached")
+        return bad_gateway("cannot reach the model's server")
     if isinstance(problem, openai.APIStatusError):
         return _of_status(problem.status_code, problem.body, problem.response.headers.get("retry-after"))
     if isinstance(problem, openai.APIError):  # in the middle of a stream
@@ -122,24 +123,24 @@ def _told(problem: Exception) -> Exception:
 
 
 def _of_status(status: int, body: object, retry_after: str | None = None) -> APIError:
-    said = _field(body, "message") or f"the model's server answered {status}"
+    message = _field(body, "message") or f"the model's server answered {status}"
     if status == 429:
-        error = queue_full(said)
+        error = queue_full(message)
         error.code = _field(body, "code") or error.code
         if retry_after is not None and retry_after.isdecimal():
             error.headers["retry-after"] = retry_after
         return error
     if status in (400, 404, 409, 413, 422):
         return APIError(
-            400 if status == 422 else status, said, param=_field(body, "param"), code=_field(body, "code")
+            400 if status == 422 else status, message, param=_field(body, "param"), code=_field(body, "code")
         )
-    if status in (401, 403):  # our key, not that of who asked; nor shall the answer tell about it
+    if status in (401, 403):  # this server's key, not the client's; the message might reveal it
         return bad_gateway("the model's server does not accept this server's key")
-    return bad_gateway(said)
+    return bad_gateway(message)
 
 
 def bad_gateway(message: str) -> APIError:
-    """502: the other server failed."""
+    """Return the 502 for a failure of the other server."""
     return APIError(502, message, "server_error", code="bad_gateway")
 
 

@@ -1,7 +1,7 @@
-"""Answers of a model behind another server, for protocols that only this one speaks.
+"""Answers of hosted models for protocols that their servers do not support.
 
-The conversation goes there as a chat completion, and what comes back are the same steps as those of a
-model here. So an Anthropic client can use any server of OpenAI's protocol.
+The conversation is sent as a chat completion, and the answer becomes the same steps as that of a local model.
+So an Anthropic client can use any server of OpenAI's protocol.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ Json = dict[str, Any]
 def chat_payload(
     served: Served,
     messages: Sequence[Json],
-    wanted: ToolRequest,
+    tools: ToolRequest,
     max_tokens: int | None,
     fields: Mapping[str, Any],
 ) -> Json:
-    """The body of a chat completion. ``fields``: more of them, under its names; None: not sent."""
+    """Return the body of a chat completion. ``fields``: its other fields; those with None are not sent."""
     assert served.hosted is not None
     payload: Json = {"messages": list(messages), **fields}
     payload[served.hosted.max_tokens_field] = max_tokens
-    if wanted.functions:
+    if tools.functions:
         payload["tools"] = []
-        for one in wanted.functions:
-            tool = one.for_template()
-            if one.strict:
+        for function in tools.functions:
+            tool = function.for_template()
+            if function.strict:
                 tool["function"]["strict"] = True
             payload["tools"].append(tool)
         payload["tool_choice"] = (
-            wanted.mode if wanted.only is None else {"type": "function", "function": {"name": wanted.only}}
+            tools.mode if tools.only is None else {"type": "function", "function": {"name": tools.only}}
         )
-        if not wanted.parallel:
+        if not tools.parallel:
             payload["parallel_tool_calls"] = False
     return {name: value for name, value in payload.items() if value is not None}
 
 
 async def hosted_steps(request: Request, served: Served, payload: Json) -> AsyncGenerator[Step, None]:
-    """The answer as it comes; the last step has a completion without text or tokens.
+    """Yield the answer as it comes; the last step has a completion without text or tokens.
 
     Raises:
-        APIError: what the other server said, or 502 where it said nothing that can be understood.
+        APIError: the other server's error, or 502 where its answer cannot be understood.
     """
     began = time.perf_counter()
     usage, reason = Usage(0, 0), None
-    begun: set[int] = set()  # calls
+    begun: set[int] = set()  # indices of calls
     async with aclosing(chat_chunks(request, served, payload)) as chunks:
         async for chunk in chunks:
             usage = _usage(chunk.get("usage")) or usage

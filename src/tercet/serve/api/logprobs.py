@@ -1,8 +1,8 @@
-"""Log-probabilities beside the text they belong to.
+"""Log-probabilities aligned with the text that they belong to.
 
-A delta's tokens may run ahead of its text: a part of a character, or what may begin a stop string, is
-held back. `Aligned` holds their log-probabilities back too, and cuts them where a stop string cut the
-text, so that the tokens that were given always join to the text that was given.
+A delta's tokens may run ahead of its text: the engine holds back part of a character, or text that may begin
+a stop string. `Aligned` holds their log-probabilities back too, and cuts them where a stop string cut the
+text, so that the returned tokens always join to the returned text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Placed:
-    """A token and the characters of the whole text before it and after it."""
+    """A token, and how many characters of the whole text come before it and up to its end."""
 
     token: TokenLogprob
     start: int
@@ -30,51 +30,55 @@ class Placed:
 
 
 class Aligned:
-    """One answer's log-probabilities on their way.
+    """Aligns the log-probabilities of one answer with its text.
 
-    silent: whether tokens that add nothing to the text (the end of the answer, say) are given too.
+    silent: also return tokens that add nothing to the text, such as the end of the answer.
     """
 
     def __init__(self, silent: bool = False) -> None:
         self._silent = silent
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._read = self._given = 0  # characters: in the tokens so far, in the text so far
+        self._read = self._returned = 0  # characters: in the tokens so far, in the text so far
         self._held: deque[Placed] = deque()
 
     def push(self, text: str, tokens: Sequence[TokenLogprob], ended: bool) -> list[Placed]:
-        """Those of the tokens whose text is out with ``text``.
+        """Return the tokens whose text is complete with ``text``.
 
-        tokens: those that have come since; ``ended``: nothing comes any more.
+        Args:
+            text: the next text of the answer.
+            tokens: the next tokens.
+            ended: whether the answer is complete.
         """
         for token in tokens:
             start = self._read
             self._read += len(self._decoder.decode(token.bytes))
             self._held.append(Placed(token, start, self._read))
-        self._given += len(text)
-        found: list[Placed] = []
-        while self._held and self._held[0].end <= self._given:
-            found += self._shown(self._held.popleft())
+        self._returned += len(text)
+        ready: list[Placed] = []
+        while self._held and self._held[0].end <= self._returned:
+            ready += self._shown(self._held.popleft())
         if ended:
-            found += self._rest()
-        return found
+            ready += self._rest()
+        return ready
 
     def _rest(self) -> list[Placed]:
-        """What the end of the text left: nothing where it ended by itself, else what is before a stop string."""
-        found: list[Placed] = []
-        for one in self._held:
-            if one.start < self._given:
-                found += self._shown(replace(one, token=_cut(one.token, self._given - one.start)))
-            elif not one.token.bytes:
-                found += self._shown(one)
+        """Return the held tokens at the end of the answer, cut before a stop string."""
+        rest: list[Placed] = []
+        for placed in self._held:
+            if placed.start < self._returned:
+                cut = _cut(placed.token, self._returned - placed.start)
+                rest += self._shown(replace(placed, token=cut))
+            elif not placed.token.bytes:
+                rest += self._shown(placed)
         self._held.clear()
-        return found
+        return rest
 
-    def _shown(self, one: Placed) -> list[Placed]:
-        return [one] if one.token.bytes or self._silent else []
+    def _shown(self, placed: Placed) -> list[Placed]:
+        return [placed] if placed.token.bytes or self._silent else []
 
 
 def token_offsets(pieces: Sequence[bytes]) -> tuple[str, list[int]]:
-    """The text that tokens of these bytes write, and where in it each begins."""
+    """Return the text of tokens with these bytes, and where each token begins in it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text, offsets = "", []
     for data in pieces:
@@ -84,7 +88,7 @@ def token_offsets(pieces: Sequence[bytes]) -> tuple[str, list[int]]:
 
 
 def _cut(token: TokenLogprob, characters: int) -> TokenLogprob:
-    """The token's first ``characters``."""
+    """Return the token cut to its first ``characters``."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     count = 0
     for place, byte in enumerate(token.bytes):
@@ -96,23 +100,23 @@ def _cut(token: TokenLogprob, characters: int) -> TokenLogprob:
 
 
 def chat_logprobs(tokens: Sequence[Placed], tokenizer: Tokenizer) -> dict[str, Any]:
-    """As chat completions give them."""
-    return {"content": [chat_entry(one.token, tokenizer) for one in tokens], "refusal": None}
+    """Return log-probabilities in the shape of chat completions."""
+    return {"content": [chat_entry(placed.token, tokenizer) for placed in tokens], "refusal": None}
 
 
-def chat_entry(one: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One token with its alternatives."""
+def chat_entry(entry: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return one token with its alternatives, in the shape of chat completions."""
     return {
-        "token": one.token,
-        "logprob": finite(one.logprob),
-        "bytes": list(one.bytes),
+        "token": entry.token,
+        "logprob": finite(entry.logprob),
+        "bytes": list(entry.bytes),
         "top_logprobs": [
             {
                 "token": text,
                 "logprob": finite(logprob),
                 "bytes": list(_bytes(tokenizer, token, text)),
             }
-            for token, text, logprob in one.top
+            for token, text, logprob in entry.top
         ],
     }
 
@@ -126,7 +130,7 @@ def _bytes(tokenizer: Tokenizer, token: int, text: str) -> bytes:
 
 @dataclass
 class CompletionLogprobs:
-    """Parallel arrays, one place a token; of the first token of a text nothing is known but itself."""
+    """Parallel arrays with one entry per token; the first token of a text has no log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -135,22 +139,23 @@ class CompletionLogprobs:
 
     @classmethod
     def empty(cls) -> CompletionLogprobs:
+        """Return arrays without tokens."""
         return cls([], [], [], [])
 
     def add_first(self, text: str, data: bytes, offset: int) -> None:
-        """The first of a text, of which nothing is known but itself."""
+        """Add the first token of a text, which has no log-probability."""
         self._add(completion_name(text, data), None, None, offset)
 
-    def add_token(self, one: TokenLogprob, tokenizer: Tokenizer, offset: int, top: int | None) -> None:
-        """One more, as the engine tells it; ``top``: how many of the likeliest are wanted beside itself."""
-        name = completion_name(one.token, one.bytes)
-        others: dict[str, float] | None = None
+    def add_token(self, entry: TokenLogprob, tokenizer: Tokenizer, offset: int, top: int | None) -> None:
+        """Add a token; ``top``: how many of the likeliest tokens to list beside it."""
+        name = completion_name(entry.token, entry.bytes)
+        likeliest: dict[str, float] | None = None
         if top:
-            others = {}
-            for token, text, logprob in one.top[:top]:
-                others.setdefault(completion_name(text, _bytes(tokenizer, token, text)), finite(logprob))
-            others.setdefault(name, finite(one.logprob))
-        self._add(name, finite(one.logprob), others, offset)
+            likeliest = {}
+            for token, text, logprob in entry.top[:top]:
+                likeliest.setdefault(completion_name(text, _bytes(tokenizer, token, text)), finite(logprob))
+            likeliest.setdefault(name, finite(entry.logprob))
+        self._add(name, finite(entry.logprob), likeliest, offset)
 
     def _add(self, token: str, logprob: float | None, top: dict[str, float] | None, offset: int) -> None:
         self.tokens.append(token)
@@ -159,13 +164,12 @@ class CompletionLogprobs:
         self.text_offset.append(offset)
 
     def body(self) -> dict[str, Any]:
-        """The JSON object."""
-        wanted = any(self.top_logprobs)
-        return vars(self) | {"top_logprobs": self.top_logprobs if wanted else None}
+        """Return the JSON object."""
+        return vars(self) | {"top_logprobs": self.top_logprobs if any(self.top_logprobs) else None}
 
 
 def completion_name(text: str, data: bytes) -> str:
-    """How a token is written where strings are all there is: a part of a character as its bytes, as at OpenAI."""
+    """Return a token as a string; part of a character is written as its bytes, as at OpenAI."""
     if REPLACEMENT not in text:
         return text
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

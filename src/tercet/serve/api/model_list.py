@@ -1,4 +1,4 @@
-"""/v1/models: what there is, and /health."""
+"""/v1/models, the list of models, and /health."""
 
 from __future__ import annotations
 
@@ -12,31 +12,36 @@ from tercet.serve.models import Models, Served
 router = APIRouter()
 
 
-def model_object(one: Served) -> dict[str, Any]:
-    """A model as OpenAI lists it; ``max_model_len`` as vLLM does, where it is known."""
-    found: dict[str, Any] = {"id": one.name, "object": "model", "created": one.created, "owned_by": "tercet"}
-    if one.local is not None:
-        found["max_model_len"] = one.context_length
-    return found
+def model_object(model: Served) -> dict[str, Any]:
+    """Return a model in OpenAI's shape, with vLLM's ``max_model_len`` where it is known."""
+    entry: dict[str, Any] = {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tercet",
+    }
+    if model.local is not None:
+        entry["max_model_len"] = model.context_length
+    return entry
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """Every model that requests can name."""
+    """List every model that requests can name."""
     models: Models = request.app.state.models
-    return JSONResponse({"object": "list", "data": [model_object(one) for one in models]})
+    return JSONResponse({"object": "list", "data": [model_object(model) for model in models]})
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(request: Request, model: str) -> Response:
-    """One model; its name may hold slashes."""
+    """Return one model; its name may contain slashes."""
     models: Models = request.app.state.models
     return JSONResponse(model_object(models.get(model)))
 
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 while every engine takes requests, 503 otherwise."""
+    """Answer 200 while every engine accepts requests, 503 otherwise."""
     models: Models = request.app.state.models
-    well = all(worker.alive for worker in models.workers)
-    return JSONResponse({"status": "ok" if well else "failed"}, 200 if well else 503)
+    healthy = all(worker.alive for worker in models.workers)
+    return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)

@@ -1,4 +1,4 @@
-"""Prompts that are no conversations: a text or tokens, one or many, as OpenAI's older endpoints take them."""
+"""Prompts of OpenAI's older endpoints: a text or tokens, one or several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from tercet.data.conversation import check_text
 from tercet.errors import UserError
-from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.errors import from_user_error, invalid_value
 from tercet.serve.models import Served
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -19,7 +19,7 @@ Texts = Annotated[list[str], Field(min_length=1)]
 TokenLists = Annotated[list[Tokens], Field(min_length=1)]
 
 
-def _one_of_four(value: Any, handler: Any) -> Any:
+def _prompts_error(value: Any, handler: Any) -> Any:
     try:
         return handler(value)
     except ValueError:
@@ -28,11 +28,11 @@ def _one_of_four(value: Any, handler: Any) -> Any:
         ) from None
 
 
-Prompts = Annotated[str | Texts | Tokens | TokenLists, WrapValidator(_one_of_four)]
+Prompts = Annotated[str | Texts | Tokens | TokenLists, WrapValidator(_prompts_error)]
 
 
 def prompt_list(prompts: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """Each prompt by itself."""
+    """Return the prompts as a list."""
     if isinstance(prompts, str):
         return [prompts]
     several: list[Any] = prompts
@@ -42,15 +42,19 @@ def prompt_list(prompts: str | list[str] | list[int] | list[list[int]]) -> list[
 async def encode_prompts(
     served: Served, prompts: list[str | list[int]], param: str, *, begin: bool
 ) -> list[list[int]]:
-    """Tokens of each prompt, special ones included.
+    """Return the tokens of each prompt, special tokens included.
 
-    begin: whether an empty text is one that begins with the tokenizer's BOS, or else its EOS: a new
-        document. Otherwise it is refused, as it always is where there are neither.
+    Args:
+        served: the model.
+        prompts: texts or tokens.
+        param: their name in the request.
+        begin: whether an empty text stands for a new document, which begins with the tokenizer's BOS, or its
+            EOS where it has no BOS. Otherwise an empty text is refused, as it is where there is neither.
 
     Raises:
-        APIError: 400; a prompt is empty, too long, or has tokens that the model doesn't know.
+        APIError: 400; a prompt is empty, too long, or has tokens that the model does not know.
     """
-    return await asyncio.to_thread(lambda: [_encode(served, one, param, begin) for one in prompts])
+    return await asyncio.to_thread(lambda: [_encode(served, prompt, param, begin) for prompt in prompts])
 
 
 def _encode(served: Served, prompt: str | list[int], param: str, begin: bool) -> list[int]:
@@ -61,7 +65,7 @@ def _encode(served: Served, prompt: str | list[int], param: str, begin: bool) ->
         except UserError as problem:
             raise from_user_error(problem, param) from problem
         if not prompt and not begin:
-            tokens = []  # BOS alone is no text
+            tokens = []  # BOS alone is not a text
         elif not tokens:
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             tokens = [] if first is None else [first]
@@ -69,13 +73,8 @@ def _encode(served: Served, prompt: str | list[int], param: str, begin: bool) ->
         tokens = prompt
         size = served.worker.engine.backend.vocab_size
         if max(tokens) >= size:
-            raise APIError(
-                400,
-                f"{param} has token {max(tokens)}; the model knows 0 to {size - 1}",
-                param=param,
-                code="invalid_value",
-            )
+            raise invalid_value(param, f"has token {max(tokens)}; the model knows 0 to {size - 1}")
     if not tokens:
-        raise APIError(400, f"{param} holds an empty text", param=param, code="invalid_value")
+        raise invalid_value(param, "contains an empty text")
     served.check_length(tokens, param)
     return tokens

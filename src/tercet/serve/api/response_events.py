@@ -1,8 +1,8 @@
-"""An answer as OpenAI's Responses API tells it: items, and the events in which they grow.
+"""Answers in the shape of OpenAI's Responses API: items, and the events that build them.
 
 The order is OpenAI's (https://platform.openai.com/docs/api-reference/responses-streaming): created,
 in_progress; for each item added, its parts and deltas, done; completed, incomplete or failed. The
-object at the end of a stream is what a request without a stream gets.
+object at the end of a stream is the answer to a request without a stream.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ Json = dict[str, Any]
 
 
 class ResponseEvents:
-    """Events of one response, numbered; ``response`` is the object as it is by now.
+    """Numbered events of one response; ``response`` is the object so far.
 
-    start: the response's fields beside output, status and usage.
+    start: the response's fields other than output, status and usage.
     """
 
     def __init__(self, start: Json) -> None:
         self.response: Json = start | {"status": "in_progress", "output": []}
         self._number = 0
-        self._item: Json | None = None  # the one that grows
-        self._logprobs: list[Json] = []  # of its text, not sent yet
+        self._item: Json | None = None  # the unfinished item
+        self._logprobs: list[Json] = []  # of the item's text, not sent yet
 
     def begin(self) -> list[Json]:
-        """Before anything is generated."""
+        """Return the events before the first piece."""
         return [
             self._event("response.created", response=self._snapshot()),
             self._event("response.in_progress", response=self._snapshot()),
         ]
 
     def push(self, pieces: Sequence[Piece], logprobs: Sequence[Json] = ()) -> list[Json]:
-        """Text and calls as they come; ``logprobs`` of the tokens of the text."""
+        """Return the events for the next text and calls; ``logprobs`` belong to the tokens of the text."""
         self._logprobs += logprobs
         events: list[Json] = []
         for piece in pieces:
@@ -52,7 +52,7 @@ class ResponseEvents:
         return events
 
     def end(self, usage: Usage, *, cut_off: bool, completed_at: int) -> list[Json]:
-        """After the last piece; ``cut_off``: at max_output_tokens, or where the context ends."""
+        """Return the events after the last piece; ``cut_off``: by max_output_tokens or by the context."""
         events: list[Json] = []
         if not self.response["output"]:
             events += self._open_message()
@@ -74,7 +74,7 @@ class ResponseEvents:
         return [*events, self._event(f"response.{self.response['status']}", response=self._snapshot())]
 
     def fail(self, message: str, code: str = "server_error") -> list[Json]:
-        """The end of a response that can't go on."""
+        """Return the events of a response that fails."""
         self.response |= {"status": "failed", "error": {"code": code, "message": message}}
         return [self._event("response.failed", response=self._snapshot())]
 
@@ -135,7 +135,7 @@ class ResponseEvents:
         return self._event("response.output_item.added", output_index=index, item=copy.deepcopy(item))
 
     def _close(self, status: str) -> list[Json]:
-        """The item that grows is complete, or as complete as it gets."""
+        """Return the events that end the unfinished item."""
         item, self._item = self._item, None
         if item is None:
             return []
@@ -176,7 +176,7 @@ class ResponseEvents:
         return event
 
     def _placed(self, event: Json) -> Json:
-        """With the item that it is about."""
+        """Return an event with the id and index of the unfinished item."""
         assert self._item is not None
         index = len(self.response["output"]) - 1
         return event | {"item_id": self._item["id"], "output_index": index}

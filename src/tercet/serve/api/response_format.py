@@ -1,4 +1,4 @@
-"""``response_format``: the form that an answer is held to, token by token."""
+"""``response_format``: the form of an answer, enforced token by token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import Field
 
 from tercet.engine.grammar import Grammar, GrammarError
 from tercet.serve.api.fields import Body
-from tercet.serve.errors import APIError
+from tercet.serve.errors import APIError, invalid_value, missing_parameter
 
 
 class JsonSchema(Body):
-    """A schema with its name. ``strict`` or not, it is kept."""
+    """A schema with its name. It is enforced with and without ``strict``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
@@ -28,32 +28,26 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-async def wanted_form(asked: ResponseFormat | None) -> Grammar | None:
-    """The grammar for it; None for any text. APIError 400 for what can't be enforced."""
-    if asked is None:
+async def answer_grammar(response_format: ResponseFormat | None) -> Grammar | None:
+    """Return the grammar of the answer; None for any text. APIError 400 where it cannot be enforced."""
+    if response_format is None:
         return None
     param = "response_format.json_schema"
-    if asked.json_schema is not None and asked.type != "json_schema":
-        raise APIError(
-            400,
-            f"{param} goes only with type json_schema, not {asked.type}",
-            param=param,
-            code="invalid_value",
-        )
-    if asked.type == "text":
+    if response_format.json_schema is not None and response_format.type != "json_schema":
+        raise invalid_value(param, f"belongs to type json_schema, not {response_format.type}")
+    if response_format.type == "text":
         return None
-    if asked.type == "json_object":
+    if response_format.type == "json_object":
         return await checked_schema({"type": "object"}, "response_format")
-    if asked.json_schema is None:
-        raise APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
-    if asked.json_schema.schema_ is None:
-        param += ".schema"
-        raise APIError(400, f"{param} is missing", param=param, code="missing_required_parameter")
-    return await checked_schema(asked.json_schema.schema_, f"{param}.schema")
+    if response_format.json_schema is None:
+        raise missing_parameter(param)
+    if response_format.json_schema.schema_ is None:
+        raise missing_parameter(f"{param}.schema")
+    return await checked_schema(response_format.json_schema.schema_, f"{param}.schema")
 
 
 async def checked_schema(schema: dict[str, Any], param: str) -> Grammar:
-    """JSON under a schema. APIError 400, never an answer that is not held to it."""
+    """Return the grammar of JSON under a schema. APIError 400 where the schema cannot be enforced."""
 
     def check() -> Grammar:
         grammar = Grammar.json_schema(schema)
@@ -61,10 +55,10 @@ async def checked_schema(schema: dict[str, Any], param: str) -> Grammar:
         return grammar
 
     try:
-        # Compiling can take a while; nobody else shall wait for it.
+        # Compiling can take a while; other requests do not wait for it.
         return await asyncio.to_thread(check)
     except (GrammarError, RecursionError) as problem:
-        why = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
         raise APIError(
-            400, f"{param} can't be enforced: {why}"[:1000], param=param, code="invalid_json_schema"
+            400, f"{param} cannot be enforced: {reason}"[:1000], param=param, code="invalid_json_schema"
         ) from problem

@@ -1,8 +1,8 @@
-"""What a request to OpenAI's Responses API says, as a conversation and settings.
+"""Requests to OpenAI's Responses API, read as a conversation and settings.
 
-Nothing is stored here, so that everything which would need a stored response is refused, and so is
-every field that would change the answer and can't be honoured. Fields about billing, caches and abuse
-change none and are taken.
+This server stores no responses, so everything that needs a stored response is refused, as is every
+unsupported field that would change the answer. Fields about billing, caches and abuse change no answer and
+are accepted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tercet.serve.errors import invalid_value, missing_parameter, unsupported
 
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
-# Nothing here produces what these would include.
+# This server never produces the contents that these would include.
 _VACUOUS = (
     "file_search_call.results",
     "web_search_call.results",
@@ -31,14 +31,14 @@ _VACUOUS = (
     "code_interpreter_call.outputs",
     "reasoning.encrypted_content",
 )
-# Fields that would need what this server has not, and what to do.
+# Fields that need features that this server lacks, and what to do instead.
 _REFUSED = {
-    "previous_response_id": "responses are not stored here; send the whole conversation as input",
-    "conversation": "conversations are not stored here; send the whole conversation as input",
-    "prompt": "prompts are not stored here; send instructions and input",
-    "background": "responses are not stored here, so that none can be fetched later; use stream",
-    "context_management": "conversations are not compacted here; shorten input",
-    "moderation": "there is no moderation here",
+    "previous_response_id": "this server stores no responses; send the whole conversation as input",
+    "conversation": "this server stores no conversations; send the whole conversation as input",
+    "prompt": "this server stores no prompts; send instructions and input",
+    "background": "this server stores no responses, so none can be fetched later; use stream",
+    "context_management": "this server does not compact conversations; shorten input",
+    "moderation": "this server does not moderate",
 }
 
 
@@ -60,7 +60,7 @@ class TextConfig(Body):
 
 
 class Reasoning(Body):
-    """``reasoning``: models here have no switch for it, so that only none can be asked for."""
+    """``reasoning``: models of this server have no switch for it, so only none is accepted."""
 
     effort: Literal["none"] | None = None
     summary: None = None
@@ -88,7 +88,7 @@ class ResponseRequest(Body):
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of built-in tools, which there are none of
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None  # of built-in tools, of which there are none
     include: list[str] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
@@ -110,22 +110,20 @@ class ResponseRequest(Body):
     moderation: dict[str, Any] | None = None
 
     def check(self) -> None:
-        """APIError 400 for what is asked for in vain."""
+        """Raise APIError 400 for fields that are not supported."""
         for name, reason in _REFUSED.items():
             if getattr(self, name):
                 raise unsupported(name, reason)
         for number, name in enumerate(self.include or []):
             if name != LOGPROBS and name not in _VACUOUS:
-                raise invalid_value(
-                    f"include[{number}]", f"is {name!r:.60}, which is nothing that can be included"
-                )
+                raise invalid_value(f"include[{number}]", f"is {name!r:.60}, which is not a value of include")
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise invalid_value("top_logprobs", f"needs {LOGPROBS} in include")
         if self.wants_logprobs and self.tools:
-            raise unsupported("include", f"{LOGPROBS} not together with tools, whose calls are no text")
+            raise unsupported("include", f"{LOGPROBS} not together with tools, whose calls are not text")
 
     def sampling(self, max_tokens: int) -> Sampling:
-        """The engine's settings; OpenAI's default temperature is 1."""
+        """Return the engine's settings; OpenAI's default temperature is 1."""
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else float(self.temperature),
@@ -135,7 +133,7 @@ class ResponseRequest(Body):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the log-probability of each token is asked for."""
+        """Whether the answer includes the log-probability of each token."""
         return LOGPROBS in (self.include or [])
 
     @property
@@ -144,30 +142,30 @@ class ResponseRequest(Body):
         return (self.text and self.text.format) or TextFormat()
 
     async def form(self) -> Grammar | None:
-        """The grammar of the answer's text. APIError 400 for a schema that can't be enforced."""
-        wanted = self.format
-        if wanted.type == "text":
+        """Return the grammar of the answer's text. APIError 400 for a schema that cannot be enforced."""
+        form = self.format
+        if form.type == "text":
             return None
-        if wanted.type == "json_object":
+        if form.type == "json_object":
             return await checked_schema({"type": "object"}, "text.format")
-        for name, value in (("name", wanted.name), ("schema", wanted.schema_)):
+        for name, value in (("name", form.name), ("schema", form.schema_)):
             if value is None:
                 raise missing_parameter(f"text.format.{name}")
-        return await checked_schema(wanted.schema_ or {}, "text.format.schema")
+        return await checked_schema(form.schema_ or {}, "text.format.schema")
 
     def messages(self) -> list[Json]:
-        """The conversation as messages of chat completions."""
+        """Return the conversation as messages of chat completions."""
         opening = [{"role": "system", "content": self.instructions}] if self.instructions else []
         if isinstance(self.input, str):
             return [*opening, {"role": "user", "content": self.input}]
-        found: list[Json] = []
+        messages: list[Json] = []
         for number, item in enumerate(self.input):
-            _add(item, f"input[{number}]", found)
-        return [*opening, *found]
+            _add(item, f"input[{number}]", messages)
+        return [*opening, *messages]
 
 
 def _add(item: Mapping[str, Any], where: str, messages: list[Json]) -> None:
-    """Put an item of the input behind ``messages``; calls become part of the assistant's message."""
+    """Append an item of the input to ``messages``; calls become part of the assistant's message."""
     kind = item.get("type") or ("message" if "role" in item else None)
     if kind is None:
         raise missing_parameter(f"{where}.type")
@@ -175,7 +173,7 @@ def _add(item: Mapping[str, Any], where: str, messages: list[Json]) -> None:
         role = item.get("role")
         if role not in ("user", "assistant", "system", "developer"):
             raise invalid_value(
-                f"{where}.role", f"is {role!r:.60}; it is user, assistant, system or developer"
+                f"{where}.role", f"is {role!r:.60}; it must be user, assistant, system or developer"
             )
         messages.append({"role": role, "content": _text(item.get("content"), f"{where}.content")})
     elif kind == "function_call":
@@ -198,13 +196,13 @@ def _add(item: Mapping[str, Any], where: str, messages: list[Json]) -> None:
     else:
         raise invalid_value(
             f"{where}.type",
-            f"is {kind!r:.60}; it is message, function_call or function_call_output here",
+            f"is {kind!r:.60}; it must be message, function_call or function_call_output",
             "unsupported_value",
         )
 
 
 def _text(content: object, where: str) -> str:
-    """A string, or the text of typed parts."""
+    """Return a string, or the text of typed parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -217,7 +215,7 @@ def _text(content: object, where: str) -> str:
         kind = part.get("type")
         if kind not in ("input_text", "output_text", "text", "refusal"):
             raise invalid_value(
-                f"{place}.type", f"is {kind!r:.60}; models here read text only", "unsupported_value"
+                f"{place}.type", f"is {kind!r:.60}; models of this server read text only", "unsupported_value"
             )
         texts.append(string_field(part, "refusal" if kind == "refusal" else "text", place))
     return PART_SEPARATOR.join(texts)

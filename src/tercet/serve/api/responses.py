@@ -1,7 +1,7 @@
-"""/v1/responses: OpenAI's Responses API, of which nothing is stored.
+"""/v1/responses: OpenAI's Responses API, without storage.
 
-Text and function tools, whole or as a stream. A stream begins with its first token, so that a request
-that can't be answered gets an HTTP error.
+It supports text and function tools, whole or as a stream. A stream begins with its first token, so that a
+request that cannot be answered gets an HTTP error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tercet.serve.api.hosted_steps import chat_payload, hosted_steps
 from tercet.serve.api.logprobs import Aligned, chat_entry
 from tercet.serve.api.response_events import Json, ResponseEvents
 from tercet.serve.api.response_requests import LOGPROBS, ResponseRequest
-from tercet.serve.api.typed_events import Events, encode, encoded, to_the_end
+from tercet.serve.api.typed_events import Events, discard, encode, encoded
 from tercet.serve.errors import APIError, unsupported
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
@@ -33,20 +33,20 @@ router = APIRouter()
 
 @router.post("/v1/responses", responses=STREAMED)
 async def create_response(request: Request, body: ResponseRequest) -> Response:
-    """An answer to ``input``."""
+    """Answer ``input``."""
     models: Models = request.app.state.models
     served = models.get(body.model)
     body.check()
-    wanted = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True)
-    found = await _steps(request, served, body, wanted)
-    told = ResponseEvents(_start(body, wanted))
-    events = _events(found, told, served)
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True)
+    answer = await _steps(request, served, body, tools)
+    response = ResponseEvents(_start(body, tools))
+    events = _events(answer, response, served)
     if body.stream:
         return await event_stream(
-            request, encoded(events), lambda problem: encode(told.fail(problem.message))
+            request, encoded(events), lambda problem: encode(response.fail(problem.message))
         )
-    await while_connected(request, to_the_end(events))
-    return JSONResponse(told.response)
+    await while_connected(request, discard(events))
+    return JSONResponse(response.response)
 
 
 @router.get("/v1/responses/{response_id}")
@@ -54,16 +54,16 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
 @router.get("/v1/responses/{response_id}/input_items")
 @router.post("/v1/responses/{response_id}/cancel")
 async def stored_response(response_id: str) -> Response:
-    """There are none."""
+    """Answer 404: responses are not stored."""
     raise APIError(
         404,
-        f"Response with id '{response_id:.100}' not found: responses are not stored here",
+        f"Response with id '{response_id:.100}' not found: this server does not store responses",
         code="not_found",
     )
 
 
-def _start(body: ResponseRequest, wanted: ToolRequest) -> Json:
-    """A response before it has begun: what was asked for, with what is meant where nothing was said."""
+def _start(body: ResponseRequest, tools: ToolRequest) -> Json:
+    """Return a response before it has begun: the request's settings, with defaults filled in."""
     return {
         "id": f"resp_{secrets.token_hex(16)}",
         "object": "response",
@@ -77,7 +77,7 @@ def _start(body: ResponseRequest, wanted: ToolRequest) -> Json:
         "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
         "model": body.model,
-        "parallel_tool_calls": wanted.parallel,
+        "parallel_tool_calls": tools.parallel,
         "previous_response_id": None,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
@@ -102,44 +102,46 @@ def _start(body: ResponseRequest, wanted: ToolRequest) -> Json:
 
 
 async def _steps(
-    request: Request, served: Served, body: ResponseRequest, wanted: ToolRequest
+    request: Request, served: Served, body: ResponseRequest, tools: ToolRequest
 ) -> AsyncGenerator[Step, None]:
-    """The answer on its way, from a model here or behind another server. APIError for what is wrong."""
+    """Return the steps of the answer of a local or a hosted model. APIError for mistakes in the request."""
     messages = body.messages()
     if served.hosted is not None:
-        return hosted_steps(request, served, _payload(served, body, messages, wanted))
+        return hosted_steps(request, served, _payload(served, body, messages, tools))
     form = await body.form()
-    plan = await asyncio.to_thread(plan_tools, wanted, served.tokenizer, form, "text.format")
+    plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form, "text.format")
     tokens = await asyncio.to_thread(chat_tokens, served, messages, plan)
     sampling = body.sampling(answer_limit(served, tokens, body.max_output_tokens))
     return steps(served, tokens, [sampling], plan, whole=not body.stream)
 
 
-def _payload(served: Served, body: ResponseRequest, messages: list[Json], wanted: ToolRequest) -> Json:
-    """The same as a chat completion."""
+def _payload(served: Served, body: ResponseRequest, messages: list[Json], tools: ToolRequest) -> Json:
+    """Return the request as the body of a chat completion."""
     if body.wants_logprobs:
         raise unsupported("include", f"{LOGPROBS} is not passed on to other servers")
     form = body.format.model_dump(by_alias=True, exclude_none=True)
     kind = form.pop("type")
-    asked: Json = {"type": kind} | ({"json_schema": form} if kind == "json_schema" else {})
+    response_format: Json = {"type": kind} | ({"json_schema": form} if kind == "json_schema" else {})
     fields = {
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "response_format": None if kind == "text" else asked,
+        "response_format": None if kind == "text" else response_format,
     }
-    return chat_payload(served, messages, wanted, body.max_output_tokens, fields)
+    return chat_payload(served, messages, tools, body.max_output_tokens, fields)
 
 
-async def _events(found: AsyncGenerator[Step, None], told: ResponseEvents, served: Served) -> Events:
-    """The events, those of a step together."""
+async def _events(answer: AsyncGenerator[Step, None], response: ResponseEvents, served: Served) -> Events:
+    """Yield the events, those of one step together."""
     begun, aligned = False, Aligned()
-    async with aclosing(found):
-        async for step in found:
-            events = [] if begun else told.begin()
+    async with aclosing(answer):
+        async for step in answer:
+            events = [] if begun else response.begin()
             begun = True
             logprobs = aligned.push(content(step.pieces), step.logprobs or (), step.completion is not None)
-            events += told.push(step.pieces, [chat_entry(one.token, served.tokenizer) for one in logprobs])
+            events += response.push(
+                step.pieces, [chat_entry(placed.token, served.tokenizer) for placed in logprobs]
+            )
             if step.completion is not None:
                 cut_off = step.completion.finish_reason == "length"
-                events += told.end(step.completion.usage, cut_off=cut_off, completed_at=int(time.time()))
+                events += response.end(step.completion.usage, cut_off=cut_off, completed_at=int(time.time()))
             yield events

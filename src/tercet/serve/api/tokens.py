@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them and lm-eval asks for them."""
+"""/tokenize, /detokenize and /tokenizer_info: vLLM's endpoints, which lm-eval uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tercet.errors import UserError
 from tercet.serve.api.chat_messages import Message, template_form
 from tercet.serve.api.fields import Body
 from tercet.serve.api.prompts import TokenId
-from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.errors import APIError, from_user_error, invalid_value
 from tercet.serve.models import Models, Served
 from tercet.serve.tools.messages import template_messages
 
@@ -22,7 +22,7 @@ router = APIRouter()
 
 
 class TokenizeBody(Body):
-    """A text or a conversation; ``model``: the first one that is served, where it is left out."""
+    """A text or a conversation; ``model`` defaults to the first model of the server."""
 
     model: str | None = None
     prompt: str | None = None
@@ -32,7 +32,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    """Tokens."""
+    """Tokens to decode."""
 
     model: str | None = None
     tokens: list[TokenId]
@@ -45,29 +45,26 @@ def _served(request: Request, name: str | None) -> Served:
 
 @router.post("/tokenize")
 async def tokenize(request: Request, body: TokenizeBody) -> Response:
-    """Token ids of a text (special tokens included unless refused), or of a rendered conversation."""
+    """Return the token ids of a text, by default with special tokens, or of a rendered conversation."""
     served = _served(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise APIError(
-            400, "give a prompt or messages, one of them", param="prompt", code="missing_required_parameter"
+            400, "send either prompt or messages", param="prompt", code="missing_required_parameter"
         )
     if body.messages is not None and body.add_special_tokens is not None:
-        raise APIError(
-            400,
-            "add_special_tokens is for a prompt; a chat template has its own",
-            param="add_special_tokens",
-            code="invalid_value",
+        raise invalid_value(
+            "add_special_tokens", "applies to a prompt only; a chat template writes its own special tokens"
         )
     tokens = await asyncio.to_thread(_encode, served, body)
-    found: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "count": len(tokens),
         "max_model_len": served.context_length,
         "tokens": tokens,
         "token_strs": None,
     }
     if body.return_token_strs:
-        found["token_strs"] = [served.tokenizer.token_text(token) for token in tokens]
-    return JSONResponse(found)
+        answer["token_strs"] = [served.tokenizer.token_text(token) for token in tokens]
+    return JSONResponse(answer)
 
 
 def _encode(served: Served, body: TokenizeBody) -> list[int]:
@@ -82,23 +79,18 @@ def _encode(served: Served, body: TokenizeBody) -> list[int]:
 
 @router.post("/detokenize")
 async def detokenize(request: Request, body: DetokenizeBody) -> Response:
-    """The text of tokens, special ones as they are written."""
+    """Return the text of tokens, with the text of special tokens."""
     served = _served(request, body.model)
     size = served.tokenizer.vocab_size
     if body.tokens and max(body.tokens) >= size:
-        raise APIError(
-            400,
-            f"tokens has {max(body.tokens)}; the tokenizer knows 0 to {size - 1}",
-            param="tokens",
-            code="invalid_value",
-        )
+        raise invalid_value("tokens", f"has {max(body.tokens)}; the tokenizer knows 0 to {size - 1}")
     text = await asyncio.to_thread(served.tokenizer.decode, body.tokens, False)
     return JSONResponse({"prompt": text})
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, model: Annotated[str | None, Query()] = None) -> Response:
-    """Named tokens and the chat template."""
+    """Return the named tokens and the chat template."""
     served = _served(request, model)
     tokenizer = served.tokenizer
     return JSONResponse(

@@ -1,1 +1,1 @@
-"""Tool calls: how chat templates write them, and how an answer is read for them."""
+"""Tool calls: the formats of chat templates, and parsing of answers that contain calls."""

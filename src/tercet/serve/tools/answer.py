@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call; ``arguments`` is JSON as the model wrote it (cut off where the answer was)."""
+    """One call; ``arguments`` is JSON as the model wrote it (incomplete where the answer was cut off)."""
 
     id: str
     name: str
@@ -18,7 +18,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A piece of the call ``index``. ``id`` and ``name`` are in its first piece and in no other."""
+    """A piece of the call ``index``. Only its first piece has ``id`` and ``name``."""
 
     index: int
     id: str | None
@@ -31,19 +31,19 @@ Piece = str | CallDelta  # a string is content
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer. ``content`` is None where there is nothing but calls."""
+    """A whole answer. ``content`` is None where it consists of calls only."""
 
     content: str | None
     calls: list[ToolCall]
 
 
 def new_call_id() -> str:
-    """An identifier for a call."""
+    """Return a new identifier for a call."""
     return f"call_{secrets.token_hex(12)}"
 
 
 def gather(pieces: Collection[Piece]) -> Answer:
-    """The whole that the pieces of one answer make."""
+    """Join the pieces of one answer."""
     content = "".join(piece for piece in pieces if isinstance(piece, str))
     calls: list[ToolCall] = []
     for piece in pieces:

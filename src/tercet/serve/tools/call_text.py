@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 _OPENING = r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?'
-# Up to the arguments, in the order that all templates ask for.
+# Up to the arguments, in the order that all templates prescribe.
 _JSON_HEAD = re.compile(
     _OPENING + r'"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
@@ -21,7 +21,10 @@ _NAMED_BEGUN = re.compile(r"\s*[\w-]*\s*(?:\[CALL_ID\]\s*\w*\s*)?")
 class CallText:
     """The text of one call as it comes.
 
-    name: None until it is certain; then ``arguments`` grows. end: where the call does, in ``text``.
+    text: everything since the call was expected to begin.
+    name: None until it is certain; from then on ``arguments`` grows.
+    state: "failed" once the text cannot be a call.
+    end: where the call ends in ``text``.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -30,10 +33,11 @@ class CallText:
         self.arguments = ""
         self.state: Literal["open", "done", "failed"] = "open"
         self.end = 0
-        self._from = 0  # of the arguments
+        self._from = 0  # where the arguments begin
         self._inner = _Brackets()
 
     def feed(self, text: str) -> None:
+        """Append the next text and read as much of the call as there is."""
         self.text += text
         try:
             self._read()
@@ -44,17 +48,17 @@ class CallText:
         raise NotImplementedError
 
     def _grow(self) -> int | None:
-        """Go on in the arguments; where they end, if they do."""
+        """Extend the arguments; return where they end, or None while they are open."""
         end = self._inner.scan(self.text)
         self.arguments = self.text[self._from : len(self.text) if end is None else end]
         return end
 
     def _begin(self, head: re.Match[str]) -> None:
-        self._known(head["name"])
+        self._check_name(head["name"])
         self.name, self._from = head["name"], head.end()
         self._inner = _Brackets(head.end())
 
-    def _known(self, name: object) -> None:
+    def _check_name(self, name: object) -> None:
         if not isinstance(name, str) or name not in self.names:
             raise _Malformed
 
@@ -74,7 +78,7 @@ class JsonCall(CallText):
                 if first["key"] not in _KEYS:
                     raise _Malformed
                 if name := _NAME.match(self.text):
-                    self._known(name["name"])
+                    self._check_name(name["name"])
             if head := _JSON_HEAD.match(self.text):
                 self._begin(head)
         if self.name is not None:
@@ -87,12 +91,12 @@ class JsonCall(CallText):
         self.state, self.end = "done", end
 
     def _whole(self, text: str) -> None:
-        """A call in another order than usual, or whose arguments are a string of JSON."""
+        """Read a complete call whose keys come in another order, or whose arguments are a string of JSON."""
         try:
             call = json.loads(text)
         except (ValueError, RecursionError) as problem:
             raise _Malformed from problem
-        self._known(call.get("name"))
+        self._check_name(call.get("name"))
         arguments = call.get("arguments", call.get("parameters"))
         if not isinstance(arguments, str):
             arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
@@ -102,7 +106,7 @@ class JsonCall(CallText):
 
 
 class NamedCall(CallText):
-    """``f[ARGS]{…}``, behind the trigger."""
+    """``f[ARGS]{…}``, after the trigger."""
 
     def _read(self) -> None:
         if self.name is None:
@@ -120,45 +124,45 @@ class NamedCall(CallText):
 
 
 class _Malformed(Exception):
-    """This is no call."""
+    """The text is not a call."""
 
 
 class _Brackets:
-    """Where a JSON object ends that begins at ``place``; blanks may come before it."""
+    """Finds the end of a JSON object that begins at ``place``, possibly after spaces."""
 
     _SIGNS = re.compile(r'["\\{}\[\]]|[\x00-\x1f]')
 
     def __init__(self, place: int = 0) -> None:
-        self.place = place  # scanned up to there
+        self.place = place  # the text is scanned up to here
         self._open: list[str] = []
         self._in_string = False
         self._end: int | None = None
 
     def scan(self, text: str) -> int | None:
-        """The end, once it is in ``text``, which has grown. Raises _Malformed."""
+        """Scan the rest of ``text``, which has grown; return the object's end, or None. Raises _Malformed."""
         while self._end is None and (sign := self._SIGNS.search(text, self.place)):
             self.place = sign.end()
-            found = sign[0]
+            letter = sign[0]
             if self._in_string:
-                if found == "\\":
-                    if self.place == len(text):  # what is escaped has not come
+                if letter == "\\":
+                    if self.place == len(text):  # the escaped character has not come
                         self.place -= 1
                         return None
                     self.place += 1
-                elif found == '"':
+                elif letter == '"':
                     self._in_string = False
-                elif found < " ":
+                elif letter < " ":
                     raise _Malformed
-            elif found == '"':
+            elif letter == '"':
                 self._in_string = True
-            elif found in "{[":
-                self._open.append("}" if found == "{" else "]")
-            elif found in "}]":
-                if not self._open or self._open.pop() != found:
+            elif letter in "{[":
+                self._open.append("}" if letter == "{" else "]")
+            elif letter in "}]":
+                if not self._open or self._open.pop() != letter:
                     raise _Malformed
                 if not self._open:
                     self._end = self.place
-            elif found == "\\":
+            elif letter == "\\":
                 raise _Malformed
         if self._end is None:
             self.place = max(self.place, len(text))
@@ -166,6 +170,7 @@ class _Brackets:
 
 
 def is_object(text: str) -> bool:
+    """Return whether ``text`` is a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

@@ -1,17 +1,17 @@
-"""How models write tool calls, told from their chat templates.
+r"""The formats in which models write tool calls, detected from their chat templates.
 
 =========  ====================================================================  =====================
-hermes     ``<tool_call>\\n{"name": "f", "arguments": {…}}\\n</tool_call>``        Hermes, Qwen 2.5 and 3
+hermes     ``<tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>``        Hermes, Qwen 2.5 and 3
 mistral    ``[TOOL_CALLS][{"name": "f", "arguments": {…}}, …]``                  Mistral 0.3, Nemo
 named      ``[TOOL_CALLS]f[ARGS]{…}``, ``[CALL_ID]`` between them                Mistral since 2025
 bare       ``{"name": "f", "parameters": {…}}``, ``<|python_tag|>`` before it    Llama 3.1 to 3.3
 =========  ====================================================================  =====================
 
-A template is a program, so it is asked: it renders a conversation with a call in it, and what it writes
-tells the format, whether it wants arguments as an object or as a string, and whether several calls may
-stand side by side. Templates that lose the call, refuse it, or write it in another way have no format.
+A template is a program, so detection runs it: it renders a conversation that contains a call, and the result
+shows the format, whether arguments must be an object or a string, and whether several calls may stand side by
+side. Templates that lose the call, refuse it, or write it in another way have no format.
 
-A format also gives the grammar of its calls, for outputs that must be calls or have to be right ones.
+A format also provides the grammar of its calls, for outputs that must be calls or whose calls must be valid.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tercet.model.tokenizer import Tokenizer
 
 Style = Literal["hermes", "mistral", "named", "bare"]
 
-# Markers of all formats. Where a tokenizer has one as a special token, a text of its tokens is without it.
+# Markers of all formats. Decoded text lacks those that are special tokens of the tokenizer.
 MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
 TRIGGERS: dict[Style, str] = {
     "hermes": "<tool_call>",
@@ -45,10 +45,11 @@ _ANY_TEXT = r"/(.|\n)*/"
 class ToolFormat:
     """One way to write calls.
 
+    style: one of the formats above.
     arguments: the key of a call's arguments in its JSON.
-    objects: whether the template wants the arguments of earlier calls as objects (or as strings of JSON).
-    several: whether an answer may hold more than one call.
-    identified: whether a call holds an identifier (``f[CALL_ID]a1b2c3d4e[ARGS]{…}``).
+    objects: whether the template needs the arguments of earlier calls as objects, or as strings of JSON.
+    several: whether an answer may contain more than one call.
+    identified: whether a call contains an identifier (``f[CALL_ID]a1b2c3d4e[ARGS]{…}``).
     """
 
     style: Style
@@ -62,11 +63,11 @@ class ToolFormat:
         """The text that begins a call; "" where a call is the whole answer."""
         return TRIGGERS[self.style]
 
-    # What is written around calls, as the templates write it
+    # The text around calls, as the templates write it
 
     @property
     def _around(self) -> tuple[str, str, str]:
-        """Before the first call (behind the trigger), between two, after the last."""
+        """The text before the first call (after the trigger), between two calls, and after the last."""
         if self.style == "hermes":
             return "\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"
         if self.style == "mistral":
@@ -76,7 +77,7 @@ class ToolFormat:
         return "", "; ", ""
 
     def _call(self, name: str, arguments: str, literal: Callable[[str], str]) -> str:
-        """A call in Lark; ``arguments`` is that of its arguments."""
+        """Return a call in Lark; ``arguments`` is the Lark expression of its arguments."""
         if self.style == "named":
             head = f"{literal(name + '[CALL_ID]')} /[A-Za-z0-9]{{9}}/" if self.identified else literal(name)
             return f"{head} {literal('[ARGS]')} {arguments}"
@@ -92,10 +93,14 @@ class ToolFormat:
         several: bool,
         otherwise: Grammar | None = None,
     ) -> Grammar:
-        """Of outputs that call ``functions`` (the form of each one's arguments), in this format.
+        """Return the grammar of outputs that call functions in this format.
 
-        required: whether anything but calls is allowed: text, or what is of the form ``otherwise``.
-        several: whether more than one call is; the format itself may not have it.
+        Args:
+            functions: the grammar of the arguments by the function's name.
+            tokenizer: of the model.
+            required: whether the output must consist of calls.
+            several: whether more than one call is allowed, where the format itself allows it.
+            otherwise: the grammar of outputs without calls, where calls are not required; None: any text.
         """
         before, between, after = self._around
         special = special_markers(tokenizer)
@@ -114,7 +119,7 @@ class ToolFormat:
             rules.insert(0, f"start: otherwise | {literal(self.trigger)} {calls}")
             rules.append(f"otherwise: {otherwise.in_lark()}")
         elif self.style == "bare":
-            # What begins as a call has to be one.
+            # Text that begins as a call must be one.
             rules.insert(0, f"start: TEXT | {calls}")
             rules.append(r"TEXT: /([^{\s](.|\n)*)?/")
         elif self.trigger in special.values():
@@ -128,14 +133,14 @@ class ToolFormat:
 
 
 def special_markers(tokenizer: Tokenizer) -> dict[int, str]:
-    """The markers that are special tokens of this tokenizer, by id."""
+    """Return the markers that are special tokens of this tokenizer, by id."""
     special = set(tokenizer.special_tokens)
     ids = {tokenizer.id_of(marker): marker for marker in MARKERS if marker in special}
     return {token: marker for token, marker in ids.items() if token is not None}
 
 
 def _literal(text: str, special: Mapping[int, str]) -> str:
-    """Lark for exactly ``text``, which may hold markers that are special tokens."""
+    """Return Lark for exactly ``text``, which may contain markers that are special tokens."""
     ids = {marker: token for token, marker in special.items()}
     parts = re.split("(" + "|".join(map(re.escape, MARKERS)) + ")", text)
     terms: list[str] = []
@@ -157,13 +162,13 @@ _WRITTEN: dict[Style, str] = {
     "hermes": rf"<tool_call>\s*{_JSON_CALL}\}}\s*</tool_call>",
     "mistral": rf"\[TOOL_CALLS\]\s*\[{_JSON_CALL}",
     "named": rf"\[TOOL_CALLS\]\s*{_NAME}(?P<id>\[CALL_ID\]\w+)?\[ARGS\]\s*{_OBJECT}",
-    # At the very beginning of the answer: anywhere else JSON is just JSON.
+    # Only at the beginning of the answer: anywhere else JSON is ordinary text.
     "bare": rf"\A\s*(<\|python_tag\|>)?\s*{_JSON_CALL}\}}",
 }
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
-    """The format of this tokenizer's chat template; None where it has none that is known here."""
+    """Return the format of this tokenizer's chat template; None where it has no supported format."""
     template = tokenizer.templates.get("tool_use", tokenizer.chat_template)
     if template is None:
         return None
@@ -174,10 +179,10 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
 def _detected(template: str, named_tokens: tuple[tuple[str, str], ...]) -> ToolFormat | None:
     special = dict(named_tokens)
     # The template must also show the tools to the model.
-    asked = _rendered(template, [_user()], special, add_generation_prompt=True)
-    if asked is None or _NAME not in asked:
+    question = _rendered(template, [_user()], special, add_generation_prompt=True)
+    if question is None or _NAME not in question:
         return None
-    opening = _after_user(asked)
+    opening = _after_user(question)
     for objects in (True, False):
         whole = _rendered(template, [_user(), _calls(1, objects)], special)
         if whole is None:
@@ -187,9 +192,9 @@ def _detected(template: str, named_tokens: tuple[tuple[str, str], ...]) -> ToolF
             if match := re.search(pattern, answer):
                 two = _rendered(template, [_user(), _calls(2, objects)], special)
                 several = two is not None and two.count(_NAME) > whole.count(_NAME)
-                found = match.groupdict()
-                key = found.get("key") or "arguments"
-                return ToolFormat(style, key, objects, several, found.get("id") is not None)
+                groups = match.groupdict()
+                key = groups.get("key") or "arguments"
+                return ToolFormat(style, key, objects, several, groups.get("id") is not None)
     return None
 
 
@@ -204,7 +209,7 @@ def _user() -> dict[str, Any]:
 def _calls(count: int, objects: bool) -> dict[str, Any]:
     arguments: Any = {_KEY: _VALUE} if objects else json.dumps({_KEY: _VALUE})
     calls = [
-        # Mistral's templates take identifiers of nine letters and digits only.
+        # Mistral's templates accept identifiers of nine letters and digits only.
         {
             "id": f"probe000{number}",
             "type": "function",

@@ -12,17 +12,17 @@ from tercet.serve.tools.formats import special_markers
 
 
 class MarkedText:
-    """Puts markers that are special tokens, which add nothing to a text, back into it."""
+    """Puts markers that are special tokens, which add nothing to an answer's text, back into it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._markers = special_markers(tokenizer)
         self._bytes_of = TokenBytes(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._read = self._given = 0  # characters of the text: in the tokens so far, given so far
+        self._read = self._returned = 0  # characters of the text: in the tokens so far, returned so far
         self._due: deque[tuple[int, str]] = deque()  # markers, and after how many characters they come
 
     def push(self, delta: Delta) -> str:
-        """The delta's text with its markers."""
+        """Return the delta's text with its markers."""
         if not self._markers:
             return delta.text
         for token in delta.tokens:
@@ -31,10 +31,10 @@ class MarkedText:
             else:
                 self._read += len(self._decoder.decode(self._bytes_of(token)))
         text, parts = delta.text, list[str]()
-        # Text may come later than its tokens, where it could begin a stop string.
-        while self._due and self._due[0][0] <= self._given + len(text):
+        # Text that may begin a stop string comes later than its tokens.
+        while self._due and self._due[0][0] <= self._returned + len(text):
             place, marker = self._due.popleft()
-            parts += [text[: place - self._given], marker]
-            text, self._given = text[place - self._given :], place
-        self._given += len(text)
+            parts += [text[: place - self._returned], marker]
+            text, self._returned = text[place - self._returned :], place
+        self._returned += len(text)
         return "".join([*parts, text])

@@ -14,37 +14,38 @@ from tercet.serve.tools.formats import ToolFormat, tool_format
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """A conversation in OpenAI's shape as the chat template wants it.
+    """Convert a conversation from OpenAI's shape to the one that the chat template needs.
 
-    Arguments become objects where it wants these, calls without content get an empty one, results the name
-    of their function, and identifiers the nine letters and digits that Mistral's templates insist on.
+    Arguments become objects where the template needs objects, calls without content get an empty content,
+    results get the name of their function, and identifiers become nine letters and digits where the template
+    is one of Mistral's, which require that.
 
     Raises:
-        APIError: 400; calls that are no calls, or a template that would leave them out.
+        APIError: 400; malformed calls, or a template that would leave them out.
     """
-    found: list[dict[str, Any]] = []
-    names: dict[str, str] = {}  # of the functions, by the id of the call
-    for number, message in enumerate(messages):
-        one, where = dict(message), f"messages[{number}]"
-        calls = one.get("tool_calls")
-        if calls is not None or one.get("role") == "tool":
+    converted: list[dict[str, Any]] = []
+    names: dict[str, str] = {}  # function names by the id of the call
+    for number, original in enumerate(messages):
+        message, where = dict(original), f"messages[{number}]"
+        calls = message.get("tool_calls")
+        if calls is not None or message.get("role") == "tool":
             form = tool_format(tokenizer)
             if form is None:
                 raise APIError(
                     400,
-                    f"{where} holds a tool call or its result, which this model's chat template can't show",
+                    f"{where} contains a tool call or its result, which this model's chat template cannot show",
                     param=where,
                     code=UNSUPPORTED,
                 )
             if calls is not None:
-                one["tool_calls"] = _template_calls(calls, form, names, f"{where}.tool_calls")
-                one["content"] = one.get("content") or ""
-            if isinstance(answered := one.get("tool_call_id"), str):
-                one["tool_call_id"] = _identifier(answered, form)
-                if answered in names:
-                    one = {"name": names[answered], **one}
-        found.append(one)
-    return found
+                message["tool_calls"] = _template_calls(calls, form, names, f"{where}.tool_calls")
+                message["content"] = message.get("content") or ""
+            if isinstance(call_id := message.get("tool_call_id"), str):
+                message["tool_call_id"] = _identifier(call_id, form)
+                if call_id in names:
+                    message = {"name": names[call_id], **message}
+        converted.append(message)
+    return converted
 
 
 def _template_calls(
@@ -53,26 +54,26 @@ def _template_calls(
     if not isinstance(calls, list) or not calls:
         raise invalid_value(where, "must be a list with at least one call")
     if len(calls) > 1 and not form.several:
-        raise invalid_value(where, "has several calls, and this model's chat template takes one a message")
-    found = []
+        raise invalid_value(where, "has several calls; this model's chat template takes one call per message")
+    converted = []
     for number, call in enumerate(calls):
         place = f"{where}[{number}]"
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or call.get("type", "function") != "function":
             raise invalid_value(place, "must be a call of type function")
-        name, text, called = function.get("name"), function.get("arguments"), call.get("id")
-        if not isinstance(name, str) or not isinstance(text, str) or not isinstance(called, str):
+        name, text, call_id = function.get("name"), function.get("arguments"), call.get("id")
+        if not isinstance(name, str) or not isinstance(text, str) or not isinstance(call_id, str):
             raise invalid_value(place, "must have an id, function.name and function.arguments, all strings")
-        names[called] = name
+        names[call_id] = name
         arguments: Any = _parsed(text, f"{place}.function.arguments") if form.objects else text
-        found.append(
+        converted.append(
             {
-                "id": _identifier(called, form),
+                "id": _identifier(call_id, form),
                 "type": "function",
                 "function": {"name": name, "arguments": arguments},
             }
         )
-    return found
+    return converted
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:

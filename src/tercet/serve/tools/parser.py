@@ -1,7 +1,7 @@
 """Split answers into content and tool calls, whole or while they are written.
 
-A parser never fails: text that looks like a call and is none stays content. The pieces of a call come with the
-deltas of a stream: its id and name once, then its arguments as they are written.
+A parser never fails: text that looks like a call and is none stays content. The pieces of a call come with
+the deltas of a stream: its id and name once, then its arguments as they are written.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from tercet.serve.tools.marked_text import MarkedText
 
 
 class ToolParser:
-    """One answer on its way. Feed it every delta with `push`, then call `finish`.
+    """Parses one answer. Pass it every delta with `push`, then call `finish`.
 
-    form: None where there are no calls, and all is content.
-    names: the functions that there are; a call of another one is content.
-    whole: a call comes when it is complete and right, so that a malformed one is content to its last
-        character. Otherwise its arguments come as they are written, and where they go wrong, it ends.
+    Args:
+        form: the format of calls; None: there are none, and all text is content.
+        names: the functions that exist; a call of another name is content.
+        tokenizer: of the model; None without tools.
+        whole: return a call only once it is complete and valid, so that a malformed call is content to its
+            last character. Otherwise return its arguments as they are written; a mistake in them ends it.
     """
 
     def __init__(
@@ -36,23 +38,23 @@ class ToolParser:
     ) -> None:
         self._form, self._names, self._whole = form or ToolFormat("bare"), frozenset(names), whole
         self._marked = None if form is None or tokenizer is None else MarkedText(tokenizer)
-        # start: nothing but blanks so far, and a call may follow without a trigger; list: before "[";
+        # start: only spaces so far, and a call may follow without a trigger; list: before "[";
         # between: after a call; plain: no more calls can come.
         self._state: Literal["start", "text", "list", "call", "between", "plain"]
         self._state = "plain" if form is None else "text" if form.trigger else "start"
-        self._buffer = ""  # what is not decided yet
-        self._raw = ""  # in the states list and call: what else is content if it is none
+        self._buffer = ""  # text that is not classified yet
+        self._raw = ""  # in the states list and call: text before it, content if it is no call
         self._call: CallText = JsonCall(self._names)
-        self._sent = 0  # characters of its arguments
-        self._begun = 0  # calls
+        self._sent = 0  # characters of its arguments that were returned
+        self._begun = 0  # calls that have begun
 
     def push(self, delta: Delta) -> list[Piece]:
-        """What is certain now."""
+        """Return the pieces that are certain now."""
         self._buffer += delta.text if self._marked is None else self._marked.push(delta)
         return self._advance()
 
     def finish(self) -> list[Piece]:
-        """The rest, when the answer has ended. A call that was cut off in its arguments is one."""
+        """Return the rest, when the answer has ended. A call whose arguments were cut off counts as a call."""
         if self._state == "call" and self._call.name is not None:
             pieces = self._call_pieces()
         elif self._state == "between":
@@ -82,14 +84,14 @@ class ToolParser:
         return pieces
 
     def _at_start(self) -> list[Piece]:
-        tag, found = "<|python_tag|>", self._buffer.lstrip()
-        if found.startswith(tag):
-            self._raw, found = self._buffer[: -len(found)], found.removeprefix(tag)
-            self._buffer = found
+        tag, text = "<|python_tag|>", self._buffer.lstrip()
+        if text.startswith(tag):
+            self._raw, text = self._buffer[: -len(text)], text.removeprefix(tag)
+            self._buffer = text
             self._open(self._raw)
-        elif found.startswith("{"):
+        elif text.startswith("{"):
             self._open("")
-        elif found and not tag.startswith(found):
+        elif text and not tag.startswith(text):
             self._state = "plain"
         return []
 
@@ -99,19 +101,19 @@ class ToolParser:
 
     def _in_text(self) -> list[Piece]:
         trigger = self._form.trigger
-        before, found, after = self._buffer.partition(trigger)
-        if found:
+        before, match, after = self._buffer.partition(trigger)
+        if match:
             self._buffer = after
             self._open(before[len(before.rstrip()) :] + trigger)
             if self._form.style == "mistral":
                 self._state = "list"
         else:
-            # It may begin with the last characters; blanks before it are none of the content.
+            # A trigger may begin with the last characters; spaces before it are not content.
             before, self._buffer = _certain(before, trigger)
-        return _content(before.rstrip() if found else before)
+        return _content(before.rstrip() if match else before)
 
     def _open(self, raw: str) -> None:
-        """From here on a call is expected; ``raw`` was written before it."""
+        """Expect a call from here on; ``raw`` was written before it."""
         self._state, self._raw, self._sent = "call", raw, 0
         self._call = (NamedCall if self._form.style == "named" else JsonCall)(self._names)
 
@@ -141,11 +143,11 @@ class ToolParser:
 
     @property
     def _outside(self) -> Literal["text", "plain"]:
-        """The state of content."""
+        """The state outside of calls."""
         return "text" if self._form.trigger else "plain"
 
     def _no_call(self) -> list[Piece]:
-        """What was written so far is content; what comes after the trigger may hold another one."""
+        """Treat the text so far as content; the text after the trigger may contain another call."""
         raw, self._raw, self._state = self._raw, "", self._outside
         return _content(raw)
 
@@ -162,24 +164,24 @@ class ToolParser:
         return pieces
 
     def _between_calls(self) -> list[Piece]:
-        found = self._buffer.lstrip()
-        if not found:
+        text = self._buffer.lstrip()
+        if not text:
             return []
         if self._form.style == "hermes":
             close = "</tool_call>"
-            if found != close and close.startswith(found):
+            if text != close and close.startswith(text):
                 return []
-            self._buffer, self._state = found.removeprefix(close), "text"
-        elif self._form.style == "mistral" and found.startswith(","):
-            self._buffer = found[1:]
+            self._buffer, self._state = text.removeprefix(close), "text"
+        elif self._form.style == "mistral" and text.startswith(","):
+            self._buffer = text[1:]
             self._open(",")
         elif self._form.style == "mistral":
-            self._buffer, self._state = found.removeprefix("]"), "text"
-        elif self._form.style == "bare" and self._form.several and found.startswith(";"):
-            self._buffer = found[1:]
+            self._buffer, self._state = text.removeprefix("]"), "text"
+        elif self._form.style == "bare" and self._form.several and text.startswith(";"):
+            self._buffer = text[1:]
             self._open(";")
         else:
-            self._buffer, self._state = found, self._outside
+            self._buffer, self._state = text, self._outside
         return []
 
 
@@ -188,7 +190,7 @@ def _content(text: str) -> list[Piece]:
 
 
 def _certain(text: str, trigger: str) -> tuple[str, str]:
-    """``text`` up to where blanks and the beginning of ``trigger`` may be its end, and the rest."""
+    """Split ``text`` before its last characters that may be spaces and the beginning of ``trigger``."""
     for length in range(min(len(text), len(trigger) - 1), 0, -1):
         if trigger.startswith(text[-length:]):
             break

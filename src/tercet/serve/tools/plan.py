@@ -1,4 +1,4 @@
-"""Tools for a model that runs here: what the model sees, what it may write, and how its answer is read.
+"""Plan the tools of a local model: what the model sees, what it may write, and how its answer is read.
 
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)    # OpenAI's shapes
     plan = plan_tools(tools, tokenizer, form)          # form: response_format as a Grammar, or None
@@ -37,10 +37,13 @@ from tercet.serve.tools.request import ToolRequest
 
 @dataclass(frozen=True)
 class ToolPlan:
-    """How one request's tools are carried out.
+    """How the tools of one request are shown, enforced and read.
 
     tools: for the chat template; None where the model is to see none.
-    constraint: the form of the whole output, tools and ``response_format`` together.
+    constraint: the grammar of the whole output, tools and ``response_format`` together.
+    form: the format in which the model writes calls; None without tools.
+    names: the functions that it may call.
+    tokenizer: of the model; None without tools.
     """
 
     tools: list[dict[str, Any]] | None
@@ -50,75 +53,82 @@ class ToolPlan:
     tokenizer: Tokenizer | None
 
     def parser(self, *, whole: bool = False) -> ToolParser:
-        """For one choice of a stream; ``whole`` as in `ToolParser`."""
+        """Return a parser for one choice of a stream; ``whole`` as in `ToolParser`."""
         return ToolParser(self.form, self.names, self.tokenizer, whole=whole)
 
     def read(self, completion: Completion) -> Answer:
-        """Content and calls of a whole answer."""
+        """Return content and calls of a whole answer."""
         parser = self.parser(whole=True)
         pieces = parser.push(Delta(0, completion.text, completion.tokens, None))
         return gather([*pieces, *parser.finish()])
 
 
 def plan_tools(
-    wanted: ToolRequest,
+    request: ToolRequest,
     tokenizer: Tokenizer | None,
     form: Grammar | None = None,
     form_param: str = "response_format",
 ) -> ToolPlan:
-    """What to show to the model, what to hold it to, and how to read what it writes.
+    """Plan how the tools of a request are shown to the model, enforced, and read from its answer.
 
-    tokenizer: the model's; with None (no chat template here), tools are refused.
-    form: what content has to be, where it is not a call; ``form_param``: what it is called in the request.
+    Args:
+        request: the tools.
+        tokenizer: of the model; None: its chat template is unknown, and tools are refused.
+        form: the grammar of content that is not a call; None: any text.
+        form_param: the name of that form in the request, for errors.
 
     Raises:
-        APIError: 400; the template knows no tools, or a schema can't be enforced.
+        APIError: 400; the template supports no tools, or a schema cannot be enforced.
     """
-    if not wanted.functions or wanted.mode == "none":
+    if not request.functions or request.mode == "none":
         return ToolPlan(None, form, None, frozenset(), None)
-    written = None if tokenizer is None else tool_format(tokenizer)
-    if tokenizer is None or written is None:
+    call_format = None if tokenizer is None else tool_format(tokenizer)
+    if tokenizer is None or call_format is None:
         raise APIError(
             400,
-            "this model's chat template has no way to call tools that is known here (Hermes and Qwen, "
+            "this model's chat template has none of the supported formats of tool calls (Hermes and Qwen, "
             "Llama 3, Mistral); leave out tools, or use another model",
             param="tools",
             code=UNSUPPORTED,
         )
-    functions = [one for one in wanted.functions if wanted.only in (None, one.name)]
-    required = wanted.mode == "required"
+    functions = [function for function in request.functions if request.only in (None, function.name)]
+    required = request.mode == "required"
     constraint = None
-    if required or form is not None or not wanted.parallel or any(one.strict for one in functions):
-        constraint = written.grammar(
-            {one.name: one.arguments(enforced=required or one.strict) for one in functions},
+    if required or form is not None or not request.parallel or any(function.strict for function in functions):
+        constraint = call_format.grammar(
+            {
+                function.name: function.arguments(enforced=required or function.strict)
+                for function in functions
+            },
             tokenizer,
             required=required,
-            several=wanted.parallel and wanted.only is None,
-            otherwise=None if required else _otherwise(form, written, form_param),
+            several=request.parallel and request.only is None,
+            otherwise=None if required else _otherwise(form, call_format, form_param),
         )
         try:
             constraint.check()
         except GrammarError as problem:
-            raise invalid_value("tools", f"can't be enforced together: {problem}", BAD_SCHEMA) from problem
+            raise invalid_value("tools", f"cannot be enforced together: {problem}", BAD_SCHEMA) from problem
     return ToolPlan(
-        [one.for_template() for one in wanted.functions],
+        [function.for_template() for function in request.functions],
         constraint,
-        written,
-        frozenset(one.name for one in functions),
+        call_format,
+        frozenset(function.name for function in functions),
         tokenizer,
     )
 
 
-def _otherwise(form: Grammar | None, written: ToolFormat, param: str) -> Grammar | None:
+def _otherwise(form: Grammar | None, call_format: ToolFormat, param: str) -> Grammar | None:
+    """Return the grammar of an answer that is not a call; APIError 400 where the two cannot be combined."""
     if form is None:
         return None
     if form.kind != "json_schema":
-        raise invalid_value(param, "together with tools can only be JSON", UNSUPPORTED)
-    if not written.trigger:
+        raise invalid_value(param, "must be JSON when there are tools", UNSUPPORTED)
+    if not call_format.trigger:
         raise invalid_value(
             param,
-            "and tools go together only with tool_choice required or none: this model's calls are JSON too, "
-            "so that they can't be told from its answers",
+            "and tools can be combined only with tool_choice required or none: this model's calls are JSON "
+            "too, so they cannot be distinguished from its answers",
             UNSUPPORTED,
         )
     return form

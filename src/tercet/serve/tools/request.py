@@ -24,9 +24,12 @@ _ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True)
 class Function:
-    """A tool. ``parameters`` is a JSON Schema of an object; ``strict``: its calls have to be valid under it.
+    """A function that the model may call.
 
-    param, schema: where it and its parameters stand in the request, for errors.
+    parameters: a JSON Schema of an object.
+    strict: calls must be valid under the schema.
+    param: the place of the function in the request, for errors.
+    schema: the place of its parameters in the request, for errors.
     """
 
     name: str
@@ -37,21 +40,27 @@ class Function:
     schema: str
 
     def for_template(self) -> dict[str, Any]:
-        """As templates, which follow OpenAI, want it."""
+        """Return the description for chat templates, which use OpenAI's shape."""
         described = {} if self.description is None else {"description": self.description}
         function = {"name": self.name, **described, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
     def arguments(self, enforced: bool) -> Grammar:
-        """The form of a call's arguments. APIError 400 for a schema that can't be enforced but has to be."""
+        """Return the grammar of a call's arguments.
+
+        enforced: whether they must be valid under the schema, or only an object.
+
+        Raises:
+            APIError: 400; the schema is to be enforced and cannot be.
+        """
         try:
             form = Grammar.json_schema({**_ANY_OBJECT, **self.parameters} if enforced else _ANY_OBJECT)
             form.check()
         except GrammarError as problem:
             raise APIError(
                 400,
-                f"{self.schema} of {self.name} can't be enforced: {problem}; change them, or let the model "
-                "choose freely (tool_choice auto, and not strict)",
+                f"{self.schema} of {self.name} cannot be enforced: {problem}; change the schema, or leave the "
+                "choice to the model (tool_choice auto, and not strict)",
                 param=self.schema,
                 code="invalid_function_parameters",
             ) from problem
@@ -60,7 +69,13 @@ class Function:
 
 @dataclass(frozen=True)
 class ToolRequest:
-    """What a request says of tools. ``only``: the one function that must be called, with mode required."""
+    """The tools of a request.
+
+    functions: the functions that the model sees.
+    mode: whether it must not, may or must call one.
+    only: the function that it must call, with mode required; None: any.
+    parallel: whether an answer may contain several calls.
+    """
 
     functions: tuple[Function, ...] = ()
     mode: Literal["none", "auto", "required"] = "auto"
@@ -71,14 +86,19 @@ class ToolRequest:
 def read_tools(
     tools: object, tool_choice: object = None, parallel: bool | None = None, *, flat: bool = False
 ) -> ToolRequest:
-    """``tools`` and ``tool_choice`` of OpenAI's chat completions; ``flat``: of its responses.
+    """Read ``tools`` and ``tool_choice`` of OpenAI's protocols.
+
+    Args:
+        tools: the request's ``tools``, unchecked.
+        tool_choice: the request's ``tool_choice``, unchecked.
+        parallel: the request's ``parallel_tool_calls``.
+        flat: whether they have the shape of responses, or of chat completions.
 
     Raises:
-        APIError: 400, with the place of what is wrong.
+        APIError: 400, with the place of the mistake.
     """
     functions = _functions(tools, flat)
-    found = _choice(tool_choice, functions, flat)
-    return replace(found, parallel=parallel is not False)
+    return replace(_choice(tool_choice, functions, flat), parallel=parallel is not False)
 
 
 def make_function(
@@ -89,7 +109,19 @@ def make_function(
     param: str,
     schema: str = "parameters",
 ) -> Function:
-    """A checked function; ``param``: where it stands, ``schema``: what its parameters are called there."""
+    """Check a function and return it.
+
+    Args:
+        name: its name, unchecked, as are the next three.
+        description: for the model.
+        parameters: a JSON Schema of an object; None: no parameters.
+        strict: whether calls must be valid under the schema.
+        param: the place of the function in the request.
+        schema: the name of the parameters' field there.
+
+    Raises:
+        APIError: 400, with the place of the mistake.
+    """
     if name is None:
         raise missing_parameter(f"{param}.name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -114,24 +146,24 @@ def make_function(
 
 
 def check_distinct(functions: Sequence[Function], tools: str = "tools") -> None:
-    """APIError 400 for two functions of one name, and for too many."""
+    """Raise APIError 400 for two functions of one name, and for too many functions."""
     if len(functions) > MAX_TOOLS:
-        raise invalid_value(tools, f"has {len(functions)} tools; at most {MAX_TOOLS} are taken")
+        raise invalid_value(tools, f"has {len(functions)} tools; at most {MAX_TOOLS} are allowed")
     names: set[str] = set()
     for function in functions:
         if function.name in names:
             raise invalid_value(
-                f"{function.param}.name", f"is {function.name}, and another tool is called so too"
+                f"{function.param}.name", f"is {function.name}, which is the name of another tool too"
             )
         names.add(function.name)
 
 
 def check_named(name: object, functions: Sequence[Function], param: str) -> str:
-    """The function that a choice names. APIError 400 where there is none of that name."""
+    """Return the function's name that a choice holds. APIError 400 where there is no such function."""
     known = [function.name for function in functions]
     if not isinstance(name, str) or name not in known:
-        there = f"the tools are {', '.join(known[:10])}" if known else "there are no tools"
-        raise invalid_value(param, f"names the function {name!r:.80}; {there}")
+        available = f"the tools are {', '.join(known[:10])}" if known else "there are no tools"
+        raise invalid_value(param, f"names the function {name!r:.80}; {available}")
     return name
 
 
@@ -140,7 +172,7 @@ def _functions(tools: object, flat: bool) -> tuple[Function, ...]:
         return ()
     if not isinstance(tools, list):
         raise invalid_value("tools", "must be a list")
-    found = []
+    functions = []
     for number, tool in enumerate(tools):
         where = f"tools[{number}]"
         if not isinstance(tool, dict):
@@ -150,7 +182,7 @@ def _functions(tools: object, flat: bool) -> tuple[Function, ...]:
             raise missing_parameter(f"{where}.type")
         if kind != "function":
             raise invalid_value(
-                f"{where}.type", f"is {kind!r:.60}; only function tools are served here", UNSUPPORTED
+                f"{where}.type", f"is {kind!r:.60}; only function tools are supported", UNSUPPORTED
             )
         if not flat:
             check_keys(tool, ("type", "function"), where)
@@ -161,13 +193,13 @@ def _functions(tools: object, flat: bool) -> tuple[Function, ...]:
             if not isinstance(tool, dict):
                 raise invalid_value(where, "must be an object")
         check_keys(tool, ("name", "description", "parameters", "strict", *(("type",) if flat else ())), where)
-        found.append(
+        functions.append(
             make_function(
                 tool.get("name"), tool.get("description"), tool.get("parameters"), tool.get("strict"), where
             )
         )
-    check_distinct(found)
-    return tuple(found)
+    check_distinct(functions)
+    return tuple(functions)
 
 
 def _choice(choice: object, functions: tuple[Function, ...], flat: bool) -> ToolRequest:
@@ -177,22 +209,26 @@ def _choice(choice: object, functions: tuple[Function, ...], flat: bool) -> Tool
         return ToolRequest(functions, "none")
     if choice == "required":
         if not functions:
-            raise invalid_value("tool_choice", "is required, and there are no tools")
+            raise invalid_value("tool_choice", "is required, but there are no tools")
         return ToolRequest(functions, "required")
     if not isinstance(choice, dict):
-        raise invalid_value("tool_choice", f"is {choice!r:.60}; it is none, auto, required or a function")
+        raise invalid_value(
+            "tool_choice", f"is {choice!r:.60}; it must be none, auto, required or a function"
+        )
     if choice.get("type") == "function":
         name, where = _named(choice, "tool_choice", flat)
         return ToolRequest(functions, "required", check_named(name, functions, where))
     if choice.get("type") == "allowed_tools":
         return _allowed(choice, functions, flat)
     raise invalid_value(
-        "tool_choice.type", f"is {choice.get('type')!r:.60}; it is function or allowed_tools", UNSUPPORTED
+        "tool_choice.type",
+        f"is {choice.get('type')!r:.60}; it must be function or allowed_tools",
+        UNSUPPORTED,
     )
 
 
 def _named(entry: dict[str, Any], where: str, flat: bool) -> tuple[object, str]:
-    """The name in ``{"type": "function", …}`` and its place."""
+    """Return the name in ``{"type": "function", …}`` and its place."""
     if flat:
         return entry.get("name"), f"{where}.name"
     function = entry.get("function")
@@ -202,14 +238,14 @@ def _named(entry: dict[str, Any], where: str, flat: bool) -> tuple[object, str]:
 
 
 def _allowed(choice: dict[str, Any], functions: tuple[Function, ...], flat: bool) -> ToolRequest:
-    """Some of the functions only: the others are kept from the model."""
+    """Read a choice that allows some of the functions only; the model does not see the other functions."""
     where = "tool_choice" if flat else "tool_choice.allowed_tools"
     inner = choice if flat else choice.get("allowed_tools")
     if not isinstance(inner, dict):
         raise missing_parameter(where)
     mode, entries = inner.get("mode"), inner.get("tools")
     if mode not in ("auto", "required"):
-        raise invalid_value(f"{where}.mode", f"is {mode!r:.60}; it is auto or required")
+        raise invalid_value(f"{where}.mode", f"is {mode!r:.60}; it must be auto or required")
     if not isinstance(entries, list) or not entries:
         raise invalid_value(f"{where}.tools", "must be a list with at least one tool")
     names = set()
