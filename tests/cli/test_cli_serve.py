@@ -147,17 +147,19 @@ def test_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str], tiny: Path
     assert "no model at runs/no/thing" in told(capsys, "runs/no/thing", *free)
     assert "two models are called a" in told(capsys, f"a={model}", f"a={model}", *free)
     assert "needs a key" in told(capsys, model, "--host", "0.0.0.0", *free)
-    assert "is no address of this machine" in told(capsys, model, "--host", "no.such.host.invalid", *free)
-    assert "can't be listened on" in told(
+    assert "is not an address of this machine" in told(capsys, model, "--host", "no.such.host.invalid", *free)
+    assert "cannot listen on port" in told(
         capsys, model, "--host", "192.0.2.1", "--api-key", "sesame-open-1234", *free
     )
     assert "8 or more" in told(capsys, model, "--api-key", "short", *free)
-    assert "holds no key" in told(capsys, model, "--api-key-file", str(empty), *free)
+    assert "contains no key" in told(capsys, model, "--api-key-file", str(empty), *free)
     assert "nothing.txt" in told(capsys, model, "--api-key-file", "nothing.txt", *free)
     assert "--no-page removes the page" in told(capsys, model, "--no-page", "--data", "x", *free)
-    assert "no adapter directory" in told(capsys, model, "--adapter", f"x={model}", *free)
+    assert "is not an adapter directory" in told(capsys, model, "--adapter", f"x={model}", *free)
     assert "--quantize is 'int3'" in told(capsys, model, "--quantize", "int3", *free)
-    assert "for models that run here" in told(capsys, "http://127.0.0.1:1/v1#m", "--max-batch", "3", *free)
+    assert "--max-batch is for local models" in told(
+        capsys, "http://127.0.0.1:1/v1#m", "--max-batch", "3", *free
+    )
     assert "missing" in told(capsys, *free).lower()
 
 

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from tercet.data.chat_mask import encode_spans, mask_conversation
+from tercet.data.prompt_tokens import conversation_text
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
@@ -97,6 +98,17 @@ def test_every_answer_and_its_stop_token_is_trained_on_and_nothing_else(trim: bo
         *talk("hi there", "Hello world", "and now", " the fox "),
     ]
     assert trained_on(tokenizer, messages) == [["Hello world<|im_end|>", " the fox <|im_end|>"]]
+
+
+def test_a_developer_message_is_trained_on_as_the_model_reads_it_at_inference() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    [developer], [system] = (
+        mask_conversation(tokenizer, [{"role": role, "content": "S"}, *talk("hi", "yes")])
+        for role in ("developer", "system")
+    )
+    assert developer == system
+    prompt = conversation_text(tokenizer, [{"role": "developer", "content": "S"}, *talk("hi")])
+    assert developer.text.startswith(prompt)
 
 
 def test_a_template_that_trims_answers() -> None:

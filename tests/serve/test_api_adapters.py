@@ -118,8 +118,8 @@ def test_the_metrics_tell_the_adapters_apart(served: Running) -> None:
         (["a={base}", "a={base}"], [], "two models are called a"),
         (["a={base}"], ["a={kind}"], "two models are called a"),
         (["{base}"], ["{kind}"], "has no name"),
-        (["{base}"], ["x={base}"], "no adapter directory"),
-        (["http://127.0.0.1:1/v1#m"], ["x={kind}"], "is for models that run here"),
+        (["{base}"], ["x={base}"], "is not an adapter directory"),
+        (["http://127.0.0.1:1/v1#m"], ["x={kind}"], "is for local models"),
         ([], [], "no model to serve"),
     ],
 )

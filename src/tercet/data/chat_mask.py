@@ -22,6 +22,7 @@ from typing import Any
 
 from tercet.data.batches import Encoded
 from tercet.data.conversation import Message
+from tercet.data.prompt_tokens import with_known_roles
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
@@ -69,6 +70,8 @@ def mask_conversation(
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i >= first]
     if not turns:
         raise UserError("the conversation has no assistant message, so there is nothing to train on")
+
+    messages = [dict(message) for message in with_known_roles(tokenizer, messages, tools)]
 
     def render(upto: int, prompt: bool = False) -> str:
         return tokenizer.render(messages[:upto], add_generation_prompt=prompt, tools=tools, **variables)

@@ -10,6 +10,23 @@ from tercet.errors import ContextOverflow
 from tercet.model.tokenizer import Tokenizer
 
 
+def with_known_roles(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Mapping[str, Any]]:
+    """Turn messages of the role ``developer`` into system messages where the template does not name that role.
+
+    Most templates would write it as a role that the model never saw in training. UserError without a template.
+    """
+    if "developer" in tokenizer.template_text(tools=tools is not None):
+        return list(messages)
+    return [
+        {**message, "role": "system"} if message.get("role") == "developer" else message
+        for message in messages
+    ]
+
+
 def conversation_text(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
@@ -17,9 +34,6 @@ def conversation_text(
     **variables: Any,
 ) -> str:
     """Render a conversation with the chat template, up to where the assistant's answer begins.
-
-    A message of the role ``developer`` becomes a system message where the template does not name that role:
-    most templates would write it as a role that the model never saw in training.
 
     Args:
         tokenizer: holds the chat template.
@@ -30,11 +44,7 @@ def conversation_text(
     Raises:
         UserError: there is no template, it refuses the conversation, or the text is not valid Unicode.
     """
-    if "developer" not in tokenizer.template_text(tools=tools is not None):
-        messages = [
-            {**message, "role": "system"} if message.get("role") == "developer" else message
-            for message in messages
-        ]
+    messages = with_known_roles(tokenizer, messages, tools)
     text = tokenizer.render(messages, tools=tools, add_generation_prompt=True, **variables)
     return check_text(text, "the conversation")
 
