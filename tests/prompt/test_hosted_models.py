@@ -50,7 +50,7 @@ def test_an_answer_with_its_usage(server: FakeServer, llm: LLM) -> None:
     assert (llm.is_local, llm.has_chat_template, llm.context_length) == (False, True, None)
 
 
-def test_only_what_was_set_is_sent(server: FakeServer, llm: LLM) -> None:
+def test_only_settings_of_the_call_are_sent(server: FakeServer, llm: LLM) -> None:
     llm.chat(HELLO)
     llm.chat(HELLO, temperature=0, max_tokens=5, stop="END", seed=0)
     assert server.bodies() == [
@@ -237,7 +237,7 @@ def test_log_probabilities(server: FakeServer, llm: LLM) -> None:
     assert pieces.completion.logprobs == found
 
 
-def test_log_probabilities_that_do_not_come_are_not_passed_over(server: FakeServer, llm: LLM) -> None:
+def test_missing_log_probabilities_are_an_error(server: FakeServer, llm: LLM) -> None:
     with pytest.raises(UserError, match="gave no log-probabilities"):
         llm.chat(HELLO, logprobs=2)
 
@@ -373,7 +373,7 @@ def test_malformed_streams_are_one_line(server: FakeServer, llm: LLM, wire: byte
     assert server.reference in one_line(caught)
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_a_server_that_cannot_be_reached() -> None:
     with pytest.raises(
         UserError, match=r"cannot reach http://127.0.0.1:9/v1.*is the server running"
     ) as caught:
@@ -457,7 +457,7 @@ def test_an_unknown_setting_names_the_nearest(server: FakeServer, llm: LLM) -> N
         ([{"role": "user", "content": "a\udcff"}], "not valid Unicode"),
     ],
 )
-def test_a_conversation_that_is_none(llm: LLM, messages: Any, part: str) -> None:
+def test_a_malformed_conversation_is_refused(llm: LLM, messages: Any, part: str) -> None:
     with pytest.raises(UserError, match=part):
         llm.chat(messages)
 

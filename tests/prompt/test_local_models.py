@@ -47,7 +47,7 @@ def greedy(reference: tuple[Any, Any], ids: list[int], count: int) -> list[int]:
     return found[0, len(ids) :].tolist()  # type: ignore[no-any-return]
 
 
-def test_what_a_local_model_knows_of_itself(chat: LLM, base: LLM, chat_directory: Path) -> None:
+def test_the_properties_of_a_local_model(chat: LLM, base: LLM, chat_directory: Path) -> None:
     assert (chat.is_local, chat.has_chat_template, base.has_chat_template) == (True, True, False)
     assert chat.context_length == CONTEXT
     assert chat.directory == chat_directory
@@ -143,7 +143,7 @@ def test_a_model_without_a_template_says_so_and_how_to_use_it(base: LLM) -> None
         next(base.stream(HELLO))
 
 
-def test_what_does_not_fit_is_refused_with_counts_and_never_cut(chat: LLM) -> None:
+def test_a_prompt_that_is_too_long_is_refused_with_counts_and_never_cut(chat: LLM) -> None:
     with pytest.raises(ContextOverflow, match=rf"conversation has 1\d\d tokens; .* takes at most {CONTEXT}"):
         chat.chat([{"role": "user", "content": "x" * 100}])
     with pytest.raises(ContextOverflow, match="prompt has 101 tokens"):

@@ -146,7 +146,7 @@ def test_a_batch_has_one_form_for_all(llm: LLM) -> None:
     assert llm.batch([], schema=Pet) == []
 
 
-def test_an_answer_cut_off_is_told_with_max_tokens_and_not_lost(llm: LLM) -> None:
+def test_the_error_for_an_answer_that_was_cut_off_names_max_tokens_and_holds_the_answer(llm: LLM) -> None:
     for schema in (Pet, PET):
         with pytest.raises(OutputError, match=r"cut off after 8 tokens.*raise `max_tokens`") as problem:
             llm.generate("a pet: ", schema=schema, max_tokens=8)
@@ -163,7 +163,7 @@ def test_an_answer_cut_off_is_told_with_max_tokens_and_not_lost(llm: LLM) -> Non
     assert llm.generate("on ", regex=r"[0-9]{9}", max_tokens=4).finish_reason == "length"  # just text
 
 
-def test_a_validator_that_refuses_is_told(llm: LLM) -> None:
+def test_a_validator_that_rejects_the_answer_is_reported(llm: LLM) -> None:
     class Legless(Pet):
         @field_validator("legs")
         @classmethod
@@ -198,7 +198,7 @@ def test_the_prompt_is_as_it_was_written(directory: Path) -> None:
         ({"shema": Pet}, "there is no sampling setting 'shema'; did you mean schema"),
     ],
 )
-def test_a_wrong_form_is_told_before_anything_is_generated(
+def test_a_wrong_form_is_reported_before_anything_is_generated(
     directory: Path, form: dict[str, Any], message: str
 ) -> None:
     llm = LLM(directory, device="cpu")
@@ -210,7 +210,7 @@ def test_a_wrong_form_is_told_before_anything_is_generated(
         llm.batch(["a"], **form)
 
 
-def test_a_class_without_a_schema_is_told(directory: Path) -> None:
+def test_a_class_without_a_schema_is_reported(directory: Path) -> None:
     class Odd(BaseModel):
         model_config = {"arbitrary_types_allowed": True}
         engine: MaskedEngine

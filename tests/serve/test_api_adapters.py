@@ -123,7 +123,7 @@ def test_the_metrics_tell_the_adapters_apart(served: Running) -> None:
         ([], [], "no model to serve"),
     ],
 )
-def test_what_can_not_be_served_is_told_in_a_line(
+def test_models_that_cannot_be_served_give_a_one_line_error(
     references: list[str], more: list[str], told: str, adapters: dict[str, Path], tiny_directory: Path
 ) -> None:
     names = {"base": str(tiny_directory), "kind": str(adapters["kind"])}

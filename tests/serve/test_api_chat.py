@@ -97,7 +97,7 @@ def test_both_limits_count_and_the_newer_one_first(client: openai.OpenAI, limit:
     assert answer.usage.completion_tokens == 4 and answer.choices[0].finish_reason == "length"
 
 
-def test_the_usage_tells_what_was_computed_for_an_earlier_request(client: openai.OpenAI) -> None:
+def test_the_usage_counts_the_tokens_of_the_prefix_cache(client: openai.OpenAI) -> None:
     long: Any = [{"role": "user", "content": "once upon a time there was a prompt, " * 2 + "and"}]
     cached = []
     for stream in (False, True):
@@ -124,7 +124,9 @@ def test_null_is_the_default_of_every_field(tiny_url: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def test_a_seed_gives_the_same_choices_again_and_each_is_another(client: openai.OpenAI) -> None:
+def test_a_seed_gives_the_same_choices_again_and_different_ones_within_a_request(
+    client: openai.OpenAI,
+) -> None:
     def ask(seed: int) -> list[str | None]:
         found = client.chat.completions.create(model="tiny", messages=HI, seed=seed, n=3, max_tokens=12)
         assert [choice.index for choice in found.choices] == [0, 1, 2]
@@ -268,7 +270,7 @@ def test_a_stop_string_inside_a_token_cuts_that_token(scripted: ScriptedServer) 
 # Streams
 
 
-def test_a_stream_keeps_to_the_ten_points(tiny_url: str) -> None:
+def test_a_stream_follows_openais_contract(tiny_url: str) -> None:
     options = {"include_usage": True}
     chunks = events(tiny_url, n=2, max_tokens=6, seed=3, stream_options=options)
     heads = {(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}

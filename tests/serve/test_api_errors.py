@@ -110,7 +110,7 @@ def test_a_wrong_field_is_400_with_its_place(
         ("reasoning_effort", "high"),
     ],
 )
-def test_a_field_that_would_change_the_answer_and_is_not_honoured_is_400(
+def test_an_unsupported_field_that_would_change_the_answer_is_400(
     tiny_url: str, field: str, value: Any
 ) -> None:
     found = refused(tiny_url, **{field: value})
@@ -133,7 +133,7 @@ def test_a_part_that_is_not_text_is_400(tiny_url: str, kind: str) -> None:
         ("parallel_tool_calls", True), ("tool_choice", "auto"),
     ],
 )  # fmt: skip
-def test_a_field_that_changes_no_answer_is_taken(tiny_url: str, field: str, value: Any) -> None:
+def test_a_field_that_changes_no_answer_is_accepted(tiny_url: str, field: str, value: Any) -> None:
     body = {"model": "tiny", "messages": HI, "temperature": 0, "max_tokens": 4}
     plain = httpx.post(f"{tiny_url}/v1/chat/completions", json=body, timeout=20).json()
     found = httpx.post(f"{tiny_url}/v1/chat/completions", json=body | {field: value}, timeout=20).json()
@@ -218,7 +218,7 @@ def test_errors_become_the_exceptions_of_openais_client(client: openai.OpenAI) -
     assert wrong.value.request_id.startswith("req_")
 
 
-def test_what_is_not_there_and_what_is_not_done_is_told_in_shape(tiny_url: str) -> None:
+def test_unknown_routes_and_methods_have_the_errors_shape(tiny_url: str) -> None:
     for method, path, status in (
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/audio/speech", 404),

@@ -87,7 +87,7 @@ def test_a_stream_is_passed_on_chunk_by_chunk(running: Running, upstream: FakeSe
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_its_errors_are_told_as_ours(
+def test_errors_of_the_other_server_are_converted(
     running: Running,
     upstream: FakeServer,
     status: int,
@@ -111,7 +111,7 @@ def test_a_server_that_is_not_there_is_502(running: Running, upstream: FakeServe
     assert problem.value.status_code == 502
 
 
-def test_what_is_wrong_is_refused_here_already(running: Running, upstream: FakeServer) -> None:
+def test_wrong_requests_are_refused_before_they_are_passed_on(running: Running, upstream: FakeServer) -> None:
     before = len(upstream.seen)
     with pytest.raises(openai.BadRequestError):
         running.client().chat.completions.create(model="far", messages=HI, temperature=5)

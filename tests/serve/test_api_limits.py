@@ -35,7 +35,7 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_ends_its_answer_within_a_token(path: str, stream: bool) -> None:
+def test_an_answer_ends_within_a_token_when_its_client_disconnects(path: str, stream: bool) -> None:
     model, backend = slow_model("slow", tokenizer_with(PLAIN))
     body = (
         BODY
@@ -70,7 +70,7 @@ def test_a_client_that_goes_ends_its_answer_within_a_token(path: str, stream: bo
         assert stream or f'tercet_requests_total{{route="{path}",status="499"}} 1.0' in metrics
 
 
-def test_a_client_that_goes_while_it_waits_leaves_the_queue() -> None:
+def test_a_client_that_disconnects_while_it_waits_leaves_the_queue() -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN), max_batch=1)
     with (
         serve_models(Models([model])) as running,
@@ -215,7 +215,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_many_clients_at_once_get_what_one_gets(tiny_url: str) -> None:
+def test_many_clients_at_once_get_the_same_answers_as_alone(tiny_url: str) -> None:
     client = client_of(tiny_url)
     asked: Any = {"model": "tiny", "temperature": 1, "max_tokens": 10}
     alone = [client.completions.create(**asked, prompt="ab", seed=seed).choices[0].text for seed in range(12)]
@@ -257,7 +257,7 @@ def test_a_worker_queues_all_of_some_requests_or_none() -> None:
     worker.close()
 
 
-def test_deltas_that_nobody_fetched_come_as_one() -> None:
+def test_deltas_between_two_reads_are_joined() -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN), 0.001)
     worker = model.worker
     tokens = tuple(worker.engine.tokenizer.encode("<|assistant|>"))
@@ -302,7 +302,7 @@ def test_a_worker_runs_functions_between_turns_and_raises_what_they_raise() -> N
     worker.close()
 
 
-def test_a_closed_worker_lets_nobody_wait() -> None:
+def test_requests_to_a_closed_worker_end_at_once() -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN))
     worker = model.worker
     tokens = tuple(worker.engine.tokenizer.encode("<|assistant|>"))

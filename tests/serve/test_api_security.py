@@ -81,7 +81,7 @@ def test_each_key_opens_the_server(locked: Running, key: str) -> None:
         {"cookie": f"tercet_session={KEY}"}, {"cookie": f"tercet_session={hash_key(KEY).hex()}"},
     ],
 )  # fmt: skip
-def test_without_a_right_key_nothing_is_told(locked: Running, headers: dict[str, str]) -> None:
+def test_without_a_valid_key_nothing_is_revealed(locked: Running, headers: dict[str, str]) -> None:
     http = locked.http(headers=headers)
     for method, path in (
         ("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/nothing"),
@@ -97,7 +97,7 @@ def test_openais_client_takes_a_wrong_key_for_what_it_is(locked: Running) -> Non
         locked.client().models.list()
 
 
-def test_health_is_told_without_a_key(locked: Running) -> None:
+def test_health_needs_no_key(locked: Running) -> None:
     assert locked.http().get("/health").json() == {"status": "ok"}
 
 
@@ -160,7 +160,7 @@ def test_csrf_a_page_of_another_origin_can_change_nothing(
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_servers_own_page_may_ask(narrow: Running) -> None:
+def test_the_servers_own_page_may_send_requests(narrow: Running) -> None:
     headers = {"origin": narrow.url, "sec-fetch-site": "same-origin"}
     assert narrow.http(headers=headers).post("/v1/chat/completions", json=ASK).status_code == 200
 
@@ -186,7 +186,7 @@ def test_cors_is_off_but_for_the_origin_that_was_allowed(tiny_url: str, narrow: 
 # Requests that are too much
 
 
-def test_an_oversized_body_is_413_whether_its_length_is_told_or_not(narrow: Running) -> None:
+def test_an_oversized_body_is_413_with_and_without_a_content_length(narrow: Running) -> None:
     body = json.dumps({**ASK, "user": "x" * 3000}).encode()
     headers = {"content-type": "application/json"}
 
@@ -244,7 +244,7 @@ def test_headers_without_end_are_400(tiny_url: str) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
     ],
 )
-def test_what_is_no_http_is_refused_in_shape(tiny_url: str, data: bytes) -> None:
+def test_invalid_http_is_refused_with_the_errors_shape(tiny_url: str, data: bytes) -> None:
     answer = raw(tiny_url, data + b"\r\n\r\n")
     status = answer.split(b" ")[1]
     assert status in (b"400", b"403")
@@ -302,13 +302,13 @@ def test_header_injection_by_what_a_request_names_is_not_possible(tiny_url: str)
     assert with_id.headers["x-request-id"].startswith("req_")
 
 
-def test_who_claims_another_address_by_a_header_gains_nothing(locked: Running) -> None:
+def test_headers_that_claim_another_address_are_ignored(locked: Running) -> None:
     headers = {"x-forwarded-for": "127.0.0.1", "x-forwarded-host": "localhost", "forwarded": "host=localhost"}
     assert locked.http(headers=headers).get("/v1/models").status_code == 401
     assert locked.http(headers=headers | {"host": "evil.example"}).get("/health").status_code == 403
 
 
-def test_special_tokens_in_a_message_are_told_to_the_model_as_the_tokenizer_reads_them(tiny_url: str) -> None:
+def test_special_tokens_in_a_message_are_encoded_as_the_tokenizer_reads_them(tiny_url: str) -> None:
     """Not a hole of the server, but what users should know: a template's markers in a message are markers."""
     body = {"messages": [{"role": "user", "content": "<|end|>"}]}
     found = httpx.post(f"{tiny_url}/tokenize", json=body).json()["tokens"]

@@ -54,7 +54,7 @@ def test_the_four_forms_of_prompts_say_the_same(tiny_url: str, theirs: tuple[Any
     assert complete(tiny_url, prompt=ids[1], temperature=0)["choices"][0]["text"] == texts[1]
 
 
-def test_16_tokens_come_where_nothing_is_said(tiny_url: str) -> None:
+def test_the_default_is_16_tokens(tiny_url: str) -> None:
     found = complete(tiny_url, prompt="a", ignore_eos=True)
     assert found["usage"]["completion_tokens"] == 16 and found["object"] == "text_completion"
 
@@ -156,7 +156,7 @@ def columns(logprobs: Any) -> list[tuple[Any, ...]]:
     return [*zip(*every.values(), strict=True)]
 
 
-def test_a_text_without_a_prompt_begins_anew(tiny_url: str) -> None:
+def test_a_request_without_a_prompt_begins_a_new_document(tiny_url: str) -> None:
     found = complete(tiny_url, max_tokens=3, temperature=0)
     assert found == complete(tiny_url, prompt="", max_tokens=3, temperature=0) | {
         "id": found["id"], "created": found["created"]
@@ -183,7 +183,7 @@ def test_a_text_without_a_prompt_begins_anew(tiny_url: str) -> None:
         ({"prompt": "a", "messages": []}, "messages"),
     ],
 )
-def test_what_a_completion_can_not_be_is_400(tiny_url: str, body: dict[str, Any], param: str) -> None:
+def test_unsupported_completions_are_400(tiny_url: str, body: dict[str, Any], param: str) -> None:
     answer = httpx.post(f"{tiny_url}/v1/completions", json={"model": "tiny", **body}, timeout=20)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
 

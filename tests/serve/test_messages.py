@@ -242,7 +242,7 @@ def test_tokens_are_counted_as_they_are_read(server: ScriptedServer, client: ant
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_honoured_is_refused(
+def test_unsupported_fields_are_refused(
     client: anthropic.Anthropic, fields: dict[str, Any], place: str, stream: bool
 ) -> None:
     with pytest.raises(anthropic.BadRequestError) as caught:
@@ -252,7 +252,7 @@ def test_what_cannot_be_honoured_is_refused(
     assert place in body["error"]["message"]
 
 
-def test_a_prompt_that_is_too_long_is_told_with_its_counts(client: anthropic.Anthropic) -> None:
+def test_the_error_for_a_prompt_that_is_too_long_contains_the_counts(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match=r"4096 tokens.* 50[0-9]{2} tokens"):
         ask(client, messages=[{"role": "user", "content": "x" * 5000}])
 

@@ -104,7 +104,7 @@ def test_a_message_goes_there_as_a_chat_completion_and_comes_back_as_a_message(
     assert sent[2] == {"role": "tool", "tool_call_id": "call_7", "content": "rain"}
 
 
-def test_a_response_does_so_too(far: FakeServer, gpt: openai.OpenAI) -> None:
+def test_a_response_is_passed_on_as_a_chat_completion_too(far: FakeServer, gpt: openai.OpenAI) -> None:
     far.script += [a_call(), spoken('{"city": "Bonn"}', finish="length")]
     tool: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
     with gpt.responses.stream(model="far", input="Hi", tools=[tool], instructions="Be brief.") as streamed:
@@ -120,7 +120,7 @@ def test_a_response_does_so_too(far: FakeServer, gpt: openai.OpenAI) -> None:
     assert asked["max_tokens"] == 9
 
 
-def test_errors_of_the_other_server_are_told_in_each_protocols_shape(
+def test_errors_of_the_other_server_have_each_protocols_shape(
     far: FakeServer, claude: anthropic.Anthropic, gpt: openai.OpenAI
 ) -> None:
     messages: Any = [{"role": "user", "content": "Hi"}]
@@ -146,7 +146,9 @@ def test_an_answer_that_breaks_off_is_an_error_in_the_stream(
     assert "middle of the answer" in last.response.error.message
 
 
-def test_what_only_a_model_here_knows_is_refused(claude: anthropic.Anthropic, gpt: openai.OpenAI) -> None:
+def test_features_that_need_a_local_model_are_refused(
+    claude: anthropic.Anthropic, gpt: openai.OpenAI
+) -> None:
     messages: Any = [{"role": "user", "content": "Hi"}]
     with pytest.raises(anthropic.BadRequestError, match="another server"):
         claude.messages.count_tokens(model="far", messages=messages)

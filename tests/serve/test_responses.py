@@ -52,7 +52,7 @@ def events_of(client: openai.OpenAI, **fields: Any) -> list[Any]:
 # Text
 
 
-def test_the_usage_tells_what_was_computed_for_an_earlier_request(
+def test_the_usage_counts_the_tokens_of_the_prefix_cache(
     server: ScriptedServer, client: openai.OpenAI
 ) -> None:
     server.says("Yes.")
@@ -271,7 +271,7 @@ def test_logprobs_are_those_of_the_text(server: ScriptedServer, client: openai.O
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_honoured_is_refused(
+def test_unsupported_fields_are_refused(
     client: openai.OpenAI, fields: dict[str, Any], param: str, stream: bool
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -280,16 +280,16 @@ def test_what_cannot_be_honoured_is_refused(
     assert param in caught.value.message
 
 
-def test_a_prompt_that_is_too_long_is_told_with_its_counts(client: openai.OpenAI) -> None:
+def test_the_error_for_a_prompt_that_is_too_long_contains_the_counts(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match=r"4096 tokens.* 50[0-9]{2} tokens") as caught:
         ask(client, input="x" * 5000, stream=True)
     assert caught.value.code == "context_length_exceeded"
 
 
 def test_stored_responses_do_not_exist(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="not stored"):
+    with pytest.raises(openai.NotFoundError, match="does not store responses"):
         client.responses.retrieve("resp_123")
-    with pytest.raises(openai.NotFoundError, match="not stored"):
+    with pytest.raises(openai.NotFoundError, match="does not store responses"):
         client.responses.delete("resp_123")
 
 

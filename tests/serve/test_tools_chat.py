@@ -142,7 +142,7 @@ def test_a_call_that_was_cut_off_ends_for_length(
     assert choice.finish_reason == "length"
 
 
-def test_without_a_wish_for_tools_their_format_is_text(
+def test_without_tools_their_format_is_text(
     server: ScriptedServer, client: openai.OpenAI, style: str
 ) -> None:
     server.says("Weather: sun")

@@ -42,14 +42,14 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("style", templates.ALL)
-def test_a_template_tells_its_format(style: str) -> None:
+def test_the_format_is_detected_from_the_template(style: str) -> None:
     form = tool_format(templates.tokenizer_with(templates.ALL[style]))
     key = "parameters" if style == "bare" else "arguments"
     named: Any = "named" if style == "identified" else style
     assert form == ToolFormat(named, key, True, style != "bare", style == "identified")
 
 
-def test_a_template_that_wants_strings_gets_strings() -> None:
+def test_a_template_that_needs_strings_is_detected() -> None:
     form = tool_format(templates.tokenizer_with(templates.HERMES_STRINGS))
     assert form == ToolFormat("hermes", objects=False)
 
@@ -77,7 +77,7 @@ def test_a_template_without_calls_that_are_known_has_no_format(template: str | N
     assert tool_format(templates.tokenizer_with(template)) is None
 
 
-def test_the_template_for_tools_is_asked_where_there_is_one() -> None:
+def test_the_template_for_tools_is_preferred() -> None:
     plain = templates.tokenizer_with(templates.PLAIN)
     both = Tokenizer(plain.backend, plain.config, {**plain.templates, "tool_use": templates.HERMES}, {})
     form = tool_format(both)
@@ -202,7 +202,7 @@ def test_references_in_a_schema_lead_to_its_own_definitions() -> None:
     assert writer.answer(grammar).calls[0].arguments in ('{"shirt": "S"}', '{"shirt": "M"}')
 
 
-def test_what_begins_like_a_trigger_is_text() -> None:
+def test_text_that_begins_like_a_trigger_is_text() -> None:
     writer = Writer("hermes", special=False)
     grammar = writer.form.grammar(FUNCTIONS, writer.tokenizer, required=False, several=True)
     matcher = writer.constraints.matcher(grammar)

@@ -124,7 +124,7 @@ def test_a_choice_of_responses_is_flat(choice: Any, mode: str, only: str | None,
         (None, {"type": "function", "function": {"name": "f"}}, "tool_choice.function.name", "invalid_value"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_refused_with_its_place(tools: Any, choice: Any, param: str, code: str) -> None:
+def test_a_mistake_is_refused_with_its_place(tools: Any, choice: Any, param: str, code: str) -> None:
     problem = refusal(read_tools, tools, choice)
     assert (problem.param, problem.code) == (param, code)
     assert param in problem.message or problem.code == "unknown_parameter"
@@ -153,7 +153,9 @@ def test_no_choice_keeps_tools_from_the_model() -> None:
         ("auto", True, True),
     ],
 )
-def test_what_has_to_be_kept_is_kept_by_a_grammar(choice: Any, parallel: bool, strict: bool) -> None:
+def test_required_and_strict_calls_are_enforced_by_a_grammar(
+    choice: Any, parallel: bool, strict: bool
+) -> None:
     plan = plan_tools(read_tools([tool(strict=strict)], choice, parallel), HERMES)
     assert plan.constraint is not None and plan.constraint.kind == "lark"
 
@@ -269,12 +271,12 @@ def test_a_conversation_without_calls_needs_no_format() -> None:
         ),
     ],
 )
-def test_a_call_that_is_none_is_refused_with_its_place(change: dict[str, Any], param: str) -> None:
+def test_a_malformed_call_is_refused_with_its_place(change: dict[str, Any], param: str) -> None:
     message = {"role": "assistant", "content": None} | change
     assert refusal(template_messages, [message], HERMES).param == param
 
 
-def test_a_template_that_would_drop_calls_or_cannot_hold_as_many_is_told() -> None:
+def test_a_template_that_cannot_show_the_calls_is_refused() -> None:
     plain = templates.tokenizer_with(templates.PLAIN)
     assert refusal(template_messages, conversation(), plain).param == "messages[1]"
     two = conversation()
@@ -302,5 +304,5 @@ def test_what_a_model_writes_comes_back_to_it_as_it_was() -> None:
         assert answer.content is None
 
 
-def test_wanted_defaults_are_those_of_a_request_that_says_nothing() -> None:
+def test_the_defaults_are_those_of_a_request_without_tools() -> None:
     assert read_tools(None) == ToolRequest()

@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from tercet.data.conversation import Message, check_messages, check_text
 from tercet.engine.request import Completion
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt
+from tercet.prompt.settings import SamplingFields
 
 HELP = {
     "/system [TEXT]": "set the system message for the next answers; without TEXT show it",
@@ -57,7 +58,7 @@ class ChatSession:
         UserError: a system message for a base model, which has no place for one.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None, **settings: Any) -> None:
+    def __init__(self, llm: LLM, system: str | None = None, **settings: Unpack[SamplingFields]) -> None:
         self.llm, self.settings = llm, settings
         self.messages: list[Message] = []
         self.last: Completion | None = None  # of the last answer, unless it was stopped
