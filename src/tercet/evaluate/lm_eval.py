@@ -1,13 +1,13 @@
 """Run tasks of EleutherAI's lm-evaluation-harness on Tercet's engine.
 
-``tercet eval REF --lm-eval TASK`` does so. From Python, importing this module registers the model
+``tercet eval`` does so. From Python, importing this module registers the model
 type ``tercet`` with the harness::
 
     import lm_eval, tercet.evaluate.lm_eval
     lm_eval.simple_evaluate(model="tercet", model_args={"model": "runs/mine"}, tasks=["arc_easy"])
 
 The harness's own functions encode, cut and window the requests, as in its ``HFLM``, so that scores
-equal those of ``--model hf`` (github.com/EleutherAI/lm-evaluation-harness).
+equal those of its model ``hf`` (github.com/EleutherAI/lm-evaluation-harness).
 
 This module needs the extra ``lm-eval``.
 """

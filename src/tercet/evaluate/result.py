@@ -50,7 +50,7 @@ class Measurement:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what ``tercet eval --json`` prints: an entry of ``rungs`` in report.json.
+        """Return the JSON object that ``tercet eval`` prints: an entry of ``rungs`` in report.json.
 
         The fields of training and of comparisons between rungs hold their defaults.
         """
