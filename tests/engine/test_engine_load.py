@@ -134,7 +134,7 @@ def test_an_adapter_without_its_base_is_refused(base: Path, adapted: Any, name: 
         ({"quantize": "int3"}, "`quantize` is 'int3'; it must be int8, int4, bf16, none"),
         ({"quantize": "int8", "dtype": "float32"}, "give `dtype` or `quantize`, not both"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there; this machine has"),
+        ({"device": "cuda:99"}, "`device` is 'cuda:99', but this machine only has"),
         ({"device": "meta"}, "device 'meta' is not there"),
     ],
 )

@@ -119,7 +119,7 @@ REFUSED = {
     "gemma2: no windows": "without sliding windows",
     "gpt_neox: no attention bias, linear": "without biases",
     "olmo2: biases, every head its own keys": "biases on queries",
-    "smollm3: layer 1 without positions": r"layers without positions at \[1\]",
+    "smollm3: layer 1 without positions": r"without rotary positions in layers \[1\]",
     "smollm3: windows, biases, interval": "biases on queries",
     "qwen3_moe": "don't sum to 1",
     "qwen3_moe: plain layers, weights sum to one": "biases on queries",
@@ -332,9 +332,9 @@ def test_gpt2s_own_pre_tokenizer_is_its_pattern() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        (SINGLE.replace(r"|\p{N}|", r"|\p{N}{1,2}|"), "splits numbers in pairs"),
-        (SINGLE.replace(r"|\p{N}|", r"|\p{N}+|"), "splits numbers not at all"),
-        (r"\w+|\W", r"no pre-tokenizer that splits words like this one: \\w"),
+        (SINGLE.replace(r"|\p{N}|", r"|\p{N}{1,2}|"), "splits numbers into pairs"),
+        (SINGLE.replace(r"|\p{N}|", r"|\p{N}+|"), "does not split numbers"),
+        (r"\w+|\W", r"no pre-tokenizer that splits words as this tokenizer does: \\w"),
     ],
 )
 def test_a_split_that_llama_cpp_does_not_know_is_refused(
@@ -423,6 +423,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
 ) -> None:
     _, directory = checkpoint("llama", vocab_size=ours.vocab_size - 1)
     with pytest.raises(
-        UserError, match=f"{ours.vocab_size} tokens, the model's embedding {ours.vocab_size - 1} rows"
+        UserError,
+        match=f"{ours.vocab_size} tokens, but the model's embedding has only {ours.vocab_size - 1} rows",
     ):
         export(str(directory), "gguf", tmp_path / "m.gguf")

@@ -165,8 +165,8 @@ def test_an_accelerator_is_measured_compiled_where_that_works(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("cuda:9", "device 'cuda:9' is not there; this machine has cpu"),
-        ("gpu", "is unknown; use cuda, mps or cpu"),
+        ("cuda:9", "`device` is 'cuda:9', but this machine only has cpu"),
+        ("gpu", "`device` is 'gpu'; it must be cuda, mps or cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Which device a network is computed on."""
+"""The device that computes a network."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device called ``name`` ("cuda", "cuda:1", "mps", "cpu"); None: the first of those that is there.
+    """Return the device called ``name`` ("cuda", "cuda:1", "mps", "cpu"); None: the first available one.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     import torch
 
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:
-        return torch.device(next(kind for kind, available in there.items() if available))
+        return torch.device(next(kind for kind, usable in available.items() if usable))
     try:
         device = torch.device(name)
     except RuntimeError as problem:
-        raise UserError(f"device {name!r} is unknown; use cuda, mps or cpu") from problem
+        raise UserError(f"`device` is {name!r}; it must be cuda, mps or cpu") from problem
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not there.get(device.type) or (device.index or 0) >= count:
-        have = ", ".join(kind for kind, available in there.items() if available)
-        raise UserError(f"device {name!r} is not there; this machine has {have}")
+    if not available.get(device.type) or (device.index or 0) >= count:
+        kinds = ", ".join(kind for kind, usable in available.items() if usable)
+        raise UserError(f"`device` is {name!r}, but this machine only has {kinds}")
     return device

@@ -1,4 +1,4 @@
-"""Model families: how each one's ``config.json`` and tensor names correspond to ours.
+"""Model families: how their ``config.json`` and tensor names correspond to Tercet's.
 
 A family is a pair of small functions (`tercet.model.hf_config` and its neighbours) and a table of
 names (`tercet.model.tensor_names`).
@@ -19,12 +19,17 @@ from tercet.model.tensor_names import Names, TensorRule
 
 @dataclass(frozen=True)
 class Family:
-    """How one family is read and written.
+    """The reader and writer of a family's checkpoints.
 
-    name, architecture: ``model_type`` and ``architectures[0]`` in config.json.
-    base_architecture: what a checkpoint of the bare decoder is called there.
-    prefix: what tensor names of the whole model begin with; checkpoints of the bare decoder lack it.
-    ignored: regular expressions of tensors that hold no weights (buffers that old versions stored).
+    Attributes:
+        name: ``model_type`` in config.json.
+        architecture: ``architectures[0]`` in config.json.
+        base_architecture: the same in a checkpoint of the bare decoder.
+        read: makes a configuration from the fields of config.json.
+        write: makes the fields of config.json from a configuration.
+        names: the family's names of tensors.
+        prefix: beginning of tensor names in the whole model; checkpoints of the bare decoder lack it.
+        ignored: regular expressions of tensors without weights (buffers that old versions stored).
     """
 
     name: str
@@ -37,12 +42,12 @@ class Family:
     ignored: tuple[str, ...] = (r"(.*\.)?rotary_emb\.inv_freq",)
 
     def tensors(self, config: ModelConfig) -> list[TensorRule]:
-        """Every tensor of a checkpoint of this configuration."""
+        """Return every tensor of a checkpoint with this configuration."""
         return self.names.rules(config)
 
     @property
     def head(self) -> str:
-        """What the tensor of the head is called."""
+        """Name of the head's tensor."""
         return self.names.rename("lm_head.weight")
 
 
@@ -102,19 +107,22 @@ FAMILIES: dict[str, Family] = {
 
 
 def _text_model(hf: HF) -> HF:
-    """The text model of a Gemma 3 that also sees pictures; loading then refuses it if it holds more."""
+    """Return the configuration of the text part of a multimodal Gemma 3.
+
+    Loading the weights then refuses a checkpoint that contains other parts.
+    """
     text = hf.get("text_config")
     if not isinstance(text, dict):
         raise wrong("text_config", text, "an object")
-    whole = {name: hf[name] for name in ("tie_word_embeddings", "quantization_config") if name in hf}
-    return whole | text | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    shared = {name: hf[name] for name in ("tie_word_embeddings", "quantization_config") if name in hf}
+    return shared | text | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 
 
 def config_from_hf(hf: HF, where: str) -> ModelConfig:
-    """The configuration that a parsed ``config.json`` describes; ``where`` names the file in errors.
+    """Return the configuration that a parsed ``config.json`` describes; ``where`` names the file in errors.
 
     Raises:
-        UserError: the architecture or a field is unknown, wrong or not supported.
+        UserError: the architecture or a field is unknown, wrong or unsupported.
     """
     if not isinstance(hf, dict):
         raise UserError(f"{where} holds a {type(hf).__name__}; it must be a JSON object")
@@ -136,7 +144,10 @@ def config_from_hf(hf: HF, where: str) -> ModelConfig:
             if architectures
             else repr(model_type)
         )
-        raise UserError(f"{where}: {named} is not supported; supported model types are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: {named} is not supported; supported model types are {', '.join(FAMILIES)} "
+            "(transformers:REF runs other ones)"
+        )
     family = FAMILIES[model_type]
     known = {family.architecture.lower(), family.base_architecture.lower()}
     if architectures and not known & {name.lower() for name in architectures}:
@@ -146,7 +157,8 @@ def config_from_hf(hf: HF, where: str) -> ModelConfig:
         )
     if hf.get("quantization_config"):
         raise UserError(
-            f"{where}: field 'quantization_config': quantized weights are not supported; use the original checkpoint"
+            f"{where}: field 'quantization_config' is set, but quantized weights are not supported; "
+            "use the original checkpoint"
         )
     try:
         refuse(hf, "per_layer_config", {})
@@ -156,10 +168,10 @@ def config_from_hf(hf: HF, where: str) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> HF:
-    """``config.json`` of a model with weights of type ``dtype`` ("float32", "bfloat16", ...).
+    """Return ``config.json`` of a model with weights of type ``dtype`` ("float32", "bfloat16", ...).
 
     Raises:
-        ValueError: the family has no field for something that ``config`` asks for.
+        ValueError: the family's config.json can't express ``config``.
     """
     family = FAMILIES[config.family]
     hf = {
@@ -167,11 +179,11 @@ def config_to_hf(config: ModelConfig, dtype: str) -> HF:
         "model_type": family.name,
         **family.write(config),
         "dtype": dtype,
-        "torch_dtype": dtype,  # older readers
+        "torch_dtype": dtype,  # for older readers
     }
     back = family.read(hf)
     if back != config:
         ours, theirs = asdict(config), asdict(back)
         lost = [f"{f.name}={ours[f.name]!r}" for f in fields(config) if ours[f.name] != theirs[f.name]]
-        raise ValueError(f"a {family.name} config.json cannot say {', '.join(lost)}")
+        raise ValueError(f"config.json of a {family.name} model can't express {', '.join(lost)}")
     return hf

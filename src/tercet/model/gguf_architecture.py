@@ -1,8 +1,8 @@
-"""How llama.cpp names and computes the families: architecture, tensors, what its graphs can't express.
+"""How llama.cpp names and computes the model families: graphs, tensors and rotary positions.
 
-Facts are llama.cpp's: the graphs in ``src/models`` and the keys of the GGUF specification
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every family here is held against
-llama.cpp's own logits in the tests; what a graph of llama.cpp lacks is refused, never approximated.
+The facts are llama.cpp's: the graphs in ``src/models`` and the keys of the GGUF specification
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The tests compare every family here with
+llama.cpp's own logits. A feature that a graph of llama.cpp lacks is refused, never approximated.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from tercet.model.weights import Floats, Weights
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's graphs.
+    """A graph of llama.cpp: what it computes for an architecture.
 
-    interleaved: it turns dimensions 2i and 2i + 1 of a head together (the original Llama's layout),
-        so rows of queries and keys are reordered; otherwise i and i + D/2, as in Hugging Face.
-    joined: its tensor, to those that it holds one after another.
-    own_head: the file must hold the head, even one that is the embedding.
-    wide_heads: heads times their size may differ from the hidden size.
-    qkv_bias, output_bias, mlp_bias: whether it has them: "no", "may" or "must".
-    activations: those that it computes. Its ``gelu`` is the tanh form, whatever the checkpoint's.
-    windows: it has sliding windows; without them the context ends where a window would begin to count.
-    rope_factors: it reads a factor for each rotary frequency, so any fixed scaling can be written.
+    Attributes:
+        name: llama.cpp's name of the architecture.
+        interleaved: the graph rotates dimensions 2i and 2i + 1 of a head together (the original Llama's
+            layout), so rows of queries and keys are reordered; otherwise i and i + D/2, as in Hugging Face.
+        joined: a tensor of the graph, to the tensors that it holds one after another.
+        own_head: the file must hold the head, even if it is tied to the embedding.
+        wide_heads: the number of heads times their size may differ from the hidden size.
+        qkv_bias: whether queries, keys and values have biases: "no", "may" or "must".
+        output_bias: the same for the attention's output.
+        mlp_bias: the same for the MLP.
+        activations: supported activations. ``gelu`` is always computed in its tanh form.
+        windows: the graph has sliding windows; without them the context is limited to the smallest window.
+        rope_factors: the graph reads a factor for each rotary frequency, so any fixed scaling can be written.
     """
 
     name: str
@@ -87,29 +91,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         activations=("gelu_tanh", "gelu"),
     ),
 }
-# Layers by which llama.cpp knows the 27B models, which scale attention by another size than the rest.
+# llama.cpp recognises the 27B models by their number of layers and scales their attention by another size.
 LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 NO_ROPE_STEP = 4  # of SmolLM3: fixed in llama.cpp
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """llama.cpp's graph for this configuration.
+    """Return llama.cpp's graph for a configuration.
 
     Raises:
-        UserError: it has none, or the graph lacks something that the configuration asks for.
+        UserError: there is no graph, or the graph lacks a feature that the configuration needs.
     """
-    found = ARCHITECTURES.get(config.family)
-    if found is None:
+    graph = ARCHITECTURES.get(config.family)
+    if graph is None:
         raise UserError(
-            f"a {config.family} model can't be exported to GGUF; families that can: {', '.join(ARCHITECTURES)}"
+            f"a {config.family} model can't be exported to GGUF; the families that can are {', '.join(ARCHITECTURES)}"
         )
-    if lacking := next(_lacking(found, config), None):
-        raise UserError(f"llama.cpp's {found.name} has no {lacking}, so this model can't be exported to GGUF")
-    return found
+    if feature := next(_lacking(graph, config), None):
+        raise UserError(
+            f"llama.cpp's {graph.name} has no {feature}, so this model can't be exported to GGUF; use `format=hf`"
+        )
+    return graph
 
 
 def _lacking(graph: Architecture, config: ModelConfig) -> Iterator[str]:
-    """What the configuration asks for and the graph has not."""
+    """Yield the features that the configuration needs and the graph lacks."""
     if config.activation not in graph.activations:
         yield f"activation {config.activation} (it has {', '.join(graph.activations)})"
     biases = (
@@ -117,30 +123,31 @@ def _lacking(graph: Architecture, config: ModelConfig) -> Iterator[str]:
         (graph.output_bias, config.output_bias, "on the attention's output"),
         (graph.mlp_bias, config.mlp_bias, "in the MLP"),
     )
-    for allowed, there, where in biases:
-        if there and allowed == "no":
-            yield f"biases {where}"
-        if not there and allowed == "must":
-            yield f"variant without biases {where}"
+    for support, present, place in biases:
+        if present and support == "no":
+            yield f"biases {place}"
+        if not present and support == "must":
+            yield f"variant without biases {place}"
     if not graph.wide_heads and config.num_heads * config.head_dim != config.hidden_size:
         yield (
-            f"{config.num_heads} heads of {config.head_dim} dimensions beside a hidden size of {config.hidden_size}"
+            f"variant with {config.num_heads} heads of {config.head_dim} dimensions "
+            f"and a hidden size of {config.hidden_size}"
         )
     if config.num_experts and config.mlp_bias:
         yield "biases in the experts"
     if config.dense_layers:
-        yield f"mixture with plain layers (here {list(config.dense_layers)})"
+        yield f"mixture of experts with plain layers (here {list(config.dense_layers)})"
     if config.num_experts and not config.normalize_expert_weights:
-        yield "mixture whose expert weights don't sum to 1 (norm_topk_prob is false)"
+        yield "mixture of experts whose weights don't sum to 1 (norm_topk_prob is false)"
     if graph.name == "smollm3":
         step = tuple(layer for layer in range(config.num_layers) if (layer + 1) % NO_ROPE_STEP == 0)
         if config.nope_layers != step:
-            yield f"layers without positions at {list(config.nope_layers)} (only every {NO_ROPE_STEP}th)"
+            yield f"variant without rotary positions in layers {list(config.nope_layers)} (only in every {NO_ROPE_STEP}th)"
     if graph.name == "gemma2":
         if config.attention_softcap is None or config.logit_softcap is None:
             yield "variant without soft caps"
         if not config.tie_embeddings:
-            yield "head of its own"
+            yield "separate head"
         if not any(config.windows):
             yield "variant without sliding windows"
     yield from _lacking_rope(graph, config)
@@ -164,12 +171,17 @@ def _lacking_rope(graph: Architecture, config: ModelConfig) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor of the file, made of ours.
+    """A tensor of the file, made of the network's tensors.
 
-    parts: our tensors, one after another along the first dimension, or each a slice of a new one.
-    exact: stays float32 whatever the file's type: norms, biases, routers and learned positions.
-    heads: of a matrix whose rows are reordered head by head for interleaved rotary positions; 0: not.
-    scale, offset: every value becomes scale * (value + offset).
+    Attributes:
+        name: llama.cpp's name of the tensor.
+        shape: its shape.
+        parts: the network's tensors, joined along the first dimension or stacked along a new one.
+        exact: the tensor stays float32 whatever the file's type: norms, biases, routers, learned positions.
+        heads: for each part the number of heads by which its rows are reordered for interleaved rotary
+            positions; 0: not reordered.
+        scale: every value becomes scale * (value + offset).
+        offset: likewise.
     """
 
     name: str
@@ -181,7 +193,7 @@ class Target:
     offset: float = 0.0
 
     def read(self, weights: Weights) -> Iterator[Floats]:
-        """The parts' values, one part at a time."""
+        """Yield the values of each part."""
         for number, name in enumerate(self.parts):
             values = weights(name)
             if self.heads and self.heads[number]:
@@ -192,7 +204,7 @@ class Target:
 
 
 def interleave(rows: Floats, heads: int) -> Floats:
-    """Rows of queries or keys [heads * D, ...] so that dimensions i and i + D/2 come to lie side by side."""
+    """Reorder rows of queries or keys [heads * D, ...] so that dimensions i and i + D/2 are adjacent."""
     rest = rows.shape[1:]
     pairs = rows.reshape(heads, 2, -1, *rest).swapaxes(1, 2)
     return pairs.reshape(-1, *rest)
@@ -222,19 +234,20 @@ _EXPERT = re.compile(r"mlp\.experts\.\d+\.(gate|up|down)_proj")
 
 
 def targets(config: ModelConfig, graph: Architecture) -> list[Target]:
-    """Every tensor of the file that comes from weights, in the order of the network."""
+    """Return every tensor of the file that is made from weights, in the order of the network."""
     shapes = {part.name: part.shape for part in network_tensors(config)}
-    found: dict[str, list[str]] = {}
+    parts_of: dict[str, list[str]] = {}
     for ours in shapes:
-        found.setdefault(_their_name(ours, graph), []).append(ours)
-    made = [_target(name, parts, shapes, config, graph) for name, parts in found.items()]
+        parts_of.setdefault(_their_name(ours, graph), []).append(ours)
+    tensors = [_target(name, parts, shapes, config, graph) for name, parts in parts_of.items()]
     if config.tie_embeddings and graph.own_head:
         embedding = "model.embed_tokens.weight"
-        made.append(Target("output.weight", shapes[embedding], (embedding,)))
-    return made
+        tensors.append(Target("output.weight", shapes[embedding], (embedding,)))
+    return tensors
 
 
 def _their_name(ours: str, graph: Architecture) -> str:
+    """Return llama.cpp's name of the tensor that holds the network's tensor ``ours``."""
     module, _, kind = ours.rpartition(".")
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", module)
     inner = layer[2] if layer else module
@@ -272,12 +285,12 @@ def _heads(part: str, config: ModelConfig) -> int:
 
 
 def _scaled(graph: Architecture) -> str:
-    # A norm on queries would undo a factor on what goes into it.
+    # A norm on queries would cancel a factor on its input.
     return "attn_q_norm.weight" if graph.name == "gemma3" else "attn_q.weight"
 
 
 def query_scale(config: ModelConfig, graph: Architecture) -> float:
-    """The factor on queries that makes llama.cpp's scale of the scores the configuration's own."""
+    """Return the factor on queries that turns llama.cpp's scale of the scores into the configuration's."""
     theirs = config.head_dim**-0.5
     if LAYERS_27B.get(graph.name) == config.num_layers:
         theirs = (config.hidden_size // config.num_heads) ** -0.5
@@ -290,11 +303,16 @@ def query_scale(config: ModelConfig, graph: Architecture) -> float:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions as llama.cpp is told them.
+    """Scaling of rotary positions in the terms of GGUF.
 
-    kind: ``rope.scaling.type``; None for none.
-    attention_factor: on cos and sin, beyond what llama.cpp applies for ``kind`` by itself.
-    tensors: float32 factors that frequencies are divided by, by the tensor's name.
+    Attributes:
+        kind: ``rope.scaling.type``; None for none.
+        factor: ``rope.scaling.factor``.
+        original_context: ``rope.scaling.original_context_length`` in tokens.
+        attention_factor: factor on cos and sin in addition to llama.cpp's own for ``kind``.
+        beta_fast: ``rope.scaling.yarn_beta_fast``.
+        beta_slow: ``rope.scaling.yarn_beta_slow``.
+        tensors: float32 divisors of the frequencies, by the tensor's name.
     """
 
     kind: str | None = None
@@ -307,7 +325,7 @@ class Rope:
 
 
 def rope_of(config: ModelConfig, graph: Architecture) -> Rope:
-    """The scaling of rotary positions, for a configuration that `architecture_of` has let through."""
+    """Return the scaling of rotary positions for a configuration that `architecture_of` accepts."""
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "dynamic":
         return Rope()
@@ -348,26 +366,24 @@ def _unscaled(config: ModelConfig) -> ModelConfig:
 
 
 def context_length(config: ModelConfig, graph: Architecture) -> tuple[int, list[str]]:
-    """Up to how many tokens llama.cpp computes the same, and why that is less than the model's own."""
+    """Return the context up to which llama.cpp computes the same, in tokens, and notes on its limits."""
     length, notes = config.max_positions, list[str]()
     smallest = min((window for window in config.windows if window is not None), default=None)
     if smallest is not None and not graph.windows and smallest < length:
         length = smallest
         notes.append(
-            f"llama.cpp's {graph.name} has no sliding windows, so the context is the window's {smallest} tokens "
-            f"of {config.max_positions}"
+            f"llama.cpp's {graph.name} has no sliding windows, so the context is limited to the window, {smallest} "
+            f"of {config.max_positions} tokens"
         )
     scaling = config.rope_scaling
     if scaling is None:
         return length, notes
-    if scaling.kind == "dynamic":  # which changes nothing up to the context the model was trained on
+    if scaling.kind == "dynamic":  # it has no effect up to the context that the model was trained with
         length = min(length, scaling.original_max_positions)
-        notes.append(
-            f"llama.cpp has no dynamic rotary scaling, so beyond {length} tokens nothing is stretched"
-        )
+        notes.append(f"llama.cpp has no dynamic rotary scaling, so the context is limited to {length} tokens")
     if scaling.kind == "longrope" and scaling.original_max_positions < length:
         notes.append(
-            f"llama.cpp chooses long or short rotary factors by its --ctx-size, not by the text: up to "
-            f"{scaling.original_max_positions} they are the short ones"
+            f"llama.cpp chooses the long or short rotary factors by its configured context size, not by the text; "
+            f"up to {scaling.original_max_positions} tokens it uses the short ones"
         )
     return length, notes

@@ -1,8 +1,8 @@
-"""A tokenizer as llama.cpp keeps it: tokens, their kinds, merges or scores, and how words are split.
+"""Convert a tokenizer to llama.cpp's form: tokens, their types, merges or scores, and the pre-tokenizer.
 
-llama.cpp does not read regular expressions from the file. It knows some sets of them by name
-(``tokenizer.ggml.pre``), so a byte-level tokenizer can be written only if one of those splits text
-as its own pre-tokenizer does. SentencePiece-like BPE has no words to split; it is merged by scores.
+llama.cpp does not read regular expressions from the file. It has named sets of them
+(``tokenizer.ggml.pre``), so a byte-level tokenizer can be written only if one of those sets splits text
+as its own pre-tokenizer does. SentencePiece-like BPE does not split words; llama.cpp merges it by scores.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
-# Kinds of tokens (the GGUF specification, tokenizer.ggml.token_type).
+# Types of tokens (the GGUF specification, tokenizer.ggml.token_type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's character for a space
 
-# Words as GPT-4 splits them, with one digit or up to three at a time.
+# GPT-4's splitting of words, with single digits or up to three at a time.
 _GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SINGLE, TRIPLES = _GPT4 % r"\p{N}", _GPT4 % r"\p{N}{1,3}"
-# Steps of a pre-tokenizer before its bytes are spelled, and ignore_merges, to llama.cpp's name.
+# Steps of a pre-tokenizer before the byte-level mapping, and ignore_merges, to llama.cpp's name.
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     (("words of GPT-2",), False): "gpt-2",
     (("single digits", "words of GPT-2"), False): "smollm",
@@ -34,13 +34,13 @@ PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((TRIPLES,), False): "dbrx",
     ((TRIPLES,), True): "llama-bpe",
 }
-# Patterns that split text as a step with a name of its own does.
+# Patterns that split text exactly as a named step does.
 _SAME = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "words of GPT-2",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "words of GPT-2",
     r"\p{N}": "single digits",
 }
-# Texts by which llama.cpp takes a token for the end of a generation, whatever the file says.
+# llama.cpp ends a generation at a token with one of these texts, whatever the file says.
 KNOWN_ENDS = frozenset(
     {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>",
      "<|end_of_text|>", "<end_of_utterance>"}
@@ -49,13 +49,24 @@ KNOWN_ENDS = frozenset(
 
 @dataclass(frozen=True)
 class GGUFTokenizer:
-    """What ``tokenizer.ggml.*`` holds.
+    """The content of ``tokenizer.ggml.*``.
 
-    model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-like). pre: how words are split.
-    tokens, types: one for each row of the embedding.
-    merges: of "gpt2", by rank. scores: of "llama", the highest merges first.
-    ends: every token that ends a generation: the first is EOS, then EOT and EOM.
-    notes: where llama.cpp will differ, a line each.
+    Attributes:
+        model: "gpt2" (byte-level BPE) or "llama" (SentencePiece-like).
+        pre: llama.cpp's name of the pre-tokenizer.
+        tokens: texts of the tokens, one for each row of the embedding.
+        types: likewise their types.
+        merges: merges of "gpt2", by rank.
+        scores: scores of "llama"; the highest is merged first.
+        bos_id: the token that begins a text.
+        ends: every token that ends a generation: the first is EOS, then EOT and EOM.
+        pad_id: the padding token, if there is one.
+        unk_id: the token for unknown text, if there is one.
+        add_bos: whether BOS is put before a text.
+        add_eos: whether EOS is put after a text.
+        add_space_prefix: whether a space is put before a text.
+        templates: chat templates by name.
+        notes: differences of llama.cpp's results, a line each.
     """
 
     model: str
@@ -76,9 +87,13 @@ class GGUFTokenizer:
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], where: str) -> GGUFTokenizer:
-    """The tokenizer for an embedding of ``rows`` rows; ``where`` names it in errors.
+    """Convert a tokenizer.
 
-    stop_ids: tokens that end a generation.
+    Args:
+        tokenizer: the tokenizer.
+        rows: rows of the model's embedding.
+        stop_ids: tokens that end a generation.
+        where: names the tokenizer in errors.
 
     Raises:
         UserError: llama.cpp has no tokenizer that gives the same tokens, or there is no end token.
@@ -98,10 +113,12 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
             pre = pre_tokenizer_name(content["pre_tokenizer"], bool(model.get("ignore_merges")))
             notes += _normalizer_notes(content["normalizer"])
         else:
-            prefix, more = _space_prefix(content["normalizer"], content["pre_tokenizer"], tokens, types)
+            prefix, prefix_notes = _space_prefix(
+                content["normalizer"], content["pre_tokenizer"], tokens, types
+            )
             scores = _scores(tokens, types, merges)
             _mark_bytes(tokens, types)
-            notes += more
+            notes += prefix_notes
         add_bos, add_eos, bos = _around(tokenizer)
         ends = _ends(tokenizer, stop_ids, len(tokens))
     except UserError as problem:
@@ -112,7 +129,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
         types[unk_id] = UNKNOWN
     notes += _added_notes(content["added_tokens"])
     if unnamed := [tokens[index] for index in ends[3:] if tokens[index] not in KNOWN_ENDS]:
-        notes.append(f"llama.cpp will not end at {', '.join(unnamed)}: a file names three end tokens")
+        notes.append(
+            f"llama.cpp will not stop at {', '.join(unnamed)}: a file can name only three end tokens"
+        )
     return GGUFTokenizer(
         model="gpt2" if byte_level else "llama",
         pre=pre,
@@ -120,7 +139,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
         types=types,
         merges=[" ".join(merge) for merge in merges] if byte_level else [],
         scores=scores,
-        # Left out, llama.cpp would take token 11 (or 1) for it.
+        # If it were missing, llama.cpp would use token 11 (or 1).
         bos_id=next(index for index in (bos, tokenizer.bos_id, ends[0]) if index is not None),
         ends=ends,
         pad_id=tokenizer.pad_id,
@@ -135,25 +154,30 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
 
 def _check_model(model: Mapping[str, Any]) -> None:
     if model.get("type") != "BPE":
-        raise UserError(f"a {model.get('type')} tokenizer can't be exported to GGUF; only BPE can")
+        raise UserError(
+            f"a {model.get('type')} tokenizer can't be exported to GGUF; only a BPE tokenizer can"
+        )
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
-            raise UserError(f"the tokenizer's {name} {model[name]!r} has no counterpart in llama.cpp")
+            raise UserError(f"llama.cpp has no counterpart to the tokenizer's {name!r}, {model[name]!r}")
 
 
 def _tokens(tokenizer: Tokenizer, rows: int) -> tuple[list[str], list[int]]:
-    """Texts and kinds by id; rows that no token has get a name that no text is encoded to."""
+    """Return texts and types by id; rows without a token get a text that no input is encoded to."""
     if tokenizer.vocab_size > rows:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding {rows} rows")
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has only {rows} rows; "
+            "they are not of the same model"
+        )
     added = tokenizer.backend.get_added_tokens_decoder()
     texts = {index: text for text, index in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    taken = set(texts.values())
+    used = set(texts.values())
     tokens, types = list[str](), list[int]()
     for index in range(rows):
         text = texts.get(index)
         if text is None:
             text = f"[PAD{index}]"
-            while text in taken:
+            while text in used:
                 text = f"[{text}]"
             types.append(UNUSED)
         elif index in added:
@@ -161,14 +185,16 @@ def _tokens(tokenizer: Tokenizer, rows: int) -> tuple[list[str], list[int]]:
         else:
             types.append(NORMAL)
         if "\x00" in text:
-            raise UserError(f"token {index} holds a zero character, which llama.cpp ends texts at")
+            raise UserError(
+                f"token {index} contains a zero character, at which llama.cpp would cut its text off"
+            )
         tokens.append(text)
-        taken.add(text)
+        used.add(text)
     return tokens, types
 
 
 def _around(tokenizer: Tokenizer) -> tuple[bool, bool, int | None]:
-    """Whether BOS and EOS are put around a text, and which token is put before it."""
+    """Return whether BOS and EOS are put around a text, and the token that is put before it."""
     plain, full = tokenizer.encode("a", special=False), tokenizer.encode("a")
     size = len(plain)
     for before, after in ((0, 0), (1, 0), (0, 1), (1, 1)):
@@ -177,17 +203,18 @@ def _around(tokenizer: Tokenizer) -> tuple[bool, bool, int | None]:
                 break
             return bool(before), bool(after), full[0] if before else None
     raise UserError(
-        f"the tokenizer makes {full} of a text whose tokens are {plain}; llama.cpp puts only BOS before and EOS after"
+        f"the tokenizer adds special tokens to {plain} and returns {full}; llama.cpp can only put BOS before a text "
+        "and EOS after it"
     )
 
 
 def _ends(tokenizer: Tokenizer, stop_ids: Sequence[int], rows: int) -> tuple[int, ...]:
-    """End tokens, the tokenizer's own first. llama.cpp takes token 11 (or 2) where a file names none."""
+    """Return the end tokens, the tokenizer's own first; without any, llama.cpp would use token 11 (or 2)."""
     named = [index for index in (tokenizer.eos_id, *stop_ids) if index is not None]
     if not named:
-        raise UserError("no token ends a text; name one as eos_token in tokenizer_config.json")
+        raise UserError("the model has no end token; set 'eos_token' in tokenizer_config.json")
     if unknown := [index for index in named if index >= rows]:
-        raise UserError(f"end token {unknown[0]} is beyond the embedding's {rows} rows")
+        raise UserError(f"end token {unknown[0]} does not exist; the embedding has {rows} rows")
     return tuple(dict.fromkeys(named))
 
 
@@ -195,32 +222,35 @@ def _ends(tokenizer: Tokenizer, stop_ids: Sequence[int], rows: int) -> tuple[int
 
 
 def pre_tokenizer_name(content: Any, ignore_merges: bool) -> str:
-    """llama.cpp's name for a byte-level pre-tokenizer as tokenizer.json describes it.
+    """Return llama.cpp's name of a byte-level pre-tokenizer as tokenizer.json describes it.
 
     Raises:
-        UserError: llama.cpp splits words in no such way.
+        UserError: llama.cpp has no pre-tokenizer that splits words in this way.
     """
     steps = tuple(_steps(content))
-    found = PRE_TOKENIZERS.get((steps, ignore_merges))
-    if found is not None:
-        return found
+    name = PRE_TOKENIZERS.get((steps, ignore_merges))
+    if name is not None:
+        return name
     if (steps, not ignore_merges) in PRE_TOKENIZERS:
         raise UserError(
-            f"llama.cpp knows this pre-tokenizer only with ignore_merges {str(not ignore_merges).lower()}"
+            f"llama.cpp has this pre-tokenizer only with 'ignore_merges' {str(not ignore_merges).lower()}"
         )
-    digits = {_GPT4 % r"\p{N}{1,2}": "in pairs", _GPT4 % r"\p{N}+": "not at all"}
+    digits = {
+        _GPT4 % r"\p{N}{1,2}": "splits numbers into pairs of digits",
+        _GPT4 % r"\p{N}+": "does not split numbers",
+    }
     if len(steps) == 1 and steps[0] in digits:
         raise UserError(
-            f"the tokenizer splits numbers {digits[steps[0]]}, and llama.cpp has no pre-tokenizer that does: numbers "
-            "would get other tokens; single digits and groups of three can be exported"
+            f"the tokenizer {digits[steps[0]]}, and llama.cpp has no pre-tokenizer that does so; tokenizers that "
+            "split numbers into single digits or groups of three can be exported"
         )
     raise UserError(
-        f"llama.cpp has no pre-tokenizer that splits words like this one: {' then '.join(steps) or 'none'}"
+        f"llama.cpp has no pre-tokenizer that splits words as this tokenizer does: {', then '.join(steps) or 'not'}"
     )
 
 
 def _steps(content: Any) -> list[str]:
-    """What happens before bytes are spelled, a word or a pattern each."""
+    """Return the steps before the byte-level mapping, each as a name or a pattern."""
     members = content["pretokenizers"] if content["type"] == "Sequence" else [content]
     steps: list[str] = []
     for member in members:
@@ -245,25 +275,32 @@ def _normalizer_notes(content: Any) -> list[str]:
     if content is None:
         return []
     if content["type"] in ("NFC", "NFKC"):
-        return [f"llama.cpp doesn't normalise text ({content['type']}): text that isn't may get other tokens"]
+        return [
+            f"llama.cpp doesn't normalise text ({content['type']}), so text that is not normalised may get other tokens"
+        ]
     raise UserError(f"llama.cpp has no counterpart to the tokenizer's normalizer {content['type']}")
 
 
 def _added_notes(added: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Added tokens that swallow spaces beside them: llama.cpp has no field for that."""
-    found = [
+    """Return a note on added tokens that strip adjacent spaces: llama.cpp has no field for that."""
+    stripping = [
         token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]
     ]
-    if not found:
+    if not stripping:
         return []
-    return [f"llama.cpp keeps the spaces beside {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"]
+    names = ", ".join(stripping[:3]) + (", ..." if len(stripping) > 3 else "")
+    return [f"llama.cpp keeps the spaces beside {names}, which the tokenizer removes"]
 
 
 # SentencePiece-like
 
 
 def _space_prefix(normalizer: Any, pre: Any, tokens: list[str], types: list[int]) -> tuple[bool, list[str]]:
-    """Whether a space is put before a text, and notes; spaces must become `SPACE` and nothing else happen."""
+    """Return whether a space is put before a text, and notes.
+
+    Raises:
+        UserError: a step does anything else than replace spaces by `SPACE`.
+    """
     members = _members(normalizer, "normalizers") + _members(pre, "pretokenizers")
     prefix, replaced, notes = False, False, list[str]()
     for member in members:
@@ -282,11 +319,13 @@ def _space_prefix(normalizer: Any, pre: Any, tokens: list[str], types: list[int]
             if member.get("split", True):
                 _check_no_inner_space(tokens, types)
         elif kind == "Split" and member["pattern"] == {"String": " "} and replaced:
-            pass  # Gemma's: the spaces are gone by then
+            pass  # Gemma has this step, which has no effect: spaces are replaced before it
         else:
             raise UserError(f"llama.cpp has no counterpart to the tokenizer's step {json.dumps(member)}")
     if not replaced:
-        raise UserError("the tokenizer is neither byte-level nor does it write spaces as SentencePiece does")
+        raise UserError(
+            "the tokenizer is neither byte-level nor SentencePiece-like, so it can't be exported to GGUF"
+        )
     return prefix, notes
 
 
@@ -297,20 +336,23 @@ def _members(content: Any, name: str) -> list[Any]:
 
 
 def _check_no_inner_space(tokens: list[str], types: list[int]) -> None:
-    """llama.cpp merges across words, which a tokenizer that splits them must not be able to do."""
+    """Raise UserError if a token spans words: llama.cpp merges across words, this tokenizer does not."""
     for text, kind in zip(tokens, types, strict=True):
         if kind == NORMAL and SPACE in text[1:]:
             raise UserError(
-                f"token {text!r} reaches over a word's end, where llama.cpp would merge and it doesn't"
+                f"token {text!r} spans two words, which llama.cpp would merge and this tokenizer does not"
             )
 
 
 def _scores(tokens: list[str], types: list[int], merges: Sequence[tuple[str, ...]]) -> list[float]:
-    """A score for each token by which llama.cpp merges as the ranks do: minus the rank that makes it.
+    """Return a score for each token, minus the rank of the merge that makes it.
 
-    SentencePiece joins the neighbours whose joint token has the highest score; tokenizer.json the pair of
-    the lowest rank. They agree if ranks are in order of the tokens made, and any two tokens that
-    together are a third may be joined: so it is wherever tokenizer.json was converted from SentencePiece.
+    SentencePiece joins the neighbours whose joint token has the highest score, tokenizer.json those of
+    the lowest rank. The results agree if ranks are in the order of the tokens made, and if any two tokens
+    that together form a third have a merge. Both hold for a tokenizer.json converted from SentencePiece.
+
+    Raises:
+        UserError: a condition does not hold.
     """
     made: dict[str, int] = {}
     last = ""
@@ -318,7 +360,7 @@ def _scores(tokens: list[str], types: list[int], merges: Sequence[tuple[str, ...
         token = left + right
         if token != last and token in made:
             raise UserError(
-                f"its merges make {token!r} at two places; llama.cpp's scores have one for each token"
+                f"merges of two different ranks make token {token!r}; llama.cpp has a single score for each token"
             )
         made.setdefault(token, rank)
         last = token
@@ -327,7 +369,9 @@ def _scores(tokens: list[str], types: list[int], merges: Sequence[tuple[str, ...
         for cut in range(1, len(token)) if kind == NORMAL else ():
             pair = (token[:cut], token[cut:])
             if pair[0] in vocab and pair[1] in vocab and pair not in known:
-                raise UserError(f"{pair[0]!r} and {pair[1]!r} have no merge, but llama.cpp would join them")
+                raise UserError(
+                    f"tokens {pair[0]!r} and {pair[1]!r} have no merge, but llama.cpp would join them"
+                )
     return [-float(made[token] + 1) if token in made else 0.0 for token in tokens]
 
 
@@ -338,4 +382,6 @@ def _mark_bytes(tokens: list[str], types: list[int]) -> None:
             types[index] = BYTE
             missing.discard(text)
     if missing:
-        raise UserError(f"the tokenizer has no token {min(missing)}, so llama.cpp could not spell every byte")
+        raise UserError(
+            f"the tokenizer has no token {min(missing)}, so llama.cpp could not encode every byte"
+        )

@@ -1,7 +1,7 @@
-"""``config.json`` of Llama and the families that descend from it, to and from `ModelConfig`.
+"""Convert ``config.json`` of Llama and the families that descend from it to `ModelConfig` and back.
 
-The other families are in `tercet.model.hf_gemma` and `tercet.model.hf_gpt`. A field left out has the
-default of the family's configuration class in transformers; a field that is null has none.
+The other families are in `tercet.model.hf_gemma` and `tercet.model.hf_gpt`. A missing field takes the
+default of the family's configuration class in transformers; a field that is null takes none.
 """
 
 from __future__ import annotations
@@ -81,9 +81,14 @@ PHI3 = LLAMA | {
 def read_decoder(
     hf: HF, family: str, *, act: str = "hidden_act", partial_rotary: bool = False, **choices: Any
 ) -> ModelConfig:
-    """What Llama and its descendants share. ``hf`` holds defaults already; ``choices`` are the rest.
+    """Read the fields that Llama and its descendants share.
 
-    act: the field that names the activation. partial_rotary: a part of each head may be rotated.
+    Args:
+        hf: the fields, with the family's defaults filled in.
+        family: the family's name.
+        act: the field that names the activation.
+        partial_rotary: the family can rotate only a part of each head.
+        **choices: the other fields of `ModelConfig`.
     """
     hidden, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
     head_dim = optional_integer(hf, "head_dim")
@@ -119,23 +124,26 @@ def read_decoder(
 
 
 def biases(hf: HF) -> dict[str, Any]:
-    """``attention_bias``: all four projections of the attention have one, or none."""
+    """Read ``attention_bias``: all four projections of the attention have a bias, or none has."""
     bias = boolean(hf, "attention_bias")
     return {"attention_bias": bias, "output_bias": bias}
 
 
 def read_llama(hf: HF) -> ModelConfig:
+    """Read the configuration of a Llama model."""
     hf = LLAMA | hf
     return read_decoder(hf, "llama", mlp_bias=boolean(hf, "mlp_bias"), **biases(hf))
 
 
 def read_mistral(hf: HF) -> ModelConfig:
+    """Read the configuration of a Mistral model."""
     hf = MISTRAL | hf
     layers = integer(hf, "num_hidden_layers")
     return read_decoder(hf, "mistral", windows=same_windows(sliding_window(hf), layers))
 
 
 def read_mixtral(hf: HF) -> ModelConfig:
+    """Read the configuration of a Mixtral model."""
     hf = MIXTRAL | hf
     return read_decoder(
         hf,
@@ -152,23 +160,26 @@ def _window_in_use(hf: HF) -> int | None:
 
 
 def _upper_windows(hf: HF) -> tuple[int | None, ...]:
-    """Qwen's sliding windows: unless the layers are listed, those from ``max_window_layers`` on."""
+    """Return Qwen's sliding windows: in the listed layers, or else from ``max_window_layers`` upwards."""
     layers, size = integer(hf, "num_hidden_layers"), _window_in_use(hf)
     first = integer(hf, "max_window_layers")
     return windows_by_type(hf, layers, size, [size is not None and layer >= first for layer in range(layers)])
 
 
 def read_qwen2(hf: HF) -> ModelConfig:
+    """Read the configuration of a Qwen2 model."""
     hf = QWEN2 | hf
     return read_decoder(hf, "qwen2", attention_bias=True, windows=_upper_windows(hf))
 
 
 def read_qwen3(hf: HF) -> ModelConfig:
+    """Read the configuration of a Qwen3 model."""
     hf = QWEN3 | hf
     return read_decoder(hf, "qwen3", qk_norm="head", windows=_upper_windows(hf), **biases(hf))
 
 
 def read_qwen3_moe(hf: HF) -> ModelConfig:
+    """Read the configuration of a Qwen3 MoE model."""
     hf = QWEN3_MOE | hf
     layers = integer(hf, "num_hidden_layers")
     every, dense = integer(hf, "decoder_sparse_step"), hf["mlp_only_layers"] or []
@@ -176,16 +187,16 @@ def read_qwen3_moe(hf: HF) -> ModelConfig:
         raise wrong("mlp_only_layers", dense, "a list of layer numbers")
     if every < 1:
         raise wrong("decoder_sparse_step", every, "at least 1")
-    # transformers 5 writes the second name, everyone else the first.
-    given = {hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None}
-    if len(given) > 1:
-        raise UserError("fields 'num_experts' and 'num_local_experts' contradict each other")
+    # transformers 5 writes the second name, other programs the first.
+    counts = {hf[name] for name in ("num_experts", "num_local_experts") if hf.get(name) is not None}
+    if len(counts) > 1:
+        raise UserError("fields 'num_experts' and 'num_local_experts' differ; they must be equal")
     return read_decoder(
         hf,
         "qwen3_moe",
         qk_norm="head",
         windows=same_windows(_window_in_use(hf), layers),
-        num_experts=integer({"num_experts": next(iter(given), 128)}, "num_experts"),
+        num_experts=integer({"num_experts": next(iter(counts), 128)}, "num_experts"),
         experts_per_token=integer(hf, "num_experts_per_tok"),
         moe_intermediate_size=integer(hf, "moe_intermediate_size"),
         normalize_expert_weights=boolean(hf, "norm_topk_prob"),
@@ -195,39 +206,42 @@ def read_qwen3_moe(hf: HF) -> ModelConfig:
 
 
 def read_olmo2(hf: HF) -> ModelConfig:
+    """Read the configuration of a OLMo 2 model."""
     hf = OLMO2 | hf
     return read_decoder(hf, "olmo2", pre_norm=False, post_norm=True, qk_norm="projection", **biases(hf))
 
 
 def read_smollm3(hf: HF) -> ModelConfig:
+    """Read the configuration of a SmolLM3 model."""
     hf = SMOLLM3 | hf
     layers, size = integer(hf, "num_hidden_layers"), _window_in_use(hf)
-    turned = layer_list(hf, "no_rope_layers", layers)
-    if turned is None:
+    rotated = layer_list(hf, "no_rope_layers", layers)
+    if rotated is None:
         every = integer(hf, "no_rope_layer_interval")
         if every < 1:
             raise wrong("no_rope_layer_interval", every, "at least 1")
-        turned = [(layer + 1) % every != 0 for layer in range(layers)]
-    if not all(value in (0, 1) for value in turned):
-        raise wrong("no_rope_layers", turned, "a list of 1 (rotary positions) and 0 (none)")
+        rotated = [(layer + 1) % every != 0 for layer in range(layers)]
+    if not all(value in (0, 1) for value in rotated):
+        raise wrong("no_rope_layers", rotated, "a list of 1 (rotary positions) and 0 (none)")
     return read_decoder(
         hf,
         "smollm3",
-        nope_layers=tuple(layer for layer in range(layers) if not turned[layer]),
-        windows=windows_by_type(hf, layers, size, [size is not None and not value for value in turned]),
+        nope_layers=tuple(layer for layer in range(layers) if not rotated[layer]),
+        windows=windows_by_type(hf, layers, size, [size is not None and not value for value in rotated]),
         mlp_bias=boolean(hf, "mlp_bias"),
         **biases(hf),
     )
 
 
 def read_phi3(hf: HF) -> ModelConfig:
+    """Read the configuration of a Phi-3 model."""
     hf = PHI3 | hf
     name, rope = rope_object(hf)
     kind = rope_kind(rope)
-    if kind in ("su", "yarn"):  # what early Phi-3 checkpoints call it
+    if kind in ("su", "yarn"):  # the names in early Phi-3 checkpoints
         kind = "longrope"
     if kind not in ("default", "longrope"):
-        raise UserError(f"{name}: rope_type {kind!r} is unknown in phi3; supported are default, longrope")
+        raise UserError(f"{name}: 'rope_type' is {kind!r}; phi3 supports default and longrope")
     hf[name] = {**rope, "rope_type": kind}
     windows = same_windows(sliding_window(hf), integer(hf, "num_hidden_layers"))
     return read_decoder(hf, "phi3", partial_rotary=True, windows=windows)
@@ -237,6 +251,7 @@ def read_phi3(hf: HF) -> ModelConfig:
 
 
 def write_decoder(config: ModelConfig) -> HF:
+    """Return the fields that Llama and its descendants share."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -255,14 +270,17 @@ def write_decoder(config: ModelConfig) -> HF:
 
 
 def write_llama(config: ModelConfig) -> HF:
+    """Return the fields of a Llama model."""
     return write_decoder(config) | {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
 def write_mistral(config: ModelConfig) -> HF:
+    """Return the fields of a Mistral model."""
     return write_decoder(config) | {"sliding_window": window_size(config)}
 
 
 def write_mixtral(config: ModelConfig) -> HF:
+    """Return the fields of a Mixtral model."""
     experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.experts_per_token}
     return write_mistral(config) | experts
 
@@ -276,17 +294,20 @@ def _write_windows(config: ModelConfig) -> HF:
 
 
 def write_qwen2(config: ModelConfig) -> HF:
+    """Return the fields of a Qwen2 model."""
     sliding = [layer for layer in range(config.num_layers) if config.window(layer)]
-    # Older readers know the number of full layers at the bottom, newer ones the list.
+    # Older readers use the number of full layers at the bottom, newer ones the list.
     bottom = {"max_window_layers": sliding[0] if sliding else config.num_layers}
     return write_decoder(config) | _write_windows(config) | bottom
 
 
 def write_qwen3(config: ModelConfig) -> HF:
+    """Return the fields of a Qwen3 model."""
     return write_qwen2(config) | {"attention_bias": config.attention_bias}
 
 
 def write_qwen3_moe(config: ModelConfig) -> HF:
+    """Return the fields of a Qwen3 MoE model."""
     return write_decoder(config) | {
         "attention_bias": config.attention_bias,
         "use_sliding_window": window_size(config) is not None,
@@ -301,15 +322,18 @@ def write_qwen3_moe(config: ModelConfig) -> HF:
 
 
 def write_olmo2(config: ModelConfig) -> HF:
+    """Return the fields of a OLMo 2 model."""
     return write_decoder(config) | {"attention_bias": config.attention_bias}
 
 
 def write_smollm3(config: ModelConfig) -> HF:
-    turned = [int(layer not in config.nope_layers) for layer in range(config.num_layers)]
-    return write_llama(config) | _write_windows(config) | {"no_rope_layers": turned}
+    """Return the fields of a SmolLM3 model."""
+    rotated = [int(layer not in config.nope_layers) for layer in range(config.num_layers)]
+    return write_llama(config) | _write_windows(config) | {"no_rope_layers": rotated}
 
 
 def write_phi3(config: ModelConfig) -> HF:
+    """Return the fields of a Phi-3 model."""
     hf = write_mistral(config)
     scaling = config.rope_scaling
     if config.rotary_dim is not None:
@@ -318,7 +342,7 @@ def write_phi3(config: ModelConfig) -> HF:
         hf["original_max_position_embeddings"] = scaling.original_max_positions
         rope = scaling_object(scaling) or {}
         if scaling.factor == config.max_positions / scaling.original_max_positions:
-            # Early readers insist on these three and compute the rest, as all others do.
+            # Early readers accept only these three and compute the rest, as all other readers do.
             rope = {
                 "type": "longrope",
                 "short_factor": rope["short_factor"],

@@ -1,4 +1,4 @@
-"""``config.json`` of Gemma 2 and of Gemma 3's text model, to and from `ModelConfig`."""
+"""Convert ``config.json`` of Gemma 2 and of Gemma 3's text model to `ModelConfig` and back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GEMMA3 = GEMMA2 | {
 
 
 def _read(hf: HF, family: str, every: int, **choices: Any) -> ModelConfig:
-    """What both share. ``every``: unless listed, each layer whose number is a multiple sees everything."""
+    """Read the fields that both share; unless layers are listed, every ``every``-th layer has no window."""
     refuse(hf, "use_bidirectional_attention", False)
     layers = integer(hf, "num_hidden_layers")
     scalar = number(hf, "query_pre_attn_scalar")
@@ -59,12 +59,16 @@ def _read(hf: HF, family: str, every: int, **choices: Any) -> ModelConfig:
 
 
 def read_gemma2(hf: HF) -> ModelConfig:
+    """Read the configuration of a Gemma 2 model."""
     hf = GEMMA2 | hf
     return _read(hf, "gemma2", 2, attention_softcap=positive(hf, "attn_logit_softcapping"))
 
 
 def read_gemma3(hf: HF) -> ModelConfig:
-    """``model_type`` gemma3_text. Local layers, those with a window, have an unstretched base of their own."""
+    """Read the configuration of a Gemma 3 text model (``model_type`` gemma3_text).
+
+    Local layers, which have a window, have their own rotary base without scaling.
+    """
     hf = GEMMA3 | hf
     refuse(hf, "attn_logit_softcapping", None)
     every = integer(hf, "sliding_window_pattern")
@@ -76,17 +80,17 @@ def read_gemma3(hf: HF) -> ModelConfig:
             raise wrong("rope_parameters", by_type, "an object with full_attention and sliding_attention")
     if unknown := [name for name in by_type if name not in ("full_attention", "sliding_attention")]:
         raise UserError(
-            f"field 'rope_parameters' holds {unknown[0]!r}; supported are full_attention, sliding_attention"
+            f"field 'rope_parameters' contains {unknown[0]!r}; supported are full_attention, sliding_attention"
         )
     local = by_type.get("sliding_attention") or {}
     if rope_kind(local) != "default":
         raise UserError(
-            f"rope_parameters: rope_type {rope_kind(local)!r} of sliding_attention is not supported; only default is"
+            f"rope_parameters: 'rope_type' of sliding_attention is {rope_kind(local)!r}; only default is supported"
         )
-    whole, newer = hf.get("rope_scaling") or {}, by_type.get("full_attention") or {}
-    if not isinstance(whole, dict):
-        raise wrong("rope_scaling", whole, "an object")
-    hf["rope_scaling"], hf["rope_parameters"] = None, newer | whole
+    older, newer = hf.get("rope_scaling") or {}, by_type.get("full_attention") or {}
+    if not isinstance(older, dict):
+        raise wrong("rope_scaling", older, "an object")
+    hf["rope_scaling"], hf["rope_parameters"] = None, newer | older
     source = local if local.get("rope_theta") is not None else {"rope_theta": hf["rope_local_base_freq"]}
     return _read(hf, "gemma3_text", every, qk_norm="head", local_rope_theta=number(source, "rope_theta"))
 
@@ -95,7 +99,7 @@ def _write(config: ModelConfig) -> HF:
     hf = write_decoder(config)
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
     return hf | {
-        "hidden_activation": hf["hidden_act"],  # older readers know the other name
+        "hidden_activation": hf["hidden_act"],  # the name for older readers
         "query_pre_attn_scalar": round(scale**-2),
         "final_logit_softcapping": config.logit_softcap,
         "attn_logit_softcapping": config.attention_softcap,
@@ -106,10 +110,12 @@ def _write(config: ModelConfig) -> HF:
 
 
 def write_gemma2(config: ModelConfig) -> HF:
+    """Return the fields of a Gemma 2 model."""
     return _write(config)
 
 
 def write_gemma3(config: ModelConfig) -> HF:
+    """Return the fields of a Gemma 3 text model."""
     scaling = scaling_object(config.rope_scaling) or {"rope_type": "default"}
     local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
     return _write(config) | {

@@ -1,4 +1,4 @@
-"""``config.json`` of GPT-2 and GPT-NeoX (Pythia), to and from `ModelConfig`."""
+"""Convert ``config.json`` of GPT-2 and GPT-NeoX (Pythia) to `ModelConfig` and back."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ GPT_NEOX: HF = {
 
 
 def read_gpt2(hf: HF) -> ModelConfig:
+    """Read the configuration of a GPT-2 model."""
     hf = GPT2 | hf
     refuse(hf, "scale_attn_weights", True)
     refuse(hf, "scale_attn_by_inverse_layer_idx", False)
@@ -63,10 +64,11 @@ def read_gpt2(hf: HF) -> ModelConfig:
 
 
 def write_gpt2(config: ModelConfig) -> HF:
+    """Return the fields of a GPT-2 model."""
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.max_positions,
-        "n_ctx": config.max_positions,  # older readers
+        "n_ctx": config.max_positions,  # for older readers
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
@@ -79,7 +81,8 @@ def write_gpt2(config: ModelConfig) -> HF:
 
 
 def read_gpt_neox(hf: HF) -> ModelConfig:
-    # Base and rotated part have names of their own here, which the usual ones at the top do not replace.
+    """Read the configuration of a GPT-NeoX model."""
+    # The rotary base and the rotated part have other names in this family, which take precedence.
     hf = GPT_NEOX | hf
     hf |= {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
     hidden, heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
@@ -117,6 +120,7 @@ def read_gpt_neox(hf: HF) -> ModelConfig:
 
 
 def write_gpt_neox(config: ModelConfig) -> HF:
+    """Return the fields of a GPT-NeoX model."""
     factor = partial_factor(config)
     rope = write_rope(config)
     rope["rope_parameters"]["partial_rotary_factor"] = factor

@@ -1,7 +1,7 @@
-"""Rotary positions in Hugging Face's ``config.json``: base, scaling, and which dimensions are turned.
+"""Rotary positions in Hugging Face's ``config.json``: base, scaling and the number of rotated dimensions.
 
-Two layouts are read: the one of transformers 5 (``rope_parameters``) and the older one (``rope_theta``
-and ``rope_scaling``). Both are written, so that readers of either age agree.
+Two layouts are read: that of transformers 5 (``rope_parameters``) and the older one (``rope_theta``
+and ``rope_scaling``). Both are written, so that old and new readers agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROPE_KINDS: tuple[RopeKind, ...] = ("linear", "dynamic", "llama3", "yarn", "long
 
 
 def rope_object(hf: HF) -> tuple[str, HF]:
-    """The object that holds the scaling, and its name: transformers 5 prefers ``rope_scaling``; so do we."""
+    """Return the name and content of the object with the scaling; ``rope_scaling`` first, as transformers 5."""
     name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(name) or {}
     if not isinstance(rope, dict):
@@ -26,7 +26,7 @@ def rope_object(hf: HF) -> tuple[str, HF]:
 
 
 def read_rope(hf: HF, max_positions: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, the same for every layer."""
+    """Return the rotary base and scaling, which are the same for every layer."""
     name, rope = rope_object(hf)
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise UserError(f"field {name!r} differs by layer type ({', '.join(nested)}), which is not supported")
@@ -35,7 +35,7 @@ def read_rope(hf: HF, max_positions: int) -> tuple[float, RopeScaling | None]:
 
 
 def read_rotary_dim(hf: HF, head_dim: int) -> int | None:
-    """How many dimensions ``partial_rotary_factor`` has turned; None for all."""
+    """Return the number of dimensions that ``partial_rotary_factor`` rotates; None for all."""
     _, rope = rope_object(hf)
     source = rope if rope.get("partial_rotary_factor") is not None else hf
     factor = optional_number(source, "partial_rotary_factor")
@@ -44,36 +44,37 @@ def read_rotary_dim(hf: HF, head_dim: int) -> int | None:
 
 
 def read_scaling(hf: HF, rope: HF, name: str, max_positions: int) -> RopeScaling | None:
-    """The scaling that the object ``rope``, called ``name``, asks for."""
+    """Return the scaling that the object ``rope`` describes; ``name`` is its name in errors."""
     kind = rope_kind(rope)
     if kind == "default":
         return None
     if kind not in ROPE_KINDS:
-        raise UserError(
-            f"{name}: rope_type {kind!r} is unknown; supported are default, {', '.join(ROPE_KINDS)}"
-        )
+        raise UserError(f"{name}: 'rope_type' is {kind!r}; supported are default, {', '.join(ROPE_KINDS)}")
     try:
         scaling = _scaling(hf, rope, kind, max_positions)
         if scaling.factor <= 0 or scaling.original_max_positions < 1:
-            raise UserError("factor and original_max_position_embeddings must be above 0")
+            raise UserError("'factor' and 'original_max_position_embeddings' must be above 0")
         return scaling
     except UserError as problem:
         raise UserError(f"{name}: {problem}") from problem
 
 
 def rope_kind(rope: HF) -> Any:
+    """Return the kind of scaling, under its new or old name."""
     return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _scaling(hf: HF, rope: HF, kind: RopeKind, max_positions: int) -> RopeScaling:
-    if kind in ("linear", "dynamic"):  # these count from max_position_embeddings, whatever else is there
+    if kind in ("linear", "dynamic"):  # both always start from max_position_embeddings
         return RopeScaling(kind, number(rope, "factor"), max_positions)
     source = hf if hf.get("original_max_position_embeddings") is not None else rope
     original = integer(source, "original_max_position_embeddings", max_positions)
     if kind == "llama3":
         low, high = number(rope, "low_freq_factor"), number(rope, "high_freq_factor")
         if low == high:
-            raise UserError(f"low_freq_factor and high_freq_factor are both {low}; the second must be larger")
+            raise UserError(
+                f"'low_freq_factor' and 'high_freq_factor' are both {low}; the second must be larger"
+            )
         return RopeScaling(kind, number(rope, "factor"), original, low_freq_factor=low, high_freq_factor=high)
     factor = optional_number(rope, "factor")
     if factor is None:
@@ -111,7 +112,7 @@ def _numbers(rope: HF, name: str) -> tuple[float, ...]:
 
 
 def scaling_object(scaling: RopeScaling | None) -> HF | None:
-    """``rope_scaling``, in the names of transformers 4.45 and later; None without scaling."""
+    """Return ``rope_scaling`` with the names of transformers 4.45 and later; None without scaling."""
     if scaling is None:
         return None
     rope: HF = {"rope_type": scaling.kind, "factor": scaling.factor}
@@ -132,7 +133,7 @@ def scaling_object(scaling: RopeScaling | None) -> HF | None:
 
 
 def write_rope(config: ModelConfig) -> HF:
-    """Both layouts: transformers 5 reads ``rope_parameters``, older readers the other two."""
+    """Return the fields of both layouts: ``rope_parameters`` for transformers 5, the others for older readers."""
     scaling = scaling_object(config.rope_scaling)
     return {
         "rope_theta": config.rope_theta,
@@ -142,7 +143,7 @@ def write_rope(config: ModelConfig) -> HF:
 
 
 def partial_factor(config: ModelConfig) -> float:
-    """The ``partial_rotary_factor`` that stands for ``config.rotary`` dimensions."""
+    """Return the ``partial_rotary_factor`` that gives ``config.rotary`` dimensions."""
     factor = config.rotary / config.head_dim
     # Readers round down, so a quotient that was itself rounded down would lose a dimension.
     return factor if int(config.head_dim * factor) == config.rotary else math.nextafter(factor, 1)

@@ -1,7 +1,7 @@
-"""Frequencies of rotary positions, and how each way of stretching them changes them.
+"""Frequencies of rotary positions (Su et al. 2021, arXiv:2104.09864) with each kind of `RopeScaling`.
 
-In numpy, float32 as in transformers, so that every backend turns queries and keys by the same angles.
-Rotary positions: Su et al. 2021 (arXiv:2104.09864). The scalings are named in `RopeScaling`.
+They are computed in numpy, float32 as in transformers, so that every backend rotates queries and keys by
+the same angles.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ Frequencies = NDArray[np.float32]
 
 
 def rope_frequencies(config: ModelConfig, length: int, local: bool = False) -> tuple[Frequencies, float]:
-    """Radians per position of each pair of dimensions, and the factor on cos and sin.
+    """Return the frequency of each pair of dimensions, in radians per position, and the factor on cos and sin.
 
     Dimensions i and i + rotary / 2 of the first ``config.rotary`` dimensions of a head are a pair.
 
-    length: tokens of the sequence at hand; matters only where ``config.rope_scaling.by_length``.
-    local: for the layers where ``config.has_local_rope``: their own base, never stretched.
-    Returns: float32 [rotary / 2] and a float.
+    Args:
+        config: the network's configuration.
+        length: tokens in the sequence; it matters only if ``config.rope_scaling.by_length``.
+        local: use the base of layers where ``config.has_local_rope``, which is never stretched.
+
+    Returns:
+        Frequencies, float32 [rotary / 2], and the factor.
     """
     dim, scaling = config.rotary, config.rope_scaling
     theta = config.rope_theta
@@ -62,9 +66,9 @@ def _llama3(scaling: RopeScaling, plain: Frequencies) -> Frequencies:
 
 def _yarn(scaling: RopeScaling, theta: float, dim: int) -> tuple[Frequencies, float]:
     def dimension(rotations: float) -> float:
-        # The pair that turns `rotations` times over the original context.
-        turned = scaling.original_max_positions / (rotations * 2 * math.pi)
-        return dim * math.log(turned) / (2 * math.log(theta))
+        # The pair that rotates `rotations` times over the original context.
+        ratio = scaling.original_max_positions / (rotations * 2 * math.pi)
+        return dim * math.log(ratio) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:

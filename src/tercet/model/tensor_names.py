@@ -1,6 +1,6 @@
-"""The network's weights by name and shape, and how the families' checkpoints name and join them.
+"""Names and shapes of the network's weights, and how the families' checkpoints name and join them.
 
-Needs neither torch nor numpy: what reads or writes weights asks here which tensors there must be.
+This is the list of tensors for all that reads or writes weights. It needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tercet.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Part:
-    """One of our tensors: its name in ``Transformer.state_dict()`` and its shape."""
+    """A tensor of the network: its name in ``Transformer.state_dict()`` and its shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,10 +24,14 @@ class Part:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor of a checkpoint: our parts, joined along the first dimension, then transposed or not.
+    """A tensor of a checkpoint: parts of the network, joined along the first dimension, perhaps transposed.
 
-    groups: the rows are that many groups of equal size, in each of which all parts have their share
-        (GPT-NeoX: query, key and value of head 0, then of head 1, ...). 1: part after part.
+    Attributes:
+        name: the checkpoint's name of the tensor.
+        parts: the network's tensors in it.
+        transpose: the joined tensor is stored transposed.
+        groups: the rows form that many groups of equal size, each with a share of every part
+            (GPT-NeoX: query, key and value of head 0, then of head 1, ...). 1: part after part.
     """
 
     name: str
@@ -44,12 +48,12 @@ class TensorRule:
 
     @property
     def heights(self) -> list[int]:
-        """Rows of each part."""
+        """Number of rows of each part."""
         return [part.shape[0] for part in self.parts]
 
 
 def split_rows(whole: Any, heights: Sequence[int], groups: int = 1) -> list[Any]:
-    """The parts of a joined array or tensor (numpy or torch) [sum(heights), ...]; views where possible."""
+    """Return the parts of a joined numpy array or torch tensor [sum(heights), ...], as views if possible."""
     rest = whole.shape[1:]
     grouped = whole.reshape(groups, -1, *rest)
     ends = list(accumulate(height // groups for height in heights))
@@ -58,17 +62,17 @@ def split_rows(whole: Any, heights: Sequence[int], groups: int = 1) -> list[Any]
 
 
 def network_tensors(config: ModelConfig) -> list[Part]:
-    """Every tensor of a `Transformer` of this configuration, but for a head that is the embedding."""
-    hidden, found = config.hidden_size, list[Part]()
+    """Return every tensor of a `Transformer` with this configuration, except a head tied to the embedding."""
+    hidden, tensors = config.hidden_size, list[Part]()
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def linear(name: str, rows: int, columns: int, bias: bool = False) -> None:
-        found.append(Part(f"{name}.weight", (rows, columns)))
+        tensors.append(Part(f"{name}.weight", (rows, columns)))
         if bias:
-            found.append(Part(f"{name}.bias", (rows,)))
+            tensors.append(Part(f"{name}.bias", (rows,)))
 
     def norm(name: str) -> None:
-        found.extend(Part(f"{name}.{kind}", (hidden,)) for kind in norm_tensors)
+        tensors.extend(Part(f"{name}.{kind}", (hidden,)) for kind in norm_tensors)
 
     def mlp(name: str, inner: int) -> None:
         if config.gated_mlp:
@@ -92,8 +96,8 @@ def network_tensors(config: ModelConfig) -> list[Part]:
         linear(f"{at}.self_attn.o_proj", hidden, query, config.output_bias)
         if config.qk_norm != "none":
             whole = config.qk_norm == "projection"
-            found.append(Part(f"{at}.self_attn.q_norm.weight", (query if whole else config.head_dim,)))
-            found.append(Part(f"{at}.self_attn.k_norm.weight", (key if whole else config.head_dim,)))
+            tensors.append(Part(f"{at}.self_attn.q_norm.weight", (query if whole else config.head_dim,)))
+            tensors.append(Part(f"{at}.self_attn.k_norm.weight", (key if whole else config.head_dim,)))
         if config.is_mixture(layer):
             linear(f"{at}.mlp.gate", config.num_experts, hidden)
             for expert in range(config.num_experts):
@@ -103,17 +107,19 @@ def network_tensors(config: ModelConfig) -> list[Part]:
     norm("model.norm")
     if not config.tie_embeddings:
         linear("lm_head", config.vocab_size, hidden)
-    return found
+    return tensors
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a family names our tensors.
+    """A family's names of the network's tensors.
 
-    renamed: ours to theirs, for one or several whole pieces of a dotted name, wherever they occur.
-    joined: their module, to those of ours (with their renamed parent) that it holds as one tensor.
-    by_head: joined tensors go head by head, not part by part.
-    transposed: matrices of the layers are stored as [in, out].
+    Attributes:
+        renamed: network's name to family's, for whole pieces of a dotted name, wherever they occur.
+        joined: family's module to the network's modules (below the same, renamed parent) that it holds
+            as one tensor.
+        by_head: joined tensors alternate head by head instead of part by part.
+        transposed: matrices of the layers are stored as [in, out].
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -122,30 +128,30 @@ class Names:
     transposed: bool = False
 
     def rename(self, name: str) -> str:
-        """What the family calls our tensor or module ``name``."""
+        """Return the family's name of the network's tensor or module ``name``."""
         if not self.renamed:
             return name
         ours = "|".join(re.escape(piece) for piece in sorted(self.renamed, key=len, reverse=True))
         return re.sub(rf"(?<![^.])({ours})(?![^.])", lambda match: self.renamed[match[1]], name)
 
     def rules(self, config: ModelConfig) -> list[TensorRule]:
-        """Every tensor of a checkpoint of this configuration."""
+        """Return every tensor of a checkpoint with this configuration."""
         parts = {part.name: part for part in network_tensors(config)}
         rules, done = list[TensorRule](), set[str]()
         for name, part in parts.items():
             if name in done:
                 continue
-            held, theirs = [part], self.rename(name)
+            members, theirs = [part], self.rename(name)
             module, _, kind = name.rpartition(".")
             for joint, ours in self.joined.items():
                 if module.endswith(f".{ours[0]}"):
                     parent = module.removesuffix(ours[0])
-                    held = [parts[f"{parent}{one}.{kind}"] for one in ours]
+                    members = [parts[f"{parent}{member}.{kind}"] for member in ours]
                     theirs = f"{self.rename(parent)}{joint}.{kind}"
-            done.update(one.name for one in held)
+            done.update(member.name for member in members)
             transpose = self.transposed and ".layers." in name and len(part.shape) == 2
-            groups = config.num_heads if self.by_head and len(held) > 1 else 1
-            rules.append(TensorRule(theirs, tuple(held), transpose, groups))
+            groups = config.num_heads if self.by_head and len(members) > 1 else 1
+            rules.append(TensorRule(theirs, tuple(members), transpose, groups))
         return rules
 
 
@@ -153,7 +159,7 @@ class Names:
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
-LLAMA_NAMES = Names()  # ours are theirs
+LLAMA_NAMES = Names()  # the network uses Llama's names
 OLMO2_NAMES = Names(
     {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"}
 )
