@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from tercet.errors import UserError
 from tercet.serve.web.chat_export import as_json, as_markdown, preference_pairs
+from tercet.serve.web.conversations import NotThere
 from tercet.serve.web.records import Details, address
-from tercet.serve.web.store import NotThere, Store
+from tercet.serve.web.store import Store
 
 
 @pytest.fixture
@@ -483,7 +484,7 @@ def test_the_file_is_for_its_owner_only_and_lies_in_the_data_directory(
 def test_a_file_that_is_no_database_is_told_in_a_line(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"chat\.db is damaged or no database"):
+    with pytest.raises(UserError, match=r"chat\.db is damaged or not a database"):
         Store(path)
     assert path.read_bytes() == content
 

@@ -1,8 +1,8 @@
-"""Answers being written for the page: from the model to the store and to everyone who watches.
+"""Answers in progress for the page: from the model to the store and to all open tabs.
 
-An answer belongs to the server, not to the tab that asked for it. It goes on when the tab is closed,
-and a tab that comes (again) gets what there is and then the rest. It ends when the model ends it, when
-somebody stops it, or with the server.
+An answer belongs to the server, not to the tab that requested it. It continues when the tab is closed, and a tab
+that opens later gets the text so far and then the rest. An answer ends when the model ends it, when a user stops
+it, or when the server shuts down.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHOW_SECONDS = 0.04  # between two looks at an answer: an eye sees no more
-RENDER_SHARE = 10  # rendering takes at most one part in so many of the time
-WRITE_SECONDS = 0.5  # of an answer that may be lost when the process is killed
-BACKLOG = 2000  # events that wait for a slow tab; one that is behind further comes anew
+SHOW_SECONDS = 0.04  # between two updates of the page, more often than the eye notices
+RENDER_SHARE = 10  # rendering takes at most a tenth of the time
+WRITE_SECONDS = 0.5  # of an answer can be lost when the process is killed
+BACKLOG = 2000  # events that wait for a slow tab; a tab that falls further behind reconnects
 
 
 class Answer:
-    """One answer on its way.
+    """An answer in progress.
 
-    text, tokens: what has come so far; a token is a dict as in `tercet.serve.web.records.Details`.
-    blocks: the text's HTML in a conversation; a text that is continued is shown as it is.
+    Attributes:
+        text: the text so far.
+        tokens: the tokens so far, as dicts (see `tercet.serve.web.records.Details`).
+        blocks: the HTML of the text; None for a text that is continued, which the page shows as it is.
     """
 
     def __init__(self, name: str, plan: Plan) -> None:
@@ -51,22 +53,22 @@ class Answer:
         self.completion: Completion | None = None
         self.began = time.monotonic()
         self.first_seconds: float | None = None
-        self.reading: asyncio.Task[str] | None = None  # from the model; how it ended
-        self.task: asyncio.Task[None] | None = None  # waits for that and stores the end
+        self.reading: asyncio.Task[str] | None = None  # reads from the model; returns the finish reason
+        self.task: asyncio.Task[None] | None = None  # waits for that and stores the whole answer
         self.writing: asyncio.Task[None] | None = None
         self._bytes_of = TokenBytes(plan.served.tokenizer) if plan.served.local else None
         self._stream = TextStream(plan.sampling.stop)
         self._visible = False  # whether any token so far adds to the text
         self._shown_text = self._shown_tokens = self._shown_blocks = 0
-        self._kept_text = self._kept_tokens = 0
+        self._stored_text = self._stored_tokens = 0
         for token in plan.prefix:
             self._push(token)
         if self.met_stop:
-            raise UserError("the answer ended there with a stop string; go on from an earlier token")
+            raise UserError("the answer ended there with a stop string; continue from an earlier token")
 
     @property
     def met_stop(self) -> bool:
-        """Whether a stop string has come. One that begins in the prefix is unknown to the engine."""
+        """Whether the text has reached a stop string; the engine does not know one that begins in the prefix."""
         return self._stream.stopped
 
     def _push(self, token: Json) -> None:
@@ -76,41 +78,44 @@ class Answer:
         self.text += self._stream.push(data)
 
     def take(self, logprobs: list[TokenLogprob]) -> None:
-        """Tokens that have come from a model here."""
+        """Append tokens of a local model."""
         if self.first_seconds is None:
             self.first_seconds = time.monotonic() - self.began
         assert self._bytes_of is not None
-        for one in logprobs:
-            # The engine counts an answer's first token as the beginning of a text and drops the space it
-            # may begin with; after a prefix the space is wanted.
+        for entry in logprobs:
+            # The engine treats the first token of an answer as the beginning of a text and drops its leading
+            # space; after a prefix the space must stay.
             first = not self._visible
-            special = one.token_id in self.plan.stop_ids
-            data = b"" if special else self._bytes_of(one.token_id, first=first)
-            top = [[other, self._bytes_of.text(other, first=first), logprob] for other, _, logprob in one.top]
-            text = self._bytes_of.text(one.token_id, first=first)
+            special = entry.token_id in self.plan.stop_ids
+            data = b"" if special else self._bytes_of(entry.token_id, first=first)
+            top = [
+                [token_id, self._bytes_of.text(token_id, first=first), logprob]
+                for token_id, _, logprob in entry.top
+            ]
+            text = self._bytes_of.text(entry.token_id, first=first)
             token = {
-                "id": one.token_id,
+                "id": entry.token_id,
                 "text": text,
                 "bytes": data.hex(),
-                "logprob": one.logprob,
+                "logprob": entry.logprob,
                 "top": top,
             }
-            self._push(token | {"entropy": one.entropy})
+            self._push(token | {"entropy": entry.entropy})
 
     def take_text(self, piece: str) -> None:
-        """Text that has come from a model somewhere else."""
+        """Append text of a hosted model."""
         if self.first_seconds is None:
             self.first_seconds = time.monotonic() - self.began
         self.text += piece
 
     def end(self) -> None:
-        """Nothing more comes: what was held back as the possible beginning of a stop string is text."""
+        """End the answer: text that was held back as the possible beginning of a stop string belongs to it."""
         if self.plan.served.local:
             self.text += self._stream.finish()
 
     def snapshot(self) -> Json:
-        """What a tab that comes needs to show: everything that others have been shown."""
-        found: Json = {
+        """Return the state of the answer that the other tabs have been shown, for a tab that opens."""
+        state: Json = {
             "id": self.id,
             "parent": self.plan.parent,
             "model": self.plan.served.name,
@@ -119,30 +124,30 @@ class Answer:
             "seconds": time.monotonic() - self.began,
         }
         if self.blocks is None:
-            return found | {"text": self.text[: self._shown_text]}
-        return found | {"blocks": [*self.blocks.blocks]}
+            return state | {"text": self.text[: self._shown_text]}
+        return state | {"blocks": [*self.blocks.blocks]}
 
     def news(self, whole: bool = False) -> Json | None:
-        """What has come since the last call, to be shown; None: nothing."""
-        found: Json = {"type": "piece", "id": self.id, "tokens": self.tokens[self._shown_tokens :]}
+        """Return what is new since the last call, for the page; None if nothing is."""
+        event: Json = {"type": "piece", "id": self.id, "tokens": self.tokens[self._shown_tokens :]}
         if self.blocks is None:
-            found["text"] = self.text[self._shown_text :]
+            event["text"] = self.text[self._shown_text :]
         else:
             keep = self.blocks.update(self.text, whole)
-            found |= {"keep": keep, "blocks": self.blocks.blocks[keep:]}
+            event |= {"keep": keep, "blocks": self.blocks.blocks[keep:]}
         new = len(self.tokens) > self._shown_tokens or len(self.text) > self._shown_text or whole
         self._shown_tokens, self._shown_text = len(self.tokens), len(self.text)
-        return found if new else None
+        return event if new else None
 
-    def unkept(self) -> tuple[str, list[Json]]:
-        """What has come since the last call, to be stored."""
-        text, tokens = self.text[self._kept_text :], self.tokens[self._kept_tokens :]
-        self._kept_text, self._kept_tokens = len(self.text), len(self.tokens)
+    def unstored(self) -> tuple[str, list[Json]]:
+        """Return the text and tokens since the last call, for the store."""
+        text, tokens = self.text[self._stored_text :], self.tokens[self._stored_tokens :]
+        self._stored_text, self._stored_tokens = len(self.text), len(self.tokens)
         return text, tokens
 
 
 class Answers:
-    """All answers on their way, and who watches. To be used from one event loop."""
+    """All answers in progress and the tabs that watch them. Used from one event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -151,11 +156,11 @@ class Answers:
         self._closed = False
 
     def of(self, conversation: str) -> list[Answer]:
-        """The answers that are being written in a conversation."""
-        return [one for one in self._answers.values() if one.plan.conversation == conversation]
+        """Return the answers in progress of a conversation."""
+        return [answer for answer in self._answers.values() if answer.plan.conversation == conversation]
 
     async def start(self, plan: Plan) -> Answer:
-        """Begin to write an answer."""
+        """Start an answer."""
         if self._closed:
             raise APIError(503, "the server is shutting down", "server_error")
         comparison = (plan.comparison["id"], plan.comparison["side"]) if plan.comparison else None
@@ -175,21 +180,21 @@ class Answers:
             raise
         answer.news()
         self._answers[name] = answer
-        self._tell(plan.conversation, {"type": "started", "answer": answer.snapshot()})
+        self._send(plan.conversation, {"type": "started", "answer": answer.snapshot()})
         answer.reading = asyncio.create_task(self._read(answer))
         answer.task = asyncio.create_task(self._write(answer, answer.reading))
         return answer
 
     async def stop(self, conversation: str, name: str | None = None) -> int:
-        """Stop an answer, or all of a conversation; how many. They are stored when this returns."""
-        stopping = [one for one in self.of(conversation) if name in (None, one.id)]
+        """Stop an answer, or all answers of a conversation, and store them; return how many."""
+        stopping = [answer for answer in self.of(conversation) if name in (None, answer.id)]
         for answer in stopping:
             answer.stopped = True
         await self._cancel(stopping)
         return len(stopping)
 
     async def close(self) -> None:
-        """Keep what there is of every answer, as interrupted, and send the watchers away."""
+        """Store every answer as interrupted, and end the streams of all tabs."""
         self._closed = True
         for queues in self._watchers.values():
             for queue in queues:
@@ -197,25 +202,25 @@ class Answers:
         await self._cancel(list(self._answers.values()))
 
     async def _cancel(self, answers: list[Answer]) -> None:
-        """End the reading; what stores the answer is only waited for, so that who stops twice breaks nothing."""
+        """Cancel the reading and wait for the storing, so that stopping twice does no harm."""
         for answer in answers:
             if answer.reading is not None:
                 answer.reading.cancel()
-        tasks = [one.task for one in answers if one.task is not None]
+        tasks = [answer.task for answer in answers if answer.task is not None]
         if tasks:
             await asyncio.wait(tasks)
 
-    # Who watches
+    # Tabs that watch
 
     async def watch(self, conversation: str) -> AsyncIterator[Json]:
-        """Events of a conversation: first the answers on their way, then everything that happens."""
+        """Yield the events of a conversation: first its answers in progress, then everything that happens."""
         queue: asyncio.Queue[Json | None] = asyncio.Queue()
         queues = self._watchers.setdefault(conversation, set())
         queues.add(queue)
         try:
             if self._closed:
                 return
-            yield {"type": "here", "answers": [one.snapshot() for one in self.of(conversation)]}
+            yield {"type": "here", "answers": [answer.snapshot() for answer in self.of(conversation)]}
             while (event := await queue.get()) is not None:
                 yield event
         finally:
@@ -224,23 +229,23 @@ class Answers:
                 self._watchers.pop(conversation, None)
 
     def changed(self, conversation: str) -> None:
-        """Tell everyone who watches that the conversation is not what it was."""
-        self._tell(conversation, {"type": "changed"})
+        """Send an event that the conversation has changed to all tabs that watch it."""
+        self._send(conversation, {"type": "changed"})
 
-    def _tell(self, conversation: str, event: Json) -> None:
+    def _send(self, conversation: str, event: Json) -> None:
         for queue in self._watchers.get(conversation, ()):
-            # At its limit a queue gets its end, and then nothing more, however long its tab sleeps.
+            # A full queue gets the end of its stream and then nothing more, however long its tab sleeps.
             if queue.qsize() <= BACKLOG:
                 queue.put_nowait(event if queue.qsize() < BACKLOG else None)
 
-    # How one is written
+    # Writing an answer
 
     async def _read(self, answer: Answer) -> str:
         if answer.plan.ended:
             return "stop"
         if answer.plan.served.local is not None:
-            return await self._from_here(answer)
-        return await self._from_elsewhere(answer)
+            return await self._from_local(answer)
+        return await self._from_hosted(answer)
 
     async def _write(self, answer: Answer, reading: asyncio.Task[str]) -> None:
         await asyncio.wait([reading])
@@ -253,7 +258,7 @@ class Answers:
             error = str(problem)
         except Exception as problem:
             log.exception("an answer failed")
-            error = f"the server failed ({type(problem).__name__}); its log tells more"
+            error = f"the server failed ({type(problem).__name__}); its log has the details"
         answer.end()
         await self._finish(answer, finish, error)
 
@@ -261,7 +266,7 @@ class Answers:
         plan, completion = answer.plan, answer.completion
         news = answer.news(whole=True)
         if news is not None:
-            self._tell(plan.conversation, news)
+            self._send(plan.conversation, news)
         usage = {"prompt_tokens": len(plan.tokens), "completion_tokens": len(answer.tokens)}
         if completion is not None and plan.served.local is None:
             usage = {
@@ -274,7 +279,7 @@ class Answers:
         try:
             if answer.writing is not None:
                 await answer.writing
-            await asyncio.to_thread(self._store.write, answer.id, *answer.unkept())
+            await asyncio.to_thread(self._store.write, answer.id, *answer.unstored())
             message = await asyncio.to_thread(
                 self._store.finish,
                 answer.id,
@@ -285,22 +290,22 @@ class Answers:
                 error=error,
             )
             event["message"] = None if message is None else message.id
-            two = plan.comparison
-            if two and not any(
-                one.plan.comparison and one.plan.comparison["id"] == two["id"]
-                for one in self._answers.values()
-                if one is not answer
+            comparison = plan.comparison
+            if comparison and not any(
+                running.plan.comparison and running.plan.comparison["id"] == comparison["id"]
+                for running in self._answers.values()
+                if running is not answer
             ):
-                await asyncio.to_thread(self._store.settle, two["id"])
+                await asyncio.to_thread(self._store.settle, comparison["id"])
         except UserError as problem:
             event["error"] = f"the answer could not be stored: {problem}"
         except Exception:
             log.exception("an answer could not be stored")
-            event["error"] = "the answer could not be stored; the server's log tells more"
+            event["error"] = "the answer could not be stored; the server's log has the details"
         self._answers.pop(answer.id, None)
-        self._tell(plan.conversation, event)
+        self._send(plan.conversation, event)
 
-    async def _from_here(self, answer: Answer) -> str:
+    async def _from_local(self, answer: Answer) -> str:
         plan = answer.plan
         assert plan.served.local is not None
         prompt = (*plan.tokens, *(token["id"] for token in plan.prefix))
@@ -318,24 +323,24 @@ class Answers:
                 await pace.step()
         return "stop"
 
-    async def _from_elsewhere(self, answer: Answer) -> str:
-        """A hosted model's stream blocks, so a thread reads it."""
+    async def _from_hosted(self, answer: Answer) -> str:
+        """Read the stream of a hosted model, which blocks, in a thread."""
         plan, loop = answer.plan, asyncio.get_running_loop()
         hosted = plan.served.hosted
         assert hosted is not None
         stream = hosted.stream(plan.messages, call_settings(None, plan.fields))
-        came: asyncio.Queue[str | Completion | Exception] = asyncio.Queue()
-        left = threading.Event()
+        received: asyncio.Queue[str | Completion | Exception] = asyncio.Queue()
+        cancelled = threading.Event()
 
         def put(item: str | Completion | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(came.put_nowait, item)
+                loop.call_soon_threadsafe(received.put_nowait, item)
 
         def read() -> None:
             try:
                 with contextlib.closing(stream):
                     for piece in stream:
-                        if left.is_set():
+                        if cancelled.is_set():
                             return
                         put(piece)
             except Exception as problem:
@@ -345,7 +350,7 @@ class Answers:
         pace = _Pace(self, answer)
         try:
             while True:
-                item = await came.get()
+                item = await received.get()
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, Completion):
@@ -354,11 +359,11 @@ class Answers:
                 answer.take_text(item)
                 await pace.step()
         finally:
-            left.set()
+            cancelled.set()
 
 
 class _Pace:
-    """Shows and stores an answer now and then, not for every token."""
+    """Shows and stores an answer at intervals instead of for every token."""
 
     def __init__(self, answers: Answers, answer: Answer) -> None:
         self._answers, self._answer = answers, answer
@@ -366,17 +371,17 @@ class _Pace:
         self._later: asyncio.TimerHandle | None = None
 
     async def step(self) -> None:
-        """After a piece has come."""
+        """Show and store the answer if it is time; call this after each piece."""
         now = time.monotonic()
         if now >= self._show_at:
             self._show()
         elif self._later is None:
-            # The next piece may be long in coming.
+            # The next piece may take long.
             self._later = asyncio.get_running_loop().call_later(self._show_at - now, self._show)
         if now >= self._write_at:
-            work = asyncio.to_thread(self._answers._store.write, self._answer.id, *self._answer.unkept())
+            work = asyncio.to_thread(self._answers._store.write, self._answer.id, *self._answer.unstored())
             self._answer.writing = asyncio.create_task(work)
-            await asyncio.shield(self._answer.writing)  # who stops the answer loses nothing of it
+            await asyncio.shield(self._answer.writing)  # stopping the answer must not lose a part of it
             self._write_at = time.monotonic() + WRITE_SECONDS
 
     def _show(self) -> None:
@@ -390,4 +395,4 @@ class _Pace:
         now = time.monotonic()
         self._show_at = now + max(SHOW_SECONDS, RENDER_SHARE * (now - began))
         if news is not None:
-            self._answers._tell(self._answer.plan.conversation, news)
+            self._answers._send(self._answer.plan.conversation, news)

@@ -1,4 +1,4 @@
-"""What is asked of a model for an answer on the page: checked, rendered and counted before anything is stored."""
+"""The plan of an answer on the page: checked, rendered and counted before anything is stored."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tercet.serve.web.records import Details, Json, Message
 if TYPE_CHECKING:
     from tercet.serve.models import Served
 
-TOP = 10  # alternatives that are kept for every token
-# Of Sampling, what the page sets. An answer of a chat ends by itself; a text goes on until it is told to stop.
+TOP = 10  # alternatives to store for every token
+# The fields of Sampling that the page sets. A chat model ends its answer itself; a text has no end of its own.
 FIELDS = (
     "temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop",
@@ -26,15 +26,18 @@ MAX_TOKENS = {"chat": 1024, "text": 200}
 
 @dataclass
 class Plan:
-    """One answer to be written.
+    """The plan of one answer.
 
-    kind: "chat" or "text".
-    settings: as they are stored with the answer, and are part of its address.
-    fields: those of the settings that are sampling fields; all that a hosted model is sent.
-    messages, tokens: what the model reads; the tokens of a model here.
-    prefix: tokens that the answer begins with, as they are stored.
-    stop_ids: tokens that end an answer of a model here.
-    ended: the prefix is the whole answer.
+    Attributes:
+        kind: "chat" or "text".
+        settings: stored with the answer, and part of its address.
+        fields: the sampling settings among them; a hosted model is sent these and no others.
+        messages: the conversation that the model reads.
+        tokens: the same as token ids; empty for a hosted model.
+        prefix: tokens that the answer begins with, as they are stored.
+        stop_ids: tokens that end an answer; empty for a hosted model.
+        ended: whether the prefix is the whole answer.
+        comparison: id, side and ``hidden`` of the comparison that the answer belongs to.
     """
 
     served: Served
@@ -53,12 +56,12 @@ class Plan:
 
 
 def check_settings(settings: Mapping[str, Any]) -> Json:
-    """Settings of a conversation with only what is set: model, against, blind, system and FIELDS.
+    """Return the settings of a conversation that have a value: model, against, blind, system and FIELDS.
 
     Raises:
-        UserError: an unknown setting, or a value outside of its range.
+        UserError: an unknown setting, or a value out of its range.
     """
-    found: Json = {}
+    checked: Json = {}
     for name, value in settings.items():
         if name not in (*FIELDS, "model", "against", "blind", "system"):
             raise UserError(f"there is no setting {name!r}; settings are system, {', '.join(FIELDS)}")
@@ -68,20 +71,20 @@ def check_settings(settings: Mapping[str, Any]) -> Json:
             raise UserError(f"{name} is {value!r}; it must be a text")
         if name == "blind" and value is not True:
             raise UserError(f"blind is {value!r}; it must be true or false")
-        if name == "stop" and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+        if name == "stop" and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
             raise UserError(f"stop is {value!r}; it must be a list of texts")
-        found[name] = value
-    Sampling(**_fields(found))
-    return found
+        checked[name] = value
+    Sampling(**_fields(checked))
+    return checked
 
 
 def _fields(settings: Mapping[str, Any]) -> Json:
     return {name: settings[name] for name in FIELDS if name in settings}
 
 
-def _within(sampling: Sampling, served: Served, read: Sequence[object]) -> Sampling:
-    """With the probabilities that are kept, and no more tokens than the context leaves after ``read``."""
-    room = max(1, (served.context_length or 0) - len(read) + 1)
+def _within(sampling: Sampling, served: Served, prompt: Sequence[object]) -> Sampling:
+    """Return the settings with log-probabilities, and at most the tokens that the context leaves."""
+    room = max(1, (served.context_length or 0) - len(prompt) + 1)
     return dataclasses.replace(sampling, logprobs=TOP, max_tokens=min(sampling.max_tokens, room))
 
 
@@ -93,11 +96,11 @@ def make_plan(
     history: Sequence[tuple[str, str]],
     settings: Mapping[str, Any],
 ) -> Plan:
-    """A plan for the answer to ``history`` (role and content of each message).
+    """Return a plan for the answer to ``history`` (role and content of each message).
 
     Raises:
-        APIError, UserError: the conversation is too long (with the counts), the model has no chat
-            template, or a setting is nothing for it.
+        APIError: the conversation is too long for the model; the message has both counts.
+        UserError: the model has no chat template, or does not support a setting.
     """
     fields = _fields(settings)
     fields.setdefault("max_tokens", MAX_TOKENS[kind])
@@ -109,20 +112,24 @@ def make_plan(
     sampling = Sampling(**fields)
     if served.local is None:
         if kind == "text":
-            raise UserError(f"{served.name} only chats; choose a model that runs here to continue a text")
+            raise UserError(
+                f"{served.name} is hosted and takes conversations only; choose a local model to continue a text"
+            )
         return Plan(served, kind, conversation, parent, stored, fields, sampling, messages)
     if kind == "text":
         tokens = served.tokenizer.encode("".join(content for _, content in history))
         if not tokens:
-            raise UserError("write something first: this model has no token that begins a text")
+            raise UserError(
+                "the text is empty, and this model has no token that begins a text; write something"
+            )
         room = served.context_length or 0
         if len(tokens) > room:
-            raise UserError(f"the text has {len(tokens)} tokens, and {served.name} takes {room}")
+            raise UserError(f"the text has {len(tokens)} tokens, and the context of {served.name} has {room}")
     else:
         if not served.has_chat_template:
             raise UserError(
-                f"{served.name} is a base model: it has no chat template and continues text; "
-                "begin a new text with it, or choose another model"
+                f"{served.name} is a base model without a chat template, so it continues text only; "
+                "start a new text with it, or choose another model"
             )
         tokens = served.prompt_tokens(messages)
     sampling = _within(sampling, served, tokens)
@@ -132,7 +139,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def go_on_plan(
+def continuation_plan(
     served: Served,
     kind: str,
     conversation: str,
@@ -141,15 +148,15 @@ def go_on_plan(
     position: int,
     token: int | None,
 ) -> Plan:
-    """A plan for another answer that begins with the first ``position`` tokens of ``message``.
+    """Return a plan for another answer that begins with the first ``position`` tokens of ``message``.
 
-    token: one of the alternatives at that position, which comes next; None: the model chooses.
+    ``token`` is the alternative at that position that follows them; None: the model chooses.
 
     Raises:
-        UserError: no such position, or the token is not among its alternatives.
+        UserError: there is no such position, or the token is not among its alternatives.
     """
     if served.local is None or message.parent is None or not details.prompt:
-        raise UserError("only an answer of a model that runs here can be continued from one of its tokens")
+        raise UserError("only an answer of a local model can be continued from one of its tokens")
     if not 0 <= position <= len(details.tokens) or (token is not None and position == len(details.tokens)):
         raise UserError(f"there is no token {position}; the answer has {len(details.tokens)}")
     stop_ids = frozenset(served.local.engine.stop_ids_of(served.adapter))
@@ -163,9 +170,7 @@ def go_on_plan(
     room = served.context_length or 0
     ended = bool(prefix) and prefix[-1]["id"] in stop_ids
     if not ended and len(details.prompt) + len(prefix) > room:
-        raise UserError(
-            f"prompt and answer fill the {room} tokens that {served.name} takes; there is no room left"
-        )
+        raise UserError(f"prompt and answer fill the context of {served.name}, which has {room} tokens")
     sampling = _within(Sampling(**fields), served, [*details.prompt, *prefix])
     return Plan(
         served, kind, conversation, message.parent, dict(message.settings), fields, sampling, [],
@@ -174,28 +179,28 @@ def go_on_plan(
 
 
 def _picked(
-    served: Served, place: Json, before: Sequence[Json], token: int, stop_ids: frozenset[int]
+    served: Served, replaced: Json, prefix: Sequence[Json], token: int, stop_ids: frozenset[int]
 ) -> Json:
-    """The record of an alternative that the user chose."""
-    logprob = next((value for other, _, value in place["top"] if other == token), None)
+    """Return the record of the alternative to ``replaced`` that the user chose."""
+    logprob = next((value for alternative, _, value in replaced["top"] if alternative == token), None)
     if logprob is None:
-        raise UserError(f"token {token} is not among the alternatives there")
+        raise UserError(f"token {token} is not among the alternatives at this position")
     bytes_of = TokenBytes(served.tokenizer)
-    first = not any(one["bytes"] for one in before)
+    first = not any(record["bytes"] for record in prefix)
     data = b"" if token in stop_ids else bytes_of(token, first=first)
     return {
         "id": token,
         "text": bytes_of.text(token, first=first),
         "bytes": data.hex(),
         "logprob": logprob,
-        "top": place["top"],
-        "entropy": place["entropy"],
+        "top": replaced["top"],
+        "entropy": replaced["entropy"],
         "picked": True,
     }
 
 
 def prompt_pieces(served: Served | None, prompt: Sequence[int]) -> list[Json]:
-    """The tokens of a prompt, to show: id, text, and whether it is one that no text is encoded to."""
+    """Return the tokens of a prompt for the page: id, text, bytes, and whether it is a special token."""
     if served is None or served.local is None:
         return [{"id": token, "text": "", "bytes": "", "special": False} for token in prompt]
     bytes_of = TokenBytes(served.tokenizer)

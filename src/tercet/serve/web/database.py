@@ -1,8 +1,8 @@
-"""The file that conversations are kept in: where it is, how it is opened, what is in it.
+"""The database file of the conversations: its path, its tables and its connection.
 
-SQLite in WAL mode: any number of processes read and write it, one at a time writes. A message is
-addressed by a hash of what it says and of the message before it (see `tercet.serve.web.store`), so a
-message is there once, however many conversations and branches go through it.
+SQLite in WAL mode: any number of processes read and write the file, and one writes at a time. The address of
+a message is a hash of its content and of the message before it (see `tercet.serve.web.store`), so a message is
+stored once, however many conversations and branches share it.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from tercet.errors import UserError
 
 VERSION = 1  # of the tables; a program never writes to tables of another version
-APPLICATION = 0x74726374  # "trct" in SQLite's header: this file is ours
+APPLICATION = 0x74726374  # "trct" in SQLite's header marks a file of Tercet
 PATIENCE = 10.0  # seconds to wait while another process writes
 
 TABLES = """
@@ -35,7 +37,7 @@ CREATE TABLE messages (
     created REAL NOT NULL
 ) STRICT;
 CREATE INDEX messages_by_parent ON messages (parent);
--- Tokens and probabilities of an answer, the ids of its prompt: zlib of JSON, read only when looked at.
+-- Tokens and probabilities of an answer, and the ids of its prompt: zlib of JSON, read only for Inspect.
 CREATE TABLE details (
     hash TEXT PRIMARY KEY REFERENCES messages (hash) ON DELETE CASCADE,
     summary TEXT NOT NULL,
@@ -51,7 +53,7 @@ CREATE TABLE conversations (
     updated REAL NOT NULL,
     deleted REAL
 ) STRICT;
--- Which messages a conversation has shown, in the order they came: with each one all before it.
+-- The messages of a conversation, in order of arrival; the ancestors of a member are members too.
 CREATE TABLE members (
     conversation TEXT NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
     hash TEXT NOT NULL REFERENCES messages (hash),
@@ -59,7 +61,7 @@ CREATE TABLE members (
     PRIMARY KEY (conversation, hash)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_hash ON members (hash);
--- Answers being written, and what has come of them. They become messages when they end.
+-- Answers in progress, and their text so far. They become messages when they end.
 CREATE TABLE drafts (
     id TEXT PRIMARY KEY,
     owner TEXT NOT NULL,
@@ -102,18 +104,20 @@ END;
 
 
 def default_path() -> Path:
-    """Where conversations are kept: below ``$XDG_DATA_HOME``, or ``~/.local/share``."""
+    """Return the default file, below ``$XDG_DATA_HOME`` or ``~/.local/share``."""
     home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(home) / "tercet" / "chat.db"
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """A connection, for any thread that holds a lock of the caller's; the tables are there.
+    """Open ``path`` and create its tables where they are missing.
+
+    Any thread may use the connection; the caller provides a lock.
 
     Raises:
-        UserError: the file can't be read or written, is damaged, or is somebody else's.
+        UserError: the file cannot be read or written, is damaged, or belongs to another program.
     """
-    with told(path):
+    with file_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         try:
@@ -125,14 +129,14 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switching to a write-ahead log needs the file for oneself, and SQLite does not wait for that by itself."""
-    until = time.monotonic() + PATIENCE
+    """Switch to a write-ahead log, which needs exclusive access; SQLite itself does not wait for it."""
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
@@ -142,8 +146,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     _write_ahead(connection)
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")  # what was deleted is not left in free pages
-    connection.execute("BEGIN IMMEDIATE")  # of two processes that come first, one makes the tables
+    connection.execute("PRAGMA secure_delete = ON")  # deleted text does not stay in free pages
+    connection.execute("BEGIN IMMEDIATE")  # if two processes start at once, one of them creates the tables
     with rolled_back_on_error(connection):
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -152,8 +156,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             raise UserError(f"{path} is a database of another program; choose another file")
         if tables and version != VERSION:
             raise UserError(
-                f"{path} has tables of version {version}, and this tercet knows version {VERSION}; "
-                "use the tercet that wrote it, or choose another file"
+                f"{path} has tables of version {version}, and this version of Tercet reads version {VERSION}; "
+                "use the version that wrote the file, or choose another file"
             )
         if not tables:
             for statement in _statements(TABLES):
@@ -161,11 +165,11 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
             with contextlib.suppress(OSError):
-                path.chmod(0o600)  # it holds what was said
+                path.chmod(0o600)  # it holds the user's messages
 
 
 def _statements(script: str) -> Iterator[str]:
-    """One statement after the other, as ``executescript`` would commit before it begins."""
+    """Yield the statements one by one; ``executescript`` would commit the open transaction."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -174,9 +178,9 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-@contextlib.contextmanager
+@contextmanager
 def rolled_back_on_error(connection: sqlite3.Connection) -> Iterator[None]:
-    """Commit what the block wrote, or nothing of it."""
+    """Commit the writes of the block, or roll all of them back if it raises."""
     try:
         yield
     except BaseException:
@@ -186,9 +190,9 @@ def rolled_back_on_error(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("COMMIT")
 
 
-@contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn what the disk or SQLite refuses into a UserError that names the file."""
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk and of SQLite into a UserError that names the file."""
     try:
         yield
     except sqlite3.OperationalError as problem:
@@ -196,10 +200,10 @@ def told(path: Path) -> Iterator[None]:
             f"cannot use {path}: {problem}; check that it can be written to and that the disk has room"
         ) from problem
     except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
-        raise  # a mistake of the program's, such as a connection that is closed
+        raise  # a defect of the program, such as the use of a closed connection
     except sqlite3.DatabaseError as problem:
         raise UserError(
-            f"{path} is damaged or no database ({problem}); move it away to begin anew"
+            f"{path} is damaged or not a database ({problem}); move it away to start with an empty one"
         ) from problem
     except OSError as problem:
         raise UserError(f"cannot use {path}: {problem.strerror or problem}") from problem
@@ -208,17 +212,17 @@ def told(path: Path) -> Iterator[None]:
 
 
 class Owner:
-    """This process's mark on the drafts it writes, by which others see whether it still lives.
+    """The owner of the drafts of this process, by which other processes see whether it still runs.
 
-    A file next to the database, locked as long as the process lives: the lock goes with it, however
-    it ends.
+    It is a file next to the database, locked as long as the process runs. The operating system releases the
+    lock however the process ends.
     """
 
     def __init__(self, path: Path) -> None:
         import fcntl
 
         self._directory = path.with_name(path.name + ".owners")
-        with told(path):
+        with file_errors(path):
             self._directory.mkdir(exist_ok=True, mode=0o700)
             while True:
                 self.name = secrets.token_hex(8)
@@ -226,10 +230,10 @@ class Owner:
                 fcntl.flock(self._file, fcntl.LOCK_EX)
                 if (self._directory / self.name).exists():
                     break
-                self._file.close()  # between two lines another process took it for a dead one's
+                self._file.close()  # another process removed the file before it was locked
 
     def lives(self, name: str) -> bool:
-        """Whether the process that bears the name still runs. Takes away the file of one that doesn't."""
+        """Return whether the process with this name still runs; remove the file of one that does not."""
         import fcntl
 
         path = self._directory / name
@@ -244,12 +248,44 @@ class Owner:
         return False
 
     def forget_the_dead(self) -> None:
-        """Take away the files of processes that have ended."""
+        """Remove the files of processes that have ended."""
         for file in self._directory.iterdir():
             self.lives(file.name)
 
     def close(self) -> None:
-        """This process writes no drafts any more."""
+        """Release the lock; this process writes no more drafts."""
         with contextlib.suppress(OSError):
             (self._directory / self.name).unlink(missing_ok=True)
         self._file.close()
+
+
+class Connection:
+    """A connection that several threads share: calls of one process take turns.
+
+    Args:
+        path: the file; it is created where it does not exist.
+
+    Raises:
+        UserError: the file cannot be read or written, is damaged, or belongs to another program.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._connection = open_database(path)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, file_errors(self.path):
+            yield self._connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Make all writes of the block durable together, or none of them."""
+        with self._lock, file_errors(self.path):
+            if self._connection.in_transaction:  # a part of a larger change
+                yield self._connection
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
+            with rolled_back_on_error(self._connection):
+                yield self._connection

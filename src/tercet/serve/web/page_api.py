@@ -28,112 +28,128 @@ from tercet.serve.web.asking import (
     MAX_TOKENS,
     Plan,
     check_settings,
-    go_on_plan,
+    continuation_plan,
     make_plan,
     prompt_pieces,
 )
 from tercet.serve.web.chat_export import as_json, as_markdown, preference_pairs
+from tercet.serve.web.conversations import NotThere
 from tercet.serve.web.page_view import conversation_view
 from tercet.serve.web.records import Conversation, Json
-from tercet.serve.web.store import NotThere, Store
+from tercet.serve.web.store import Store
 
 T = TypeVar("T")
 
-ALIVE_SECONDS = (
-    15.0  # a comment goes to every tab so often, so that nothing between takes the stream for dead
-)
-RETRY_MILLISECONDS = 1000  # until a tab that lost its connection tries again
+ALIVE_SECONDS = 15.0  # between two comments in a stream, so that no proxy closes it as idle
+RETRY_MILLISECONDS = 1000  # after which a tab reconnects
 TITLE_LIMIT = 200
 
 
 class Body(BaseModel):
-    """What a request may hold; anything else is refused."""
+    """The body of a request; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class NewConversation(Body):
+    """A new conversation."""
+
     kind: Literal["chat", "text"] = "chat"
     settings: dict[str, Any] = {}
 
 
 class Change(Body):
+    """A change of a conversation."""
+
     title: str | None = None
     settings: dict[str, Any] | None = None
     kind: Literal["chat", "text"] | None = None
-    show: str | None = None  # a message: its branch is shown, as it was left
+    show: str | None = None  # a message whose branch the conversation shows from now on
 
 
 class NewMessage(Body):
+    """A message of the user."""
+
     content: str
     parent: str | None = None
 
 
 class NewAnswer(Body):
+    """A message to answer once more."""
+
     parent: str
 
 
 class Edit(Body):
+    """A message in other words."""
+
     message: str
     content: str
 
 
-class GoOn(Body):
+class Continuation(Body):
+    """A token of an answer to continue from."""
+
     message: str
     position: int
     token: int | None = None
 
 
 class Stop(Body):
+    """An answer to stop; None: all of the conversation."""
+
     answer: str | None = None
 
 
 class Vote(Body):
+    """A vote on a comparison."""
+
     comparison: str
     vote: str
 
 
 class Page:
-    """The routes' common ground: the store, the models, the answers on their way."""
+    """What the routes share: the store, the models and the answers in progress."""
 
     def __init__(self, store: Store, models: Models) -> None:
         self.store, self.models = store, models
         self.answers = Answers(store)
 
     async def close(self) -> None:
-        """Keep the answers on their way, as interrupted, and end the streams of events: they have no other end."""
+        """Store the answers in progress as interrupted, and end the event streams."""
         await self.answers.close()
 
     async def off_loop(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Call what reads or writes the disk, without holding up the event loop."""
+        """Call a function that uses the disk without blocking the event loop."""
         return await asyncio.to_thread(function, *args, **options)
 
     async def view(self, name: str) -> Json:
-        """The conversation as it is shown, with its answers on their way."""
+        """Return a conversation as the page shows it, with its answers in progress."""
         running = self.answers.of(name)
-        comparing = {one.plan.comparison["id"] for one in running if one.plan.comparison}
+        comparing = {answer.plan.comparison["id"] for answer in running if answer.plan.comparison}
         return await self.off_loop(conversation_view, self.store, name, comparing)
 
     async def changed(self, name: str) -> Json:
-        """The same after a change, which the other tabs are told of."""
+        """Return a conversation after a change, and notify the other tabs."""
         self.answers.changed(name)
         return await self.view(name)
 
-    def plans(self, one: Conversation, parent: str, history: list[tuple[str, str]]) -> list[Plan]:
-        """One plan, or two where the conversation compares; nothing is stored yet."""
-        settings = one.settings
+    def plans(self, conversation: Conversation, parent: str, history: list[tuple[str, str]]) -> list[Plan]:
+        """Return one plan, or two if the conversation compares models; nothing is stored yet."""
+        settings = conversation.settings
         names = [settings.get("model") or self.models.default.name]
         if settings.get("against"):
             names.append(settings["against"])
         return [
-            make_plan(self.models.get(name), one.kind, one.id, parent, history, settings) for name in names
+            make_plan(self.models.get(name), conversation.kind, conversation.id, parent, history, settings)
+            for name in names
         ]
 
-    async def start(self, one: Conversation, plans: list[Plan], parent: str) -> None:
-        """Begin the answers of plans to ``parent``, which is stored by now."""
+    async def start(self, conversation: Conversation, plans: list[Plan], parent: str) -> None:
+        """Start the planned answers to ``parent``, which is stored already."""
         if len(plans) == 2:
-            blind = bool(one.settings.get("blind"))
-            name = await self.off_loop(self.store.compare, one.id, parent, blind)
+            blind = bool(conversation.settings.get("blind"))
+            name = await self.off_loop(self.store.compare, conversation.id, parent, blind)
             if blind:
                 random.shuffle(plans)
             for plan, side in zip(plans, ("left", "right"), strict=True):
@@ -143,31 +159,31 @@ class Page:
             await self.answers.start(plan)
 
     async def answer(self, name: str, parent: str) -> None:
-        """Begin another answer to a message that is there."""
-        one = await self.off_loop(self.store.conversation, name)
+        """Start another answer to a stored message."""
+        conversation = await self.off_loop(self.store.conversation, name)
         await self.off_loop(self.store.member, name, parent)
         history = [
-            (before.role, before.content) for before in await self.off_loop(self.store.history, parent)
+            (message.role, message.content) for message in await self.off_loop(self.store.history, parent)
         ]
-        plans = self.plans(one, parent, history)
+        plans = self.plans(conversation, parent, history)
         await self.off_loop(self.store.change, name, leaf=parent)
-        await self.start(one, plans, parent)
+        await self.start(conversation, plans, parent)
 
     async def say(self, name: str, parent: str | None, content: str) -> None:
-        """Add what the user says after ``parent`` and begin the answer."""
+        """Add a message of the user after ``parent`` and start the answer."""
         check_text(content, "the message")
-        one = await self.off_loop(self.store.conversation, name)
+        conversation = await self.off_loop(self.store.conversation, name)
         if parent is not None:
             await self.off_loop(self.store.member, name, parent)
         before = await self.off_loop(self.store.history, parent)
         history = [(message.role, message.content) for message in before]
-        plans = self.plans(one, "", [*history, ("user", content)])
+        plans = self.plans(conversation, "", [*history, ("user", content)])
         message = await self.off_loop(self.store.add, name, parent, "user", content)
-        await self.start(one, plans, message.id)
+        await self.start(conversation, plans, message.id)
 
 
 def page_of(request: Request) -> Page:
-    """The page's state."""
+    """Return the state of the page."""
     page: Page = request.app.state.page
     return page
 
@@ -177,56 +193,64 @@ router = fastapi.APIRouter(prefix="/page/api", include_in_schema=False)
 
 @router.get("/models")
 async def models(request: Request) -> Json:
-    """What there is to talk to, and the settings that an answer has when none is given."""
+    """Return the models, and the default settings of an answer."""
     page = page_of(request)
     return {
-        "models": [_describe(one) for one in page.models],
+        "models": [_describe(served) for served in page.models],
         "default": page.models.default.name,
         "fields": FIELDS,
         "max_tokens": MAX_TOKENS,
     }
 
 
-def _describe(one: Served) -> Json:
+def _describe(served: Served) -> Json:
     return {
-        "name": one.name,
-        "local": one.local is not None,
-        "chats": one.local is None or one.has_chat_template,
-        "context": one.context_length,
+        "name": served.name,
+        "local": served.local is not None,
+        "chats": served.local is None or served.has_chat_template,
+        "context": served.context_length,
     }
 
 
 @router.get("/conversations")
 async def conversations(request: Request, search: str = "") -> Json:
-    """All conversations, or those in which every word of ``search`` is."""
+    """Return all conversations, or those that contain every word of ``search``."""
     page = page_of(request)
     await page.off_loop(page.store.purge)
     if search.strip():
-        found = await page.off_loop(page.store.search, search)
+        matches = await page.off_loop(page.store.search, search)
     else:
-        found = [(one, "") for one in await page.off_loop(page.store.conversations)]
+        matches = [(match, "") for match in await page.off_loop(page.store.conversations)]
     rows = [
-        {"id": one.id, "title": one.title, "kind": one.kind, "updated": one.updated, "passage": passage}
-        for one, passage in found
+        {
+            "id": match.id,
+            "title": match.title,
+            "kind": match.kind,
+            "updated": match.updated,
+            "passage": passage,
+        }
+        for match, passage in matches
     ]
     return {"conversations": rows}
 
 
 @router.post("/conversations")
 async def create(request: Request, body: NewConversation) -> Json:
+    """Create a conversation."""
     page = page_of(request)
-    one = await page.off_loop(page.store.create, body.kind, check_settings(body.settings))
-    return await page.view(one.id)
+    conversation = await page.off_loop(page.store.create, body.kind, check_settings(body.settings))
+    return await page.view(conversation.id)
 
 
 @router.get("/conversations/{name}")
 async def show(request: Request, name: str) -> Json:
+    """Return a conversation."""
     return await page_of(request).view(name)
 
 
 @router.patch("/conversations/{name}")
 async def change(request: Request, name: str, body: Change) -> Json:
-    """Rename it, change its settings, show another branch."""
+    """Rename a conversation, change its settings, or show another branch."""
     page = page_of(request)
     title = (
         None if body.title is None else " ".join(check_text(body.title, "the title").split())[:TITLE_LIMIT]
@@ -243,7 +267,7 @@ async def change(request: Request, name: str, body: Change) -> Json:
 
 @router.delete("/conversations/{name}")
 async def delete(request: Request, name: str) -> Json:
-    """Delete it; for a minute it can be restored."""
+    """Delete a conversation, which can be restored for a minute."""
     page = page_of(request)
     await page.off_loop(page.store.conversation, name)
     await page.answers.stop(name)
@@ -254,6 +278,7 @@ async def delete(request: Request, name: str) -> Json:
 
 @router.post("/conversations/{name}/restore")
 async def restore(request: Request, name: str) -> Json:
+    """Restore a deleted conversation."""
     page = page_of(request)
     await page.off_loop(page.store.restore, name)
     return await page.changed(name)
@@ -261,11 +286,11 @@ async def restore(request: Request, name: str) -> Json:
 
 @router.post("/conversations/{name}/messages")
 async def send(request: Request, name: str, body: NewMessage) -> Json:
-    """Say something after ``parent`` and have it answered. A text without more of it is just continued."""
+    """Add a message after ``parent`` and start the answer; an empty message continues a text."""
     page = page_of(request)
     if not body.content.strip():
-        one = await page.off_loop(page.store.conversation, name)
-        if one.kind != "text" or body.parent is None:
+        conversation = await page.off_loop(page.store.conversation, name)
+        if conversation.kind != "text" or body.parent is None:
             raise UserError("the message is empty; write something")
         await page.answer(name, body.parent)
     else:
@@ -275,7 +300,7 @@ async def send(request: Request, name: str, body: NewMessage) -> Json:
 
 @router.post("/conversations/{name}/answers")
 async def regenerate(request: Request, name: str, body: NewAnswer) -> Json:
-    """Another answer to a message, with the settings as they are now."""
+    """Start another answer to a message, with the present settings."""
     page = page_of(request)
     await page.answer(name, body.parent)
     return await page.changed(name)
@@ -283,7 +308,7 @@ async def regenerate(request: Request, name: str, body: NewAnswer) -> Json:
 
 @router.post("/conversations/{name}/edits")
 async def edit(request: Request, name: str, body: Edit) -> Json:
-    """A message in other words, as a branch of its own. What the user says is answered anew."""
+    """Add a message in other words as a new branch; a message of the user gets a new answer."""
     page = page_of(request)
     message = await page.off_loop(page.store.member, name, body.message)
     check_text(body.content, "the message")
@@ -297,16 +322,16 @@ async def edit(request: Request, name: str, body: Edit) -> Json:
 
 
 @router.post("/conversations/{name}/continuations")
-async def go_on(request: Request, name: str, body: GoOn) -> Json:
-    """Another answer that begins as ``message`` does, up to one of its tokens."""
+async def continue_from(request: Request, name: str, body: Continuation) -> Json:
+    """Start another answer that begins like ``message``, up to one of its tokens."""
     page = page_of(request)
-    one = await page.off_loop(page.store.conversation, name)
+    conversation = await page.off_loop(page.store.conversation, name)
     message = await page.off_loop(page.store.member, name, body.message)
     details = await page.off_loop(page.store.details, body.message)
     if details is None or message.model is None or message.parent is None:
-        raise UserError("only an answer of a model that runs here can be continued from one of its tokens")
+        raise UserError("only an answer of a local model can be continued from one of its tokens")
     served = page.models.get(message.model)
-    plan = go_on_plan(served, one.kind, name, message, details, body.position, body.token)
+    plan = continuation_plan(served, conversation.kind, name, message, details, body.position, body.token)
     await page.off_loop(page.store.change, name, leaf=message.parent)
     await page.answers.start(plan)
     return await page.changed(name)
@@ -314,7 +339,7 @@ async def go_on(request: Request, name: str, body: GoOn) -> Json:
 
 @router.post("/conversations/{name}/stop")
 async def stop(request: Request, name: str, body: Stop) -> Json:
-    """Stop an answer, or all of the conversation; what came is kept."""
+    """Stop an answer, or all answers of the conversation; the text so far is kept."""
     page = page_of(request)
     await page.answers.stop(name, body.answer)
     return await page.view(name)
@@ -322,6 +347,7 @@ async def stop(request: Request, name: str, body: Stop) -> Json:
 
 @router.post("/conversations/{name}/votes")
 async def vote(request: Request, name: str, body: Vote) -> Json:
+    """Store a vote on a comparison."""
     page = page_of(request)
     await page.off_loop(page.store.vote, name, body.comparison, body.vote)
     return await page.changed(name)
@@ -329,20 +355,20 @@ async def vote(request: Request, name: str, body: Vote) -> Json:
 
 @router.get("/conversations/{name}/messages/{message}/tokens")
 async def tokens(request: Request, name: str, message: str) -> Json:
-    """An answer and its prompt token by token."""
+    """Return an answer and its prompt, token by token."""
     page = page_of(request)
-    found = await page.off_loop(page.store.member, name, message)
+    answer = await page.off_loop(page.store.member, name, message)
     details = await page.off_loop(page.store.details, message)
     if details is None:
         return {"tokens": [], "prompt": [], "summary": None}
-    served = next((one for one in page.models if one.name == found.model), None)
+    served = next((model for model in page.models if model.name == answer.model), None)
     prompt = await page.off_loop(prompt_pieces, served, details.prompt)
     return {"tokens": details.tokens, "prompt": prompt, "summary": details.summary()}
 
 
 @router.get("/conversations/{name}/export")
 async def export(request: Request, name: str, form: Literal["json", "markdown"] = "json") -> Response:
-    """The conversation as a file: all branches as JSON, or the one that is shown as Markdown."""
+    """Return a conversation as a file: all branches as JSON, or the branch that is shown as Markdown."""
     page = page_of(request)
     if form == "json":
         text = json.dumps(await page.off_loop(as_json, page.store, name), ensure_ascii=False, indent=1)
@@ -353,7 +379,7 @@ async def export(request: Request, name: str, form: Literal["json", "markdown"] 
 
 @router.get("/preferences")
 async def preferences(request: Request) -> Response:
-    """All votes that prefer an answer, one preference pair a line."""
+    """Return all votes that prefer an answer, one preference pair per line."""
     page = page_of(request)
     rows = await page.off_loop(lambda: list(preference_pairs(page.store)))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -367,7 +393,7 @@ def _file(text: str, kind: str, name: str) -> Response:
 
 @router.get("/conversations/{name}/events")
 async def events(request: Request, name: str) -> Response:
-    """What happens in a conversation from now on, as server-sent events."""
+    """Stream the events of a conversation as server-sent events."""
     page = page_of(request)
     await page.off_loop(page.store.conversation, name)
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -376,9 +402,9 @@ async def events(request: Request, name: str) -> Response:
     )
 
 
-async def _lines(found: AsyncIterator[Json]) -> AsyncIterator[str]:
-    """Events as they go over the wire, with a comment when nothing has happened for a while."""
-    following = asyncio.ensure_future(anext(found, None))
+async def _lines(events: AsyncIterator[Json]) -> AsyncIterator[str]:
+    """Yield events as server-sent events, with a comment after ALIVE_SECONDS without an event."""
+    following = asyncio.ensure_future(anext(events, None))
     yield f"retry: {RETRY_MILLISECONDS}\n\n"
     try:
         while True:
@@ -390,10 +416,10 @@ async def _lines(found: AsyncIterator[Json]) -> AsyncIterator[str]:
             if event is None:
                 return
             yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-            following = asyncio.ensure_future(anext(found, None))
+            following = asyncio.ensure_future(anext(events, None))
     finally:
         following.cancel()
-        close = getattr(found, "aclose", None)
+        close = getattr(events, "aclose", None)
         if close is not None:
             await asyncio.gather(following, return_exceptions=True)
             await close()
@@ -404,7 +430,7 @@ def _not_there(request: Request, problem: Exception) -> Response:
 
 
 def add_page(app: fastapi.FastAPI, store: Store, models: Models) -> None:
-    """The page's files and routes. ``app.state.page.close()`` belongs at the beginning of a shutdown."""
+    """Add the files and routes of the page; a shutdown must begin with ``app.state.page.close()``."""
     app.state.page = Page(store, models)
     app.add_exception_handler(NotThere, _not_there)
     app.include_router(router)

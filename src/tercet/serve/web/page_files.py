@@ -1,4 +1,4 @@
-"""The files of the chat page, and the headers that keep what a model writes from doing anything in it."""
+"""The files of the chat page, and the headers that keep the text of a model from acting in it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TYPES = {
     "js": "text/javascript; charset=utf-8",
     "svg": "image/svg+xml",
 }
-# Nothing from elsewhere, no script or style in the markup, no frame around it; only one named place in
-# the page's code may turn text into HTML.
+# Nothing from other hosts, no script or style in the markup, no frame around the page; only one named place in
+# its code may turn text into HTML.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
@@ -39,14 +39,14 @@ router = fastapi.APIRouter(include_in_schema=False)
 
 @functools.cache
 def _files() -> dict[str, tuple[bytes, str, str]]:
-    """Content, type and tag of each file by its name; read once, so a request names no path."""
-    found = {}
+    """Return content, type and tag of each file by its name; a request never names a path."""
+    files = {}
     for entry in resources.files("tercet.serve.web").joinpath("page").iterdir():
         kind = TYPES.get(entry.name.rpartition(".")[2])
         if kind is not None:
             content = entry.read_bytes()
-            found[entry.name] = content, kind, f'"{hashlib.sha256(content).hexdigest()[:20]}"'
-    return found
+            files[entry.name] = content, kind, f'"{hashlib.sha256(content).hexdigest()[:20]}"'
+    return files
 
 
 def _answer(request: Request, name: str) -> Response:
@@ -54,7 +54,10 @@ def _answer(request: Request, name: str) -> Response:
     if file is None:
         raise APIError(404, f"there is no file {name:.100} of the page", code="unknown_url")
     content, kind, tag = file
-    headers = {"etag": tag, "cache-control": "no-cache"}  # asked for each time, sent when it has changed
+    headers = {
+        "etag": tag,
+        "cache-control": "no-cache",
+    }  # browsers ask each time, and get the file if it has changed
     if request.headers.get("if-none-match") == tag:
         return Response(status_code=304, headers=headers)
     return Response(content, media_type=kind, headers=headers)
@@ -62,18 +65,18 @@ def _answer(request: Request, name: str) -> Response:
 
 @router.get("/")
 def index(request: Request) -> Response:
-    """The page itself."""
+    """Return the page."""
     return _answer(request, "index.html")
 
 
 @router.get("/page/{name}")
 def file(request: Request, name: str) -> Response:
-    """One of its parts."""
+    """Return a file of the page."""
     return _answer(request, name)
 
 
 class PageHeaders:
-    """Puts HEADERS on everything that belongs to the page."""
+    """Adds HEADERS to every response of the page."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -1,4 +1,4 @@
-"""What the store holds: messages and their addresses, how answers came about, conversations, comparisons."""
+"""The records of the store: messages and their addresses, details of answers, conversations, comparisons."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ TITLE_LENGTH = 60
 
 @dataclass(frozen=True)
 class Message:
-    """One message. ``id`` is its address; ``parent`` the address of the message before it, or None.
+    """A message.
 
-    model, settings: who answered and how it was asked; None and {} for what a person wrote.
-    finish: how an answer ended: "stop", "length", "stopped" (by the user), "interrupted", "error".
+    Attributes:
+        id: its address.
+        parent: the address of the message before it; None for the first one.
+        model: the model that wrote it; None for a message of the user.
+        settings: the settings of the model; empty for a message of the user.
+        finish: how an answer ended: "stop", "length", "stopped" (by the user), "interrupted" or "error".
     """
 
     id: str
@@ -36,38 +40,43 @@ class Message:
 
 @dataclass
 class Details:
-    """How an answer came about.
+    """The details of an answer.
 
-    prompt: ids of the tokens the model read; empty where the model is somewhere else.
-    tokens: for each token of the answer its id, text, bytes (hexadecimal), logprob, ``top`` (id, text,
-        logprob each) and the entropy of its place (nats); ``picked`` where the user chose it.
+    Attributes:
+        prompt: ids of the tokens that the model read; empty for a hosted model.
+        tokens: for each token of the answer its id, text, bytes (hexadecimal), logprob, ``top`` (id, text and
+            logprob of each alternative) and the entropy of its distribution (nats); ``picked`` if the user chose it.
+        usage: counted tokens.
+        seconds: from the start to the end of the answer.
+        first_seconds: from the start to the first token.
+        error: why the answer failed, in one line.
     """
 
     prompt: list[int] = field(default_factory=list)
     tokens: list[Json] = field(default_factory=list)
     usage: Json = field(default_factory=dict)
     seconds: float | None = None
-    first_seconds: float | None = None  # until the first token
+    first_seconds: float | None = None
     error: str | None = None
 
     def summary(self) -> Json:
-        """What is shown below an answer, in few numbers.
+        """Return the numbers that the page shows below an answer.
 
-        surprise: bits, the mean of -log2 p over its tokens. entropy: bits, the mean of the surprise that
-        was to be expected at its places.
+        ``surprise`` is the mean of -log2 p over its tokens, and ``entropy`` the mean of the expected surprise,
+        both in bits.
         """
-        found: Json = {"seconds": self.seconds, "first_seconds": self.first_seconds, "error": self.error}
-        found |= {"usage": self.usage, "prompt": len(self.prompt), "tokens": len(self.tokens)}
+        summary: Json = {"seconds": self.seconds, "first_seconds": self.first_seconds, "error": self.error}
+        summary |= {"usage": self.usage, "prompt": len(self.prompt), "tokens": len(self.tokens)}
         if self.tokens:
             bits = len(self.tokens) * math.log(2)
-            found["surprise"] = -sum(token["logprob"] for token in self.tokens) / bits
-            found["entropy"] = sum(token["entropy"] for token in self.tokens) / bits
-        return found
+            summary["surprise"] = -sum(token["logprob"] for token in self.tokens) / bits
+            summary["entropy"] = sum(token["entropy"] for token in self.tokens) / bits
+        return summary
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation without its messages."""
+    """A conversation, without its messages."""
 
     id: str
     title: str
@@ -100,29 +109,29 @@ def address(
     finish: str | None = None,
     tokens: Sequence[int] = (),
 ) -> str:
-    """The address of a message: 32 hexadecimal digits."""
-    said = [parent, role, content, model, settings or {}, finish, list(tokens)]
-    text = json.dumps(said, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    """Return the address of a message: 32 hexadecimal digits."""
+    content_of = [parent, role, content, model, settings or {}, finish, list(tokens)]
+    text = json.dumps(content_of, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
 def dump(value: Any) -> str:
-    """JSON that is equal exactly when the values are."""
+    """Return canonical JSON: equal values give equal texts."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
 def pack(value: Any) -> bytes:
-    """A JSON value, compressed: tokens with their alternatives shrink to a fifth."""
+    """Compress a JSON value; tokens with their alternatives shrink to a fifth."""
     return zlib.compress(json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode("ascii"), 3)
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` was given."""
+    """Return the value that `pack` compressed."""
     return json.loads(zlib.decompress(data))
 
 
 def message_of(row: sqlite3.Row) -> Message:
-    """The message of a row of its table."""
+    """Return the message of a table row."""
     return Message(
         row["hash"], row["parent"], row["role"], row["content"], row["model"], json.loads(row["settings"]),
         row["finish"], row["created"],
@@ -130,7 +139,7 @@ def message_of(row: sqlite3.Row) -> Message:
 
 
 def conversation_of(row: sqlite3.Row) -> Conversation:
-    """The conversation of a row of its table."""
+    """Return the conversation of a table row."""
     return Conversation(
         row["id"], row["title"], row["kind"], json.loads(row["settings"]), row["leaf"], row["created"],
         row["updated"],
@@ -138,7 +147,7 @@ def conversation_of(row: sqlite3.Row) -> Conversation:
 
 
 def title_of(content: str) -> str:
-    """The first line of a message, cut at a word."""
+    """Return the first line of a message, cut at a word boundary."""
     line = next((line.strip() for line in content.splitlines() if line.strip()), "")
     if len(line) <= TITLE_LENGTH:
         return line
@@ -147,8 +156,8 @@ def title_of(content: str) -> str:
 
 
 def passage_around(content: str, word: str) -> str:
-    """A passage of a line or so around a word."""
-    at = max(content.casefold().find(word.casefold()), 0)
-    begin, end = max(at - 40, 0), min(at + len(word) + 60, len(content))
+    """Return the passage of about a line around a word."""
+    position = max(content.casefold().find(word.casefold()), 0)
+    begin, end = max(position - 40, 0), min(position + len(word) + 60, len(content))
     passage = " ".join(content[begin:end].split())
     return ("…" if begin else "") + passage + ("…" if end < len(content) else "")

@@ -1,11 +1,11 @@
-"""A model's Markdown as HTML that can do no harm, block by block.
+"""Markdown of a model as safe HTML, block by block.
 
-What a model writes is untrusted. HTML in it is shown as text, images become links, and what the
-Markdown library makes is cleaned once more by nh3, which knows a short list of tags and attributes.
+The text of a model is untrusted. HTML in it is shown as text, images become links, and nh3 cleans the output of
+the Markdown library with a short list of tags and attributes.
 
-An answer is a list of top-level blocks. While it is streamed only the last block changes: a block is
-finished when the next one has begun on a complete line, and from then on nothing that comes can alter
-it (link definitions, which could, are off).
+An answer is a list of top-level blocks. While it is streamed, only the last block changes: a block is finished
+when the next one has begun on a complete line, and no later text can alter it (link definitions, which could,
+are disabled).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
-HIGHLIGHT_LIMIT = 40_000  # characters; longer code is shown plain, as highlighting takes a second for it
+HIGHLIGHT_LIMIT = 40_000  # characters; highlighting longer code takes more than a second
 
 _TAGS = {
     "p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "br", "pre", "code", "span",
@@ -41,8 +41,8 @@ _ATTRIBUTES = {
 _LINK = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _CLASSES = re.compile(r"[a-z0-9 -]{1,40}")
 _TASK = re.compile(r"\[([ xX])\] ")
-# The beginning of a line that may yet become a list, a heading, a rule, a table, a fence.
 _BOLD, _OPEN = re.compile(r"\*\*\S.*?\*\*"), re.compile(r"\*\*(?=\S)")
+# The beginning of a line that may still become a list, a heading, a rule, a table or a fence.
 _UNDECIDED = re.compile(r"[\s\-=#>*+_`~|:.)0-9]*")
 
 
@@ -57,7 +57,7 @@ def _attribute(tag: str, name: str, value: str) -> str | None:
 
 
 def sanitize(dirty: str) -> str:
-    """HTML with nothing in it but the tags and attributes that Markdown needs."""
+    """Return HTML with only the tags and attributes that Markdown needs."""
     return nh3.clean(
         dirty,
         tags=_TAGS,
@@ -70,7 +70,7 @@ def sanitize(dirty: str) -> str:
 
 
 def highlight(code: str, language: str) -> str:
-    """The code as HTML, with pygments' short class names where it knows the language."""
+    """Return code as HTML, with the class names of pygments where it knows the language."""
     lexer = _lexer(language.lower()) if language and len(code) <= HIGHLIGHT_LIMIT else None
     if lexer is None:
         return html.escape(code, quote=False)
@@ -103,31 +103,31 @@ def _code(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
 
 
 def _image(tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
-    """A link in the image's place: loading it would tell a stranger that, and when, it was read."""
+    """Return a link instead of the image: loading it would tell its server that, and when, it was read."""
     token = tokens[index]
     source = html.escape(str(token.attrs.get("src", "")))
     return f'<a href="{source}">{html.escape(token.content or "image")}</a>'
 
 
 def _tasks(state: StateCore) -> None:
-    """``- [x] done``: a box instead of the brackets."""
+    """Replace the brackets of a task (``- [x] done``) by a box."""
     for number, token in enumerate(state.tokens):
         if token.type != "inline" or number < 2 or state.tokens[number - 2].type != "list_item_open":
             continue
         first = token.children[0] if token.children else None
-        found = _TASK.match(first.content) if first is not None and first.type == "text" else None
-        if first is None or found is None or token.children is None:
+        brackets = _TASK.match(first.content) if first is not None and first.type == "text" else None
+        if first is None or brackets is None or token.children is None:
             continue
-        first.content = first.content[found.end() :]
+        first.content = first.content[brackets.end() :]
         box = Token("html_inline", "", 0)
-        name, label = ("box", "to do") if found[1] == " " else ("box done", "done")
+        name, label = ("box", "to do") if brackets[1] == " " else ("box done", "done")
         box.content = f'<span class="{name}" role="img" aria-label="{label}"></span> '
         token.children.insert(0, box)
         state.tokens[number - 2].attrSet("class", "task")
 
 
 def _align_by_class(state: StateCore) -> None:
-    """Tables align with a class: the page's policy lets no style attribute through."""
+    """Align tables by a class: the security policy of the page allows no style attribute."""
     for token in state.tokens:
         style = token.attrs.pop("style", None) if token.type in ("th_open", "td_open") else None
         if style is not None:
@@ -145,7 +145,7 @@ def _markdown() -> MarkdownIt:
 
 
 def _parse(text: str) -> list[list[Token]]:
-    """The tokens of each top-level block."""
+    """Return the tokens of each top-level block."""
     groups: list[list[Token]] = []
     for token in _markdown().parse(text):
         if token.level == 0 and token.nesting >= 0:
@@ -160,31 +160,32 @@ def _html(group: list[Token]) -> str:
 
 
 def render(text: str) -> list[str]:
-    """The HTML of each top-level block of a whole text."""
+    """Return the HTML of each top-level block of a whole text."""
     return [_html(group) for group in _parse(_lines(text))]
 
 
 def _lines(text: str) -> str:
-    """Line ends as markdown-it counts them; a lone CR at the end may yet become CR LF."""
+    """Normalise line ends as markdown-it counts them; a CR at the end may still become CR LF."""
     return text.removesuffix("\r").replace("\r\n", "\n").replace("\r", "\n")
 
 
 class BlockStream:
-    """The blocks of a text that grows.
+    """The blocks of a growing text.
 
-    blocks: their HTML; all but the last ``len(blocks) - finished`` are as they will stay.
-    finished: how many will not change any more.
+    Attributes:
+        blocks: the HTML of each block.
+        finished: how many of the first blocks will not change any more.
     """
 
     def __init__(self) -> None:
         self.blocks: list[str] = []
         self.finished = 0
-        self._begin = 0  # where in the text the blocks that may change begin
+        self._begin = 0  # the index in the text where the unfinished blocks begin
 
     def update(self, text: str, whole: bool = False) -> int:
-        """Take the text so far; the first block that has changed (``len(blocks)``: none).
+        """Render the text so far; return the index of the first changed block (``len(blocks)``: none).
 
-        whole: nothing more comes.
+        With ``whole`` the text is complete.
         """
         text = _lines(text)
         rest = text[self._begin :]
@@ -210,21 +211,21 @@ class BlockStream:
 
 
 def _offset(text: str, line: int) -> int:
-    """Where a line begins."""
-    at = 0
+    """Return the index of the first character of a line."""
+    position = 0
     for _ in range(line):
-        at = text.index("\n", at) + 1
-    return at
+        position = text.index("\n", position) + 1
+    return position
 
 
 def _settled(text: str) -> str:
-    """``text`` without a last line of which it isn't clear yet what it will be."""
+    """Return ``text`` without a last line whose kind is not decided yet."""
     head, newline, line = text.rpartition("\n")
     return head + newline if _UNDECIDED.fullmatch(line) else text
 
 
 def _closed(text: str, last: list[Token]) -> str | None:
-    """``text`` with the emphasis or code closed that its last line has open; None where none is."""
+    """Return ``text`` with the open emphasis or code of its last line closed; None if none is open."""
     leaf = next((token for token in reversed(last) if token.type in ("inline", "fence", "code_block")), None)
     line = text.rpartition("\n")[2]
     if leaf is None or leaf.type != "inline" or not line.strip():

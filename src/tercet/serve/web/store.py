@@ -1,211 +1,66 @@
-"""What was said: conversations as a tree of messages, in one SQLite file.
+"""The store of the page: conversations as trees of messages, in one SQLite file.
 
-A message is addressed by a hash of its parent's address and of everything it says: role, content and,
-for an answer, model, settings, how it ended and its tokens. Branches and conversations that begin alike
-share their beginning; the same answer drawn twice is one message. A conversation is a set of such
-messages (with each of them all before it) and a leaf, the message it shows last.
+The address of a message is a hash of its parent's address and of its content: role, text and, for an answer,
+model, settings, how it ended and its tokens. So branches and conversations that begin alike share their
+beginning, and the same answer sampled twice is one message. A conversation is a set of such messages, with all
+their ancestors, and a leaf: the last message that it shows.
 
-An answer that is being written is a draft. What has come of it is written several times a second, so
-that little is lost when the process ends; whoever opens the store next makes it a message, marked as
-interrupted.
+An answer in progress is a draft. Its text is written several times a second, so that little is lost when the
+process ends; the next process that opens the store turns it into a message, marked as interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tercet.errors import UserError
-from tercet.serve.web.database import Owner, default_path, open_database, rolled_back_on_error, told
+from tercet.serve.web.conversations import UNDO_SECONDS, Conversations, NotThere
+from tercet.serve.web.database import Owner, default_path
 from tercet.serve.web.records import (
     Comparison,
-    Conversation,
     Details,
     Json,
     Message,
     address,
-    conversation_of,
     dump,
     message_of,
     pack,
-    passage_around,
     title_of,
     unpack,
 )
 
-KINDS = ("chat", "text")  # a conversation, or one text that a base model continues
 VOTES = ("left", "right", "tie", "both_bad")
-UNDO_SECONDS = 60.0  # a deleted conversation can be brought back so long
 
 
-class NotThere(UserError):
-    """No conversation, message or comparison of that name."""
+class Store(Conversations):
+    """The conversations of a file, with their messages, drafts and comparisons.
 
-
-class Store:
-    """The conversations of one file. Any thread may call; calls of one process take turns.
+    Any thread may call; calls of one process take turns.
 
     Args:
-        path: the file; None: below the user's data directory. It is made where it is not there.
+        path: the file; None: below the user's data directory. It is created where it does not exist.
 
     Raises:
-        UserError: the file can't be read or written, is damaged, or is somebody else's. So does
-            every call that finds the disk unwilling.
+        UserError: the file cannot be read or written, is damaged, or belongs to another program. So does
+            every call that the disk refuses.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = Path(path) if path is not None else default_path()
-        self._lock = threading.RLock()
-        self._connection = open_database(self.path)
+        super().__init__(Path(path) if path is not None else default_path())
         self._owner = Owner(self.path)
         self.recover()
-        self.purge()
+        self.purge(UNDO_SECONDS)
 
     def close(self) -> None:
-        """Let go of the file. Drafts that are still open count as interrupted from now on."""
+        """Close the file. Drafts that are still open count as interrupted from now on."""
         with self._lock:
             self._owner.close()
             self._connection.close()
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, told(self.path):
-            yield self._connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """All that the block writes becomes durable together, or none of it."""
-        with self._lock, told(self.path):
-            if self._connection.in_transaction:  # a part of a larger change
-                yield self._connection
-                return
-            self._connection.execute("BEGIN IMMEDIATE")
-            with rolled_back_on_error(self._connection):
-                yield self._connection
-
-    # Conversations
-
-    def create(self, kind: str = "chat", settings: Json | None = None, title: str = "") -> Conversation:
-        """A new, empty conversation."""
-        if kind not in KINDS:
-            raise UserError(f"a conversation of kind {kind!r} is unknown; kinds are {', '.join(KINDS)}")
-        new, now = secrets.token_hex(8), time.time()
-        with self._writing() as database:
-            database.execute(
-                "INSERT INTO conversations VALUES (?, ?, ?, ?, NULL, ?, ?, NULL)",
-                (new, title, kind, dump(settings or {}), now, now),
-            )
-            return self.conversation(new)
-
-    def conversation(self, name: str) -> Conversation:
-        """The conversation. Raises NotThere."""
-        with self._reading() as database:
-            row = database.execute(
-                "SELECT * FROM conversations WHERE id = ? AND deleted IS NULL", (name,)
-            ).fetchone()
-        if row is None:
-            raise NotThere(f"there is no conversation {name!r}; it may have been deleted")
-        return conversation_of(row)
-
-    def conversations(self) -> list[Conversation]:
-        """All of them, the last used first."""
-        with self._reading() as database:
-            rows = database.execute(
-                "SELECT * FROM conversations WHERE deleted IS NULL ORDER BY updated DESC, id"
-            ).fetchall()
-        return [conversation_of(row) for row in rows]
-
-    def change(
-        self,
-        name: str,
-        *,
-        title: str | None = None,
-        settings: Json | None = None,
-        leaf: str | None = None,
-        kind: str | None = None,
-    ) -> Conversation:
-        """Give a conversation another title, other settings or another leaf; its kind while it is empty."""
-        with self._writing() as database:
-            before = self.conversation(name)
-            if leaf is not None:
-                self._check_member(name, leaf)
-            if kind is not None and kind != before.kind and (kind not in KINDS or before.leaf is not None):
-                raise UserError("only an empty conversation can change its kind, to chat or text")
-            database.execute(
-                "UPDATE conversations SET title = ?, settings = ?, leaf = ?, kind = ? WHERE id = ?",
-                (
-                    before.title if title is None else title,
-                    dump(before.settings if settings is None else settings),
-                    before.leaf if leaf is None else leaf,
-                    kind or before.kind,
-                    name,
-                ),
-            )
-            return self.conversation(name)
-
-    def delete(self, name: str) -> None:
-        """Take a conversation away; for UNDO_SECONDS `restore` brings it back."""
-        with self._writing() as database:
-            self.conversation(name)
-            database.execute("UPDATE conversations SET deleted = ? WHERE id = ?", (time.time(), name))
-
-    def restore(self, name: str) -> Conversation:
-        """Bring a conversation back. Raises NotThere when it is too late."""
-        with self._writing() as database:
-            database.execute("UPDATE conversations SET deleted = NULL WHERE id = ?", (name,))
-            return self.conversation(name)
-
-    def purge(self, older_than: float = UNDO_SECONDS) -> int:
-        """Forget what was deleted at least so many seconds ago, with all that only it had; how many messages."""
-        with self._writing() as database:
-            gone = database.execute(
-                "DELETE FROM conversations WHERE deleted <= ?", (time.time() - older_than,)
-            ).rowcount
-            if not gone:
-                return 0
-            # Members come with all their ancestors: a message that is nobody's has no child that is.
-            unreachable = "SELECT hash FROM messages EXCEPT SELECT hash FROM members"
-            return database.execute(f"DELETE FROM messages WHERE hash IN ({unreachable})").rowcount
-
-    def search(self, words: str) -> list[tuple[Conversation, str]]:
-        """Conversations in whose title or messages every word is, and a passage around the first word.
-
-        A word may be a part of one; case does not matter.
-        """
-        results = [(one, "") for one in self.conversations()]
-        for word in words.split():
-            passages = self._passages(word)
-            named = {one.id for one, _ in results if word.casefold() in one.title.casefold()}
-            results = [
-                (one, passage or ("" if one.id in named else passages[one.id]))
-                for one, passage in results
-                if one.id in named or one.id in passages
-            ]
-        return results
-
-    def _passages(self, word: str) -> dict[str, str]:
-        """Where a word is, in the last message of each conversation that has it."""
-        # The index knows parts of three characters; LIKE does the shorter ones.
-        if len(word) >= 3:
-            condition, value = "found MATCH ?", '"' + word.replace('"', '""') + '"'
-        else:
-            condition, value = "found.content LIKE ? ESCAPE '\\'", f"%{_escaped(word)}%"
-        with self._reading() as database:
-            rows = database.execute(
-                "SELECT conversation, messages.content, max(number) FROM found "
-                "JOIN messages ON messages.id = found.rowid JOIN members USING (hash) "
-                f"WHERE {condition} GROUP BY conversation",
-                (value,),
-            ).fetchall()
-        return {row["conversation"]: passage_around(row["content"], word) for row in rows}
-
-    # Messages
 
     def add(
         self,
@@ -220,10 +75,12 @@ class Store:
         details: Details | None = None,
         select: bool = True,
     ) -> Message:
-        """A message after ``parent`` (None: the first); ``select``: the conversation shows it from now on.
+        """Add a message after ``parent`` (None: as the first one).
+
+        With ``select`` the conversation shows it from now on.
 
         Raises:
-            NotThere: no such conversation, or ``parent`` is not in it.
+            NotThere: there is no such conversation, or ``parent`` is not in it.
         """
         tokens = [token["id"] for token in details.tokens] if details else []
         name = address(parent, role, content, model, settings, finish, tokens)
@@ -254,7 +111,7 @@ class Store:
             return self.message(name)
 
     def message(self, name: str) -> Message:
-        """The message. Raises NotThere."""
+        """Return a message; raise NotThere if there is none of this name."""
         with self._reading() as database:
             row = database.execute("SELECT * FROM messages WHERE hash = ?", (name,)).fetchone()
         if row is None:
@@ -262,20 +119,13 @@ class Store:
         return message_of(row)
 
     def member(self, conversation: str, name: str) -> Message:
-        """The message, if the conversation has it. Raises NotThere."""
+        """Return a message of a conversation; raise NotThere if it is not in it."""
         with self._reading():
             self._check_member(conversation, name)
             return self.message(name)
 
-    def _check_member(self, conversation: str, name: str) -> None:
-        row = self._connection.execute(
-            "SELECT 1 FROM members WHERE conversation = ? AND hash = ?", (conversation, name)
-        ).fetchone()
-        if row is None:
-            raise NotThere(f"there is no message {name!r} in conversation {conversation!r}")
-
     def tree(self, conversation: str) -> list[Message]:
-        """All messages of a conversation in the order they came: parents before their children."""
+        """Return all messages of a conversation in order of arrival: parents before their children."""
         with self._reading() as database:
             rows = database.execute(
                 "SELECT messages.* FROM members JOIN messages USING (hash) "
@@ -285,7 +135,7 @@ class Store:
         return [message_of(row) for row in rows]
 
     def history(self, name: str | None) -> list[Message]:
-        """The messages from the first to ``name``."""
+        """Return the messages from the first one to ``name``."""
         with self._reading() as database:
             rows = database.execute(
                 "WITH RECURSIVE up (hash, depth) AS (SELECT ?, 0 UNION ALL "
@@ -296,7 +146,7 @@ class Store:
         return [message_of(row) for row in rows]
 
     def newest_leaf(self, conversation: str, name: str) -> str:
-        """The leaf below ``name`` that came last, or ``name`` itself."""
+        """Return the newest leaf below ``name``, or ``name`` itself."""
         with self._reading():
             self._check_member(conversation, name)
             below, newest = {name}, name
@@ -307,13 +157,13 @@ class Store:
             return newest
 
     def details(self, name: str) -> Details | None:
-        """How an answer came about; None where nothing is known (a person wrote it)."""
+        """Return the details of an answer; None for a message that the user wrote."""
         with self._reading() as database:
             row = database.execute("SELECT body FROM details WHERE hash = ?", (name,)).fetchone()
         return None if row is None else Details(**unpack(row["body"]))
 
     def summaries(self, conversation: str) -> dict[str, Json]:
-        """`Details.summary` of the answers of a conversation, by message."""
+        """Return `Details.summary` of the answers of a conversation, by message."""
         with self._reading() as database:
             rows = database.execute(
                 "SELECT hash, summary FROM details JOIN members USING (hash) WHERE conversation = ?",
@@ -321,7 +171,7 @@ class Store:
             ).fetchall()
         return {row["hash"]: json.loads(row["summary"]) for row in rows}
 
-    # Answers being written
+    # Drafts: answers in progress
 
     def begin(
         self,
@@ -332,7 +182,10 @@ class Store:
         prompt: Sequence[int] = (),
         comparison: tuple[str, str] | None = None,
     ) -> str:
-        """A draft of an answer to ``parent``; ``comparison``: its name, and "left" or "right"."""
+        """Begin a draft of an answer to ``parent`` and return its name.
+
+        ``comparison`` is the name of a comparison and the side of the answer, "left" or "right".
+        """
         draft = secrets.token_hex(8)
         name, side = comparison or (None, None)
         with self._writing() as database:
@@ -347,10 +200,10 @@ class Store:
         return draft
 
     def write(self, draft: str, text: str, tokens: Sequence[Json]) -> None:
-        """What has come of an answer since the last call."""
+        """Append the text and the tokens of an answer since the last call."""
         with self._writing() as database:
             if database.execute("SELECT 1 FROM drafts WHERE id = ?", (draft,)).fetchone() is None:
-                return  # its conversation was deleted meanwhile
+                return  # the conversation was deleted in the meantime
             database.execute(
                 "INSERT INTO pieces SELECT ?1, 1 + coalesce(max(number), 0), ?2, ?3 FROM pieces WHERE draft = ?1",
                 (draft, text, pack(list(tokens))),
@@ -367,9 +220,9 @@ class Store:
         first_seconds: float | None = None,
         error: str | None = None,
     ) -> Message | None:
-        """Make a draft a message; None if nothing has come of it, or if its conversation is gone.
+        """Turn a draft into a message; return None if it is empty or its conversation was deleted.
 
-        text: the whole answer, where it is not what was written (a stop string may end it earlier).
+        ``text`` is the whole answer where it differs from the written pieces: a stop string may end it earlier.
         """
         with self._writing() as database:
             row = database.execute("SELECT * FROM drafts WHERE id = ?", (draft,)).fetchone()
@@ -397,7 +250,7 @@ class Store:
                 settings=json.loads(row["settings"]),
                 finish=finish,
                 details=details,
-                # Who has gone to another branch meanwhile stays there.
+                # A user who has switched to another branch stays there.
                 select=before.leaf == row["parent"] and row["comparison"] is None,
             )
             if row["comparison"] is not None:
@@ -408,24 +261,24 @@ class Store:
             return message
 
     def recover(self) -> list[Message]:
-        """Make messages of the drafts of processes that have ended, marked as interrupted."""
+        """Turn the drafts of ended processes into messages, marked as interrupted."""
         with self._writing() as database:
             owners = database.execute("SELECT DISTINCT owner FROM drafts").fetchall()
-            dead = [one["owner"] for one in owners if not self._owner.lives(one["owner"])]
-            found = []
-            for owner in dead:
+            ended = [row["owner"] for row in owners if not self._owner.lives(row["owner"])]
+            messages = []
+            for owner in ended:
                 drafts = database.execute("SELECT * FROM drafts WHERE owner = ?", (owner,)).fetchall()
-                found += [self.finish(draft["id"], "interrupted") for draft in drafts]
+                messages += [self.finish(draft["id"], "interrupted") for draft in drafts]
                 for draft in drafts:
                     if draft["comparison"] is not None:
                         self.settle(draft["comparison"])
             self._owner.forget_the_dead()
-        return [message for message in found if message is not None]
+        return [message for message in messages if message is not None]
 
     # Comparisons
 
     def compare(self, conversation: str, parent: str, blind: bool = False) -> str:
-        """A comparison of two answers to ``parent``, which `begin` is told of; its name."""
+        """Begin a comparison of two answers to ``parent`` and return its name, which `begin` takes."""
         name = secrets.token_hex(8)
         with self._writing() as database:
             self._check_member(conversation, parent)
@@ -436,7 +289,7 @@ class Store:
         return name
 
     def settle(self, name: str) -> None:
-        """No more answer comes to a comparison: its conversation shows what there is, the left one first."""
+        """End a comparison: its conversation shows the left answer, or the right one if there is no left one."""
         with self._writing() as database:
             row = database.execute(
                 "SELECT comparisons.* FROM comparisons JOIN conversations ON conversations.id = conversation "
@@ -448,30 +301,30 @@ class Store:
                 self.change(row["conversation"], leaf=answer)
 
     def vote(self, conversation: str, name: str, vote: str) -> Comparison:
-        """Store which answer is better; the conversation goes on from it.
+        """Store which answer is better; the conversation continues from it.
 
         Raises:
-            UserError: not one of VOTES, or one of the answers is not there (yet).
+            UserError: the vote is not one of VOTES, or one of the answers is missing.
         """
         if vote not in VOTES:
             raise UserError(f"vote is {vote!r}; it must be one of {', '.join(VOTES)}")
         with self._writing() as database:
-            found = next((one for one in self.comparisons(conversation) if one.id == name), None)
-            if found is None:
+            comparison = self._comparison(conversation, name)
+            if comparison is None:
                 raise NotThere(f"there is no comparison {name!r} in conversation {conversation!r}")
-            if found.left is None or found.right is None:
-                raise UserError("vote when both answers are there")
+            if comparison.left is None or comparison.right is None:
+                raise UserError("vote when both answers are complete")
             database.execute(
                 "UPDATE comparisons SET vote = ?, voted = ? WHERE id = ?", (vote, time.time(), name)
             )
-            chosen = found.right if vote == "right" else found.left
+            chosen = comparison.right if vote == "right" else comparison.left
             leaf = self.conversation(conversation).leaf
-            if leaf in (found.parent, found.left, found.right):
+            if leaf in (comparison.parent, comparison.left, comparison.right):
                 self.change(conversation, leaf=chosen)
-            return next(one for one in self.comparisons(conversation) if one.id == name)
+            return replace(comparison, vote=vote)
 
     def comparisons(self, conversation: str) -> list[Comparison]:
-        """The comparisons of a conversation in the order they were made."""
+        """Return the comparisons of a conversation in the order they were made."""
         with self._reading() as database:
             rows = database.execute(
                 "SELECT * FROM comparisons WHERE conversation = ? ORDER BY created, id", (conversation,)
@@ -484,6 +337,5 @@ class Store:
             for row in rows
         ]  # fmt: skip
 
-
-def _escaped(word: str) -> str:
-    return word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+    def _comparison(self, conversation: str, name: str) -> Comparison | None:
+        return next((item for item in self.comparisons(conversation) if item.id == name), None)
