@@ -73,7 +73,7 @@ def test_a_pattern_compares_what_it_finds_last() -> None:
     assert score(metric, "first #### 3, no: #### 42", "6 * 7 = #### 42") == 1
     assert score(metric, "#### 42 then #### 3", "#### 42") == 0
     assert score(metric, "42", "#### 42") == 0
-    with pytest.raises(UserError, match="finds nothing in the target"):
+    with pytest.raises(UserError, match="does not match the target"):
         score(metric, "#### 42", "42")
 
 
@@ -125,7 +125,7 @@ def test_which_metrics_are_binary() -> None:
         ({"name": "regex", "pattern": "("}, "not a regular expression"),
         ({"pattern": "x"}, "must be a name"),
         ("json_schema", "needs a schema"),
-        ({"name": "json_schema", "schema": {"type": "strin"}}, "'strin' is no JSON type"),
+        ({"name": "json_schema", "schema": {"type": "strin"}}, "'strin' is not a JSON type"),
         (
             {"name": "json_schema", "schema": {"properties": {"a": {"$ref": "#"}}}},
             r"schema.properties.a: .*'\$ref'",
@@ -151,7 +151,7 @@ def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
     metric = load_metric("python:own_metric_a:length", directory=tmp_path)
     assert metric.score("abc", "x", {"most": 4}) == 0.75
     for name, message in (
-        ("bad", "returned 7; a score is a number from 0 to 1"),
+        ("bad", "returned 7; it must return a number from 0 to 1"),
         ("broken", "raised KeyError"),
     ):
         with pytest.raises(UserError, match=message):

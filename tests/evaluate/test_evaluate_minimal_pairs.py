@@ -151,7 +151,8 @@ def test_mistakes_in_a_file(tmp_path: Path, yaml: str, message: str) -> None:
 
 def test_a_climb_is_told_what_the_file_is_for(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"task\.yaml:1: a task of minimal_pairs is measured by 'tercet eval REF"
+        UserError,
+        match=r"task\.yaml:1: a task of kind minimal_pairs can be measured only by 'tercet eval REF",
     ):
         Task.load(write(tmp_path))
 

@@ -141,5 +141,5 @@ def test_what_is_no_sample_is_refused() -> None:
     ):
         with pytest.raises(ValueError):
             wrong()
-    with pytest.raises(ValueError, match="not pairs"):
+    with pytest.raises(ValueError, match="do not form pairs"):
         paired_bootstrap([1.0], [1.0, 0.0])

@@ -106,7 +106,7 @@ def test_no_input_stands_in_two_splits() -> None:
     )
     assert len(task.examples) == 200 and task.counts["merged"] == 200
     assert task.notes == [
-        "200 of 400 rows repeat another one (case, spaces and punctuation aside) and were merged."
+        "200 of 400 rows repeat another row (case, spaces and punctuation aside) and were merged with it."
     ]
 
 
@@ -150,7 +150,9 @@ def test_auto_labels_are_those_of_train_sorted() -> None:
     assert make(labels="auto").labels == ["ham", "spam"]
     only_in_test = make().test[0].fields["text"]
     data = [{**row, "label": "eggs"} if row["text"] == only_in_test else row for row in rows()]
-    with pytest.raises(UserError, match=r"the target 'eggs' is not a target of train \(ham, spam\)"):
+    with pytest.raises(
+        UserError, match=r"the target 'eggs' is not a target of a training example \(ham, spam\)"
+    ):
         make(data, labels="auto")
 
 
@@ -206,7 +208,7 @@ MISTAKES = [
     (broken("metric: accuracy", "7: 1"), "unknown field 7"),
     (broken("train.jsonl", "trian.jsonl"), r"task\.yaml:2: there is no file .*trian\.jsonl; did you mean train\.jsonl\?"),
     (broken("train.jsonl", "org/mails"), "If org/mails is a data set on the Hub, download it"),
-    (broken("train.jsonl", "."), "is a directory; name the files in it"),
+    (broken("train.jsonl", "."), "is a directory; list the files in it"),
     (broken("train.jsonl", "{test: train.jsonl}"), "data has no train"),
     (broken("train.jsonl", "{train: train.jsonl, tset: x}"), "data has no field 'tset'; did you mean 'test'"),
     (broken("train.jsonl", "{train: train.jsonl, path: x}"), "both path and train"),
@@ -217,26 +219,26 @@ MISTAKES = [
     (broken("train.jsonl", "{train: train.jsonl, test: empty.jsonl}"),
      "task.yaml:2: test is empty: .*empty.jsonl holds no rows"),
     (broken("{text}", "{txt}"), r"task\.yaml:3: prompt uses the field 'txt', which .*train\.jsonl does not have; "
-     "its fields are text, label"),
+     "the fields there are text, label"),
     (broken("{text}", "{text"), "line 1, column 10"),
-    (broken("{text}", "text"), "every example would be the same"),
+    (broken("{text}", "text"), "every example would have the same input"),
     (broken("target: label", "target: lable"), r"task\.yaml:4: target uses the field 'lable'"),
     (broken("[ham, spam]", "[ham, spam, eggs]"), r"task\.yaml:5: no row has the label 'eggs'; the targets are ham, spam"),
     (broken("[ham, spam]", "[ham, eggs]"), r"train\.jsonl, row 1: the target 'spam' is not among the labels \(ham, eggs\)"),
-    (broken("[ham, spam]", "[ham]"), r"task\.yaml:5: a closed task needs at least 2 labels and there is only 'ham'"),
-    (broken("[ham, spam]", "[]"), "at least 2 labels and there is none"),
-    (broken("[ham, spam]", "[ham, ham]"), "the label 'ham' is given twice"),
-    (broken("[ham, spam]", "[yes, no]"), "YAML reads one of the labels as true; write it in quotes"),
+    (broken("[ham, spam]", "[ham]"), r"task\.yaml:5: a closed task needs at least 2 labels, and there is only 'ham'"),
+    (broken("[ham, spam]", "[]"), "at least 2 labels, and there is none"),
+    (broken("[ham, spam]", "[ham, ham]"), "the label 'ham' is repeated"),
+    (broken("[ham, spam]", "[yes, no]"), "YAML reads a label as true; put it in quotes"),
     (broken("[ham, spam]", "ham"), "labels must be a list, or auto"),
     (broken("[ham, spam]", "[[ham], spam]"), "each label must be text, not a list"),
     (broken("accuracy", "acuracy"), r"task\.yaml:6: metric 'acuracy' is unknown; did you mean accuracy"),
-    (broken("accuracy", "judge"), r"task\.yaml:6: metric: judge needs a hosted model"),
+    (broken("accuracy", "judge"), r"task\.yaml:6: metric: judge is not implemented yet"),
     (broken("accuracy", "3"),
      r"task\.yaml:6: metric must be a name, or a mapping with a name and its options, not a whole number"),
     (broken("name: mail", "name: [mail]"), r"task\.yaml:1: name must be text, not a list"),
     (broken("name: mail", "name:"), r"task\.yaml:1: name must be text, not empty"),
-    (broken("metric: accuracy", "name: other"), r"task\.yaml:6: 'name' is given twice, first in line 1"),
-    (broken("train.jsonl", "{path: train.jsonl, path: b}"), r"task\.yaml:2: 'path' is given twice"),
+    (broken("metric: accuracy", "name: other"), r"task\.yaml:6: 'name' is repeated; it first occurs in line 1"),
+    (broken("train.jsonl", "{path: train.jsonl, path: b}"), r"task\.yaml:2: 'path' is repeated"),
     (broken("target: label\n", ""), "the field 'target' is missing; a task needs data, prompt, target"),
     (broken("metric: accuracy", "few_shot: 0"), r"task\.yaml:6: few_shot is 0"),
     (broken("metric: accuracy", "few_shot: many"), "few_shot must be a whole number, not text"),
@@ -295,7 +297,7 @@ def test_a_row_of_the_second_file_is_named_by_that_file(tmp_path: Path) -> None:
 def test_too_few_rows_for_a_split_say_what_to_do(tmp_path: Path) -> None:
     few = [row for row in rows() if position(row["text"]) > 0.3][:3]
     with pytest.raises(
-        UserError, match=r"the test split is empty: none of 3 examples .* 15%; .*set test_size"
+        UserError, match=r"the test split is empty, because none of 3 examples .* 15%; .*set test_size"
     ):
         make(few)
     small = make(rows(12), test_size=4, dev_size=3)

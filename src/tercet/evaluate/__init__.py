@@ -1,1 +1,1 @@
-"""What a task is, and how well a model does it: tasks, splits, metrics, statistics."""
+"""Tasks, and measuring how well a model does them: splits, answers, metrics, statistics."""

@@ -1,8 +1,8 @@
-"""``builtin:docs-routing``: a real classification task made from the running Python itself.
+"""``builtin:docs-routing``: a real classification task made from the installed Python.
 
-The input is the first paragraph of a docstring in the standard library, the label the area of the
-library reference that its module belongs to. The labels are the reference's own chapters, the small
-ones merged with a neighbour; nobody had to annotate anything, and no data is shipped.
+The input is the first paragraph of a docstring in the standard library. The label is the area of the
+library reference that its module belongs to. The labels are the reference's chapters, with small
+chapters merged into a neighbour. The task needs no annotation, and no data is shipped.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from tercet.data import python_docs
 
 MASK = "[module]"
-MINIMUM_WORDS = 4  # below, little is left to tell an area from: "Return the value."
+MINIMUM_WORDS = 4  # shorter texts say too little to recognise an area, such as "Return the value."
 
-# Label: modules. The chapters of docs.python.org/3/library, in its order; a package stands for all
-# modules in it, and a leading underscore marks where CPython keeps the pure Python version.
+# Label: modules. The chapters of docs.python.org/3/library, in its order. A package means all modules
+# in it, and a leading underscore marks CPython's modules with the pure Python version.
 AREAS: dict[str, str] = {
     # Text Processing, Binary Data (codecs), Internationalization
     "text": "string re difflib textwrap stringprep codecs encodings locale gettext readline rlcompleter",
@@ -69,14 +69,14 @@ AREAS: dict[str, str] = {
     ),
 }
 
-# Left out: what distributions package apart, so that the task would differ from one machine to the
-# next (tkinter, turtle, idlelib, venv, ensurepip, lib2to3); what later Pythons have removed (PEP 594
-# and 632: distutils, asyncore, cgi, nntplib, telnetlib and their like); chapters too small to be a
-# label (cryptography, multimedia); and modules that no chapter names.
+# Left out: modules that distributions package separately, so that the task would differ between machines
+# (tkinter, turtle, idlelib, venv, ensurepip, lib2to3); modules that later Pythons have removed (PEP 594
+# and 632: distutils, asyncore, cgi, nntplib, telnetlib and others); chapters too small to be a label
+# (cryptography, multimedia); and modules that no chapter names.
 
 
 def area_of(module: str) -> str | None:
-    """The label of a dotted module name; None if it is left out."""
+    """Return the label of a dotted module name; None if it is left out."""
     return _AREA_OF_MODULE.get(module.partition(".")[0])
 
 
@@ -84,15 +84,15 @@ _AREA_OF_MODULE = {module: area for area, modules in AREAS.items() for module in
 
 
 def first_paragraph(docstring: str) -> str:
-    """Up to the first blank line, on one line."""
+    """Return the text before the first blank line, as one line."""
     return " ".join(re.split(r"\n[^\S\n]*\n", docstring.strip(), maxsplit=1)[0].split())
 
 
 def mask_module(text: str, module: str) -> str:
-    """``text`` with every part of its module's name, as a whole word in any case, as ``[module]``.
+    """Replace every part of the module's name, as a whole word in any case, with ``[module]``.
 
-    For ``xml.dom.minidom`` these are xml, dom and minidom, also inside ``xml.sax`` or
-    ``Minidom.parse()``. ``_pydecimal`` also stands for ``decimal``, ``_strptime`` for ``strptime``.
+    The parts of ``xml.dom.minidom`` are xml, dom and minidom; they are also replaced in ``xml.sax`` and
+    ``Minidom.parse()``. ``_pydecimal`` also means ``decimal``, and ``_strptime`` means ``strptime``.
     """
     names = set(module.split("."))
     names |= {name.removeprefix("_py").lstrip("_") for name in names if name.startswith("_")}
@@ -101,10 +101,10 @@ def mask_module(text: str, module: str) -> str:
 
 
 def docs_routing_rows() -> list[dict[str, str]]:
-    """The examples, ordered by module: ``text`` (masked), ``area``, ``original`` and ``name``.
+    """Return the examples, ordered by module: ``text`` (masked), ``area``, ``original`` and ``name``.
 
-    Only public names count. A text that comes again is taken once, and not at all if it stands in
-    more than one area; so is one that is an interpreter session or has too few words.
+    Only public names are used. A repeated text is used once, or not at all if it occurs in several
+    areas. Texts that are an interpreter session or have too few words are left out.
     """
     rows: dict[str, dict[str, str]] = {}
     areas: dict[str, set[str]] = {}

@@ -60,7 +60,8 @@ def evaluate(
     """Measure a model on a split of a task.
 
     Args:
-        task: a task, or what ``Task.load`` takes.
+        llm: the model.
+        task: a task, or the argument of ``Task.load``.
         shots: solved examples of the training split in the prompt.
         split: "test" or "dev".
         tuned: whether the model learned to end its answers with a stop token, which is then scored

@@ -1,7 +1,7 @@
-"""Checks JSON values against the part of JSON Schema (2020-12) that describes data.
+"""Check JSON values against the part of JSON Schema (2020-12) that describes data.
 
-What is not supported (references, conditionals, formats) is refused when the schema is read, never
-passed over: an ignored keyword would let wrong answers count as right.
+Unsupported keywords (references, conditionals, formats) are rejected when the schema is read. If they
+were ignored, wrong answers would count as correct.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KEYWORDS = {
 
 
 def check_schema(schema: Any, where: str = "schema") -> None:
-    """Raise UserError, naming the place, for a keyword or a value that ``conforms`` can't honour."""
+    """Raise UserError, with the place in the schema, for a keyword or a value that `conforms` does not support."""
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
@@ -47,7 +47,9 @@ def check_schema(schema: Any, where: str = "schema") -> None:
         if key == "type":
             for name in value if isinstance(value, list) else [value]:
                 if name not in _TYPES:
-                    raise UserError(f"{place}: {name!r} is no JSON type; they are {', '.join(_TYPES)}")
+                    raise UserError(
+                        f"{place}: {name!r} is not a JSON type; the types are {', '.join(_TYPES)}"
+                    )
         elif key == "properties":
             if not isinstance(value, dict):
                 raise UserError(f"{place} must be an object")
@@ -80,7 +82,7 @@ def check_schema(schema: Any, where: str = "schema") -> None:
 
 
 def conforms(value: Any, schema: Any) -> bool:
-    """Whether a parsed JSON value is valid under a schema that passed ``check_schema``."""
+    """Return whether a parsed JSON value is valid under a schema that passed `check_schema`."""
     if isinstance(schema, bool):
         return schema
     kinds = schema.get("type")
@@ -124,26 +126,26 @@ def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
     if kind == "integer" and isinstance(value, float):
-        return value.is_integer()  # 1.0 is an integer to JSON Schema
+        return value.is_integer()  # 1.0 is an integer in JSON Schema
     return isinstance(value, _TYPES[kind])
 
 
-def _within(count: int, schema: dict[str, Any], what: str) -> bool:
-    return bool(schema.get(f"min{what}", 0) <= count <= schema.get(f"max{what}", math.inf))
+def _within(count: int, schema: dict[str, Any], noun: str) -> bool:
+    return bool(schema.get(f"min{noun}", 0) <= count <= schema.get(f"max{noun}", math.inf))
 
 
 def _object(value: dict[str, Any], schema: dict[str, Any]) -> bool:
     named = schema.get("properties", {})
-    others = schema.get("additionalProperties", True)
+    additional = schema.get("additionalProperties", True)
     return (
         _within(len(value), schema, "Properties")
         and all(name in value for name in schema.get("required", []))
-        and all(conforms(inner, named.get(name, others)) for name, inner in value.items())
+        and all(conforms(inner, named.get(name, additional)) for name, inner in value.items())
     )
 
 
 def canonical(value: Any) -> str:
-    """JSON text that is equal for equal JSON values: keys sorted, 1 and 1.0 alike, 1 and true not."""
+    """Return JSON text that is equal for equal values: keys are sorted, 1 equals 1.0, and 1 does not equal true."""
     return json.dumps(_whole(value), ensure_ascii=False, sort_keys=True)
 
 
@@ -158,7 +160,7 @@ def _whole(value: Any) -> Any:
 
 
 def parse_json(text: str) -> tuple[bool, Any]:
-    """(whether ``text`` is JSON, its value). NaN and Infinity, which Python's reader accepts, are not."""
+    """Return (whether ``text`` is JSON, its value). NaN and Infinity are not JSON, though Python reads them."""
     try:
         return True, json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):

@@ -241,6 +241,7 @@ def evaluate_lm_eval(
     """Run tasks of the harness and return its results in plain values.
 
     Args:
+        model: the model.
         tasks: names of tasks, groups or tags, or paths of task files.
         include_path: a directory with your own task files.
         limit: the largest number of documents of each task; None: all.

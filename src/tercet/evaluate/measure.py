@@ -27,6 +27,7 @@ def measure(
     Args:
         name: of what is measured.
         respond: returns one answer for each example, in order.
+        task: whose metric scores the answers.
         examples: one split of the task, not empty.
         seed: of the bootstrap.
 

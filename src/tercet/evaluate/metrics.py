@@ -1,8 +1,8 @@
-"""Metrics: how right one answer is, and what the score of all of them is.
+"""Metrics: the score of one answer, and the score of all answers.
 
-A metric maps every answer to one number (``values``), and an array of such numbers to the score
-(``aggregate``), so that resampling examples needs no more than indexing that array. For all but
-macro-F1 the numbers are the scores themselves and the aggregate is their mean.
+A metric maps every answer to a number (``values``), and an array of such numbers to the score
+(``aggregate``). So resampling examples only indexes that array. For every metric but macro-F1 the
+numbers are the scores of the answers and the aggregate is their mean.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Metric:
-    """One way to score answers.
+    """A way to score answers.
 
     Attributes:
         name: as in the task file.
-        binary: every answer is right or wrong, so that two rungs are compared with McNemar's test
-            and a score has a Wilson interval. Otherwise both come from the bootstrap.
+        binary: whether every answer is correct or wrong. Then two rungs are compared with McNemar's
+            test, and a score has a Wilson interval. Otherwise both come from the bootstrap.
         score: (prediction, target, fields of the example) -> 0 to 1, for one answer.
-        labels: the classes of macro-F1; None for every metric that is a mean.
-        definition: equal for metrics that score alike: the name with its options, and of a
+        labels: the classes of macro-F1; None for a metric that is a mean.
+        definition: equal for metrics that score in the same way: the name with its options, and for a
             ``python:`` metric a hash of the module's file.
     """
 
@@ -50,10 +50,10 @@ class Metric:
     definition: str = ""
 
     def values(self, predictions: Sequence[str], targets: Sequence[str], scores: Sequence[float]) -> Values:
-        """[n] numbers that ``aggregate`` works on."""
+        """Return the numbers, [n], that ``aggregate`` takes."""
         if self.labels is None:
             return np.asarray(scores, dtype=np.float64)
-        # A pair of classes as one whole number; what is no label is one class more.
+        # A pair of classes as one whole number. Text that is no label is one more class.
         code = {label: index for index, label in enumerate(self.labels)}
         base = len(self.labels) + 1
         pairs = zip(targets, predictions, strict=True)
@@ -61,39 +61,39 @@ class Metric:
         return np.array(codes, dtype=np.float64)
 
     def aggregate(self, values: Values) -> Values:
-        """Score of each set of examples: [..., n] -> [...]."""
+        """Return the score of each set of examples: [..., n] -> [...]."""
         if self.labels is None:
             return statistics.mean(values)
         return macro_f1(values.astype(np.int64), len(self.labels))
 
 
 def accuracy(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-    """1 if the answer is the target, but for spaces around it."""
+    """Return 1 if the answer equals the target, without the spaces around both."""
     return float(prediction.strip() == target.strip())
 
 
 def exact_match(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-    """1 if both are the same text with runs of spaces as one, or the same JSON object or list.
+    """Return 1 if both are the same text, with runs of spaces as one, or the same JSON object or list.
 
-    JSON is compared as values: the order of keys, the spacing and 1 or 1.0 make no difference.
+    JSON is compared by value: the order of keys, spaces and 1 or 1.0 make no difference.
     """
-    is_json, wanted = parse_json(target)
-    if is_json and isinstance(wanted, dict | list):
-        given, answer = parse_json(prediction)
-        return float(given and canonical(answer) == canonical(wanted))
+    is_json, target_value = parse_json(target)
+    if is_json and isinstance(target_value, dict | list):
+        is_json, answer = parse_json(prediction)
+        return float(is_json and canonical(answer) == canonical(target_value))
     return float(prediction.split() == target.split())
 
 
 def token_f1(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-    """F1 of the words both have, as SQuAD scores answers (Rajpurkar et al. 2016, arXiv:1606.05250).
+    """Return the F1 of the shared words, as SQuAD scores answers (Rajpurkar et al. 2016, arXiv:1606.05250).
 
-    Lower case, without punctuation and the articles a, an, the.
+    Words are in lower case, without punctuation and the articles a, an, the.
     """
-    answer, wanted = _answer_words(prediction), _answer_words(target)
-    if not answer or not wanted:
-        return float(answer == wanted)
-    shared = sum((Counter(answer) & Counter(wanted)).values())
-    return 2 * shared / (len(answer) + len(wanted))
+    answer, correct = _answer_words(prediction), _answer_words(target)
+    if not answer or not correct:
+        return float(answer == correct)
+    shared = sum((Counter(answer) & Counter(correct)).values())
+    return 2 * shared / (len(answer) + len(correct))
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -105,12 +105,12 @@ def _answer_words(text: str) -> list[str]:
 
 
 def contains(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-    """1 if the target stands somewhere in the answer; case and runs of spaces make no difference."""
+    """Return 1 if the answer contains the target; case and runs of spaces make no difference."""
     return float(" ".join(target.casefold().split()) in " ".join(prediction.casefold().split()))
 
 
 def target_matches(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-    """1 if the target, a regular expression, matches somewhere in the answer."""
+    """Return 1 if the target, a regular expression, matches somewhere in the answer."""
     try:
         return float(re.search(target, prediction) is not None)
     except re.error as problem:
@@ -120,18 +120,18 @@ def target_matches(prediction: str, target: str, fields: Mapping[str, Any]) -> f
 
 
 def rouge_l(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-    """F1 of the longest common subsequence of words (Lin 2004, "ROUGE", section 3, beta 1).
+    """Return the F1 of the longest common subsequence of words (Lin 2004, "ROUGE", section 3, beta 1).
 
-    Words are runs of letters and digits in lower case; no stemming.
+    Words are runs of letters and digits in lower case, without stemming.
     """
-    answer, wanted = re.findall(r"[^\W_]+", prediction.lower()), re.findall(r"[^\W_]+", target.lower())
-    if not answer or not wanted:
-        return float(answer == wanted)
-    return 2 * _common_subsequence(answer, wanted) / (len(answer) + len(wanted))
+    answer, correct = re.findall(r"[^\W_]+", prediction.lower()), re.findall(r"[^\W_]+", target.lower())
+    if not answer or not correct:
+        return float(answer == correct)
+    return 2 * _common_subsequence(answer, correct) / (len(answer) + len(correct))
 
 
 def _common_subsequence(a: list[str], b: list[str]) -> int:
-    row = [0] * (len(b) + 1)  # row[j]: the longest of the words of a so far and of b[:j]
+    row = [0] * (len(b) + 1)  # row[j]: the longest length for the words of a so far and b[:j]
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, start=1):
@@ -140,24 +140,25 @@ def _common_subsequence(a: list[str], b: list[str]) -> int:
 
 
 def macro_f1(pairs: npt.NDArray[np.int64], classes: int) -> Values:
-    """Mean over the labels of each label's F1, 0 for one that neither occurs nor is predicted.
+    """Return the mean of the labels' F1 scores; a label that neither occurs nor is predicted has 0.
 
-    Equal to scikit-learn's f1_score(average="macro", zero_division=0) with the labels given.
+    It equals scikit-learn's f1_score(average="macro", zero_division=0) with the same labels.
 
     Args:
-        pairs: [..., n], target * (classes + 1) + prediction; the last class stands for no label.
+        pairs: [..., n], target * (classes + 1) + prediction; the last class means no label.
+        classes: the number of labels.
     """
     base = classes + 1
     flat = pairs.reshape(-1, pairs.shape[-1])
-    rows = (np.arange(len(flat)) * base)[:, None]  # each row's classes are moved to a range of their own
+    rows = (np.arange(len(flat)) * base)[:, None]  # each row's classes get a range of their own
     target, prediction = flat // base, flat % base
 
-    def count(moved: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return np.bincount(moved.ravel(), minlength=len(flat) * base).reshape(-1, base)[:, :classes]
+    def count(shifted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.bincount(shifted.ravel(), minlength=len(flat) * base).reshape(-1, base)[:, :classes]
 
-    right = count((target + rows)[target == prediction])
+    correct = count((target + rows)[target == prediction])
     total = count(target + rows) + count(prediction + rows)
-    f1 = np.divide(2 * right, total, out=np.zeros(right.shape), where=total > 0)
+    f1 = np.divide(2 * correct, total, out=np.zeros(correct.shape), where=total > 0)
     return np.asarray(f1.mean(axis=1).reshape(pairs.shape[:-1]))
 
 
@@ -179,23 +180,25 @@ def load_metric(
     where: str = "metric",
     directory: Path | None = None,
 ) -> Metric:
-    """The metric of a task.
+    """Return the metric of a task.
 
     Args:
-        spec: a name of ``METRICS``, or ``{name: regex, pattern: ...}`` (what the pattern finds last
-            in the answer, its first group if it has one, must be what it finds in the target) or
+        spec: a name of ``METRICS``; ``{name: regex, pattern: ...}``, where the last match of the pattern
+            in the answer (its first group if there is one) must equal that in the target; or
             ``{name: json_schema, schema: mapping or file}``.
-        labels: of a closed task. They make f1 macro-F1; an open task's f1 is SQuAD's.
-        where: how messages call it.
-        directory: where ``python:`` modules and schema files are looked for first.
+        labels: of a closed task. With labels f1 means macro-F1, without labels SQuAD's F1.
+        where: the name of the metric in messages.
+        directory: ``python:`` modules and schema files are looked for here first.
 
     Raises:
-        UserError: no such metric, a missing or unknown option, a module that can't be loaded.
+        UserError: an unknown metric, a missing or unknown option, or a module that cannot be loaded.
     """
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{where} must be a name, or a mapping with one: {', '.join(METRICS)}")
+        raise UserError(
+            f"{where} must be a name, or a mapping with a name; the metrics are {', '.join(METRICS)}"
+        )
     option = _OPTIONS.get(name)
     unknown = [key for key in options if key != option]
     if unknown:
@@ -203,8 +206,8 @@ def load_metric(
         raise UserError(f"{where} {name} has no option {unknown[0]!r}; it {takes}")
     if name == "judge":
         raise UserError(
-            f"{where}: judge needs a hosted model to judge with and comes with prompt search; "
-            f"use one of {', '.join(METRICS)}"
+            f"{where}: judge is not implemented yet, because it needs a hosted model; "
+            f"the metrics are {', '.join(METRICS)}"
         )
     if name.startswith("python:"):
         return _from_python(name, where, directory)
@@ -230,16 +233,16 @@ def _from_pattern(pattern: Any, where: str) -> Metric:
     except (re.error, TypeError) as problem:
         raise UserError(f"{where}: pattern {pattern!r} is not a regular expression: {problem}") from problem
 
-    def found(text: str) -> str | None:
-        # The last one: models reason first and answer last.
+    def last_match(text: str) -> str | None:
+        # Models reason first and answer last.
         matches = list(expression.finditer(text))
         return (matches[-1].group(1 if expression.groups else 0) or "").strip() if matches else None
 
     def score(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
-        wanted = found(target)
-        if wanted is None:
-            raise UserError(f"{where}: the pattern {pattern!r} finds nothing in the target {target!r}")
-        return float(found(prediction) == wanted)
+        correct = last_match(target)
+        if correct is None:
+            raise UserError(f"{where}: the pattern {pattern!r} does not match the target {target!r}")
+        return float(last_match(prediction) == correct)
 
     return Metric("regex", True, score, definition=f"regex {pattern}")
 
@@ -273,7 +276,7 @@ def _from_python(name: str, where: str, directory: Path | None) -> Metric:
     sys.path[:0] = places
     try:
         module = importlib.import_module(module_name)
-    except Exception as problem:  # whatever the user's own file raises while it is imported
+    except Exception as problem:  # the user's own file may raise any error
         raise UserError(
             f"{where} {name}: cannot import {module_name}: {type(problem).__name__}: {problem}"
         ) from problem
@@ -282,9 +285,12 @@ def _from_python(name: str, where: str, directory: Path | None) -> Metric:
             sys.path.remove(place)
     function = getattr(module, function_name, None)
     if not callable(function):
-        have = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        functions = [
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        ]
         raise UserError(
-            f"{where} {name}: {module_name} has no function {function_name}; it has {', '.join(have) or 'none'}"
+            f"{where} {name}: {module_name} has no function {function_name}; "
+            f"its functions are {', '.join(functions) or 'none'}"
         )
 
     def score(prediction: str, target: str, fields: Mapping[str, Any]) -> float:
@@ -293,7 +299,7 @@ def _from_python(name: str, where: str, directory: Path | None) -> Metric:
         except Exception as problem:
             raise UserError(f"{where} {name} raised {type(problem).__name__}: {problem}") from problem
         if not isinstance(value, bool | int | float | np.number | np.bool_) or not 0 <= float(value) <= 1:
-            raise UserError(f"{where} {name} returned {value!r}; a score is a number from 0 to 1")
+            raise UserError(f"{where} {name} returned {value!r}; it must return a number from 0 to 1")
         return float(value)
 
     source = getattr(module, "__file__", None)

@@ -37,7 +37,7 @@ class Prediction:
 class Measurement:
     """The score, speed, size and cost of one way to answer a task."""
 
-    name: str  # what was measured
+    name: str  # of the rung, or "3-shot"
     score: float
     low: float  # 95% interval of the score
     high: float
@@ -64,23 +64,24 @@ class Measurement:
         }  # fmt: skip
 
 
-def checked_fields(kind: type[Any], value: Any, what: str) -> dict[str, Any]:
+def checked_fields(kind: type[Any], value: Any, noun: str) -> dict[str, Any]:
     """Return a copy of a JSON object whose keys are the fields of a dataclass.
 
     Args:
         kind: the dataclass.
-        what: what the object should be, for error messages.
+        value: the object.
+        noun: what the object should be, for error messages.
 
     Raises:
         UserError: not an object, an unknown field, or a field without a default that is missing.
     """
     if not isinstance(value, dict):
-        raise UserError(f"not {what}: it must be an object, not {type(value).__name__}")
+        raise UserError(f"not {noun}: it must be an object, not {type(value).__name__}")
     known = {entry.name: entry for entry in fields(kind)}
     for key in value:
         if key not in known:
-            raise UserError(f"not {what}: unknown field {key!r}")
+            raise UserError(f"not {noun}: unknown field {key!r}")
     for name, entry in known.items():
         if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
-            raise UserError(f"not {what}: it has no field {name!r}")
+            raise UserError(f"not {noun}: it has no field {name!r}")
     return dict(value)

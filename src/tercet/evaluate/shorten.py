@@ -16,6 +16,7 @@ def prompt_room(task: Task, context: int, count_tokens: Callable[[str], int], *,
     """Return how many tokens of a context the prompt may use, so that the answer fits after it.
 
     Args:
+        task: whose answer must fit.
         context: tokens that the model takes, prompt and answer together.
         count_tokens: returns the number of tokens of a text.
         labels_scored: whether the answer is the likeliest label, and not generated text.
@@ -35,7 +36,10 @@ def shorten_input(
     The middle of the longest field is cut out, because the ends of a text tend to say what it is about.
 
     Args:
+        task: renders the input.
+        fields: of the example.
         prompt_tokens: returns the number of tokens of the whole prompt made of a rendered input.
+        room: as from `prompt_room`.
 
     Raises:
         UserError: the prompt does not fit even with 8 characters of the field.

@@ -1,8 +1,8 @@
-"""Train, dev and locked test, fixed by what an example says and by nothing else.
+"""Split examples into train, dev and locked test by their content.
 
-An example's place follows from a hash of its own input text. Adding, removing or reordering rows
-moves no other example (except at a cap), and an edited prompt moves none at all: what was once
-test is never trained on.
+A hash of an example's own input text determines its split. Adding, removing or reordering rows
+moves no other example, except at a cap, and editing the prompt moves none. So a former test example
+is never trained on.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from typing import Literal
 
 Split = Literal["train", "dev", "test"]
 
-TEST_SHARE, TEST_CAP = (
-    0.15,
-    1000,
-)  # 1,000 examples give an interval of ±3 points at worst; more only costs time
+# 1,000 test examples give an interval of ±3 percentage points at worst; more only cost time.
+TEST_SHARE, TEST_CAP = 0.15, 1000
 DEV_SHARE, DEV_CAP = 0.10, 500
 
 _MARKS = re.compile(r"[^\w\s]+")
 
 
 def normalise(text: str) -> str:
-    """The text as it is compared: Unicode NFKC, case folded, punctuation out, single spaces.
+    """Return the form of a text for comparison: Unicode NFKC, case folded, no punctuation, single spaces.
 
-    Symbols that are not punctuation (``+``, ``<``, emoji) stay, and so does punctuation between two
-    digits, where it is arithmetic or a decimal point: 3-4, 3*4 and 3.4 are three texts. A text of
-    nothing but punctuation stays as it is, or all of them would be one.
+    Symbols that are not punctuation (``+``, ``<``, emoji) stay. So does punctuation between two digits,
+    where it is arithmetic or a decimal point: 3-4, 3*4 and 3.4 are three texts. A text of punctuation
+    only keeps it; otherwise all such texts would be equal.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     bare = " ".join(_MARKS.sub(_without_punctuation, folded).split())
@@ -38,7 +36,7 @@ def normalise(text: str) -> str:
 
 def _without_punctuation(match: re.Match[str]) -> str:
     marks, text = match.group(), match.string
-    # A few characters either side are enough to see past spaces, and keep this linear in the text.
+    # A few characters on either side are enough to skip spaces, and keep the time linear in the text.
     before = text[max(0, match.start() - 8) : match.start()].rstrip()[-1:]
     after = text[match.end() : match.end() + 8].lstrip()[:1]
     if before.isdigit() and after.isdigit():
@@ -49,13 +47,13 @@ def _without_punctuation(match: re.Match[str]) -> str:
 
 
 def content_id(text: str) -> str:
-    """16 hexadecimal digits of the SHA-256 of the normalised text: equal texts have equal ids."""
+    """Return 16 hexadecimal digits of the SHA-256 of the normalised text, so equal texts have equal ids."""
     return _digest(text).hex()[:16]
 
 
 def position(text: str) -> float:
-    """Where the text falls in [0, 1): uniform over texts, the same on every machine and in every run."""
-    # 53 bits are what a float holds exactly: 64 of them could round up to 1.0.
+    """Return a text's position in [0, 1): uniform over texts, the same on every machine and in every run."""
+    # A float holds 53 bits exactly; 64 bits could round up to 1.0.
     return (int.from_bytes(_digest(text)[:8], "big") >> 11) / 2**53
 
 
@@ -70,16 +68,16 @@ def assign(
     dev: float | int | None = None,
     given_test: bool = False,
 ) -> list[Split]:
-    """The split of each text, which must be distinct after ``normalise``.
+    """Return the split of each text.
 
     Args:
-        texts: inputs of the examples.
+        texts: inputs of the examples, distinct after ``normalise``.
         test: a share below 1 (0.15 by default, at most 1,000 examples) or a number of examples.
         dev: a share below 1 (0.10 by default, at most 500 examples) or a number of examples.
-        given_test: the test examples come from elsewhere, so none are taken from these.
+        given_test: whether the test examples are others, so that none of these become test.
 
-    A share takes the texts whose position lies below it (dev: between test's end and the sum), a cap
-    or a number those with the smallest positions. What a cap leaves over goes to train.
+    A share takes the texts whose position is below it (dev: between the end of test and the sum). A cap
+    or a number takes the texts with the smallest positions. The texts above a cap become train.
     """
     order = sorted((position(text), index) for index, text in enumerate(texts))
     result: list[Split] = ["train"] * len(texts)
@@ -98,7 +96,7 @@ def assign(
 def _take(
     order: list[tuple[float, int]], start: float, size: float | int | None, share: float, cap: int
 ) -> tuple[list[int], float]:
-    """The indexes taken from ``start`` on, and where the next split may begin."""
+    """Return the indexes taken from ``start`` on, and the position at which the next split may begin."""
     after = [(place, index) for place, index in order if place >= start]
     if isinstance(size, int):
         taken = after[:size]

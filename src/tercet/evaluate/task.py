@@ -1,4 +1,4 @@
-"""The task: examples, a prompt, a metric, and a locked test split. One definition for every rung."""
+"""Tasks: examples, a prompt, a metric and a locked test split. All rungs use the same definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tercet.data.template import Template
 from tercet.errors import UserError
 from tercet.evaluate.examples import Example, RowReader, input_text, merge, place, refuse_empty, refuse_unused
 from tercet.evaluate.metrics import Metric, load_metric
-from tercet.evaluate.task_file import EXAMPLES, Origin, TaskFile, check_label_list
+from tercet.evaluate.task_file import EXAMPLES, MINIMAL_PAIRS, Origin, TaskFile, check_label_list
 from tercet.files import fingerprint
 
 __all__ = ["BUILTIN", "Example", "Task"]
@@ -42,10 +42,10 @@ BUILTIN: dict[str, Callable[[], Task]] = {"docs-routing": _docs_routing}
 
 @dataclass
 class Task:
-    """What is to be done, how it is scored, and the examples.
+    """A prompt, a metric and examples in three splits.
 
-    Make one with ``Task.load`` or ``Task.from_rows``. Whatever chooses anything (few-shot examples,
-    early stopping, a prompt) may read ``train`` and ``dev`` and never ``test``.
+    ``Task.load`` and ``Task.from_rows`` make tasks. Every choice (of few-shot examples, a prompt, when
+    to stop training) may use ``train`` and ``dev`` and never ``test``.
     """
 
     name: str
@@ -53,37 +53,37 @@ class Task:
     target: str
     metric: Metric
     examples: list[Example]
-    labels: list[str] | None = None  # None: an open task, answered in free text
+    labels: list[str] | None = None  # None: an open task, with free text as answers
     system: str | None = None
     corpus: list[str] = field(default_factory=lambda: list(DEFAULT_CORPUS))
     few_shot: int = FEW_SHOT
     max_tokens: int = 64
     description: str | None = None
-    unmasked: str | None = None  # the field with the text as it was before anything in it was masked
-    reference: str | None = None  # what it was loaded from, as given; None: made in Python
+    unmasked: str | None = None  # the field with the text before parts of it were masked
+    reference: str | None = None  # the argument of ``load``; None: made in Python
     counts: dict[str, int] = field(default_factory=dict)  # rows read, merged, dropped: see ``notes``
 
     @classmethod
     def load(cls, reference: str | Path) -> Task:
-        """The task of a YAML file (its paths are relative to the file) or of ``builtin:NAME``.
+        """Load a task from a YAML file, whose paths are relative to the file, or ``builtin:NAME``.
 
         Raises:
-            UserError: one line naming the file, the line or row, and what is wrong with it.
+            UserError: a mistake in the file or its data; the message names the file and the line or row.
         """
         name = str(reference)
         if name.startswith("builtin:"):
             make = BUILTIN.get(name.removeprefix("builtin:"))
             if make is None:
                 raise UserError(
-                    f"no task {name!r} is built in; there is builtin:{', builtin:'.join(BUILTIN)}"
+                    f"there is no built-in task {name!r}; the built-in tasks are builtin:{', builtin:'.join(BUILTIN)}"
                 )
             return replace(make(), reference=name)
         path = Path(reference)
         file = open_task_file(path)
         if file.kind != EXAMPLES:
             raise UserError(
-                f"{file.at('kind')}: a task of {file.kind} is measured by 'tercet eval REF {path}'; "
-                "a climb needs examples with a prompt and a target"
+                f"{file.at('kind')}: a task of kind {MINIMAL_PAIRS} can be measured only by 'tercet eval REF {path}'; "
+                f"a task of kind {EXAMPLES}, with a prompt and a target, is needed here"
             )
         return replace(_from_file(cls, file), reference=name)
 
@@ -109,100 +109,105 @@ class Task:
         directory: Path | None = None,
         origin: Origin | None = None,
     ) -> Self:
-        """A task from rows in memory.
+        """Make a task from rows in memory.
 
         Args:
-            rows: examples by field name. They are split by content, unless ``test_rows`` and
-                ``dev_rows`` say which are which; rows that repeat one of those are dropped here.
+            name: of the task.
+            rows: examples by field name. They are split by content (`tercet.evaluate.split`), unless
+                ``test_rows`` and ``dev_rows`` are separate; rows that repeat one of those are dropped.
             prompt: the template of the model's input.
-            target: the field that holds the right answer, or a template over fields. An object or a
-                list in it becomes JSON with sorted keys.
-            labels: the classes; "auto" takes the distinct targets of train, sorted; None: open task.
-            metric: accuracy by default with labels, exact_match without (see climb.metrics).
-            few_shot: how many solved examples the few-shot rung shows.
-            max_tokens: of an answer; by default what the longest target of train can need.
-            test_size, dev_size: a share below 1 or a number of examples (see climb.split).
-            directory: where relative paths of ``metric`` are looked up.
-            origin: which file and line each field and row came from, for messages.
+            target: the field with the correct answer, or a template over fields. An object or a list
+                becomes JSON with sorted keys.
+            labels: the classes; "auto" takes the distinct training targets, sorted; None: an open task.
+            metric: as for `tercet.evaluate.metrics.load_metric`; default accuracy with labels, else exact_match.
+            test_rows: the test split; None: a part of ``rows``.
+            dev_rows: the dev split; None: a part of ``rows``.
+            system: the system message.
+            corpus: what a base model is pre-trained on.
+            few_shot: the number of solved examples that the few-shot rung shows.
+            max_tokens: of an answer; default enough for the longest training target.
+            test_size: a share below 1 or a number of examples.
+            dev_size: a share below 1 or a number of examples.
+            description: a sentence for the report.
+            directory: relative paths of ``metric`` start here.
+            origin: the file and line of each field and row, for error messages.
 
         Raises:
-            UserError: what is wrong, and in which row.
+            UserError: a wrong setting or row; the message names it.
         """
         origin = origin or Origin(name)
-        for size, label in ((test_size, "test_size"), (dev_size, "dev_size")):
-            _check_size(size, label, origin)
-        if few_shot < 1:
-            raise UserError(f"{origin.field('few_shot')}: few_shot is {few_shot}; it must be 1 or more")
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"{origin.field('max_tokens')}: max_tokens is {max_tokens}; it must be 1 or more")
-        if test_rows is not None and test_size is not None:
-            raise UserError(
-                f"{origin.field('test_size')}: test_size has no effect on a test file; leave one out"
-            )
-        if dev_rows is not None and dev_size is not None:
-            raise UserError(
-                f"{origin.field('dev_size')}: dev_size has no effect on a dev file; leave one out"
-            )
+        _check_size("test", test_size, test_rows is not None, origin)
+        _check_size("dev", dev_size, dev_rows is not None, origin)
+        for field_name, number in (("few_shot", few_shot), ("max_tokens", max_tokens)):
+            if number is not None and number < 1:
+                raise UserError(f"{origin.field(field_name)}: {field_name} is {number}; it must be 1 or more")
         reader = RowReader(prompt, target, origin)
         counts: Counter[str] = Counter()
-        given = {"train": rows, "dev": dev_rows, "test": test_rows}
-        read = {split: reader.read(part, split) for split, part in given.items() if part is not None}
+        parts = {"train": rows, "dev": dev_rows, "test": test_rows}
+        read = {split: reader.read(part, split) for split, part in parts.items() if part is not None}
         counts["rows"] = sum(len(part) for part in read.values())
-        allowed = _label_set(labels, origin)
-        if allowed is not None:
+        label_list = _label_list(labels, origin)
+        if label_list is not None:
             for split, part in read.items():
-                reader.check_labels(part, allowed, split)
+                reader.check_labels(part, label_list, split)
         merged = {split: merge(part, counts) for split, part in read.items()}
         examples = place(merged, test_size, dev_size, counts)
-        refuse_empty(examples, origin.field("data"), given)
+        refuse_empty(examples, origin.field("data"), parts)
         train = [example for example in examples if example.split == "train"]
         if labels == "auto":
-            allowed = sorted({example.target for example in train})
-            check_label_list(allowed, origin.field("labels"))
+            label_list = sorted({example.target for example in train})
+            check_label_list(label_list, origin.field("labels"))
             for split, part in read.items():
-                reader.check_labels(part, allowed, split, "not a target of train")
-        if allowed is not None:
-            refuse_unused(allowed, examples, origin.field("labels"))
-            counts["labels without a training example"] = len(set(allowed) - {item.target for item in train})
-        spec = metric if metric is not None else ("accuracy" if allowed is not None else "exact_match")
+                reader.check_labels(part, label_list, split, "not a target of a training example")
+        if label_list is not None:
+            refuse_unused(label_list, examples, origin.field("labels"))
+            counts["labels without a training example"] = len(
+                set(label_list) - {example.target for example in train}
+            )
+        spec = metric if metric is not None else ("accuracy" if label_list is not None else "exact_match")
         return cls(
             name=name,
             prompt=reader.prompt,
             target=target,
-            metric=load_metric(spec, allowed, where=f"{origin.field('metric')}: metric", directory=directory),
+            metric=load_metric(
+                spec, label_list, where=f"{origin.field('metric')}: metric", directory=directory
+            ),
             examples=examples,
-            labels=allowed,
+            labels=label_list,
             system=system,
             corpus=list(corpus),
             few_shot=few_shot,
-            max_tokens=max_tokens or _longest(train),
+            max_tokens=max_tokens or _enough_tokens(train),
             description=description,
-            counts={what: count for what, count in counts.items() if count},
+            counts={name: count for name, count in counts.items() if count},
         )
 
     @cached_property
     def train(self) -> list[Example]:
+        """The training examples."""
         return [example for example in self.examples if example.split == "train"]
 
     @cached_property
     def dev(self) -> list[Example]:
+        """The examples for choices."""
         return [example for example in self.examples if example.split == "dev"]
 
     @cached_property
     def test(self) -> list[Example]:
+        """The locked test examples."""
         return [example for example in self.examples if example.split == "test"]
 
     def render(self, fields: Mapping[str, Any]) -> str:
-        """What a model is asked: the prompt with the fields of one example in it."""
+        """Return the model's input: the prompt with the fields of one example."""
         return self.prompt.render(fields)
 
     def input_text(self, fields: Mapping[str, Any]) -> str:
-        """What differs from example to example: the values of the prompt's fields, without its words."""
+        """Return the part of the input that differs between examples: the values of the prompt's fields."""
         return input_text(self.prompt, fields)
 
     @cached_property
     def test_texts(self) -> list[str]:
-        """The test inputs as they may stand in a corpus."""
+        """The test inputs in the form in which a corpus may contain them."""
         return [
             str(example.fields[self.unmasked]) if self.unmasked else self.input_text(example.fields)
             for example in self.test
@@ -210,12 +215,12 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when anything that can change a result does: definition or examples."""
+        """A hash of everything that can change a result: the definition and the examples."""
         rows = [(example.id, example.split, example.target, example.fields) for example in self.examples]
         return fingerprint([self.summary(), self.metric.definition, rows])
 
     def summary(self) -> dict[str, Any]:
-        """The definition without the examples, in plain values."""
+        """Return the definition without the examples, in plain values."""
         return {
             "name": self.name,
             "description": self.description,
@@ -232,11 +237,11 @@ class Task:
 
     @property
     def notes(self) -> list[str]:
-        """What was done to the rows, a sentence each, for the report."""
-        words = {
-            "merged": "{} of {rows} rows repeat another one (case, spaces and punctuation aside) and were merged.",
-            "conflicts": "{} inputs came with different targets; the commonest one was kept.",
-            "ties": "{} inputs came with different targets equally often and were dropped.",
+        """What was done to the rows, in sentences for the report."""
+        sentences = {
+            "merged": "{} of {rows} rows repeat another row (case, spaces and punctuation aside) and were merged with it.",
+            "conflicts": "{} inputs came with different targets; the most frequent target was used.",
+            "ties": "{} inputs came with different targets, equally often, and were dropped.",
             "in test": "{} train or dev rows are also in the test file and were dropped from train and dev.",
             "in dev": "{} train rows are also in the dev file and were dropped from train.",
             "labels without a training example": "{} labels have no training example.",
@@ -244,18 +249,20 @@ class Task:
         rows = self.counts.get("rows", 0)
         return [
             text.format(f"{self.counts[key]:,}", rows=f"{rows:,}")
-            for key, text in words.items()
+            for key, text in sentences.items()
             if key in self.counts
         ]
 
 
 def open_task_file(path: Path) -> TaskFile:
-    """The fields of a task file of any kind. UserError names the nearest file where there is none."""
+    """Read the fields of a task file of any kind. Raises UserError, which suggests the nearest file name."""
     if path.is_dir():
-        raise UserError(f"{path} is a directory; name the task's YAML file in it")
+        raise UserError(f"{path} is a directory; give the path of the task's YAML file")
     if not path.exists():
         builtins = ", ".join(f"builtin:{known}" for known in BUILTIN)
-        raise UserError(f"there is no task file {path}{nearest_file(path) or f'; built in: {builtins}'}")
+        raise UserError(
+            f"there is no task file {path}{nearest_file(path) or f'; the built-in tasks are {builtins}'}"
+        )
     return TaskFile(path)
 
 
@@ -304,19 +311,19 @@ def _from_file(cls: type[Task], file: TaskFile) -> Task:
 def _data_path(directory: Path, name: str, where: str) -> Path:
     path = directory / name
     if path.is_dir():
-        raise UserError(f"{where}: {path} is a directory; name the files in it")
+        raise UserError(f"{where}: {path} is a directory; list the files in it")
     if path.exists():
         return path
     parts = name.split("/")
     if len(parts) == 2 and all(parts) and not parts[0].startswith(".") and "." not in parts[1]:
         raise UserError(
             f"{where}: there is no file {path}. If {name} is a data set on the Hub, download it with "
-            f"'hf download --repo-type dataset {name} --local-dir DIR' and name its files"
+            f"'hf download --repo-type dataset {name} --local-dir DIR' and give the paths of its files"
         )
     raise UserError(f"{where}: there is no file {path}{nearest_file(path)}")
 
 
-def _label_set(labels: Sequence[str] | str | None, origin: Origin) -> list[str] | None:
+def _label_list(labels: Sequence[str] | str | None, origin: Origin) -> list[str] | None:
     if labels is None or labels == "auto":
         return None
     if isinstance(labels, str):
@@ -325,17 +332,22 @@ def _label_set(labels: Sequence[str] | str | None, origin: Origin) -> list[str] 
     return list(labels)
 
 
-def _check_size(size: float | int | None, name: str, origin: Origin) -> None:
+def _check_size(split: str, size: float | int | None, has_file: bool, origin: Origin) -> None:
+    """Raise UserError for the size of a split that is out of range, or of a split with a file of its own."""
     if size is None:
         return
-    wrong = isinstance(size, bool) or size <= 0 or (isinstance(size, float) and size >= 1)
-    if wrong:
+    name = f"{split}_size"
+    if isinstance(size, bool) or size <= 0 or (isinstance(size, float) and size >= 1):
         raise UserError(
             f"{origin.field(name)}: {name} is {size}; it must be a share above 0 and below 1, or a number of examples"
         )
+    if has_file:
+        raise UserError(
+            f"{origin.field(name)}: {name} has no effect on a {split} file; leave out one of them"
+        )
 
 
-def _longest(train: list[Example]) -> int:
-    """Enough tokens for any target of train and a quarter more: a byte is the smallest token there is."""
+def _enough_tokens(train: list[Example]) -> int:
+    """Return enough tokens for any training target and a quarter more. The smallest token is a byte."""
     longest = max(len(example.target.encode()) for example in train)
     return min(1024, max(16, longest * 5 // 4 + 1))

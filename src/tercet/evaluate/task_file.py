@@ -1,4 +1,4 @@
-"""Reading a task file: YAML to checked fields, with the line of whatever is wrong."""
+"""Read a task file: YAML to checked fields. Error messages name the line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tercet.errors import UserError, nearest
 from tercet.files import read_text
 
-# Field: the types it may have, and how messages call them.
+# Field: its types, and their description in messages.
 _Fields = dict[str, tuple[tuple[type, ...], str]]
 _COMMON: _Fields = {
     "name": ((str,), "text"),
@@ -41,7 +41,7 @@ _MINIMAL_PAIRS: _Fields = {
     "sample": ((int,), "a whole number"),
 }
 EXAMPLES, MINIMAL_PAIRS = "examples", "minimal_pairs"
-# Kind of task: the fields it may have, and those it must have.
+# Kind of task: its fields, and the required ones.
 _KINDS: dict[str, tuple[_Fields, tuple[str, ...]]] = {
     EXAMPLES: (_EXAMPLES, ("data", "prompt", "target")),
     MINIMAL_PAIRS: (_MINIMAL_PAIRS, ("data",)),
@@ -51,7 +51,7 @@ _DATA_FIELDS = ("path", "train", "dev", "test", "format", "columns", "encoding",
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the parts of a task come from, so that a message can name the file, the line, the row."""
+    """The files, lines and rows that the parts of a task come from, for error messages."""
 
     name: str  # the task file, or the task's name
     fields: dict[str, str] = dataclasses.field(default_factory=dict)  # "file:line" of each field
@@ -60,13 +60,15 @@ class Origin:
     )  # split: (file, rows in it)
 
     def field(self, name: str) -> str:
+        """Return ``file:line`` of a field; the file alone if it has no such field."""
         return self.fields.get(name, self.name)
 
     def data(self, split: str) -> str:
+        """Return the files of a split."""
         return ", ".join(file for file, _ in self.files.get(split, [])) or f"the {split} data"
 
     def row(self, split: str, number: int) -> str:
-        """The file that row ``number`` (from 1) of a split came from, and its number there."""
+        """Return the file of row ``number`` (from 1) of a split, and the row's number in it."""
         for file, count in self.files.get(split, []):
             if number <= count:
                 return f"{file}, row {number}"
@@ -77,7 +79,7 @@ class Origin:
 class TaskFile:
     """The fields of a task file, each with its line.
 
-    ``kind`` is "examples" where the file names none; it is not among ``values``.
+    ``kind`` is "examples" if the file names none; it is not in ``values``.
 
     Raises:
         UserError: not YAML, not a mapping, a repeated, unknown or missing field, or a wrong type.
@@ -106,11 +108,11 @@ class TaskFile:
             )
 
     def at(self, field: str) -> str:
-        """``file:line`` of a field; the file alone when it has no such field."""
+        """Return ``file:line`` of a field; the file alone if it has no such field."""
         return f"{self.path}:{self._lines[field]}" if field in self._lines else str(self.path)
 
     def data(self) -> dict[str, Any]:
-        """``data`` as a mapping: train, dev and test (lists of paths) and the options of ``read_rows``."""
+        """Return ``data`` as a mapping: lists of paths for train, dev and test, and the options of ``read_rows``."""
         value = self.values["data"]
         where = self.at("data")
         data: dict[str, Any] = dict(value) if isinstance(value, dict) else {"train": value}
@@ -121,11 +123,13 @@ class TaskFile:
                 )
         if "path" in data:
             if "train" in data:
-                raise UserError(f"{where}: data has both path and train; path is the same as train, keep one")
+                raise UserError(
+                    f"{where}: data has both path and train, which mean the same; leave out one of them"
+                )
             data["train"] = data.pop("path")
         if "train" not in data:
             raise UserError(
-                f"{where}: data has no train; give a path, or train: (and test:, dev:) with paths"
+                f"{where}: data has no train; give a path, or train: with paths (and test:, dev:)"
             )
         for key in ("train", "dev", "test"):
             if key in data:
@@ -145,7 +149,7 @@ class TaskFile:
         return data
 
     def paths(self) -> list[str]:
-        """``data`` of a task of minimal pairs: files and directories."""
+        """Return ``data`` of a task of minimal pairs: files and directories."""
         value = self.values["data"]
         paths = [value] if isinstance(value, str) else value
         if not paths or not all(isinstance(path, str) for path in paths):
@@ -153,7 +157,7 @@ class TaskFile:
         return paths
 
     def labels(self) -> list[str] | str | None:
-        """``labels``: a list of text, ``"auto"``, or None for an open task."""
+        """Return ``labels``: a list of text, ``"auto"``, or None for an open task."""
         value = self.values.get("labels")
         if value is None or value == "auto":
             return value
@@ -163,7 +167,7 @@ class TaskFile:
         for label in value:
             if isinstance(label, bool):
                 raise UserError(
-                    f"{where}: YAML reads one of the labels as {str(label).lower()}; write it in quotes, such as 'yes'"
+                    f"{where}: YAML reads a label as {str(label).lower()}; put it in quotes, such as 'yes'"
                 )
             if not isinstance(label, str | int | float):
                 raise UserError(f"{where}: each label must be text, not {_kind(label)}")
@@ -171,7 +175,7 @@ class TaskFile:
 
 
 def field_hint(name: str, known: Sequence[str]) -> str:
-    """``did you mean X?`` or else all there are."""
+    """Return ``did you mean X?``, or all known names if none is similar."""
     near = nearest(name, known)
     return f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
 
@@ -186,12 +190,12 @@ def _kind(value: Any) -> str:
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Top-level values and the line each field stands on."""
+    """Return the top-level values, and the line of each field."""
     import yaml
 
     text = read_text(path)
     try:
-        # Composed first, built second: the nodes know their lines, and a dict has already lost repeated keys.
+        # The file is composed and then loaded: nodes know their lines, and a dict would lose repeated keys.
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is None:
             raise UserError(f"{path} is empty; a task needs {', '.join(_KINDS[EXAMPLES][1])}")
@@ -204,10 +208,14 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.MarkedYAMLError as problem:
         mark = problem.problem_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        what = " ".join(str(problem.problem or problem.context).split())
+        reason = " ".join(str(problem.problem or problem.context).split())
         line = text.split("\n")[mark.line] if mark and mark.line < text.count("\n") + 1 else ""
-        hint = "; put text with { or ': ' in it in quotes" if "{" in line or "mapping values" in what else ""
-        raise UserError(f"{place} is not valid YAML: {what}{hint}") from problem
+        hint = (
+            "; put text that contains { or ': ' in quotes"
+            if "{" in line or "mapping values" in reason
+            else ""
+        )
+        raise UserError(f"{place} is not valid YAML: {reason}{hint}") from problem
     except (yaml.YAMLError, ValueError) as problem:
         if isinstance(problem, UserError):
             raise
@@ -223,7 +231,7 @@ def _refuse_repeated(node: Any, path: Path, seen_nodes: set[int] | None = None) 
     import yaml
 
     seen_nodes = seen_nodes if seen_nodes is not None else set()
-    if id(node) in seen_nodes:  # an alias may lead back to where we are
+    if id(node) in seen_nodes:  # an alias may form a loop
         return
     seen_nodes.add(id(node))
     if isinstance(node, yaml.MappingNode):
@@ -233,7 +241,7 @@ def _refuse_repeated(node: Any, path: Path, seen_nodes: set[int] | None = None) 
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     raise UserError(
-                        f"{path}:{line}: {key.value!r} is given twice, first in line {seen[key.value]}"
+                        f"{path}:{line}: {key.value!r} is repeated; it first occurs in line {seen[key.value]}"
                     )
                 seen[key.value] = line
             _refuse_repeated(inner, path, seen_nodes)
@@ -243,22 +251,22 @@ def _refuse_repeated(node: Any, path: Path, seen_nodes: set[int] | None = None) 
 
 
 def check_label_list(labels: Sequence[str], where: str) -> None:
-    """Raise UserError for fewer than two labels, an empty one, or one given twice."""
+    """Raise UserError for fewer than two labels, an empty label or a repeated label."""
     for label in labels:
         if not label.strip():
-            raise UserError(f"{where}: one of the labels is empty")
+            raise UserError(f"{where}: a label is empty")
         if label != label.strip():
-            raise UserError(f"{where}: the label {label!r} has spaces around it; write it without")
+            raise UserError(f"{where}: the label {label!r} has spaces around it; remove them")
     repeated = [label for index, label in enumerate(labels) if label in labels[:index]]
     if repeated:
-        raise UserError(f"{where}: the label {repeated[0]!r} is given twice")
+        raise UserError(f"{where}: the label {repeated[0]!r} is repeated")
     if len(labels) < 2:
-        have = f"only {labels[0]!r}" if labels else "none"
-        raise UserError(f"{where}: a closed task needs at least 2 labels and there is {have}")
+        present = f"there is only {labels[0]!r}" if labels else "there is none"
+        raise UserError(f"{where}: a closed task needs at least 2 labels, and {present}")
 
 
 def canonical_target(value: Any) -> Any:
-    """Objects and lists in the one form a model is to learn: JSON with sorted keys; the rest as it is."""
+    """Return an object or a list as JSON with sorted keys, the form that a model learns; other values unchanged."""
     import json
 
     if isinstance(value, dict | list):
@@ -267,5 +275,5 @@ def canonical_target(value: Any) -> Any:
 
 
 def canonical_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``canonical_target`` of every value."""
+    """Apply `canonical_target` to every value."""
     return {name: canonical_target(value) for name, value in fields.items()}

@@ -1,1 +1,1 @@
-"""The levels measured on one task: tasks, metrics, statistics, rungs, report."""
+"""The ladder: prompting, tuning and building measured on one task."""

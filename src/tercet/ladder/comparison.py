@@ -19,7 +19,11 @@ def compare(
     The interval is from the paired bootstrap, and so is p; for a binary metric p is from McNemar's exact test.
 
     Args:
+        metric: of the task.
         name: of the cheaper rung.
+        cheaper: the predictions of the cheaper rung.
+        dearer: the predictions of the more expensive rung.
+        seed: of the bootstrap.
 
     Raises:
         ValueError: the predictions are not of the same examples.
@@ -49,6 +53,8 @@ def add_differences(
     Args:
         rungs: in the order of the ladder.
         predictions: of each measured rung, by its name.
+        metric: of the task.
+        seed: of the bootstrap.
     """
     cheaper: list[RungResult] = []
     for rung in rungs:

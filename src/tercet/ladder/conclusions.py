@@ -21,8 +21,10 @@ def conclude(task: Task, results: list[RungResult], *, model_given: bool, seed: 
     """Return the report of a climb.
 
     Args:
+        task: that was measured.
         results: of all requested rungs, with their differences, in the order of the ladder.
         model_given: whether the climb measured a given model and not a base model that it built.
+        seed: of the climb.
         out: the run directory of the climb.
     """
     import sklearn

@@ -39,6 +39,8 @@ def disagreements(report: Report, predictions: Predictions, inputs: Mapping[str,
     The order is by variance, then by id, so that it is the same in every run.
 
     Args:
+        report: with the names of the rungs.
+        predictions: of each measured rung, by its name.
         inputs: the text to show for each example, by its id.
     """
     by_example: dict[str, dict[str, Prediction]] = {}

@@ -61,9 +61,11 @@ def plan_climb(
     """Plan the requested rungs.
 
     Args:
+        task: to measure.
         llm: the model to prompt and tune; None: a base model is built on the task's corpus.
         names: of the rungs, in the order of the ladder.
         minutes: the time budget of the climb.
+        seed: of training.
         out: the run directory of the climb.
     """
     shares = SHARES_WITHOUT_MODEL if llm is None else SHARES_WITH_MODEL

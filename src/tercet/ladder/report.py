@@ -35,7 +35,9 @@ def write_report(
     """Write ``report.json`` and ``report.html``, and return the path of the page.
 
     Args:
+        report: the content.
         predictions: of each measured rung, by its name.
+        directory: to write to.
         inputs: the text to show for each test example, by the example's id.
     """
     directory = Path(directory)

@@ -32,6 +32,9 @@ def training_rows(
     """Return examples as rows for tuning, in the form in which the tuned model will later be given inputs.
 
     Args:
+        task: with the prompt.
+        examples: of one or more splits.
+        tokenizer: of the model, with its chat template.
         limit: tokens of the model's context; inputs that are too long are shortened as for answering.
     """
     chat = tokenizer.chat_template is not None
