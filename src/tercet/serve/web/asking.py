@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tercet.data.prompt_tokens import check_context
 from tercet.engine.request import Sampling
 from tercet.engine.text import TokenBytes
 from tercet.errors import UserError
@@ -122,9 +123,7 @@ def make_plan(
             raise UserError(
                 "the text is empty, and this model has no token that begins a text; write something"
             )
-        room = served.context_length or 0
-        if len(tokens) > room:
-            raise UserError(f"the text has {len(tokens)} tokens, and the context of {served.name} has {room}")
+        check_context(tokens, served.context_length, "text", served.name)
     else:
         if not served.has_chat_template:
             raise UserError(
