@@ -46,7 +46,7 @@ def _reason(done: list[RungResult], choice: RungResult, gain: Difference | None)
         return f"No other rung scores significantly higher than {choice.name} ({_percent(choice)}), which {which}."
     reason = (
         f"{choice.name} scores {_percent(choice)}, {_points(gain.difference)} more than {gain.to} "
-        f"(95% interval {100 * gain.low:.1f} to {_points(gain.high)})."
+        f"(95% interval of the difference: {100 * gain.low:.1f} to {100 * gain.high:.1f})."
     )
     dearer = done[done.index(choice) + 1 :]
     if not dearer:
