@@ -1,4 +1,4 @@
-"""The layers of the package: imports go downwards only and without circles.
+"""The layers of the package: imports go downwards only and without circles; files and functions stay short.
 
 ARCHITECTURE.md describes the layers.
 """
@@ -6,6 +6,7 @@ ARCHITECTURE.md describes the layers.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
@@ -27,6 +28,18 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 # These modules at the top of the package may import all others: they make its public functions.
 ENTRANCES = ("__init__", "__main__", "compose")
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+
+LONGEST_FILE = 450
+LONGEST_FUNCTION = 90
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+# Options of other programs (the Hugging Face command line, llama.cpp, torchrun), and of commands that the
+# report of a climb suggests to run.
+ALLOWED_OPTIONS = {
+    "evaluate/task.py": {"--repo-type", "--local-dir"},
+    "ladder/conclusions.py": {"--model", "--temperature"},
+    "model/gguf_architecture.py": {"--ctx-size"},
+    "pretrain/pretrain.py": {"--nproc-per-node"},
+}
 
 
 def name_of(path: Path) -> str:
@@ -98,6 +111,34 @@ def circles(graph: Mapping[str, Set[str]]) -> list[list[str]]:
     return sorted([module, *sorted(targets)] for module, targets in left.items())
 
 
+def options(source: str) -> list[tuple[int, str]]:
+    """Command line options in the strings of a module, docstrings included, each with its line.
+
+    A setting may declare its option: ``setting(option="--rslora")``.
+    """
+    tree = ast.parse(source)
+    declared = {
+        keyword.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "option"
+    }
+    return [
+        (node.lineno, option)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in declared
+        for option in OPTION.findall(node.value)
+    ]
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """Name and number of lines of every function, without its decorators."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
 def test_imports_go_downwards_only() -> None:
     wrong = [
         f"{name_of(path)}:{line}"
@@ -121,6 +162,31 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         if path.stem != "__init__"
     }
     assert circles(import_graph(sources)) == []
+
+
+def test_strings_outside_of_the_command_line_name_settings_and_no_options() -> None:
+    wrong = [
+        f"{name_of(path)}:{line}: {option}"
+        for path, source in SOURCES.items()
+        if package_of(path) != "cli"
+        for line, option in options(source)
+        if option not in ALLOWED_OPTIONS.get(name_of(path), ())
+    ]
+    assert wrong == []
+
+
+def test_no_file_is_longer_than_450_lines() -> None:
+    lengths = {name_of(path): len(source.splitlines()) for path, source in SOURCES.items()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_no_function_has_90_lines() -> None:
+    lengths = {
+        f"{name_of(path)}: {function}": length
+        for path, source in SOURCES.items()
+        for function, length in functions(source)
+    }
+    assert {name: length for name, length in lengths.items() if length >= LONGEST_FUNCTION} == {}
 
 
 @pytest.mark.parametrize(
@@ -168,3 +234,15 @@ def test_a_circle_is_seen_also_over_three_modules_and_inside_functions(source: s
         "tercet.data.c",
     ]
     assert circles(import_graph({**sources, "tercet.data.c": "import json"})) == []
+
+
+def test_an_option_in_a_string_is_seen() -> None:
+    assert options('f"{x} needs --max-tokens"') == [(1, "--max-tokens")]
+    assert options('x\n"""Do as `--rank` says."""') == [(2, "--rank")]
+    assert options('rank: int = setting(option="--rank/--no-rank", help="as --alpha")') == [(1, "--alpha")]
+    assert options('"a -- dash, ---, `rank`, x--y"') == []
+
+
+def test_the_lines_of_functions_are_counted() -> None:
+    source = "@decorated\ndef f():\n    def g():\n        return 1\n\n    return g"
+    assert list(functions(source)) == [("f", 5), ("g", 2)]

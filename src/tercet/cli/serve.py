@@ -18,100 +18,111 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tercet serve runs/mine --adapter mine-support=runs/tuned --port 8000"
 
+Refs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="REF...",
+        help=f"{options.REFERENCE_HELP} NAME=REF sets the name for clients.",
+    ),
+]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="NAME=DIR",
+        help="LoRA adapter, served under its own name on the weights of its base model; may be repeated.",
+    ),
+]
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host", metavar="H", help="Address to listen on; other addresses than loopback need a key."
+    ),
+]
+Port = Annotated[
+    int, typer.Option("--port", metavar="P", min=0, max=65535, help="Port; 0 chooses a free one.")
+]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", metavar="KEY", help="Key that clients must send (other users see it in ps)."),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        metavar="FILE",
+        help="File of keys, one per line; TERCET_API_KEY is another way.",
+    ),
+]
+MaxBatch = Annotated[
+    int | None,
+    typer.Option("--max-batch", metavar="N", min=1, help="Largest number of requests in a batch (64)."),
+]
+MaxWaiting = Annotated[
+    int | None,
+    typer.Option(
+        "--max-waiting",
+        metavar="N",
+        min=1,
+        help="Largest number of waiting requests (1024); more get 429.",
+    ),
+]
+MaxBody = Annotated[
+    float, typer.Option("--max-body", metavar="MIB", min=0.001, help="Largest size of a request, in MiB.")
+]
+RequestTimeout = Annotated[
+    float,
+    typer.Option(
+        "--request-timeout",
+        metavar="S",
+        min=0.1,
+        help="Seconds for one answer, including the time in the queue.",
+    ),
+]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        metavar="ORIGIN",
+        help="Origin of a web page that may call this server; * for all.",
+    ),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host",
+        metavar="NAME",
+        help="Host name of this server, beside localhost and IP addresses.",
+    ),
+]
+NoPage = Annotated[bool, typer.Option("--no-page", help="Serve only the API, without the chat page.")]
+DataDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="Directory for the page's conversations; default: your data directory.",
+    ),
+]
+
 
 def serve(
-    refs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="REF...",
-            help=f"{options.REFERENCE_HELP} NAME=REF sets the name for clients.",
-        ),
-    ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="NAME=DIR",
-            help="LoRA adapter, served under its own name on the weights of its base model; may be repeated.",
-        ),
-    ] = None,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host", metavar="H", help="Address to listen on; other addresses than loopback need a key."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", metavar="P", min=0, max=65535, help="Port; 0 chooses a free one.")
-    ] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key", metavar="KEY", help="Key that clients must send (other users see it in ps)."
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-key-file",
-            metavar="FILE",
-            help="File of keys, one per line; TERCET_API_KEY is another way.",
-        ),
-    ] = None,
-    max_batch: Annotated[
-        int | None,
-        typer.Option("--max-batch", metavar="N", min=1, help="Largest number of requests in a batch (64)."),
-    ] = None,
-    max_waiting: Annotated[
-        int | None,
-        typer.Option(
-            "--max-waiting",
-            metavar="N",
-            min=1,
-            help="Largest number of waiting requests (1024); more get 429.",
-        ),
-    ] = None,
-    max_body: Annotated[
-        float, typer.Option("--max-body", metavar="MIB", min=0.001, help="Largest size of a request, in MiB.")
-    ] = 8,
-    request_timeout: Annotated[
-        float,
-        typer.Option(
-            "--request-timeout",
-            metavar="S",
-            min=0.1,
-            help="Seconds for one answer, including the time in the queue.",
-        ),
-    ] = 600,
+    refs: Refs,
+    adapter: Adapter = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    max_batch: MaxBatch = None,
+    max_waiting: MaxWaiting = None,
+    max_body: MaxBody = 8,
+    request_timeout: RequestTimeout = 600,
     quantize: options.Quantize = None,
     speculation: options.Speculation = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-origin",
-            metavar="ORIGIN",
-            help="Origin of a web page that may call this server; * for all.",
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-host",
-            metavar="NAME",
-            help="Host name of this server, beside localhost and IP addresses.",
-        ),
-    ] = None,
-    no_page: Annotated[
-        bool, typer.Option("--no-page", help="Serve only the API, without the chat page.")
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            metavar="DIR",
-            help="Directory for the page's conversations; default: your data directory.",
-        ),
-    ] = None,
+    allow_origin: AllowOrigin = None,
+    allow_host: AllowHost = None,
+    no_page: NoPage = False,
+    data: DataDirectory = None,
 ) -> None:
     """Serve models over HTTP, with a chat page.
 

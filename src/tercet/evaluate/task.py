@@ -138,9 +138,7 @@ class Task:
         origin = origin or Origin(name)
         _check_size("test", test_size, test_rows is not None, origin)
         _check_size("dev", dev_size, dev_rows is not None, origin)
-        for field_name, number in (("few_shot", few_shot), ("max_tokens", max_tokens)):
-            if number is not None and number < 1:
-                raise UserError(f"{origin.field(field_name)}: {field_name} is {number}; it must be 1 or more")
+        _check_positive(origin, few_shot=few_shot, max_tokens=max_tokens)
         reader = RowReader(prompt, target, origin)
         counts: Counter[str] = Counter()
         parts = {"train": rows, "dev": dev_rows, "test": test_rows}
@@ -154,24 +152,22 @@ class Task:
         examples = place(merged, test_size, dev_size, counts)
         refuse_empty(examples, origin.field("data"), parts)
         train = [example for example in examples if example.split == "train"]
+        targets = {example.target for example in train}
         if labels == "auto":
-            label_list = sorted({example.target for example in train})
+            label_list = sorted(targets)
             check_label_list(label_list, origin.field("labels"))
             for split, part in read.items():
                 reader.check_labels(part, label_list, split, "not a target of a training example")
         if label_list is not None:
             refuse_unused(label_list, examples, origin.field("labels"))
-            counts["labels without a training example"] = len(
-                set(label_list) - {example.target for example in train}
-            )
+            counts["labels without a training example"] = len(set(label_list) - targets)
         spec = metric if metric is not None else ("accuracy" if label_list is not None else "exact_match")
+        where = f"{origin.field('metric')}: metric"
         return cls(
             name=name,
             prompt=reader.prompt,
             target=target,
-            metric=load_metric(
-                spec, label_list, where=f"{origin.field('metric')}: metric", directory=directory
-            ),
+            metric=load_metric(spec, label_list, where=where, directory=directory),
             examples=examples,
             labels=label_list,
             system=system,
@@ -330,6 +326,12 @@ def _label_list(labels: Sequence[str] | str | None, origin: Origin) -> list[str]
         raise UserError(f"{origin.field('labels')}: labels must be a list, or auto, not {labels!r}")
     check_label_list(list(labels), origin.field("labels"))
     return list(labels)
+
+
+def _check_positive(origin: Origin, **numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{origin.field(name)}: {name} is {number}; it must be 1 or more")
 
 
 def _check_size(split: str, size: float | int | None, has_file: bool, origin: Origin) -> None:
