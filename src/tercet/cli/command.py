@@ -80,7 +80,7 @@ def _parameter(field: inspect.Parameter, option: Option) -> inspect.Parameter:
         default = None
     if default is None and option.type is not None:
         kind = kind | None
-    declaration = [option.name or "--" + field.name.replace("_", "-")]
+    declaration = ["--" + (option.name or field.name.replace("_", "-"))]
     if kind is bool and option.name is None and default is True:
         declaration = []  # typer makes --name and --no-name
     described: Any

@@ -44,11 +44,11 @@ class CurateSettings:
         metavar="DIR", type=Path, kw_only=False, help="Run directory; the corpus is written to DIR/data."
     )
     preset: Preset = setting(
-        default="web", option="--rules", metavar="none|light|web", help="Set of quality rules."
+        default="web", option="rules", metavar="none|light|web", help="Set of quality rules."
     )
     rules: Mapping[str, float] | None = setting(
         default=None,
-        option="--set",
+        option="set",
         metavar="NAME=N",
         type=list[str],
         parse=parse_rules,
@@ -56,7 +56,7 @@ class CurateSettings:
     )
     languages: Sequence[str] | None = setting(
         default=None,
-        option="--language",
+        option="language",
         metavar="CODE",
         type=list[str],
         help="Keep only this language; may be repeated.",
@@ -77,7 +77,7 @@ class CurateSettings:
     )
     weights: Mapping[str, Weight | float] | None = setting(
         default=None,
-        option="--weight",
+        option="weight",
         metavar="SOURCE=W",
         type=list[str],
         parse=parse_weights,
@@ -90,7 +90,7 @@ class CurateSettings:
     )
     engine: Engine = setting(
         default="local",
-        option="--ray",
+        option="ray",
         type=bool,
         parse=lambda ray: "ray" if ray else "local",
         help="Run on Ray Data: on the cluster of RAY_ADDRESS, or on this machine.",

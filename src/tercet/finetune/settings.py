@@ -58,7 +58,7 @@ class TuneSettings:
     )
     # Kalajdzievski 2023, arXiv:2312.03732
     rank_stabilised: bool = setting(
-        default=False, option="--rslora", help="Scale the adapter by alpha / sqrt(rank) (rsLoRA)."
+        default=False, option="rslora", help="Scale the adapter by alpha / sqrt(rank) (rsLoRA)."
     )
     merge: bool = setting(default=False, help="Write a merged checkpoint instead of an adapter.")
     max_tokens: int | None = setting(

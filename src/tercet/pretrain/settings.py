@@ -189,7 +189,7 @@ class BuildSettings(PretrainSettings):
     compare_tokenizers: Sequence[str] = setting(
         default=(),
         metavar="REF",
-        option="--compare-tokenizer",
+        option="compare-tokenizer",
         type=list[str],
         help="Report the compression of this model's tokenizer beside the new one; may be repeated.",
     )
@@ -254,7 +254,7 @@ class EstimateSettings(PretrainSettings):
     prices: Mapping[str, float] | None = setting(
         default=None,
         metavar="NAME=DOLLARS",
-        option="--price",
+        option="price",
         type=list[str],
         parse=parse_prices,
         help="Price of an hour of h100, h200, a100, l4 or 4090, for the cost; may be repeated.",

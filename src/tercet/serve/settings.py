@@ -1,14 +1,105 @@
-"""Settings of a server, other than its models."""
-
-from __future__ import annotations
+"""Settings of a server: those of the command, and those that the running server reads."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from tercet.errors import UserError
+from tercet.settings import check_positive, setting, settings
+
+
+@settings
+class ServeSettings:
+    """The settings of `tercet serve`.
+
+    Raises:
+        UserError: a value out of its range, or settings that contradict each other.
+    """
+
+    refs: Sequence[str] = setting(
+        metavar="REF",
+        argument=True,
+        type=list[str],
+        kw_only=False,
+        help="Model references (as for tercet prompt); NAME=REF sets the name for clients.",
+    )
+    adapter: Sequence[str] = setting(
+        default=(),
+        metavar="NAME=DIR",
+        type=list[str],
+        help="LoRA adapter, served under its own name on the weights of its base model; may be repeated.",
+    )
+    host: str = setting(
+        default="127.0.0.1",
+        metavar="H",
+        help="Address to listen on; other addresses than loopback need a key.",
+    )
+    port: int = setting(default=8000, metavar="P", help="Port; 0 chooses a free one.")
+    api_key: Sequence[str] = setting(
+        default=(),
+        metavar="KEY",
+        type=list[str],
+        help="Key that clients must send (other users see it in ps); may be repeated.",
+    )
+    api_key_file: Path | None = setting(
+        default=None,
+        metavar="FILE",
+        type=Path,
+        help="File of keys, one per line; TERCET_API_KEY is another way.",
+    )
+    max_batch: int | None = setting(
+        default=None, metavar="N", help="Largest number of requests in a batch (64)."
+    )
+    max_waiting: int | None = setting(
+        default=None, metavar="N", help="Largest number of waiting requests (1024); more get 429."
+    )
+    max_body: float = setting(default=8.0, metavar="MIB", help="Largest size of a request, in MiB.")
+    request_timeout: float = setting(
+        default=600.0, metavar="S", help="Seconds for one answer, including the time in the queue."
+    )
+    quantize: str | None = setting(
+        default=None, metavar="Q", help="Weights on a CPU: int8 (the default), int4, bf16 or none."
+    )
+    speculation: str | None = setting(
+        default=None,
+        option="speculate",
+        metavar="HOW",
+        help="Speculative decoding: ngram (from the text so far), or the REF of a smaller draft model.",
+    )
+    allow_origin: Sequence[str] = setting(
+        default=(),
+        metavar="ORIGIN",
+        type=list[str],
+        help="Origin of a web page that may call this server; * for all; may be repeated.",
+    )
+    allow_host: Sequence[str] = setting(
+        default=(),
+        metavar="NAME",
+        type=list[str],
+        help="Host name of this server, beside localhost and IP addresses; may be repeated.",
+    )
+    no_page: bool = setting(default=False, help="Serve only the API, without the chat page.")
+    data: Path | None = setting(
+        default=None,
+        metavar="DIR",
+        type=Path,
+        help="Directory for the page's conversations; default: your data directory.",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"`port` is {self.port}; it must be from 0 to 65535")
+        check_positive(self, "max_batch", "max_waiting", "max_body", "request_timeout")
+        if self.no_page and self.data is not None:
+            raise UserError(
+                "`data` is the directory of the chat page, and `no_page` removes the page; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server.
+    """Settings that the running server reads.
 
     host: address to listen on.
     port: port to listen on.
