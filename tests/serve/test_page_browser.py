@@ -226,7 +226,7 @@ def test_a_message_is_edited_and_both_branches_stay(server: Server, open_page: O
     say(page, "first words")
     page.locator(".message.user").hover()
     page.locator(".message.user").get_by_role("button", name="Edit").click()
-    page.get_by_label("The message in other words").fill("other words")
+    page.get_by_label("Edited message").fill("other words")
     page.keyboard.press("Enter")
     expect(answer(page).locator(".said")).to_have_text("You said: other words")
     expect(page.get_by_role("group", name="Branch 2 of 2")).to_be_visible()
@@ -240,7 +240,7 @@ def test_an_answer_is_edited_in_place(server: Server, open_page: Open) -> None:
     page = open_page(server.url)
     say(page, "hello")
     answer(page).get_by_role("button", name="Edit").click()
-    page.get_by_label("The message in other words").fill("I would *rather not*.")
+    page.get_by_label("Edited message").fill("I would *rather not*.")
     page.get_by_role("button", name="Save").click()
     expect(answer(page).locator("em")).to_have_text("rather not")
     expect(answer(page)).to_contain_text("Edited by you")
@@ -302,7 +302,7 @@ def test_the_prompt_is_shown_token_by_token_with_its_special_tokens(server: Serv
     page = open_page(server.url)
     page.locator("#inspect").click()
     say(page, "hello")
-    answer(page).get_by_text("What the model read").click()
+    answer(page).get_by_text("Prompt as the model reads it").click()
     prompt = answer(page).locator(".prompt .tokens")
     expect(prompt.locator(".special")).to_have_text(["<|im_start|>", "<|im_end|>", "<|im_start|>"])
     assert "hello" in prompt.inner_text() and prompt.inner_text().replace("↵", "").endswith("assistant\n")
@@ -443,6 +443,7 @@ def test_conversations_are_found_renamed_deleted_and_brought_back(tmp_path: Path
         page.get_by_role("button", name="Undo").click()
         expect(entries).to_have_count(1)
         expect(page.locator("h1")).to_have_text("The trip")
+        page.close()  # a page whose server has stopped logs an error
     finally:
         server.close()
 
@@ -496,7 +497,7 @@ def test_a_conversation_that_is_deleted_elsewhere_is_told_and_leaves_the_list(
     expect(page.locator(f'#conversations [data-id="{name}"]')).to_have_count(1)
     url = f"{server.url}/page/api/conversations/{name}"
     urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=5).close()
-    expect(page.locator("#notice")).to_have_text("This conversation is not there any more.")
+    expect(page.locator("#notice")).to_have_text("This conversation no longer exists.")
     expect(page.locator("#start")).to_be_visible()
     expect(page.locator(f'#conversations [data-id="{name}"]')).to_have_count(0)
 
@@ -634,7 +635,7 @@ def test_every_text_has_the_contrast_that_wcag_asks_for(server: Server, open_pag
     page.locator("#close-settings").click()
     page.locator("#inspect").click()
     answer(page).locator(".said .token").nth(5).click()
-    answer(page).get_by_text("What the model read").click()
+    answer(page).get_by_text("Prompt as the model reads it").click()
     assert page.evaluate(CONTRAST) == []
 
 
@@ -666,7 +667,7 @@ def test_the_page_is_used_with_the_keyboard_alone(server: Server, open_page: Ope
     page.evaluate("() => document.activeElement.blur()")
     page.keyboard.press("Shift+?")
     expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
-    page.get_by_label("Shortcuts of a single key").uncheck()
+    page.get_by_label("Single-key shortcuts").uncheck()
     page.keyboard.press("Escape")
     page.keyboard.press("n")
     expect(answer(page).locator(".said")).to_have_text("You said: hello again")

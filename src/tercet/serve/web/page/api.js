@@ -1,4 +1,4 @@
-// Requests to the server: JSON there and back, its errors as exceptions with its words.
+// Requests to the server. Bodies and responses are JSON; an error becomes an exception with the server's message.
 import { $, h } from "./dom.js";
 
 const ROOT = "/page/api";
@@ -16,24 +16,24 @@ async function call(method, path, body) {
     options.body = JSON.stringify(body);
     options.headers["content-type"] = "application/json";
   }
-  let answer;
+  let response;
   try {
-    answer = await fetch(path.startsWith("/page/") ? path : ROOT + path, options);
+    response = await fetch(path.startsWith("/page/") ? path : ROOT + path, options);
   } catch {
-    throw new Refused("The server does not answer. Is it still running?", 0);
+    throw new Refused("The server does not respond. Check that it is running.", 0);
   }
-  if (answer.status === 401 && path !== "/page/login") {
+  if (response.status === 401 && path !== "/page/login") {
     await login();
     return call(method, path, body);
   }
-  const text = await answer.text();
+  const text = await response.text();
   let value = null;
   try {
     value = text ? JSON.parse(text) : null;
   } catch {
-    throw new Refused(`The server's answer can't be read (${answer.status}).`, answer.status);
+    throw new Refused(`The server's response is not valid JSON (status ${response.status}).`, response.status);
   }
-  if (!answer.ok) throw new Refused(value?.error?.message ?? `The server refused (${answer.status}).`, answer.status);
+  if (!response.ok) throw new Refused(value?.error?.message ?? `The server refused the request (status ${response.status}).`, response.status);
   return value;
 }
 
@@ -42,16 +42,16 @@ export const post = (path, body = {}) => call("POST", path, body);
 export const patch = (path, body) => call("PATCH", path, body);
 export const remove = (path) => call("DELETE", path, {});
 
-let asking = null;
+let pendingLogin = null;
 
-/** Ask for the API key; resolves when the server has taken it. */
+/** Ask the user for the API key. The promise resolves when the server has accepted it. */
 function login() {
-  asking ??= new Promise((resolve) => {
+  pendingLogin ??= new Promise((resolve) => {
     const key = h("input", { type: "password", id: "login-key", autocomplete: "current-password", required: true });
-    const wrong = h("p", { class: "notice", role: "alert", hidden: true });
+    const error = h("p", { class: "notice", role: "alert", hidden: true });
     const form = h("form", {}, h("h2", { id: "login-title" }, "API key"),
-      h("p", {}, "This server asks for a key. It is kept in a cookie that only this server can read."),
-      wrong,
+      h("p", {}, "This server requires a key. The key is stored in a cookie that only this server can read."),
+      error,
       h("label", { class: "field" }, h("span", { class: "unseen" }, "API key"), key),
       h("p", { class: "row" }, h("span"), h("button", { class: "button first" }, "Continue")));
     form.addEventListener("submit", async (event) => {
@@ -59,16 +59,16 @@ function login() {
       try {
         await call("POST", "/page/login", { key: key.value });
         $("login").close();
-        asking = null;
+        pendingLogin = null;
         resolve();
       } catch (problem) {
-        wrong.hidden = false;
-        wrong.textContent = problem.message;
+        error.hidden = false;
+        error.textContent = problem.message;
       }
     });
     $("login").replaceChildren(form);
     $("login").addEventListener("cancel", (event) => event.preventDefault());
     $("login").showModal();
   });
-  return asking;
+  return pendingLogin;
 }

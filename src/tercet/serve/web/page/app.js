@@ -1,4 +1,4 @@
-// The page: which conversation is open, what happens in it, what the user does.
+// The page: the open conversation, the server's events about it, and the user's actions.
 import { get, patch, post } from "./api.js";
 import { $, announce, h, notice } from "./dom.js";
 import { listenToKeys, showKeys } from "./keys.js";
@@ -7,15 +7,15 @@ import { Sidebar } from "./sidebar.js";
 import { Thread } from "./thread.js";
 
 const state = {
-  models: [], // as the server has them
-  defaults: {}, // most tokens by kind
-  id: null, // of the open conversation; null: a new one that the server doesn't know yet
+  models: [], // the served models
+  defaults: {}, // the default token limit of an answer, by kind of conversation
+  id: null, // of the open conversation; null: a new conversation that is not on the server yet
   view: null,
-  draft: { kind: "chat", settings: {} }, // of a new conversation
-  running: new Map(), // answers on their way, by id
+  draft: { kind: "chat", settings: {} }, // kind and settings of a new conversation
+  running: new Map(), // answers that are being generated, by id
   events: null,
-  asked: 0, // views asked for, so that an old one never replaces a newer
-  round: 0,
+  requests: 0, // number of requested views, so that an older view never replaces a newer one
+  round: 0, // number of answers that this page has begun to show
 };
 
 const act = {
@@ -32,10 +32,10 @@ const thread = new Thread(act);
 const sidebar = new Sidebar((id) => open(id));
 const settings = new Settings((value) => changeSettings(value));
 
-const path = (rest = "") => `/conversations/${encodeURIComponent(state.id)}${rest}`; // it may be what a link says
+const path = (rest = "") => `/conversations/${encodeURIComponent(state.id)}${rest}`; // the id may come from a link
 const kind = () => state.view?.conversation.kind ?? state.draft.kind;
 const current = () => state.view?.conversation.settings ?? state.draft.settings;
-const modelOf = (name) => state.models.find((one) => one.name === name) ?? state.models[0];
+const modelOf = (name) => state.models.find((model) => model.name === name) ?? state.models[0];
 const remembered = (name) => localStorage.getItem(name);
 
 function parentOf(id) {
@@ -48,16 +48,16 @@ function parentOf(id) {
   return before;
 }
 
-/** Do what changes the conversation; its view is the answer. ``strict``: the caller wants to know of failure. */
+/** Send a request that changes the conversation, and show the view it returns. ``strict`` rethrows an error. */
 async function run(request, strict = false) {
   notice("");
-  const asked = ++state.asked;
+  const number = ++state.requests;
   try {
     const view = await request();
-    if (asked === state.asked) put(view);
+    if (number === state.requests) put(view);
   } catch (problem) {
     notice(problem.message);
-    if (state.id && asked === state.asked) refresh(); // in place of the view that this one overtook
+    if (state.id && number === state.requests) refresh(); // replaces the earlier view that this request superseded
     if (strict) throw problem;
   }
 }
@@ -71,19 +71,19 @@ function changeSettings(value) {
   return show();
 }
 
-/** New conversations begin with the last used model and sampling, without the system prompt. */
+/** Store model and sampling for new conversations; they do not inherit the system prompt. */
 function remember(value) {
-  const { system, against, blind, ...kept } = value;
-  localStorage.setItem("settings", JSON.stringify(kept));
+  const { system, against, blind, ...stored } = value;
+  localStorage.setItem("settings", JSON.stringify(stored));
 }
 
-// Which conversation
+// Opening a conversation
 
 async function open(id, push = true) {
   settings.flush();
   state.events?.close();
   Object.assign(state, { id, view: null, events: null, running: new Map() });
-  state.asked++;
+  state.requests++;
   thread.clear();
   notice("");
   if (push && location.hash !== (id ? `#${id}` : "")) history.pushState(null, "", id ? `#${id}` : location.pathname);
@@ -98,29 +98,29 @@ async function open(id, push = true) {
 }
 
 function fresh() {
-  let kept = {};
+  let stored = {};
   try {
-    kept = JSON.parse(remembered("settings") ?? "{}");
+    stored = JSON.parse(remembered("settings") ?? "{}");
   } catch {
     localStorage.removeItem("settings");
   }
-  if (!state.models.some((one) => one.name === kept.model)) delete kept.model;
-  const model = modelOf(kept.model);
-  state.draft = { kind: model && !model.chats ? "text" : "chat", settings: kept };
+  if (!state.models.some((model) => model.name === stored.model)) delete stored.model;
+  const model = modelOf(stored.model);
+  state.draft = { kind: model && !model.chats ? "text" : "chat", settings: stored };
 }
 
 async function refresh() {
-  const [id, asked] = [state.id, ++state.asked];
+  const [id, number] = [state.id, ++state.requests];
   try {
     const view = await get(path());
-    if (id === state.id && asked === state.asked) put(view);
+    if (id === state.id && number === state.requests) put(view);
   } catch (problem) {
-    if (id !== state.id) return; // another one is open by now
+    if (id !== state.id) return; // another conversation is open by now
     if (problem.status === 404) {
       open(null);
       sidebar.load();
     }
-    notice(problem.status === 404 ? "This conversation is not there any more." : problem.message);
+    notice(problem.status === 404 ? "This conversation no longer exists." : problem.message);
   }
 }
 
@@ -133,15 +133,15 @@ function put(view) {
   show();
 }
 
-// What happens in it
+// Events of the conversation
 
-const ended = []; // answers that are messages in the next view
+const ended = []; // ids of answers that the next view contains as messages
 
 function watch() {
   const events = new EventSource(`/page/api${path("/events")}`);
   state.events = events;
   events.addEventListener("message", (message) => {
-    if (state.events === events) happened(JSON.parse(message.data));
+    if (state.events === events) receive(JSON.parse(message.data));
   });
   events.addEventListener("error", () => {
     if (state.events !== events) return;
@@ -154,14 +154,14 @@ function watch() {
   });
 }
 
-function happened(event) {
+function receive(event) {
   const answer = state.running.get(event.id);
   if (event.type === "here") {
-    state.running = new Map(event.answers.map((one) => [one.id, begun(one)]));
+    state.running = new Map(event.answers.map((answer) => [answer.id, begun(answer)]));
     refresh();
   } else if (event.type === "started") {
     state.running.set(event.answer.id, begun(event.answer));
-    announce("The answer begins");
+    announce("The model is answering");
     if (state.view) show();
   } else if (event.type === "piece" && answer) {
     answer.tokens.push(...event.tokens);
@@ -180,7 +180,7 @@ function happened(event) {
 
 const begun = (answer) => ({ ...answer, round: ++state.round });
 
-// What is shown
+// Showing the conversation
 
 function show() {
   const { view } = state;
@@ -201,7 +201,7 @@ function show() {
   $("send").hidden = Boolean(state.running.size);
   $("turns").setAttribute("aria-busy", String(Boolean(state.running.size)));
   const text = kind() === "text";
-  $("message").placeholder = !text ? "Write a message" : view?.turns.length ? "Add to the text, or just continue" : "Begin a text";
+  $("message").placeholder = !text ? "Write a message" : view?.turns.length ? "Add to the text, or continue it" : "Write the beginning of a text";
   $("send").setAttribute("aria-label", text ? "Continue the text" : "Send");
   showStart();
   canSend();
@@ -216,12 +216,12 @@ function showStart() {
     input.checked = input.value === kind();
     input.disabled = input.value === "chat" ? base : !model?.local;
   }
-  $("start-title").textContent = text ? "Begin a text" : "What is on your mind?";
-  const room = model?.context ? ` It reads up to ${model.context.toLocaleString()} tokens.` : "";
+  $("start-title").textContent = text ? "Begin a text" : "Start a conversation";
+  const context = model?.context ? ` Its context is ${model.context.toLocaleString()} tokens.` : "";
   $("start-note").textContent = base
-    ? `${model.name} is a base model: it has learned to continue texts, not to converse. Write a beginning and see how it goes on.${room}`
-    : text ? `${model?.name} writes on from wherever your text ends.${room}`
-    : `You talk to ${model?.name}.${room}`;
+    ? `${model.name} is a base model: it continues texts and is not trained for conversations. Write the beginning of a text.${context}`
+    : text ? `${model?.name} continues your text.${context}`
+    : `${model?.name} will answer.${context}`;
 }
 
 function showModels() {
@@ -232,24 +232,24 @@ function showModels() {
   $("against-group").hidden = !against;
   $("app").classList.toggle("comparing", Boolean(against));
   $("compare").setAttribute("aria-pressed", String(Boolean(against)));
-  $("compare").disabled = kind() === "text" && state.models.filter((one) => one.local).length === 0;
+  $("compare").disabled = kind() === "text" && !state.models.some((model) => model.local);
 }
 
 function fill(select, models, chosen) {
-  const names = models.map((one) => one.name);
-  // A conversation may be older than the server: its model is shown as it is, for another to be chosen.
-  const gone = chosen && !names.includes(chosen) ? [chosen] : [];
-  const wanted = [...names, ...gone].join("\n");
-  if (select.dataset.models !== wanted) {
-    select.dataset.models = wanted;
+  const names = models.map((model) => model.name);
+  // The model of an older conversation may not be served now. Its name is shown, so that the user can choose another.
+  const missing = chosen && !names.includes(chosen) ? [chosen] : [];
+  const options = [...names, ...missing].join("\n");
+  if (select.dataset.models !== options) {
+    select.dataset.models = options;
     select.replaceChildren(
-      ...models.map((one) => h("option", { value: one.name }, one.chats ? one.name : `${one.name} (base)`)),
-      ...gone.map((name) => h("option", { value: name, disabled: true }, `${name} (not served)`)));
+      ...models.map((model) => h("option", { value: model.name }, model.chats ? model.name : `${model.name} (base)`)),
+      ...missing.map((name) => h("option", { value: name, disabled: true }, `${name} (not served)`)));
   }
   select.value = chosen ?? "";
 }
 
-// What the user does
+// The user's actions
 
 function canSend() {
   const leaf = state.view?.conversation.leaf;
@@ -283,7 +283,7 @@ async function send() {
   canSend();
 }
 
-/** Browsers that don't size a text field by its content get told. */
+/** Size the text field by its content in browsers that do not do so themselves. */
 function fit() {
   const field = $("message");
   if (CSS.supports("field-sizing", "content")) return;
@@ -297,9 +297,9 @@ function compare() {
   const { against, blind, ...rest } = current();
   if (against) return changeSettings(rest);
   const first = modelOf(rest.model)?.name;
-  const fits = state.models.filter((one) => (kind() === "text" ? one.local : one.chats));
-  const second = fits.find((one) => one.name !== first) ?? fits[0];
-  if (!second) return notice("There is no second model that could answer here.");
+  const suitable = state.models.filter((model) => (kind() === "text" ? model.local : model.chats));
+  const second = suitable.find((model) => model.name !== first) ?? suitable[0];
+  if (!second) return notice("No second model can answer this conversation.");
   return changeSettings({ ...rest, model: first, against: second.name });
 }
 
@@ -311,7 +311,7 @@ function inspect() {
   show();
 }
 
-/** Press a button of the last message that has it. */
+/** Press a button of the last message that has this button. */
 function press(name, role = "") {
   const buttons = [...document.querySelectorAll(`.turns ${role} [data-do="${name}"]:not(:disabled)`)];
   buttons.at(-1)?.click();
@@ -332,11 +332,11 @@ const KEYS = {
   c: ["compare two models", () => compare()],
   s: ["settings", () => settings.toggle()],
   e: ["edit your last message", () => press("edit", ".user")],
-  r: ["another answer", () => press("again")],
-  ArrowLeft: ["previous branch of the last message that has several", () => press("left")],
+  r: ["generate another answer", () => press("again")],
+  ArrowLeft: ["previous branch of the last message with branches", () => press("left")],
   ArrowRight: ["next branch", () => press("right")],
-  t: ["light or dark", () => theme()],
-  "?": ["this list", () => showKeys(KEYS)],
+  t: ["switch between light and dark", () => theme()],
+  "?": ["show this list", () => showKeys(KEYS)],
 };
 
 function escape() {
@@ -346,7 +346,7 @@ function escape() {
 }
 
 function listen() {
-  // Followed as a link it would name another conversation.
+  // Following the link would change the hash, which names the conversation.
   document.querySelector(".skip").addEventListener("click", (event) => { event.preventDefault(); $("message").focus(); });
   $("composer").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("message").addEventListener("input", () => { fit(); canSend(); });
@@ -374,7 +374,7 @@ function listen() {
   document.addEventListener("pointerdown", (event) => { if (!event.target.closest("#export-menu")) $("export-menu").open = false; });
   window.addEventListener("popstate", () => open(location.hash.slice(1) || null, false));
   document.addEventListener("visibilitychange", () => {
-    // A hidden tab needs no connection; browsers allow only a few to one server.
+    // A hidden tab needs no connection; browsers allow only a few connections to one server.
     if (document.hidden) { state.events?.close(); state.events = null; } else if (state.id && !state.events) watch();
   });
   listenToKeys(KEYS, escape);
@@ -389,9 +389,8 @@ async function begin() {
   listen();
   if (remembered("inspect") === "on") { thread.inspecting = true; $("inspect").setAttribute("aria-pressed", "true"); }
   try {
-    const found = await get("/models");
-    state.models = found.models;
-    state.defaults = found.max_tokens;
+    const { models, max_tokens: defaults } = await get("/models");
+    Object.assign(state, { models, defaults });
   } catch (problem) {
     notice(problem.message);
     return;

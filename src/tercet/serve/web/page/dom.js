@@ -1,6 +1,6 @@
-// Elements, icons, messages to the user.
+// Functions that create elements and icons and show messages to the user.
 
-/** An element: h("button", {class: "x", onclick: f}, "text", child). Names with a capital-free "on" are listeners. */
+/** Create an element: h("button", {class: "x", onclick: f}, "text", child). Properties whose names begin with "on" are listeners. */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -28,12 +28,12 @@ export function iconButton(name, label, onclick, more = {}) {
   return h("button", { type: "button", class: "icon-button", title: label, "aria-label": label, onclick, ...more }, icon(name));
 }
 
-// The only place where text becomes HTML: blocks that the server has made and cleaned.
+// The only place where text becomes HTML: blocks that the server has rendered and sanitised.
 const policy = window.trustedTypes
   ? window.trustedTypes.createPolicy("tercet", { createHTML: (html) => html })
   : { createHTML: (html) => html };
 
-/** The element of one block of an answer, its code with a button to copy it. */
+/** Return the element of one block of an answer. A code block gets a button that copies it. */
 export function block(html) {
   const template = document.createElement("template");
   template.innerHTML = policy.createHTML(html);
@@ -49,7 +49,7 @@ function copyCode(head) {
   return button;
 }
 
-/** Show other content in a button for a moment. */
+/** Show other content in a button for 1.5 seconds. */
 export function flash(button, content) {
   const before = [...button.childNodes];
   button.replaceChildren(...content);
@@ -62,7 +62,7 @@ export async function copy(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // Without https there is no clipboard but on this machine; the old way still works.
+    // Browsers offer the clipboard only over https and on localhost. Elsewhere execCommand still works.
     const area = h("textarea", { class: "unseen" });
     area.value = text;
     document.body.append(area);
@@ -73,7 +73,7 @@ export async function copy(text) {
   }
 }
 
-/** Say something to those who listen rather than look. */
+/** Announce a text to users of screen readers. */
 export function announce(text) {
   $("status").textContent = "";
   $("status").textContent = text;
@@ -93,17 +93,17 @@ export function notice(text) {
   $("notice").textContent = text || "";
 }
 
-/** ``run`` when nothing has come for a while; ``.now()``: at once, if something waits. */
+/** Return a function that calls ``run`` once it has not been called for a while; ``.now()`` runs a waiting call at once. */
 export function debounced(run, milliseconds) {
-  let timer = 0, waiting = null;
+  let timer = 0, pending = null;
   const now = () => {
     clearTimeout(timer);
-    const given = waiting;
-    waiting = null;
-    if (given) run(...given);
+    const args = pending;
+    pending = null;
+    if (args) run(...args);
   };
-  const later = (...given) => {
-    waiting = given;
+  const later = (...args) => {
+    pending = args;
     clearTimeout(timer);
     timer = setTimeout(now, milliseconds);
   };

@@ -1,11 +1,11 @@
-// Tokens with their probabilities: colours, the card of one token, the prompt as the model saw it.
+// Tokens with their probabilities: colours, the card of one token, the tokens of the prompt.
 import { $, h } from "./dom.js";
 
-// Bits of surprise at which the next colour begins: fine where most tokens are, coarse above.
+// Bits of surprise at which the next colour begins: small steps for common values, large steps above.
 const STEPS = [0.25, 0.75, 1.5, 2.5, 4, 6, 8, 11];
 
 export const bits = (logprob) => Math.max(0, -logprob / Math.LN2);
-/** The entropy of a token's place, in bits: the surprise that was to be expected. */
+/** Return the entropy at a token's position in bits, which is the expected surprise. */
 const expected = (token) => (token.entropy / Math.LN2).toFixed(2);
 const heat = (logprob) => STEPS.filter((step) => bits(logprob) >= step).length;
 
@@ -16,17 +16,17 @@ export function share(logprob) {
   return `${percent >= 10 ? percent.toFixed(1) : percent.toPrecision(2)} %`;
 }
 
-/** A token's text with what is otherwise not seen: spaces, line ends, parts of characters. */
-function plain(text) {
+/** Return a token's text with visible signs for spaces, tabs and line breaks. */
+function visible(text) {
   return text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "∅";
 }
 
 const isPart = (token) => token.text.includes("\ufffd") && token.bytes;
 const hexes = (token) => token.bytes.match(/../g).join(" ").toUpperCase();
 
-/** The name of a token in the card, and for those who listen. */
+/** Return the name of a token in the card. */
 function label(token) {
-  return isPart(token) ? `byte ${hexes(token)}` : plain(token.text);
+  return isPart(token) ? `byte ${hexes(token)}` : visible(token.text);
 }
 
 function tokenElement(token, index) {
@@ -45,16 +45,16 @@ function tokenElement(token, index) {
   return h("span", { class: kinds.join(" "), "data-index": index }, content);
 }
 
-/** All tokens of an answer. One stop of the Tab key; the arrow keys walk, Enter opens. */
+/** All tokens of an answer. The Tab key stops once; the arrow keys move between tokens, Enter opens the card. */
 export class Tokens {
   constructor(tokens, choose) {
     this.tokens = [];
-    this.choose = choose; // (position, token id) or null while the answer is being written
-    this.element = h("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens of the answer; arrow keys walk, Enter shows alternatives" });
+    this.choose = choose; // a function of (position, token id); null while the answer is being generated
+    this.element = h("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "Tokens of the answer; the arrow keys move between them, Enter shows alternatives" });
     this.at = -1;
     this.element.addEventListener("click", (event) => {
-      const found = event.target.closest(".token");
-      if (found) this.open(Number(found.dataset.index));
+      const element = event.target.closest(".token");
+      if (element) this.open(Number(element.dataset.index));
     });
     this.element.addEventListener("keydown", (event) => this.key(event));
     this.add(tokens);
@@ -102,15 +102,15 @@ export function closeCard(refocus = false) {
 function showCard(list, index, element) {
   const token = list.tokens[index];
   const card = $("token-card");
-  const others = token.top.some(([id]) => id === token.id) ? token.top : [...token.top, [token.id, token.text, token.logprob]];
-  const rest = 1 - others.reduce((sum, [, , logprob]) => sum + Math.exp(logprob), 0);
-  const rows = others.map(([id, text, logprob]) => {
+  const candidates = token.top.some(([id]) => id === token.id) ? token.top : [...token.top, [token.id, token.text, token.logprob]];
+  const rest = 1 - candidates.reduce((sum, [, , logprob]) => sum + Math.exp(logprob), 0);
+  const rows = candidates.map(([id, text, logprob]) => {
     const taken = id === token.id;
-    const name = text.includes("\ufffd") ? "part of a character" : plain(text);
+    const name = text.includes("\ufffd") ? "part of a character" : visible(text);
     const content = [h("span", { class: "bar-fill" }), h("span", { class: "bar-text" }, name), h("span", { class: "bar-share" }, share(logprob))];
     content[0].style.setProperty("--share", String(Math.exp(logprob)));
     const row = list.choose
-      ? h("button", { type: "button", "data-token": id, "aria-label": `${name}, ${share(logprob)}${taken ? ", the one that came" : ""}: continue from here`, onclick: () => { closeCard(); list.choose(index, id); } }, content)
+      ? h("button", { type: "button", "data-token": id, "aria-label": `${name}, ${share(logprob)}${taken ? ", chosen" : ""}: continue from here`, onclick: () => { closeCard(); list.choose(index, id); } }, content)
       : h("div", {}, content);
     return h("li", { class: taken ? "taken" : null }, row);
   });
@@ -118,7 +118,7 @@ function showCard(list, index, element) {
     h("h3", {}, h("span", { class: "bar-text" }, label(token)), h("small", {}, `token ${token.id}`)),
     h("p", {}, `${bits(token.logprob).toFixed(2)} bits of surprise, ${expected(token)} expected${token.picked ? ", picked by you" : ""}`),
     h("ul", {}, rows),
-    h("p", {}, [rest > 0.0005 ? `${share(Math.log(rest))} for all other tokens. ` : "", list.choose ? "Pick one to continue from there as a new branch." : ""]),
+    h("p", {}, [rest > 0.0005 ? `All other tokens: ${share(Math.log(rest))}. ` : "", list.choose ? "Pick a token to continue from there on a new branch." : ""]),
   );
   card.hidden = false;
   opened = { list, element };
@@ -134,7 +134,7 @@ function place(card, element) {
   card.style.top = `${below ? Math.min(at.bottom + 8, window.innerHeight - height - 12) : at.top - height - 8}px`;
 }
 
-/** The keyboard inside the card: arrows walk through the alternatives. */
+/** Handle keys inside the card: the arrow keys move between the alternatives. Return whether the key was handled. */
 export function cardKey(event) {
   if (!opened) return false;
   const buttons = [...$("token-card").querySelectorAll("button")];
@@ -150,7 +150,7 @@ export function cardKey(event) {
 document.addEventListener("pointerdown", (event) => {
   if (opened && !event.target.closest(".token-card, .token")) closeCard();
 });
-// The card goes with its token, and closes when that is out of sight.
+// The card moves with its token, and closes when the token is out of sight.
 document.addEventListener("scroll", (event) => {
   if (!opened || event.target.id !== "thread") return;
   const [token, thread] = [opened.element.getBoundingClientRect(), event.target.getBoundingClientRect()];
@@ -158,7 +158,7 @@ document.addEventListener("scroll", (event) => {
   else place($("token-card"), opened.element);
 }, true);
 
-/** What the model read, folded. */
+/** Return the prompt's tokens in a collapsed element. */
 export function promptElement(prompt) {
   if (!prompt.length) return null;
   const known = prompt.some((token) => token.text);
@@ -168,11 +168,11 @@ export function promptElement(prompt) {
     return element;
   });
   return h("details", { class: "prompt" },
-    h("summary", {}, `What the model read: ${prompt.length} token${prompt.length === 1 ? "" : "s"}`),
+    h("summary", {}, `Prompt as the model reads it: ${prompt.length} token${prompt.length === 1 ? "" : "s"}`),
     h("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "The prompt, token by token" }, pieces));
 }
 
-/** An answer in a few numbers. */
+/** Return the statistics of an answer. */
 export function numbers(summary) {
   if (!summary) return null;
   const rows = [];
@@ -181,7 +181,7 @@ export function numbers(summary) {
   if (summary.tokens) add(summary.tokens === 1 ? "token" : "tokens", String(summary.tokens));
   else if (written) add("tokens", String(written));
   if (written && summary.seconds) add("tokens/s", (written / summary.seconds).toFixed(1));
-  if (summary.first_seconds) add("to the first token", `${summary.first_seconds.toFixed(2)} s`);
+  if (summary.first_seconds) add("until the first token", `${summary.first_seconds.toFixed(2)} s`);
   if (summary.surprise !== undefined) add("mean surprise", `${summary.surprise.toFixed(2)} bits`);
   if (summary.entropy !== undefined) add("mean entropy", `${summary.entropy.toFixed(2)} bits`);
   return rows.length ? h("dl", { class: "numbers" }, rows) : null;

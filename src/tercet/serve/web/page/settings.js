@@ -1,30 +1,30 @@
-// The panel of settings: system prompt and sampling. An empty field means the model's default.
+// The settings panel: system prompt and sampling. An empty field means the model's default.
 import { $, debounced, h } from "./dom.js";
 
 const NUMBERS = [
-  ["temperature", "Temperature", { min: 0, max: 2, step: 0.1, placeholder: "0.7" }, "0 always takes the likeliest token; higher is more adventurous."],
-  ["max_tokens", "Most tokens", { min: 1, step: 1, placeholder: "" }, "An answer ends here at the latest."],
-  ["top_p", "Top p", { min: 0.01, max: 1, step: 0.01, placeholder: "1" }, "Draw from the likeliest tokens that make up this share."],
-  ["top_k", "Top k", { min: 0, step: 1, placeholder: "off" }, "Draw from so many of the likeliest tokens."],
-  ["min_p", "Min p", { min: 0, max: 1, step: 0.01, placeholder: "off" }, "Drop tokens less likely than this share of the best."],
-  ["repetition_penalty", "Repetition penalty", { min: 0.1, step: 0.05, placeholder: "1" }, "Above 1: what was said becomes less likely."],
-  ["presence_penalty", "Presence penalty", { min: -2, max: 2, step: 0.1, placeholder: "0" }, "Above 0: rather new words."],
-  ["frequency_penalty", "Frequency penalty", { min: -2, max: 2, step: 0.1, placeholder: "0" }, "Above 0: the more often said, the less likely."],
+  ["temperature", "Temperature", { min: 0, max: 2, step: 0.1, placeholder: "0.7" }, "0 always selects the most probable token; higher values vary more."],
+  ["max_tokens", "Token limit", { min: 1, step: 1, placeholder: "" }, "Largest number of tokens in an answer."],
+  ["top_p", "Top p", { min: 0.01, max: 1, step: 0.01, placeholder: "1" }, "Sample from the most probable tokens whose probabilities add up to this value."],
+  ["top_k", "Top k", { min: 0, step: 1, placeholder: "off" }, "Sample from this number of the most probable tokens."],
+  ["min_p", "Min p", { min: 0, max: 1, step: 0.01, placeholder: "off" }, "Exclude tokens below this fraction of the highest probability."],
+  ["repetition_penalty", "Repetition penalty", { min: 0.1, step: 0.05, placeholder: "1" }, "Values above 1 make tokens that occurred before less probable."],
+  ["presence_penalty", "Presence penalty", { min: -2, max: 2, step: 0.1, placeholder: "0" }, "Values above 0 favour tokens that have not occurred yet."],
+  ["frequency_penalty", "Frequency penalty", { min: -2, max: 2, step: 0.1, placeholder: "0" }, "Values above 0 make tokens less probable the more often they occurred."],
   ["seed", "Seed", { min: 0, step: 1, placeholder: "random" }, "The same seed gives the same answer."],
 ];
 
 export class Settings {
-  /** ``changed(settings)`` is called a moment after something was changed. */
+  /** ``changed(settings)`` is called 300 ms after the last change. */
   constructor(changed) {
     this.inputs = new Map();
     this.rest = {};
-    const tell = debounced(() => changed(this.value()), 300);
-    this.flush = tell.now; // what was just typed belongs to the conversation that is open
+    const report = debounced(() => changed(this.value()), 300);
+    this.flush = report.now; // pending changes belong to the conversation that is open now
     const form = $("settings-form");
-    const system = h("textarea", { id: "set-system", rows: 4, placeholder: "Who should the model be?" });
+    const system = h("textarea", { id: "set-system", rows: 4, placeholder: "Instructions for the model" });
     this.inputs.set("system", system);
     form.append(h("label", { class: "field", id: "field-system" }, h("span", { class: "name" }, "System prompt"), system,
-      h("small", {}, "Goes before the conversation, for the answers to come.")));
+      h("small", {}, "Precedes the conversation; applies to future answers.")));
     for (const [name, label, limits, help] of NUMBERS) {
       const input = h("input", { type: "number", id: `set-${name}`, inputmode: "decimal", ...limits });
       this.inputs.set(name, input);
@@ -32,12 +32,12 @@ export class Settings {
     }
     const stop = h("textarea", { id: "set-stop", rows: 2 });
     this.inputs.set("stop", stop);
-    form.append(h("label", { class: "field" }, h("span", { class: "name" }, "Stop at"), stop, h("small", {}, "One text a line; the answer ends before it.")));
+    form.append(h("label", { class: "field" }, h("span", { class: "name" }, "Stop texts"), stop, h("small", {}, "One text per line; the answer ends before the first of them.")));
     const blind = h("input", { type: "checkbox", id: "set-blind" });
     this.inputs.set("blind", blind);
-    form.append(h("label", { class: "field check", id: "field-blind" }, blind, h("span", { class: "name" }, "Compare blindly"),
-      h("small", {}, "Names are hidden, and sides drawn, until you have voted.")));
-    form.addEventListener("input", tell);
+    form.append(h("label", { class: "field check", id: "field-blind" }, blind, h("span", { class: "name" }, "Blind comparison"),
+      h("small", {}, "Hides the models' names and shuffles the sides until you vote.")));
+    form.addEventListener("input", report);
     form.addEventListener("submit", (event) => event.preventDefault());
     $("close-settings").addEventListener("click", () => this.toggle(false));
     $("settings-toggle").addEventListener("click", () => this.toggle());
@@ -49,7 +49,7 @@ export class Settings {
     (open ? this.inputs.get("system") : $("settings-toggle")).focus();
   }
 
-  /** Show settings; what has the focus is left as it is being typed. */
+  /** Show the settings. The focused field keeps what the user is typing. */
   show(settings, kind, defaults) {
     this.rest = { model: settings.model, against: settings.against };
     for (const [name, input] of this.inputs) {
@@ -65,13 +65,13 @@ export class Settings {
   }
 
   value() {
-    const found = { ...this.rest };
+    const settings = { ...this.rest };
     for (const [name, input] of this.inputs) {
-      if (name === "blind") found.blind = input.checked;
-      else if (name === "stop") found.stop = input.value.split("\n").filter(Boolean);
-      else if (name === "system") found.system = input.value;
-      else if (input.value !== "" && Number.isFinite(input.valueAsNumber)) found[name] = input.valueAsNumber;
+      if (name === "blind") settings.blind = input.checked;
+      else if (name === "stop") settings.stop = input.value.split("\n").filter(Boolean);
+      else if (name === "system") settings.system = input.value;
+      else if (input.value !== "" && Number.isFinite(input.valueAsNumber)) settings[name] = input.valueAsNumber;
     }
-    return Object.fromEntries(Object.entries(found).filter(([, value]) => value !== undefined && value !== "" && value !== false));
+    return Object.fromEntries(Object.entries(settings).filter(([, value]) => value !== undefined && value !== "" && value !== false));
   }
 }

@@ -1,10 +1,10 @@
-// The list of conversations: search, rename, delete with a way back.
+// The list of conversations: search, rename, delete, undo.
 import { get, patch, post, remove } from "./api.js";
 import { $, announce, debounced, h, iconButton, notice, toast } from "./dom.js";
 
 const DAY = 86400;
 
-/** "Today", "Yesterday", or when it was. */
+/** Return the heading of the day: "Today", "Yesterday", "This week", or month and year. */
 function day(seconds) {
   const midnight = new Date();
   midnight.setHours(0, 0, 0, 0);
@@ -16,7 +16,7 @@ function day(seconds) {
 }
 
 export class Sidebar {
-  /** ``open(id)`` shows a conversation; null: a new one. */
+  /** ``open(id)`` shows a conversation; null means a new one. */
   constructor(open) {
     this.open = open;
     this.current = null;
@@ -71,11 +71,11 @@ export class Sidebar {
     const words = $("search").value.trim();
     const groups = new Map();
     for (const row of this.rows) {
-      const name = words ? "Found" : day(row.updated);
+      const name = words ? "Search results" : day(row.updated);
       groups.set(name, [...(groups.get(name) ?? []), row]);
     }
     const content = [...groups].flatMap(([name, rows]) => [h("h2", {}, name), h("ul", {}, rows.map((row) => this.entry(row)))]);
-    if (!this.rows.length) content.push(h("p", { class: "nothing" }, words ? "Nothing found." : "No conversations yet."));
+    if (!this.rows.length) content.push(h("p", { class: "nothing" }, words ? "No matches." : "No conversations yet."));
     $("conversations").replaceChildren(...content);
     if (focused) $("conversations").querySelector(`[data-id="${CSS.escape(focused)}"] a`)?.focus();
   }
@@ -132,7 +132,7 @@ export class Sidebar {
       notice(problem.message);
       return;
     }
-    if (row.id === this.current) this.open(null); // before its stream of events finds that it is gone
+    if (row.id === this.current) this.open(null); // before its event stream reports the deletion
     await this.load();
     toast("Conversation deleted", {
       name: "Undo",
@@ -152,7 +152,7 @@ export class Sidebar {
     const links = this.links();
     const at = links.indexOf(document.activeElement);
     if (at < 0) return;
-    const row = this.rows.find((one) => one.id === links[at].closest(".entry").dataset.id);
+    const row = this.rows.find(({ id }) => id === links[at].closest(".entry").dataset.id);
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       event.preventDefault();
       if (event.key === "ArrowUp" && at === 0) $("search").focus();

@@ -1,22 +1,22 @@
-// The turns of a conversation. What has not changed keeps its elements, so nothing jumps.
+// The turns of a conversation. Unchanged turns keep their elements, so that the page does not jump.
 import { $, announce, block, copy, flash, h, icon, iconButton, notice } from "./dom.js";
 import { Tokens, closeCard, numbers, promptElement } from "./inspect.js";
 
 const ENDS = {
-  length: "Reached the limit of tokens.",
+  length: "The token limit was reached.",
   stopped: "Stopped.",
-  interrupted: "Interrupted: the server ended in the middle.",
-  error: "The model failed here.",
+  interrupted: "Interrupted: the server stopped during the answer.",
+  error: "The model failed during this answer.",
 };
 
 export class Thread {
-  /** ``act``: what the buttons do, see app.js. */
+  /** ``act`` holds the functions that the buttons call; see app.js. */
   constructor(act) {
     this.act = act;
     this.nodes = new Map(); // key -> {element, sign, live}
     this.inspecting = false;
-    this.details = new Map(); // message -> its tokens, which never change
-    this.sticking = true;
+    this.details = new Map(); // id of a message -> its tokens, which never change
+    this.sticking = true; // whether the view follows the end of the thread
     const thread = $("thread");
     thread.addEventListener("scroll", () => this.look(), { passive: true });
     new ResizeObserver(() => this.stay()).observe(thread);
@@ -43,40 +43,40 @@ export class Thread {
     $("latest").hidden = this.sticking;
   }
 
-  /** Who is at the end stays there while it moves on; who reads further up is left alone. */
+  /** Follow the end of the thread if the reader is there. Do not move a reader who has scrolled up. */
   stay() {
     if (this.sticking) $("thread").scrollTop = $("thread").scrollHeight;
     else this.look();
   }
 
-  /** Show a view with the answers on their way (id -> answer). */
+  /** Show a view, with the answers that are being generated (id -> answer). */
   show(view, running) {
     this.view = view;
     this.answering = running.size > 0;
     const { conversation, turns } = view;
     this.kind = conversation.kind;
     $("app").classList.toggle("text-kind", this.kind === "text");
-    const wanted = turns.map((turn) => (turn.pair ? this.pair(turn.pair, running) : this.message(turn.message)));
+    const turnNodes = turns.map((turn) => (turn.pair ? this.pair(turn.pair, running) : this.message(turn.message)));
     for (const answer of running.values()) {
-      if (!answer.comparison && answer.parent === conversation.leaf) wanted.push(this.running(answer));
+      if (!answer.comparison && answer.parent === conversation.leaf) turnNodes.push(this.running(answer));
     }
-    const used = new Set(wanted.flatMap(({ keys }) => keys));
+    const used = new Set(turnNodes.flatMap(({ keys }) => keys));
     for (const key of [...this.nodes.keys()]) if (!used.has(key)) this.nodes.delete(key);
-    const place = $("turns");
-    wanted.forEach(({ element }, index) => {
-      if (place.children[index] !== element) place.insertBefore(element, place.children[index] ?? null);
+    const list = $("turns");
+    turnNodes.forEach(({ element }, index) => {
+      if (list.children[index] !== element) list.insertBefore(element, list.children[index] ?? null);
     });
-    while (place.children.length > wanted.length) place.lastElementChild.remove();
+    while (list.children.length > turnNodes.length) list.lastElementChild.remove();
     this.stay();
   }
 
   node(key, sign, build) {
-    const before = this.nodes.get(key);
-    if (before && (before.sign === sign || before.element.querySelector(".editor"))) return before;
-    const made = { sign, ...build() };
-    if (before) before.element.replaceWith(made.element);
-    this.nodes.set(key, made);
-    return made;
+    const previous = this.nodes.get(key);
+    if (previous && (previous.sign === sign || previous.element.querySelector(".editor"))) return previous;
+    const node = { sign, ...build() };
+    if (previous) previous.element.replaceWith(node.element);
+    this.nodes.set(key, node);
+    return node;
   }
 
   message(message) {
@@ -95,7 +95,7 @@ export class Thread {
   pair(pair, running) {
     const sides = ["left", "right"].map((side) => {
       if (pair[side]) return this.message(pair[side]);
-      const answer = [...running.values()].find((one) => one.comparison?.id === pair.id && one.comparison.side === side);
+      const answer = [...running.values()].find(({ comparison }) => comparison?.id === pair.id && comparison.side === side);
       return answer ? this.running(answer) : { keys: [], element: h("p", { class: "fault" }, "This answer failed.") };
     });
     const key = `p:${pair.id}`;
@@ -110,7 +110,7 @@ export class Thread {
 
   buildPair(pair, ready) {
     const columns = ["left", "right"].map((side) => h("div", { class: pair.chosen === side && pair.vote ? "chosen" : null }));
-    const choices = [["left", "First is better"], ["tie", "Equally good"], ["both_bad", "Both bad"], ["right", "Second is better"]];
+    const choices = [["left", "First is better"], ["tie", "Equally good"], ["both_bad", "Both are bad"], ["right", "Second is better"]];
     const votes = choices.map(([vote, name]) => h("button", {
       type: "button", "aria-pressed": String(pair.vote === vote), disabled: !ready, onclick: () => this.act.vote(pair.id, vote),
     }, name));
@@ -142,7 +142,7 @@ export class Thread {
   async inspect(message, article, said) {
     if (!message.summary) return;
     if (!message.summary.tokens) {
-      said.after(numbers(message.summary) ?? "", h("p", { class: "who" }, "This model runs elsewhere and sends no probabilities."));
+      said.after(numbers(message.summary) ?? "", h("p", { class: "who" }, "This hosted model reports no probabilities."));
       return;
     }
     const put = ({ tokens, prompt, summary }) => {
@@ -157,9 +157,9 @@ export class Thread {
     const known = this.details.get(message.id);
     if (known) return put(known);
     try {
-      const found = await this.act.tokens(message.id);
-      this.details.set(message.id, found);
-      if (article.isConnected) put(found);
+      const details = await this.act.tokens(message.id);
+      this.details.set(message.id, details);
+      if (article.isConnected) put(details);
     } catch (problem) {
       notice(problem.message);
     }
@@ -183,7 +183,7 @@ export class Thread {
         items.push(h("span", { class: "note" }, ENDS[message.finish]));
       }
     } else if (this.view.conversation.leaf === message.id && !this.answering) {
-      items.push(iconButton("again", "Answer this", () => act.answer(message.id), { "data-do": "again" }));
+      items.push(iconButton("again", "Answer this message", () => act.answer(message.id), { "data-do": "again" }));
     }
     return h("div", { class: message.siblings.length > 1 ? "tools branched" : "tools" }, items);
   }
@@ -202,15 +202,15 @@ export class Thread {
     if (article.querySelector(".editor")) return;
     closeCard();
     const hidden = [...article.children];
-    const area = h("textarea", { "aria-label": "The message in other words" });
+    const area = h("textarea", { "aria-label": "Edited message" });
     area.value = message.content;
     const close = () => {
       editor.remove();
-      hidden.forEach((one) => { one.hidden = false; });
+      hidden.forEach((child) => { child.hidden = false; });
     };
     const save = async () => {
       if (!area.value.trim()) return;
-      editor.remove(); // a message that is being edited would not be replaced
+      editor.remove(); // a message with an editor would not be replaced
       try {
         await this.act.edit(message.id, area.value);
       } catch {
@@ -230,19 +230,19 @@ export class Thread {
         save();
       }
     });
-    hidden.forEach((one) => { one.hidden = true; });
+    hidden.forEach((child) => { child.hidden = true; });
     article.append(editor);
     area.focus();
     area.setSelectionRange(area.value.length, area.value.length);
   }
 
-  // An answer on its way
+  // An answer that is being generated
 
   buildRunning(answer) {
     const prose = this.kind === "chat" && !(this.inspecting && answer.tokens.length);
     const said = h("div", { class: prose ? "said prose" : "said", "aria-busy": "true" });
     const name = answer.comparison?.hidden ? "Model" : answer.model;
-    const article = h("article", { class: "message assistant running", "aria-label": `Answer of ${name}, being written`, "data-answer": answer.id });
+    const article = h("article", { class: "message assistant running", "aria-label": `Answer of ${name}, in progress`, "data-answer": answer.id });
     if (this.kind === "chat") article.append(this.who(name));
     const tools = h("div", { class: "tools" });
     article.append(said, tools);
@@ -259,7 +259,7 @@ export class Thread {
     return { element: article, live };
   }
 
-  /** Put what has come of an answer where it is shown. */
+  /** Append a streamed piece to its answer. */
   piece(answer, event) {
     const live = this.nodes.get(`r:${answer.id}`)?.live;
     if (!live) return;
@@ -283,6 +283,6 @@ export class Thread {
   setInspecting(on) {
     this.inspecting = on;
     closeCard();
-    announce(on ? "Inspecting: every token with its probability" : "Reading");
+    announce(on ? "Inspect is on: every token is shown with its probability" : "Inspect is off");
   }
 }
