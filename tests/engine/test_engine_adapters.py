@@ -334,7 +334,7 @@ def test_an_adapter_of_another_base_is_refused(make: Make, base: Path, tmp_path:
     _, wide = make("qwen3", vocab_size=300, hidden_size=48)
     make_adapter(wide, tmp_path / "wide")
     engine = on_cpu(base)
-    with pytest.raises(UserError, match="is it the base that the adapter was trained on"):
+    with pytest.raises(UserError, match="check that this is the base that the adapter was trained on"):
         engine.add_adapter("wide", tmp_path / "wide")
     with pytest.raises(UserError, match=r"has no adapter_config\.json"):
         engine.add_adapter("base", base)

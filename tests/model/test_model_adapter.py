@@ -284,8 +284,8 @@ def test_one_part_of_a_joint_layer_can_be_adapted_alone(
         ({"target_modules": "("}, "'(' is not a regular expression"),
         ({"target_modules": 3}, "'target_modules' is 3"),
         ({"target_modules": ["c_attn"]}, "matches no layer of this llama model, which has q_proj"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "takes in lm_head"),
-        ({"target_modules": ["embed_tokens"]}, "takes in model.embed_tokens"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "matches lm_head"),
+        ({"target_modules": ["embed_tokens"]}, "matches model.embed_tokens"),
         ({"target_modules": ["q_proj"]}, "k_proj.lora_A.weight is unexpected"),
         ({"r": 5}, "has shape [4, 32]"),
     ],
@@ -307,7 +307,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 def test_in_a_mixture_only_the_attention_is_adapted(make: Make) -> None:
     _, base = make("qwen3_moe", mlp_only_layers=[0])
     model = load_model(base)
-    with pytest.raises(UserError, match=r"takes in model\.layers\.0\.mlp\.gate_proj; in a mixture only the"):
+    with pytest.raises(UserError, match=r"matches model\.layers\.0\.mlp\.gate_proj; in a mixture only the"):
         add_lora(model, AdapterConfig(target_modules=("q_proj", "gate_proj")), seed=0)
     add_lora(model, AdapterConfig(), seed=0)
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
@@ -320,7 +320,7 @@ def test_in_a_mixture_only_the_attention_is_adapted(make: Make) -> None:
         ("missing", "o_proj.lora_B.weight is missing"),
         ("extra", "lm_head.lora_A.weight is unexpected"),
         ("dora", "lora_magnitude_vector is unexpected"),
-        ("shape", "is it the base that the adapter was trained on?"),
+        ("shape", "check that this is the base that the adapter was trained on"),
         ("pickle", "adapter_model.bin is a pickle"),
         ("no weights", f"has no {WEIGHTS}"),
         ("no config", f"has no {CONFIG}"),

@@ -184,7 +184,7 @@ def test_a_template_that_fails_gets_one_clear_line(template: str, said: str) -> 
     [
         ([], "the conversation is empty"),
         (["hi"], "message 1 is a str"),
-        ([user("hi"), user(object())], "message 2 holds a object"),
+        ([user("hi"), user(object())], "message 2 contains a object"),
     ],
 )
 def test_a_conversation_that_is_none_gets_one_clear_line(messages: Any, said: str) -> None:

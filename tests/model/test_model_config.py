@@ -122,7 +122,7 @@ def test_the_text_part_of_a_gemma_3_with_pictures_is_a_text_model(make: Make, to
     state = {f"language_model.{name}": tensor for name, tensor in state.items()}
     state["vision_tower.patch.weight"] = torch.ones(2)
     safetensors.torch.save_file(state, directory / "model.safetensors")
-    with pytest.raises(UserError, match=r"vision_tower\.patch\.weight belongs to a model that sees pictures"):
+    with pytest.raises(UserError, match=r"vision_tower\.patch\.weight belongs to a vision model"):
         load_model(directory)
 
 

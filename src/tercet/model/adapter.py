@@ -1,9 +1,10 @@
-"""LoRA: trainable low-rank matrices beside frozen weights, stored as PEFT stores them.
+"""LoRA: trainable low-rank matrices beside frozen weights, in PEFT's file format.
 
-A PEFT adapter is a directory of ``adapter_config.json`` and ``adapter_model.safetensors`` with
-tensors ``base_model.model.MODULE.lora_A.weight`` [r, in] and ``….lora_B.weight`` [out, r], where
-MODULE is Hugging Face's name. Where one module of theirs is several of ours (GPT-2's c_attn), the
-parts share A and divide B's rows; written, their A are stacked and their B lie on a diagonal.
+A PEFT adapter is a directory with ``adapter_config.json`` and ``adapter_model.safetensors``. Its
+tensors are ``base_model.model.MODULE.lora_A.weight`` [r, in] and ``….lora_B.weight`` [out, r], where
+MODULE is Hugging Face's name. If a module of Hugging Face is several modules here (GPT-2's c_attn), the
+parts share A and divide the rows of B. When they are saved, their A are stacked and their B are placed
+on a block diagonal.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ __all__ = [
 
 
 class LoRALinear(nn.Module):
-    """``base(x) + scaling * B(A(x))``. A [r, in] and B [out, r] are float32, whatever the base is."""
+    """``base(x) + scaling * B(A(x))``. A [r, in] and B [out, r] are float32, whatever the base's type is."""
 
     def __init__(self, base: Linear, r: int, scaling: float) -> None:
         super().__init__()
@@ -59,10 +60,11 @@ class LoRALinear(nn.Module):
         self.scaling = scaling
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] for ``x`` [..., in]."""
         return cast(Tensor, self.base(x) + self.lora_B(self.lora_A(x)) * self.scaling)
 
     def merged(self) -> Linear:
-        """The base with the product added, computed in float32 and rounded once."""
+        """Add the product to the base in float32, round once, and return the base."""
         with torch.no_grad():
             change = self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
             # A new tensor: the old one may be mapped to a file.
@@ -71,13 +73,13 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: Transformer, config: AdapterConfig, seed: int) -> None:
-    """Put an adapter beside each chosen layer and freeze everything else.
+    """Put an adapter beside each chosen layer and freeze all other weights.
 
-    A is Kaiming-uniform with a = sqrt(5), as in PEFT, which is uniform within 1 / sqrt(in); B is
+    A is Kaiming-uniform with a = sqrt(5), as in PEFT, which is uniform within 1 / sqrt(in). B is
     zero, so the model's outputs are unchanged. The same seed gives the same adapter.
 
     Raises:
-        UserError: ``config.target_modules`` matches nothing, or an embedding or the head.
+        UserError: ``config.target_modules`` matches no layer, or matches an embedding or the head.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -90,7 +92,7 @@ def add_lora(model: Transformer, config: AdapterConfig, seed: int) -> None:
 
 
 def _wrap(model: Transformer, config: AdapterConfig) -> dict[str, LoRALinear]:
-    """Replace the chosen layers; ours by name. The new matrices hold no useful values yet."""
+    """Replace the chosen layers and return the new ones by name. Their matrices are not initialised yet."""
     if lora_layers(model):
         raise ValueError("the model already has an adapter; merge it before adding another")
     wrapped = {}
@@ -105,12 +107,12 @@ def _wrap(model: Transformer, config: AdapterConfig) -> dict[str, LoRALinear]:
 
 
 def lora_layers(model: Transformer) -> dict[str, LoRALinear]:
-    """The adapted layers by our module name."""
+    """Return the adapted layers by their module name in the network."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def freeze_base(model: Transformer) -> None:
-    """Let gradients reach the adapters' matrices only."""
+    """Make only the adapters' matrices trainable."""
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         layer.lora_A.requires_grad_(True)
@@ -118,7 +120,7 @@ def freeze_base(model: Transformer) -> None:
 
 
 def merge_lora(model: Transformer) -> None:
-    """Add every adapter to its base; the model is an ordinary one again, all of it trainable."""
+    """Add every adapter to its base. The model has ordinary layers again, and all its weights are trainable."""
     for name, layer in lora_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.merged())
@@ -132,7 +134,8 @@ def save_adapter(model: Transformer, directory: str | Path, config: AdapterConfi
     """Write the model's adapter as a PEFT directory.
 
     Raises:
-        UserError: the disk refuses. ValueError: the model has no adapter.
+        UserError: the directory can't be written to.
+        ValueError: the model has no adapter.
     """
     directory = Path(directory)
     layers = lora_layers(model)
@@ -183,13 +186,13 @@ def _modules(model: Transformer) -> dict[str, tuple[str, ...]]:
 
 
 def _groups(model: Transformer, parts: Sequence[nn.Module]) -> int:
-    """In how many groups a joint layer holds the rows of its parts (see `TensorRule`)."""
+    """Return the number of groups in which a joined layer holds the rows of its parts (see `TensorRule`)."""
     by_head = FAMILIES[model.config.family].names.by_head and len(parts) > 1
     return model.config.num_heads if by_head else 1
 
 
 def _by_end(values: dict[str, Value], modules: list[str]) -> dict[str, Value]:
-    """Shorten module names to their last part where all ``modules`` of that ending have the same value."""
+    """Shorten module names to their last part if all ``modules`` with that ending have the same value."""
     missing = object()
     short: dict[str, Value] = {}
     for name, value in values.items():
@@ -202,7 +205,7 @@ def _by_end(values: dict[str, Value], modules: list[str]) -> dict[str, Value]:
 
 
 def _fuse(parts: list[Linear | LoRALinear], groups: int) -> tuple[Tensor, Tensor, float]:
-    """One A [r, in], B [out, r] and scaling that do what the parts do side by side.
+    """Return a single A [r, in], B [out, r] and scaling with the same effect as the parts together.
 
     Parts that share A keep it; otherwise r is the sum of their ranks. Parts without an adapter get zeros.
     """
@@ -225,11 +228,11 @@ def _fuse(parts: list[Linear | LoRALinear], groups: int) -> tuple[Tensor, Tensor
 
 
 def load_adapter(model: Transformer, directory: str | Path) -> AdapterConfig:
-    """Put a stored adapter on the model it belongs to; everything else is frozen.
+    """Put a stored adapter on its base model and freeze all other weights.
 
     Raises:
-        UserError: a file is missing or broken, a tensor is missing, unexpected or of a wrong shape,
-            or the configuration asks for what is not supported.
+        UserError: a file is missing or damaged, a tensor is missing, unexpected or of a wrong shape,
+            or the configuration is not supported.
     """
     config, updates = read_adapter(directory, model.config)
     with torch.no_grad():

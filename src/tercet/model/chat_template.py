@@ -1,8 +1,8 @@
-"""Chat templates: jinja2 programs from checkpoints, run in a sandbox as transformers runs them.
+"""Chat templates: jinja2 programs from checkpoints, run in a sandbox with transformers' rules.
 
 The rules are those of ``apply_chat_template`` in transformers 5: blocks are trimmed, ``break`` and
-``continue`` work, ``tojson`` keeps HTML characters and other alphabets as they are, templates can
-call ``raise_exception`` and ``strftime_now``, and ``{% generation %}`` marks what the assistant says.
+``continue`` work, ``tojson`` keeps HTML characters and other alphabets unchanged, templates can
+call ``raise_exception`` and ``strftime_now``, and ``{% generation %}`` marks the assistant's text.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from jinja2.utils import Namespace
 
 from tercet.errors import UserError
 
-# Names under which servers and datasets give a message's reasoning; templates read the first.
+# Servers and data sets name a message's reasoning in these ways; templates read the first name.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}…{% endgeneration %}`` renders what is inside, in a scope of its own."""
+    """The block ``{% generation %}…{% endgeneration %}``, which renders its content in its own scope."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Parse the block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
@@ -46,10 +47,10 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **attributes: Any) -> None:
         self, *rest = args
-        found = dict(*rest, **attributes)
-        for name in found:
+        entries = dict(*rest, **attributes)
+        for name in entries:
             _check_name(name)
-        Namespace.__init__(self, found)
+        Namespace.__init__(self, entries)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -99,21 +100,21 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy of JSON values only: objects would give templates methods that the sandbox can't judge."""
+    """Return a copy with JSON values only: other objects have methods that the sandbox can't judge."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
         return {key: _plain(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, where) for item in value]
-    raise UserError(f"{where} holds a {type(value).__name__}; chat templates take JSON values only")
+    raise UserError(f"{where} contains a {type(value).__name__}; it must consist of JSON values")
 
 
 def _message(message: Any, number: int) -> dict[str, Any]:
     where = f"message {number}"
     if not isinstance(message, Mapping):
         raise UserError(f"{where} is a {type(message).__name__}; it must be an object with role and content")
-    # Servers give null for what is absent; templates would print it as None.
+    # Servers write null for absent fields; templates would print it as None.
     plain = {key: _plain(value, where) for key, value in message.items() if value is not None}
     reasoning = next((plain[name] for name in REASONING if name in plain), None)
     if reasoning is None:
@@ -129,9 +130,15 @@ def render_template(
     special_tokens: Mapping[str, str] | None = None,
     **variables: Any,
 ) -> str:
-    """The text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` gives it.
+    """Return the text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` does.
 
-    special_tokens: ``bos_token`` and the like, visible to the template; ``variables`` too, and first.
+    Args:
+        template: the template's text.
+        messages: the conversation.
+        tools: JSON schemas of the tools that the assistant can call.
+        add_generation_prompt: end with the beginning of an assistant's answer.
+        special_tokens: ``bos_token`` and the like, visible to the template.
+        **variables: more variables for the template, which take precedence over special tokens.
 
     Raises:
         UserError: the conversation is empty or not JSON, or the template is wrong or refuses it.
@@ -139,7 +146,7 @@ def render_template(
     if not messages:
         raise UserError("the conversation is empty; a chat template needs at least one message")
     documents = variables.pop("documents", None)
-    given = {
+    context = {
         **(special_tokens or {}),
         **{name: _plain(value, f"template variable {name!r}") for name, value in variables.items()},
         "messages": [_message(message, number) for number, message in enumerate(messages, start=1)],
@@ -148,12 +155,12 @@ def render_template(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        return _compile(template).render(given)
+        return _compile(template).render(context)
     except jinja2.TemplateSyntaxError as problem:
         raise UserError(f"chat template, line {problem.lineno}: {_line(problem)}") from problem
     except jinja2.TemplateError as problem:
         raise UserError(f"the chat template refuses this conversation: {_line(problem)}") from problem
-    except Exception as problem:  # a template is a program of someone else's: it may raise anything
+    except Exception as problem:  # a template is a program from a checkpoint: it may raise anything
         raise UserError(f"the chat template fails: {type(problem).__name__}: {_line(problem)}") from problem
 
 

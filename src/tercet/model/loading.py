@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a network in memory, and back."""
+"""Load a network from a checkpoint directory, and save it to one."""
 
 from __future__ import annotations
 
@@ -29,29 +29,32 @@ def load_model(
     device: str | torch.device = "cpu",
     trainable: bool = False,
 ) -> Transformer:
-    """The network of a checkpoint directory, in evaluation mode.
+    """Load the network of a checkpoint directory, in evaluation mode.
 
-    dtype: of the weights; None: each tensor's own on disk.
-    trainable: give every weight memory of its own. Otherwise weights that need no conversion stay
-        mapped to the file, which costs no time or memory, but must then not be overwritten in place.
+    Args:
+        directory: the checkpoint directory.
+        dtype: type of the weights; None: the stored type of each tensor.
+        device: where the weights are put.
+        trainable: give every weight its own memory. Otherwise weights that need no conversion stay
+            mapped to the file, which costs no time or memory, but must not be overwritten in place.
 
     Raises:
-        UserError: a file is missing or broken, or a tensor is missing, unexpected or of a wrong shape.
+        UserError: a file is missing or damaged, or a tensor is missing, unexpected or of a wrong shape.
     """
     directory = Path(directory)
     config = read_config(directory)
     stored = matched_tensors(config, directory)
     state: dict[str, Tensor] = {}
     for rule, tensor in stored:
-        whole = tensor_from(tensor)
-        own = whole.to(device=device, dtype=dtype or whole.dtype, copy=trainable)
+        mapped = tensor_from(tensor)
+        joined = mapped.to(device=device, dtype=dtype or mapped.dtype, copy=trainable)
         if rule.transpose:
-            own = own.t()
-        for part, piece in zip(rule.parts, split_rows(own, rule.heights, rule.groups), strict=True):
-            # Pieces of one tensor would share its memory, and an optimizer updates them apart.
+            joined = joined.t()
+        for part, piece in zip(rule.parts, split_rows(joined, rule.heights, rule.groups), strict=True):
+            # Pieces of a tensor share its memory, but an optimizer updates them separately.
             shared = trainable and len(rule.parts) > 1 and piece.is_contiguous()
             state[part.name] = piece.clone() if shared else piece.contiguous()
-    with torch.device("meta"), _WithoutInitialisation():  # no memory or time for weights replaced at once
+    with torch.device("meta"), _WithoutInitialisation():  # the weights are replaced at once
         model = Transformer(config)
     if config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -61,7 +64,7 @@ def load_model(
 
 
 def join_rows(parts: list[Tensor], groups: int = 1) -> Tensor:
-    """One tensor of several: the inverse of `split_rows`."""
+    """Join tensors into a single one: the inverse of `split_rows`."""
     if len(parts) == 1:
         return parts[0]
     rest = parts[0].shape[1:]
@@ -69,20 +72,20 @@ def join_rows(parts: list[Tensor], groups: int = 1) -> Tensor:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Skip random numbers: meaningless on the meta device, where the first imports torch's compiler (1.5 s)."""
+    """Skip random initialisation, which on the meta device has no effect but to import torch's compiler (1.5 s)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
-            return None  # no caller looks at it
+            return None  # no caller uses the result
         return func(*args, **(kwargs or {}))
 
 
 def tensor_from(tensor: StoredTensor) -> Tensor:
-    """The stored tensor itself, mapped from its file."""
+    """Return the stored tensor, mapped from its file."""
     dtype, data = DTYPES[tensor.dtype], tensor.data
-    if data.ctypes.data % dtype.itemsize:  # older files; a view must be aligned
+    if data.ctypes.data % dtype.itemsize:  # in older files; a view must be aligned
         data = np.array(data)
     return torch.from_numpy(data).view(dtype).view(tensor.shape)
 
@@ -94,14 +97,19 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     generation: dict[str, Any] | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and the weights, as the model's family names them.
+    """Write config.json, generation_config.json and the weights, with the names of the model's family.
 
-    dtype: of the weights on disk; None: each tensor's own.
-    generation: fields of generation_config.json beyond the token ids of the configuration, or
-        instead of them (every stop id under ``eos_token_id``).
+    Args:
+        model: the network.
+        directory: the checkpoint directory to write.
+        dtype: type of the weights on disk; None: the type of each tensor.
+        max_shard_bytes: largest size of a shard's tensors.
+        generation: more fields of generation_config.json; they take precedence over the token ids of
+            the configuration (every stop id under ``eos_token_id``).
 
     Raises:
-        UserError: the disk refuses. ValueError: the model holds adapters that are not merged.
+        UserError: the directory can't be written to.
+        ValueError: the model has adapters that are not merged.
     """
     directory = Path(directory)
     config = model.config
@@ -116,9 +124,9 @@ def save_model(
     def items() -> Iterator[Item]:
         for rule in rules:
             parts = [state[part.name].detach() for part in rule.parts]
-            whole = join_rows(parts, rule.groups)
-            whole = (whole.t() if rule.transpose else whole).to("cpu", dtype or whole.dtype).contiguous()
-            yield rule.name, DTYPE_NAMES[whole.dtype], tuple(whole.shape), whole.view(torch.uint8).numpy()
+            joined = join_rows(parts, rule.groups)
+            joined = (joined.t() if rule.transpose else joined).to("cpu", dtype or joined.dtype).contiguous()
+            yield rule.name, DTYPE_NAMES[joined.dtype], tuple(joined.shape), joined.view(torch.uint8).numpy()
 
     stored = dtype or model.model.embed_tokens.weight.dtype
     hf = config_to_hf(config, str(stored).removeprefix("torch."))

@@ -1,7 +1,7 @@
-"""Text to token ids and back, over the ``tokenizers`` library, and conversations to text.
+"""Convert text to token ids and back with the ``tokenizers`` library, and conversations to text.
 
-A tokenizer is the files of a Hugging Face checkpoint: ``tokenizer.json`` (what encodes),
-``tokenizer_config.json`` (which tokens begin, end and pad), ``chat_template.jinja``.
+A tokenizer consists of files of a Hugging Face checkpoint: ``tokenizer.json`` (vocabulary and rules),
+``tokenizer_config.json`` (names of special tokens) and ``chat_template.jinja``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 class Tokenizer:
-    """Encodes, decodes and renders. Make one with `load` or `from_backend`.
+    """A tokenizer with its chat templates. Make it with `load` or `from_backend`.
 
-    chat_template: the default template's text, None where there is none.
-    bos_id, eos_id, pad_id: None where the tokenizer names no such token.
+    Attributes:
+        backend: the tokenizer of the ``tokenizers`` library.
+        config: the content of tokenizer_config.json.
+        templates: texts of chat templates by name.
+        named_tokens: texts of special tokens by name, such as ``bos_token``.
+        bos_id: the token that begins a text; None if the tokenizer names none.
+        eos_id: the token that ends a text; None if the tokenizer names none.
+        pad_id: the token for padding; None if the tokenizer names none.
     """
 
     def __init__(
@@ -37,11 +43,18 @@ class Tokenizer:
         templates: dict[str, str],
         ids: dict[str, Any],
     ) -> None:
-        """``config``: tokenizer_config.json; ``ids``: token ids of config.json, where the former is silent."""
+        """Make a tokenizer from its parts.
+
+        Args:
+            backend: the tokenizer of the ``tokenizers`` library; it is modified.
+            config: the content of tokenizer_config.json.
+            templates: texts of chat templates by name.
+            ids: token ids of config.json, for special tokens that ``config`` does not name.
+        """
         self.backend = backend
         self.config = config
         self.templates = templates
-        # A length limit or padding that tokenizer.json was saved with would change every result.
+        # A length limit or padding saved in tokenizer.json would change every result.
         if backend.padding is not None:
             self.config = {"pad_token": backend.padding["pad_token"], **config}
         backend.no_truncation()
@@ -65,10 +78,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """The tokenizer of a checkpoint or adapter directory.
+        """Load the tokenizer of a checkpoint or adapter directory.
 
         Raises:
-            UserError: a file is missing or broken.
+            UserError: a file is missing or damaged.
         """
         import tokenizers
 
@@ -81,7 +94,9 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as problem:  # the library raises plain exceptions
-            raise UserError(f"{path} is not a tokenizer: {' '.join(str(problem).split())}") from problem
+            raise UserError(
+                f"{path} is not a tokenizer of the tokenizers library: {' '.join(str(problem).split())}"
+            ) from problem
         config = _read_object(directory / CONFIG)
         if "added_tokens_decoder" not in config:
             config |= {key: value for key, value in _read_object(directory / LEGACY_SPECIAL).items() if value}
@@ -100,20 +115,24 @@ class Tokenizer:
         pad: str | None = None,
         chat_template: str | None = None,
     ) -> Self:
-        """A tokenizer just trained. Tokens that the vocabulary lacks are added to it."""
+        """Make a tokenizer from a trained backend. Named tokens that the vocabulary lacks are added to it."""
         named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        # This class takes tokenizer.json as it is; others of transformers would rebuild parts of it.
+        # This class of transformers uses tokenizer.json unchanged; other classes would rebuild parts of it.
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {key: token for key, token in named.items() if token is not None}
         return cls(backend, config, {} if chat_template is None else {"default": chat_template}, {})
 
     def with_template(self, template: str) -> Tokenizer:
-        """The same tokenizer with ``template`` as its only chat template."""
+        """Return the same tokenizer with ``template`` as its only chat template."""
         ids = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
         return Tokenizer(self.backend, self.config, {"default": template}, ids)
 
     def save(self, directory: str | Path) -> None:
-        """Write what `load`, and transformers, read. Raises UserError when the disk refuses."""
+        """Write the files that `load` and transformers read.
+
+        Raises:
+            UserError: the directory can't be written to.
+        """
         directory = Path(directory)
         config = {key: value for key, value in self.config.items() if key != "chat_template"}
         write_atomic(directory / TOKENIZER, self.backend.to_str(pretty=True))
@@ -124,7 +143,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that differ where any text may be encoded or rendered differently."""
+        """16 hexadecimal digits that differ if any text may be encoded or rendered differently."""
         parts = [self.backend.to_str(), self.named_tokens, self.templates]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
@@ -132,21 +151,21 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """How many ids there are, added tokens and holes included: the rows an embedding needs."""
+        """Number of ids, added tokens and gaps included: the rows that an embedding needs."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
     def special_tokens(self) -> list[str]:
-        """Texts of the tokens that no ordinary text is encoded to, by id."""
+        """Texts of the special tokens, in the order of their ids; no ordinary text is encoded to them."""
         added = self.backend.get_added_tokens_decoder()
         return [token.content for _, token in sorted(added.items()) if token.special]
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token as the vocabulary spells it."""
+        """Return the id of a token, spelled as in the vocabulary; None if there is no such token."""
         return self.backend.token_to_id(token)
 
     def token_bytes(self, index: int) -> bytes:
-        """The bytes that the token stands for in text: b"" for an id that no token has."""
+        """Return the bytes that a token stands for in text; b"" for an id without a token."""
         token = self.backend.id_to_token(index)
         if token is None:
             return b""
@@ -161,12 +180,12 @@ class Tokenizer:
         return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode("utf-8")
 
     def byte_length(self, index: int) -> int:
-        """How many bytes of text the token stands for; 0 for special tokens."""
+        """Return the number of bytes of text that a token stands for; 0 for special tokens."""
         added = self._added.get(index)
         return 0 if added is not None and added.special else len(self.token_bytes(index))
 
     def token_text(self, index: int) -> str:
-        """The token's text for people, a replacement character for each part of a character."""
+        """Return a token's text for display; incomplete characters become replacement characters."""
         return self.token_bytes(index).decode("utf-8", errors="replace")
 
     @cached_property
@@ -180,25 +199,26 @@ class Tokenizer:
     # Text
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` adds what the tokenizer puts around it (BOS, say)."""
+        """Return the token ids of ``text``; ``special`` adds the tokenizer's special tokens (such as BOS)."""
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
-        return [one.ids for one in self.backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+        """Encode each text as `encode` does, on all cores."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [encoding.ids for encoding in encodings]
 
     def encode_with_offsets(self, text: str, special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the characters [start, end) of ``text`` that each stands for.
+        """Return token ids, and the characters [start, end) of ``text`` that each token stands for.
 
         Every character is covered: spaces that a tokenizer leaves out of its offsets belong to the
-        token after them, at the end to the last one. Tokens that share a character all cover it.
-        Tokens that were added around the text have (0, 0).
+        next token, or to the last token at the end. Tokens that share a character all cover it.
+        Special tokens that were added to the text have (0, 0).
         """
         encoding = self.backend.encode(text, add_special_tokens=special)
         offsets: list[tuple[int, int]] = []
         reached, last = 0, None
-        for (start, end), around in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
-            if around:
+        for (start, end), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            if added:
                 offsets.append((0, 0))
                 continue
             offsets.append((min(start, reached), end))
@@ -208,14 +228,14 @@ class Tokenizer:
         return encoding.ids, offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of the ids; what is not whole UTF-8 becomes replacement characters."""
+        """Return the text of token ids; incomplete UTF-8 becomes replacement characters."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     # Conversations
 
     @property
     def chat_template(self) -> str | None:
-        """The default template."""
+        """Text of the default chat template; None if there is none."""
         return self.templates.get("default")
 
     def render(
@@ -227,21 +247,30 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The conversation as text: transformers' ``apply_chat_template(tokenize=False)``.
+        """Return the conversation as text, as transformers' ``apply_chat_template(tokenize=False)`` does.
 
-        template: text of a template, or the name of one of `templates`; None: the default, or the
-            one named ``tool_use`` where there are tools and such a template.
+        Args:
+            messages: the conversation.
+            add_generation_prompt: end with the beginning of an assistant's answer.
+            tools: JSON schemas of the tools that the assistant can call.
+            template: text of a template, or a name in `templates`; None: the default, or the template
+                named ``tool_use`` if there are tools and such a template.
+            **variables: more variables for the template.
 
         Raises:
             UserError: there is no template, or it fails on this conversation.
         """
         from tercet.model.chat_template import render_template
 
-        chosen = self.template_text(template, tools=tools is not None)
-        return render_template(chosen, messages, tools, add_generation_prompt, self.named_tokens, **variables)
+        text = self.template_text(template, tools=tools is not None)
+        return render_template(text, messages, tools, add_generation_prompt, self.named_tokens, **variables)
 
     def template_text(self, template: str | None = None, *, tools: bool = False) -> str:
-        """The template that `render` chooses. UserError where there is none."""
+        """Return the text of the template that `render` uses.
+
+        Raises:
+            UserError: there is no template.
+        """
         if template is not None:
             return self.templates.get(template, template)
         if tools and "tool_use" in self.templates:
@@ -253,24 +282,24 @@ class Tokenizer:
                 f"the tokenizer has no default chat template; choose one of {', '.join(self.templates)}"
             )
         raise UserError(
-            "the tokenizer has no chat template, so it can't render messages; give plain text or a template"
+            "the tokenizer has no chat template, so it can't render messages; pass plain text or a template"
         )
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of `render`; the template has written BOS where the model wants it, so none is added."""
+        """Return the token ids of `render`. No BOS is added, because the template writes it if needed."""
         return self.encode(self.render(messages, **options), special=False)
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's printable stand-ins for bytes (Radford et al. 2019): themselves where printable, else from 256 on."""
+    """Return GPT-2's characters for bytes (Radford et al. 2019): printable bytes themselves, else from 256 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    others = [byte for byte in range(256) if byte not in printable]
+    unprintable = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): bytes([byte]) for byte in printable}
-    return alphabet | {chr(256 + place): bytes([byte]) for place, byte in enumerate(others)}
+    return alphabet | {chr(256 + place): bytes([byte]) for place, byte in enumerate(unprintable)}
 
 
 _BYTE_OF = _byte_alphabet()
@@ -278,15 +307,15 @@ _BYTE_OF = _byte_alphabet()
 
 def _missing(directory: Path) -> str:
     if not directory.is_dir():
-        return f"there is no directory {directory}"
-    convert = "convert it once with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        return f"the directory {directory} does not exist"
+    convert = "convert it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     if (directory / "tokenizer.model").is_file():
         return (
             f"{directory} has only a SentencePiece tokenizer (tokenizer.model), which is not read; {convert}"
         )
     if (directory / "vocab.json").is_file():
         return f"{directory} has vocab.json but no {TOKENIZER}; {convert}"
-    return f"{directory} has no {TOKENIZER}"
+    return f"{directory} has no {TOKENIZER}; copy the tokenizer's files of the model there"
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -299,13 +328,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """A token's text: given as it is, or as an object with ``content``."""
+    """Return the text of a token, which is a string or an object with ``content``."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
 def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """``bos_token``, ``eos_token``, ... and a model's own (``image_token``): what templates can name."""
+    """Return the special tokens that templates can name: ``bos_token`` and the like, and a model's own."""
     extra = config.get("extra_special_tokens")
     entries = {**config, **extra} if isinstance(extra, dict) else config
     named = {key: _text(value) for key, value in entries.items() if key.endswith("_token")}
@@ -318,7 +347,7 @@ def _extra_tokens(config: dict[str, Any]) -> list[str]:
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, texts: list[str]) -> None:
-    """Make each text a special token: found whole in any text, left out of decoded text."""
+    """Make each text a special token, which is matched whole in any text and left out of decoded text."""
     from tokenizers import AddedToken
 
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -332,7 +361,7 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, texts: list[str]) -> None
 
 
 def _add_decoder_tokens(backend: tokenizers.Tokenizer, tokens: Any, path: Path) -> None:
-    """Tokens that only tokenizer_config.json knows (``added_tokens_decoder``: id to token)."""
+    """Add the tokens that only tokenizer_config.json has (``added_tokens_decoder``: id to token)."""
     from tokenizers import AddedToken
 
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
@@ -345,7 +374,7 @@ def _add_decoder_tokens(backend: tokenizers.Tokenizer, tokens: Any, path: Path) 
 
 
 def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Template files, or else the older field: one text, or a list of named ones."""
+    """Return templates by name, from files or else from the older field: a text, or a list of named texts."""
     more = sorted((directory / MORE_TEMPLATES).glob("*.jinja"))
     files = {path.stem: read_text(path) for path in more}
     if (directory / TEMPLATE).is_file():
@@ -359,5 +388,5 @@ def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
         return {str(entry["name"]): str(entry["template"]) for entry in field}
     except (KeyError, TypeError) as problem:
         raise UserError(
-            f"{directory / CONFIG}: field 'chat_template' must be a text or a list of named texts"
+            f"{directory / CONFIG}: field 'chat_template' must be a string or a list of named templates"
         ) from problem

@@ -1,6 +1,6 @@
-"""A checkpoint's weights by our names, and an adapter's, as numpy arrays: no torch.
+"""Weights of checkpoints and adapters as numpy arrays, by the network's names, without torch.
 
-Tensors stay mapped to their files until they are asked for, one at a time.
+Tensors stay mapped to their files and are converted one at a time.
 """
 
 from __future__ import annotations
@@ -27,37 +27,39 @@ DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float1
 
 
 def matched_tensors(config: ModelConfig, directory: str | Path) -> list[tuple[TensorRule, StoredTensor]]:
-    """Each rule of the model's family with its stored tensor.
+    """Return each tensor of the model's family with the stored tensor.
 
     Raises:
-        UserError: a tensor is missing, left over, of a wrong shape or of a type that weights don't have.
+        UserError: a tensor is missing, unexpected, of a wrong shape or of a type that weights can't have.
     """
     directory, family = Path(directory), FAMILIES[config.family]
-    left = open_tensors(directory)
-    if pictures := [
-        name for name in left if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name)
+    remaining = open_tensors(directory)
+    if vision := [
+        name for name in remaining if re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name)
     ]:
         raise UserError(
-            f"{left[pictures[0]].file}: tensor {pictures[0]} belongs to a model that sees pictures; only text "
-            "models are supported: load it with transformers' AutoModelForCausalLM and save its text part"
+            f"{remaining[vision[0]].file}: tensor {vision[0]} belongs to a vision model; only text models are "
+            "supported: load it with transformers' AutoModelForCausalLM and save its text part"
         )
     matched = []
     for rule in family.tensors(config):
         # A bare decoder (GPT2Model, LlamaModel) is stored without the prefix.
-        tensor = left.pop(rule.name, None) or left.pop(rule.name.removeprefix(family.prefix), None)
+        tensor = remaining.pop(rule.name, None) or remaining.pop(rule.name.removeprefix(family.prefix), None)
         if tensor is None:
-            raise UserError(f"{directory}: tensor {rule.name} is missing from the weights")
+            raise UserError(
+                f"{directory}: tensor {rule.name} is missing; the weights and config.json are not of the same model"
+            )
         if tensor.shape != rule.shape:
             raise UserError(
                 f"{tensor.file}: tensor {rule.name} has shape {list(tensor.shape)}; "
-                f"config.json asks for {list(rule.shape)}"
+                f"config.json requires {list(rule.shape)}"
             )
         if tensor.dtype not in DTYPES:
             raise UserError(
-                f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; weights must be {', '.join(DTYPES)}"
+                f"{tensor.file}: tensor {tensor.name} has dtype {tensor.dtype}; it must be one of {', '.join(DTYPES)}"
             )
         matched.append((rule, tensor))
-    head = left.pop(family.head, None) if config.tie_embeddings else None
+    head = remaining.pop(family.head, None) if config.tie_embeddings else None
     if head is not None:
         embedding = next(
             tensor for rule, tensor in matched if rule.parts[0].name == "model.embed_tokens.weight"
@@ -67,22 +69,22 @@ def matched_tensors(config: ModelConfig, directory: str | Path) -> list[tuple[Te
                 f"{head.file}: tensor {family.head} differs from the embedding, "
                 "but config.json ties them (field 'tie_word_embeddings')"
             )
-    for name, tensor in left.items():
+    for name, tensor in remaining.items():
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
             raise UserError(
-                f"{tensor.file}: tensor {name} is unexpected; a {family.name} model of this config.json has none"
+                f"{tensor.file}: tensor {name} is unexpected; a {family.name} model with this config.json has no such tensor"
             )
     return matched
 
 
 def as_float32(tensor: StoredTensor) -> Floats:
-    """The stored tensor as float32, exactly where its type allows."""
+    """Return the stored tensor as float32, which is exact for all types but F64."""
     kind = np.dtype(DTYPES[tensor.dtype])
     data = tensor.data
-    if data.ctypes.data % kind.itemsize:  # older files; a view must be aligned
+    if data.ctypes.data % kind.itemsize:  # in older files; a view must be aligned
         data = np.array(data)
     values: NDArray[Any] = data.view(kind).reshape(tensor.shape)
-    if tensor.dtype == "BF16":  # the upper half of a float32
+    if tensor.dtype == "BF16":  # bfloat16 is the upper half of a float32
         wide: Floats = (values.astype(np.uint32) << 16).view(np.float32)
         return wide
     return np.asarray(values, np.float32)
@@ -90,7 +92,7 @@ def as_float32(tensor: StoredTensor) -> Floats:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one of our matrices: scaling * b @ a, of shapes [out, r] and [r, in]."""
+    """An adapter's change to a matrix of the network: scaling * b @ a, of shapes [out, r] and [r, in]."""
 
     a: Floats
     b: Floats
@@ -98,10 +100,10 @@ class Update:
 
 
 class Weights:
-    """A checkpoint directory's weights, with an adapter merged or without.
+    """The weights of a checkpoint directory, with an adapter merged if there is one.
 
     Raises:
-        UserError: a file is missing, broken or does not fit.
+        UserError: a file is missing or damaged, or does not fit the others.
     """
 
     def __init__(self, directory: str | Path, adapter: str | Path | None = None) -> None:
@@ -112,34 +114,34 @@ class Weights:
             for rule, tensor in matched
             for number, part in enumerate(rule.parts)
         }
-        # The embedding's, as safetensors calls it; what an adapter adds must not be rounded away.
+        # Safetensors' name of the embedding's type; an adapter's change must not be rounded away.
         self.dtype = matched[0][1].dtype if adapter is None else "F32"
         self.parameters = sum(math.prod(rule.shape) for rule, _ in matched)
         self._updates = {} if adapter is None else read_adapter(adapter, self.config)[1]
-        self._last: tuple[str, list[Floats]] = ("", [])  # parts of one tensor are asked for one after another
+        self._last: tuple[str, list[Floats]] = ("", [])  # parts of a tensor are requested in a row
 
     def __call__(self, name: str) -> Floats:
-        """The tensor of that name in ``Transformer.state_dict()``, as float32."""
+        """Return the tensor of that name in ``Transformer.state_dict()``, as float32."""
         rule, tensor, number = self._places[name]
         if self._last[0] != rule.name:
-            whole = as_float32(tensor)
+            joined = as_float32(tensor)
             self._last = (
                 rule.name,
-                split_rows(whole.T if rule.transpose else whole, rule.heights, rule.groups),
+                split_rows(joined.T if rule.transpose else joined, rule.heights, rule.groups),
             )
-        found = self._last[1][number]
+        values = self._last[1][number]
         update = self._updates.get(name.removesuffix(".weight"))
         if update is not None:
-            found = found + update.scaling * (update.b @ update.a)
-        return found
+            values = values + update.scaling * (update.b @ update.a)
+        return values
 
 
 def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[AdapterConfig, dict[str, Update]]:
-    """A stored adapter: its configuration, and by our module names what it adds.
+    """Return a stored adapter's configuration, and its updates by the network's module names.
 
     Raises:
-        UserError: a file is missing or broken, a tensor is missing, unexpected or of a wrong shape,
-            or the configuration asks for what is not supported.
+        UserError: a file is missing or damaged, a tensor is missing, unexpected or of a wrong shape,
+            or the configuration is not supported.
     """
     directory = Path(directory)
     adapter = read_adapter_config(directory)
@@ -152,7 +154,7 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[AdapterCon
     shapes = {
         part.name: part.shape for rule in FAMILIES[config.family].tensors(config) for part in rule.parts
     }
-    left = read_safetensors(path)
+    stored = read_safetensors(path)
     updates: dict[str, Update] = {}
     groups = _groups(config)
     try:
@@ -163,18 +165,20 @@ def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[AdapterCon
         r, alpha = adapter.rank_and_alpha(theirs)
         heights = [shapes[f"{name}.weight"][0] for name in ours]
         inner = shapes[f"{ours[0]}.weight"][1]
-        a = _take(left, path, f"base_model.model.{theirs}.lora_A.weight", (r, inner))
-        b = _take(left, path, f"base_model.model.{theirs}.lora_B.weight", (sum(heights), r))
+        a = _take(stored, path, f"base_model.model.{theirs}.lora_A.weight", (r, inner))
+        b = _take(stored, path, f"base_model.model.{theirs}.lora_B.weight", (sum(heights), r))
         rows = split_rows(b, heights, groups.get(ours[0], 1))
         scaling = adapter.scaling(r, alpha)
         updates |= {name: Update(a, row, scaling) for name, row in zip(ours, rows, strict=True)}
-    if left:
-        raise UserError(f"{path}: tensor {next(iter(left))} is unexpected; {CONFIG} does not name its module")
+    if stored:
+        raise UserError(
+            f"{path}: tensor {next(iter(stored))} is unexpected; {CONFIG} does not name its module"
+        )
     return adapter, updates
 
 
 def _groups(config: ModelConfig) -> dict[str, int]:
-    """Of tensors whose parts alternate by head, by the first part's module."""
+    """Return the number of groups of tensors whose parts alternate by head, by the first part's module."""
     return {
         rule.parts[0].name.removesuffix(".weight"): rule.groups
         for rule in FAMILIES[config.family].tensors(config)
@@ -188,8 +192,8 @@ def _take(stored: dict[str, StoredTensor], path: Path, name: str, shape: tuple[i
         raise UserError(f"{path}: tensor {name} is missing")
     if tensor.shape != shape:
         raise UserError(
-            f"{path}: tensor {name} has shape {list(tensor.shape)}; by {CONFIG} and this base it must have "
-            f"{list(shape)}: is it the base that the adapter was trained on?"
+            f"{path}: tensor {name} has shape {list(tensor.shape)}; {CONFIG} and the base require {list(shape)}, "
+            "so check that this is the base that the adapter was trained on"
         )
     if tensor.dtype not in DTYPES:
         raise UserError(
