@@ -56,7 +56,7 @@ def test_areas_follow_the_library_reference() -> None:
         assert area_of(left_out) is None
 
 
-def test_labels_can_be_told_apart_from_their_first_letters_on() -> None:
+def test_labels_differ_in_their_first_letters() -> None:
     assert 10 <= len(AREAS) <= 14
     assert len({label[:3] for label in AREAS}) == len(AREAS)
     assert all(label == label.lower().strip() and len(label.split()) <= 3 for label in AREAS)
@@ -64,7 +64,7 @@ def test_labels_can_be_told_apart_from_their_first_letters_on() -> None:
     assert len(modules) == len(set(modules))
 
 
-def test_examples_are_what_the_modules_say(rows: list[dict[str, str]]) -> None:
+def test_examples_are_the_docstrings_of_the_modules(rows: list[dict[str, str]]) -> None:
     by_name = {row["name"]: row for row in rows}
     for name in (
         "textwrap.dedent",

@@ -64,7 +64,7 @@ def test_the_protocol_is_all_that_answering_needs(llm: LLM) -> None:
         )
 
 
-def test_choices_that_are_not_in_the_protocol_are_noticed() -> None:
+def test_a_class_without_the_calls_is_no_language_model() -> None:
     class Incomplete:
         name = "incomplete"
 

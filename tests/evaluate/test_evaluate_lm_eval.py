@@ -134,7 +134,7 @@ def test_log_probabilities_equal_hflms(ours: TercetLM, theirs: Any) -> None:
         assert mine == pytest.approx(other, rel=1e-5) and greedy == others_greedy
 
 
-def test_what_a_model_writes_is_what_both_find_greedy(ours: TercetLM, theirs: Any) -> None:
+def test_both_call_generated_tokens_greedy(ours: TercetLM, theirs: Any) -> None:
     context = ours.tok_encode("the cat")
     [done] = ours.engine.generate(
         [Request(tuple(context), Sampling(temperature=0, max_tokens=4, ignore_eos=True))]
@@ -186,7 +186,7 @@ def test_chat_templates_equal_hflms(ours: TercetLM, theirs: Any) -> None:
     assert ours.tokenizer_name
 
 
-def test_a_template_that_trims_messages_begins_an_answer_trimmed(ours: TercetLM) -> None:
+def test_a_template_that_trims_messages_trims_a_begun_answer(ours: TercetLM) -> None:
     trims = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}[end]{% endfor %}"
     lm = TercetLM(ours.engine)
     lm.tokenizer = ours.tokenizer.with_template(trims)
@@ -204,10 +204,10 @@ def test_the_harness_knows_the_model_by_name(directory: Path, tasks: Path) -> No
     assert get_model("tercet") is TercetLM and get_model("hf") is HFLM
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     options = {"model": str(directory), "quantize": "none", "threads": 1}
-    found = simple_evaluate(
+    results = simple_evaluate(
         model="tercet", model_args=options, tasks=["own_choice"], task_manager=manager, limit=2
     )
-    assert found is not None and "acc,none" in found["results"]["own_choice"]
+    assert results is not None and "acc,none" in results["results"]["own_choice"]
 
 
 def test_settings_that_the_engine_lacks_are_refused(ours: TercetLM) -> None:
@@ -222,9 +222,9 @@ def test_settings_that_the_engine_lacks_are_refused(ours: TercetLM) -> None:
 def test_the_command(directory: Path, tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = ["eval", str(directory), "--lm-eval", "own_choice, own_rolling", "--include-path", str(tasks)]
     assert cli.main([*line, "--quantize", "none", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)  # and nothing else on standard output
-    assert found["kind"] == "lm_eval" and found["model"] == str(directory)
-    assert set(found["results"]) == {"own_choice", "own_rolling"}
+    results = json.loads(capfd.readouterr().out)  # and nothing else on standard output
+    assert results["kind"] == "lm_eval" and results["model"] == str(directory)
+    assert set(results["results"]) == {"own_choice", "own_rolling"}
     assert cli.main([*line, "--limit", "3"]) == 0
     assert "own_choice  acc_norm  0." in capfd.readouterr().out
 

@@ -54,7 +54,7 @@ def test_one_answer(metric: str, prediction: str, target: str, expected: float) 
     assert score(metric, prediction, target) == pytest.approx(expected)
 
 
-def test_rouge_is_the_longest_common_subsequence_tried_out() -> None:
+def test_rouge_equals_a_search_for_the_longest_common_subsequence() -> None:
     def longest(a: list[str], b: list[str]) -> int:
         if not a or not b:
             return 0
@@ -68,7 +68,7 @@ def test_rouge_is_the_longest_common_subsequence_tried_out() -> None:
         )
 
 
-def test_a_pattern_compares_what_it_finds_last() -> None:
+def test_a_pattern_compares_its_last_match() -> None:
     metric: dict[str, object] = {"name": "regex", "pattern": r"#### (-?[\d,]+)"}
     assert score(metric, "first #### 3, no: #### 42", "6 * 7 = #### 42") == 1
     assert score(metric, "#### 42 then #### 3", "#### 42") == 0
@@ -136,7 +136,7 @@ def test_which_metrics_are_binary() -> None:
         ("python:math:cosinus", "math has no function cosinus"),
     ],
 )
-def test_a_wrong_metric_gets_one_line(spec: str | dict[str, object], message: str) -> None:
+def test_a_wrong_metric_is_reported_in_one_line(spec: str | dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_metric(spec)
     assert "\n" not in str(caught.value)
@@ -144,12 +144,12 @@ def test_a_wrong_metric_gets_one_line(spec: str | dict[str, object], message: st
 
 def test_a_metric_of_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "own_metric_a.py").write_text(
-        "def length(prediction, target, fields):\n    return len(prediction) / fields['most']\n"
+        "def length(prediction, target, fields):\n    return len(prediction) / fields['limit']\n"
         "def bad(prediction, target, fields):\n    return 7\n"
         "def broken(prediction, target, fields):\n    return fields['nothing']\n"
     )
     metric = load_metric("python:own_metric_a:length", directory=tmp_path)
-    assert metric.score("abc", "x", {"most": 4}) == 0.75
+    assert metric.score("abc", "x", {"limit": 4}) == 0.75
     for name, message in (
         ("bad", "returned 7; it must return a number from 0 to 1"),
         ("broken", "raised KeyError"),
@@ -199,30 +199,30 @@ def test_json_schema_as_the_specification_says(value: object, valid: bool) -> No
     assert score({"name": "json_schema", "schema": SCHEMA}, json.dumps(value), "") == float(valid)
 
 
-def test_no_json_is_not_valid_under_any_schema() -> None:
+def test_text_that_is_not_json_is_valid_under_no_schema() -> None:
     assert score({"name": "json_schema", "schema": {}}, "{'city': 1}", "") == 0
 
 
 def test_binary_metrics_get_wilson_and_mcnemar() -> None:
     targets = ["a"] * 20
     metric = load_metric("accuracy", ["a", "b"])
-    one, two = _answers(["a"] * 12 + ["b"] * 8, targets), _answers(["a"] * 18 + ["b"] * 2, targets)
-    assert score_interval(metric, one) == pytest.approx((0.6, 0.3866, 0.7812), abs=1e-4)  # Wilson, 12 of 20
-    gain = compare(metric, "one", one, two)
+    first, second = _answers(["a"] * 12 + ["b"] * 8, targets), _answers(["a"] * 18 + ["b"] * 2, targets)
+    assert score_interval(metric, first) == pytest.approx((0.6, 0.3866, 0.7812), abs=1e-4)  # Wilson, 12 of 20
+    gain = compare(metric, "first", first, second)
     assert gain.difference == pytest.approx(0.3)
     assert (gain.p, gain.test) == (2 / 2**6, "McNemar exact")  # 6 against 0
     assert gain.better
-    other = compare(load_metric("f1", ["a", "b"]), "one", one, two)
+    other = compare(load_metric("f1", ["a", "b"]), "first", first, second)
     assert other.test == "paired bootstrap"
 
 
 def test_predictions_are_paired_by_id_not_by_place() -> None:
     metric = load_metric("accuracy")
-    one = _answers(["a", "b", "c", "d"], ["a", "b", "x", "x"])
-    assert compare(metric, "one", one, list(reversed(one))).difference == 0.0
-    assert compare(metric, "one", one, list(reversed(one))).p == 1.0
+    answers = _answers(["a", "b", "c", "d"], ["a", "b", "x", "x"])
+    assert compare(metric, "first", answers, list(reversed(answers))).difference == 0.0
+    assert compare(metric, "first", answers, list(reversed(answers))).p == 1.0
     with pytest.raises(ValueError, match="not of the same examples"):
-        compare(metric, "one", one, one[:3])
+        compare(metric, "first", answers, answers[:3])
 
 
 def test_the_difference_is_to_the_best_rung_before() -> None:

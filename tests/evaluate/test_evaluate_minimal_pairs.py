@@ -149,7 +149,7 @@ def test_mistakes_in_a_file(tmp_path: Path, yaml: str, message: str) -> None:
         load_task(write(tmp_path, yaml))
 
 
-def test_a_climb_is_told_what_the_file_is_for(tmp_path: Path) -> None:
+def test_a_climb_refuses_minimal_pairs_and_names_the_command_for_them(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"task\.yaml:1: a task of kind minimal_pairs can be measured only by 'tercet eval REF",
@@ -157,7 +157,7 @@ def test_a_climb_is_told_what_the_file_is_for(tmp_path: Path) -> None:
         Task.load(write(tmp_path))
 
 
-def test_a_file_of_examples_may_say_so(tmp_path: Path) -> None:
+def test_a_file_of_examples_may_name_its_kind(tmp_path: Path) -> None:
     rows = [{"text": f"{word} {n}", "label": word} for n in range(40) for word in ("ham", "spam")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "task.yaml"

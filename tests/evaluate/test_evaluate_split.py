@@ -1,4 +1,4 @@
-"""The split: fixed by content, blind to order and to other rows, and never touched by rewording."""
+"""The split: it depends on the content of an example only, not on order, other rows or the prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEXTS = [f"question number {i} about subject {i * 7919 % 1009}" for i in range(2
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("Hello, World!", "hello world"),
         ("  spaces\tand\nlines ", "spaces and lines"),
@@ -25,13 +25,13 @@ TEXTS = [f"question number {i} about subject {i * 7919 % 1009}" for i in range(2
         ("STRASSE", "straße"),
     ],
 )
-def test_case_spaces_and_punctuation_make_no_difference(one: str, other: str) -> None:
-    assert normalise(one) == normalise(other)
-    assert content_id(one) == content_id(other) and position(one) == position(other)
+def test_case_spaces_and_punctuation_make_no_difference(first: str, second: str) -> None:
+    assert normalise(first) == normalise(second)
+    assert content_id(first) == content_id(second) and position(first) == position(second)
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("3 - 4", "3 * 4"),
         ("3+4", "3-4"),
@@ -41,8 +41,8 @@ def test_case_spaces_and_punctuation_make_no_difference(one: str, other: str) ->
         ("a < b", "a > b"),
     ],
 )
-def test_what_carries_meaning_stays(one: str, other: str) -> None:
-    assert normalise(one) != normalise(other)
+def test_symbols_with_a_meaning_stay(first: str, second: str) -> None:
+    assert normalise(first) != normalise(second)
 
 
 @given(st.text())
@@ -59,7 +59,7 @@ def test_the_position_is_the_published_hash() -> None:
     assert position("Hello, world!") == pytest.approx(int.from_bytes(digest[:8], "big") / 2**64)
 
 
-def test_shares_are_about_what_they_say() -> None:
+def test_splits_have_about_their_shares() -> None:
     splits = assign(TEXTS)
     assert 250 <= splits.count("test") <= 350  # 300 expected; three standard deviations
     assert 160 <= splits.count("dev") <= 240
@@ -69,8 +69,8 @@ def test_shares_are_about_what_they_say() -> None:
 @given(st.randoms(use_true_random=False), st.integers(1, 300))
 def test_neither_order_nor_other_rows_matter(shuffle: random.Random, keep: int) -> None:
     whole = dict(zip(TEXTS[:300], assign(TEXTS[:300]), strict=True))
-    some = shuffle.sample(TEXTS[:300], keep)
-    assert assign(some) == [whole[text] for text in some]
+    sample = shuffle.sample(TEXTS[:300], keep)
+    assert assign(sample) == [whole[text] for text in sample]
 
 
 def test_a_cap_takes_the_smallest_positions_and_leaves_the_rest_to_train() -> None:
@@ -78,8 +78,8 @@ def test_a_cap_takes_the_smallest_positions_and_leaves_the_rest_to_train() -> No
     splits = assign(texts)
     assert splits.count("test") == 1000 and splits.count("dev") == 500
     test = [position(text) for text, split in zip(texts, splits, strict=True) if split == "test"]
-    others = [position(text) for text, split in zip(texts, splits, strict=True) if split != "test"]
-    assert max(test) < min(others)
+    rest = [position(text) for text, split in zip(texts, splits, strict=True) if split != "test"]
+    assert max(test) < min(rest)
 
 
 def test_sizes_may_be_numbers_or_shares() -> None:

@@ -68,7 +68,7 @@ def test_the_bootstrap_is_scipys_percentile_bootstrap() -> None:
     assert ours == pytest.approx(tuple(theirs.confidence_interval), abs=0.1 * width)
 
 
-def test_pairing_finds_what_the_scores_alone_do_not() -> None:
+def test_pairing_shows_a_difference_that_the_scores_alone_do_not() -> None:
     # The same examples are hard for both; b is right on 12 of 200 more and wrong on none that a has.
     draw = np.random.default_rng(3)
     a = (draw.random(200) < 0.6).astype(float)
@@ -112,7 +112,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 9])
-def test_small_and_equal_samples_behave(n: int) -> None:
+def test_samples_that_are_small_or_equal(n: int) -> None:
     assert bootstrap_interval(np.ones(n)) == (1.0, 1.0)
     same = paired_bootstrap(np.full(n, 0.3), np.full(n, 0.3))
     assert (same.difference, same.low, same.high, same.p) == (0.0, 0.0, 0.0, 1.0)
@@ -133,7 +133,7 @@ def test_latency_percentiles() -> None:
     assert percentile([7.0], 95) == 7.0
 
 
-def test_what_is_no_sample_is_refused() -> None:
+def test_values_that_form_no_sample_are_refused() -> None:
     for wrong in (
         lambda: wilson_interval(3, 2),
         lambda: bootstrap_interval([]),

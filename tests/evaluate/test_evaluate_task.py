@@ -1,4 +1,4 @@
-"""Task files: what is read from them, how rows become examples, and one line for each mistake."""
+"""Task files: reading them, turning rows into examples, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_split_survives_reordering_more_rows_and_another_prompt() -> None:
     assert before.items() <= {example.id: example.split for example in after.examples}.items()
 
 
-def test_no_input_stands_in_two_splits() -> None:
+def test_no_input_is_in_two_splits() -> None:
     doubled = [*rows(), *({**row, "text": row["text"].upper() + "!!"} for row in rows())]
     task = make(doubled)
     texts = {
@@ -110,20 +110,20 @@ def test_no_input_stands_in_two_splits() -> None:
     ]
 
 
-def test_conflicting_targets_go_to_the_majority_and_ties_go_out() -> None:
+def test_the_most_frequent_of_conflicting_targets_is_used_and_ties_are_dropped() -> None:
     extra = [
         {"text": "Two to one", "label": "ham"}, {"text": "two to one!", "label": "spam"},
         {"text": "TWO TO ONE", "label": "ham"},
         {"text": "one each", "label": "ham"}, {"text": "One each.", "label": "spam"},
     ]  # fmt: skip
     task = make(rows() + extra)
-    found = {normalise(example.fields["text"]): example.target for example in task.examples}
-    assert found["two to one"] == "ham" and "one each" not in found
+    targets = {normalise(example.fields["text"]): example.target for example in task.examples}
+    assert targets["two to one"] == "ham" and "one each" not in targets
     assert (task.counts["conflicts"], task.counts["ties"]) == (1, 1)
     assert len(task.notes) == 3
 
 
-def test_a_given_test_is_locked_and_kept_out_of_train() -> None:
+def test_rows_of_a_test_file_are_dropped_from_train() -> None:
     data = rows()
     task = make(data, test_rows=[{**row, "text": row["text"].title()} for row in data[:40]])
     assert len(task.test) == 40
@@ -131,7 +131,7 @@ def test_a_given_test_is_locked_and_kept_out_of_train() -> None:
     assert "40 train or dev rows are also in the test file" in task.notes[0]
 
 
-def test_a_given_dev_is_dev() -> None:
+def test_a_dev_file_is_the_dev_split() -> None:
     data = rows()
     task = make(data[:150], dev_rows=data[140:170], test_rows=data[165:])
     assert (len(task.dev), len(task.test), len(task.train)) == (25, 35, 140)
@@ -163,7 +163,7 @@ def test_enough_tokens_for_every_target() -> None:
     assert make(max_tokens=5).max_tokens == 5
 
 
-def test_the_fingerprint_changes_with_anything_that_counts() -> None:
+def test_the_fingerprint_changes_with_the_definition_and_the_examples() -> None:
     data = rows()
     prints = {
         make().fingerprint, make(prompt="? {text}").fingerprint, make(metric="f1").fingerprint, make(few_shot=4).fingerprint,
@@ -257,7 +257,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("yaml", "message"), MISTAKES)
-def test_a_mistake_in_the_task_file_gets_one_line(tmp_path: Path, yaml: str, message: str) -> None:
+def test_a_mistake_in_the_task_file_is_reported_in_one_line(tmp_path: Path, yaml: str, message: str) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=message) as caught:
         Task.load(write(tmp_path, yaml))
@@ -280,7 +280,7 @@ def test_a_mistake_in_a_row_names_the_row(tmp_path: Path, change: dict[str, Any]
         Task.load(write(tmp_path, data=data))
 
 
-def test_a_row_without_the_field_names_what_it_has(tmp_path: Path) -> None:
+def test_the_message_about_a_missing_field_names_the_fields_of_the_row(tmp_path: Path) -> None:
     data = rows()
     data[4] = {"body": "x", "label": "ham"}
     with pytest.raises(UserError, match=r"row 5: the field 'text' is missing; the row has body, label"):
@@ -294,7 +294,7 @@ def test_a_row_of_the_second_file_is_named_by_that_file(tmp_path: Path) -> None:
         Task.load(path)
 
 
-def test_too_few_rows_for_a_split_say_what_to_do(tmp_path: Path) -> None:
+def test_the_message_about_too_few_rows_says_what_to_do(tmp_path: Path) -> None:
     few = [row for row in rows() if position(row["text"]) > 0.3][:3]
     with pytest.raises(
         UserError, match=r"the test split is empty, because none of 3 examples .* 15%; .*set test_size"
@@ -304,7 +304,7 @@ def test_too_few_rows_for_a_split_say_what_to_do(tmp_path: Path) -> None:
     assert (len(small.test), len(small.dev), len(small.train)) == (4, 3, 5)
 
 
-def test_a_task_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_task_file(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(UserError, match=r"there is no task file .*tsak\.yaml; did you mean task\.yaml"):
         Task.load(tmp_path / "tsak.yaml")

@@ -1,4 +1,4 @@
-"""The report: what is in it, that it is one safe self-contained file, and that odd tasks do not break it."""
+"""The report: its content, its safety as one self-contained file, and unusual tasks."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_everything_that_users_wrote_is_escaped() -> None:
     assert "<b>bold</b>" in reader.text and "alert(1)" in reader.text and "{{ 7*7 }}" in reader.text
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_report_is_read_back(tmp_path: Path) -> None:
     report, predictions, inputs = fake_climb()
     path = write_report(report, predictions, tmp_path, inputs)
     assert path == tmp_path / "report.html"
@@ -188,7 +188,7 @@ def test_an_open_task_has_no_confusion() -> None:
     assert '{"city": "Oslo"}' in text
 
 
-def test_costs_are_shown_where_there_are_any() -> None:
+def test_costs_are_shown_if_prices_are_known() -> None:
     assert "$1.20" in Reader(page(*fake_climb(cost=1.2))).text
     assert "$" not in Reader(page(*fake_climb())).text
 
@@ -226,7 +226,7 @@ def test_confusion_counts_by_hand() -> None:
     assert confusion.other
 
 
-def test_disagreements_put_the_most_divided_first_and_leave_out_agreement() -> None:
+def test_disagreements_begin_with_the_most_divided_example_and_leave_out_agreement() -> None:
     rungs = [
         RungResult(name, "baseline", score=0.5, low=0.4, high=0.6) for name in ("one", "two", "three", "four")
     ]

@@ -1,4 +1,4 @@
-"""The rule that recommends a rung, and that results survive being written."""
+"""The rule that recommends a rung, and results before and after JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tercet.errors import UserError
-from tercet.evaluate.result import Prediction
+from tercet.evaluate.result import Measurement, Prediction
 from tercet.ladder.recommend import recommend
 from tercet.ladder.result import RULE, Difference, Level, Report, RungResult, Step
 
@@ -113,3 +113,13 @@ def test_results_that_contradict_themselves_are_refused() -> None:
         RungResult.from_json({"name": "a", "level": "tune", "status": "failed"})
     with pytest.raises(UserError, match="not a prediction: it has no field 'score'"):
         Prediction.from_json({"id": "1", "text": "", "target": ""})
+
+
+def test_an_evaluation_has_the_form_of_a_rung_in_the_report() -> None:
+    measurement = Measurement(
+        "3-shot", score=0.5, low=0.4, high=0.6, latency_p50=0.1, latency_p95=0.2, prompt_tokens=30,
+        completion_tokens=3, cost_per_thousand=None, size_bytes=7, details={"split": "dev"},
+    )  # fmt: skip
+    result = RungResult.measured("prompt", measurement)
+    assert RungResult.from_json(measurement.to_json()) == result
+    assert measurement.to_json() == result.to_json() and list(measurement.to_json()) == list(result.to_json())

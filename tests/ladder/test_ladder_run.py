@@ -1,4 +1,4 @@
-"""The whole ladder on a small task: every rung measured, failures told, kills survived, numbers repeated."""
+"""The whole ladder on a small task: measurements, failures, resuming after a kill, repeatable numbers."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_differences_are_paired_and_tested_exactly(climbed: Path) -> None:
     assert by_name[full["to"]]["score"] == max(rung["score"] for rung in cheaper)
 
 
-def test_learning_helps_and_the_report_says_which_rung_is_worth_it(climbed: Path) -> None:
+def test_learning_helps_and_the_report_recommends_a_rung(climbed: Path) -> None:
     report = read_report(climbed)
     scores = {rung.name: rung.score or 0 for rung in report.rungs}
     assert scores["majority"] < 0.5 < scores["tfidf"]
@@ -118,7 +118,7 @@ def test_learning_helps_and_the_report_says_which_rung_is_worth_it(climbed: Path
     assert any("tercet chat" in step.command for step in report.next_steps)
 
 
-def test_test_examples_are_taken_out_of_the_corpus_and_counted(files: Path, climbed: Path) -> None:
+def test_test_examples_are_removed_from_the_corpus_and_counted(files: Path, climbed: Path) -> None:
     report = read_report(climbed)
     test = Task.load(files / "task.yaml").test_texts
     assert report.decontamination["test_examples"] == len(test)
@@ -157,7 +157,7 @@ def test_a_finished_climb_is_not_repeated(
     assert capsys.readouterr().err.count("already measured") == len(LADDER)
 
 
-def test_a_rung_that_fails_says_why_and_the_rest_go_on(
+def test_a_rung_that_fails_gives_its_reason_and_the_others_are_measured(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: object, setting: object) -> None:
@@ -228,7 +228,7 @@ climb(sys.argv[1], minutes=float(sys.argv[2]), out=sys.argv[3])
 """
 
 
-def test_a_killed_climb_goes_on_and_gives_the_same_numbers(
+def test_a_killed_climb_resumes_and_gives_the_same_numbers(
     files: Path, climbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -284,7 +284,7 @@ def test_a_generated_answer_is_read_as_the_label_it_names() -> None:
     assert nearest_label("I don't know", ["yes", "no"]) == "I don't know"
 
 
-def test_a_base_that_cannot_be_built_is_tried_once_and_told_by_the_rungs_that_need_it(
+def test_a_base_model_that_cannot_be_built_is_tried_once_and_fails_the_rungs_that_need_it(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = Task.load(files / "task.yaml")
@@ -296,7 +296,7 @@ def test_a_base_that_cannot_be_built_is_tried_once_and_told_by_the_rungs_that_ne
     assert capsys.readouterr().err.count("this machine trains it at") == 1
 
 
-def test_long_inputs_are_shortened_alike_in_tuning_and_in_asking(climbed: Path) -> None:
+def test_long_inputs_are_shortened_in_the_same_way_for_tuning_and_for_answering(climbed: Path) -> None:
     rows = [
         {"q": f"{label} " + "x" * 4000 + f" {n}", "a": label} for n in range(40) for label in ("up", "down")
     ]
