@@ -82,6 +82,7 @@ class PageHeaders:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; those of the page get the headers."""
         if scope["type"] != "http" or not (scope["path"] == "/" or scope["path"].startswith("/page/")):
             await self.app(scope, receive, send)
             return
