@@ -1,4 +1,4 @@
-"""The command: both formats, adapters, what is refused, what is printed."""
+"""The export command: both formats, adapters, refusals and output."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def make_adapter(base: Path, directory: Path) -> Any:
 
 @torch.no_grad()
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model(tokens).logits
-    return found
+    result: torch.Tensor = model(tokens).logits
+    return result
 
 
 TOKENS = torch.randint(0, 61, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -142,15 +142,15 @@ def test_an_adapter_becomes_one_gguf_file(
     arguments = ["export", str(tmp_path / "adapter"), "--format", "gguf", "--type", "f32"]
     assert cli([*arguments, "--out", str(tmp_path / "m.gguf"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["merged"] == str(tmp_path / "adapter")
-    kept = llama_cpp.GGML_TYPE_F32
+    float32 = llama_cpp.GGML_TYPE_F32
     theirs = llama_cpp.Llama(
         str(tmp_path / "m.gguf"),
         n_ctx=64,
         logits_all=True,
         n_threads=1,
         verbose=False,
-        type_k=kept,
-        type_v=kept,
+        type_k=float32,
+        type_v=float32,
     )
     theirs.eval(TOKENS[0].tolist())
     np.testing.assert_allclose(
@@ -184,13 +184,13 @@ def test_shards_are_read_by_the_safetensors_library(tmp_path: Path) -> None:
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 1
     for file in files:
-        found = safetensors.numpy.load_file(tmp_path / file)
-        assert set(found) == {name for name, place in index["weight_map"].items() if place == file}
-        assert all(np.array_equal(found[name], values[name]) for name in found)
+        tensors = safetensors.numpy.load_file(tmp_path / file)
+        assert set(tensors) == {name for name, place in index["weight_map"].items() if place == file}
+        assert all(np.array_equal(tensors[name], values[name]) for name in tensors)
         assert sum(tensor.data.nbytes for tensor in read_safetensors(tmp_path / file).values()) <= 100
 
 
-def test_what_is_there_is_left_as_it_is(
+def test_existing_files_are_not_overwritten(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, full, empty = tmp_path / "m.gguf", tmp_path / "full", tmp_path / "empty"

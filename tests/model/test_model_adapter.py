@@ -79,16 +79,20 @@ def randomise(model: Any) -> None:
 
 def peft_on(base: Path, adapter: Path) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    with warnings.catch_warnings(record=True) as caught:  # one about keys or patterns is a mistake of ours
+    with warnings.catch_warnings(
+        record=True
+    ) as caught:  # a warning about keys or patterns is a defect of Tercet
         warnings.simplefilter("always")
         loaded = peft.PeftModel.from_pretrained(model, adapter).eval()
-    assert not [str(one.message) for one in caught if "is_gradient_checkpointing" not in str(one.message)]
+    assert not [
+        str(warning.message) for warning in caught if "is_gradient_checkpointing" not in str(warning.message)
+    ]
     return loaded
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_peft_reads_ours(case: str, make: Make, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_peft_reads_adapters_of_tercet(case: str, make: Make, tokens: torch.Tensor, tmp_path: Path) -> None:
     family, fields = CASES[case]
     theirs, base = make(family)
     model, config = load_model(base), ours_config(fields, base)
@@ -107,7 +111,7 @@ def test_peft_reads_ours(case: str, make: Make, tokens: torch.Tensor, tmp_path: 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_ours_reads_pefts_and_writes_it_back(
+def test_adapters_of_peft_are_read_and_written_back(
     case: str, make: Make, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     family, fields = CASES[case]
@@ -190,7 +194,7 @@ def matrices(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
 
 
-def test_the_beginning_is_pefts_and_follows_the_seed(make: Make) -> None:
+def test_initialisation_is_pefts_and_depends_on_the_seed(make: Make) -> None:
     _, base = make("llama")
     models = [load_model(base) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
@@ -290,7 +294,7 @@ def test_one_part_of_a_joint_layer_can_be_adapted_alone(
         ({"r": 5}, "has shape [4, 32]"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(
+def test_an_unsupported_configuration_is_refused_by_name(
     fields: dict[str, Any], named: str, make: Make, tmp_path: Path
 ) -> None:
     _, base = make("llama")
@@ -311,7 +315,9 @@ def test_in_a_mixture_only_the_attention_is_adapted(make: Make) -> None:
         add_lora(model, AdapterConfig(target_modules=("q_proj", "gate_proj")), seed=0)
     add_lora(model, AdapterConfig(), seed=0)
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    assert adapted == {f"model.layers.{layer}.self_attn.{one}_proj" for layer in range(3) for one in "qkvo"}
+    assert adapted == {
+        f"model.layers.{layer}.self_attn.{letter}_proj" for layer in range(3) for letter in "qkvo"
+    }
 
 
 @pytest.mark.parametrize(
@@ -355,7 +361,7 @@ def test_a_broken_adapter_gets_one_clear_line(fault: str, named: str, make: Make
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_misuse_is_told_to_the_programmer(make: Make, tmp_path: Path) -> None:
+def test_misuse_raises_value_error(make: Make, tmp_path: Path) -> None:
     _, base = make("llama")
     model = load_model(base)
     with pytest.raises(ValueError, match="no adapter to save"):

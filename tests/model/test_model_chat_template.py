@@ -146,14 +146,14 @@ def test_rendering_equals_that_of_transformers(name: str, conversation: str) -> 
     assert compared == 12 or (name, conversation) in refused
 
 
-def test_messages_are_left_as_they_were() -> None:
+def test_messages_are_not_modified() -> None:
     messages = [user("q"), assistant(None, thinking="so")]
     render_template("{{ messages }}", messages)
     assert messages == [user("q"), assistant(None, thinking="so")]
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "message"),
     [
         (
             "{{ raise_exception('roles must\n alternate') }}",
@@ -173,20 +173,20 @@ def test_messages_are_left_as_they_were() -> None:
         ("{% include 'x' %}", "fails"),
     ],
 )
-def test_a_template_that_fails_gets_one_clear_line(template: str, said: str) -> None:
+def test_a_template_that_fails_gets_one_clear_line(template: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         render_template(template, [user("hi")])
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "message"),
     [
         ([], "the conversation is empty"),
         (["hi"], "message 1 is a str"),
         ([user("hi"), user(object())], "message 2 contains a object"),
     ],
 )
-def test_a_conversation_that_is_none_gets_one_clear_line(messages: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_an_invalid_conversation_gets_one_clear_line(messages: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         render_template("x", messages)

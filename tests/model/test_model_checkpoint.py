@@ -1,4 +1,4 @@
-"""Checkpoint directories: written for every reader, and each way to be broken told in one line."""
+"""Checkpoint directories: readable by other programs, and every fault reported in one line."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def test_weights_are_mapped_unless_they_are_to_be_trained(trainable: bool, make:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])  # one tensor on disk holds three of ours
+@pytest.mark.parametrize(
+    "family", ["gpt2", "phi3", "gpt_neox"]
+)  # a stored tensor holds three of the network's
 def test_trainable_weights_share_no_memory(family: str, make: Make) -> None:
     _, directory = make(family)
     model = load_model(directory, trainable=True)

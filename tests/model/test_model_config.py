@@ -1,4 +1,4 @@
-"""config.json of every family: both layouts are read as transformers reads them; what can't be honoured is refused."""
+"""config.json of every family: both layouts are read as transformers reads them; unsupported fields are refused."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_older_field_names_are_understood_as_transformers_does(family: str) -> N
     written = config_to_hf(ours, "float32")
     again = transformers.AutoConfig.for_model(**written).to_dict()
     assert ours == config_from_hf(again, "config.json")
-    # Readers of either age take what they know: without the other's layout nothing changes.
+    # Old and new readers use their own layout: without the other layout nothing changes.
     older = {key: value for key, value in written.items() if key != "rope_parameters"}
     assert ours == config_from_hf(older, "config.json")
 
@@ -103,7 +103,8 @@ def test_early_names_of_longrope_are_understood(kind: str) -> None:
     fields = OLD["phi3"]
     early = fields | {"rope_scaling": fields["rope_scaling"] | {"type": kind}}
     ours, expected = (
-        config_from_hf({"model_type": "phi3", **some}, "config.json") for some in (early, fields)
+        config_from_hf({"model_type": "phi3", **fields_of_phi3}, "config.json")
+        for fields_of_phi3 in (early, fields)
     )
     assert ours == expected
 
@@ -134,7 +135,7 @@ def test_both_layouts_are_written() -> None:
     assert hf["dtype"] == hf["torch_dtype"] == "bfloat16"
 
 
-def test_a_choice_that_the_family_has_no_field_for_is_not_lost_in_silence() -> None:
+def test_a_choice_that_the_family_cannot_express_raises() -> None:
     config = ModelConfig("llama", 61, 32, 48, 2, 4, 2, 8, 64, qk_norm="head")
     with pytest.raises(ValueError, match="qk_norm='head'"):
         config_to_hf(config, "float32")
@@ -227,9 +228,7 @@ def test_a_choice_that_the_family_has_no_field_for_is_not_lost_in_silence() -> N
         (new("olmo2", partial_rotary_factor=0.5), "'partial_rotary_factor' is 0.5"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(
-    fields: dict[str, Any], named: str, tmp_path: Path
-) -> None:
+def test_an_unsupported_field_is_refused_by_name(fields: dict[str, Any], named: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(OLD_LLAMA | fields))
     with pytest.raises(UserError) as caught:
         read_config(tmp_path)

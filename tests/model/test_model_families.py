@@ -21,18 +21,18 @@ class DenseCache:
     """Keys and values of every layer in one tensor each, grown as positions come."""
 
     def __init__(self) -> None:
-        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads, _, dim = keys.shape
         empty = torch.zeros(batch, heads, 64, dim)
-        kept = self.kept.setdefault(layer, (empty.clone(), empty.clone()))
+        stored = self.stored.setdefault(layer, (empty.clone(), empty.clone()))
         rows = torch.arange(batch)[:, None]
-        for new, old in zip((keys, values), kept, strict=True):
+        for new, old in zip((keys, values), stored, strict=True):
             old[rows, :, positions] = new.transpose(1, 2)
-        return kept[0][:, :, :length], kept[1][:, :, :length]
+        return stored[0][:, :, :length], stored[1][:, :, :length]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -66,7 +66,9 @@ def test_logits_equal_those_of_transformers(
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_token_by_token_is_as_at_once(case: str, make: Make, tokens: torch.Tensor) -> None:
+def test_token_by_token_gives_the_logits_of_a_single_pass(
+    case: str, make: Make, tokens: torch.Tensor
+) -> None:
     family, fields = CASES[case]
     theirs, directory = make(family, **fields)
     ours = load_model(directory)

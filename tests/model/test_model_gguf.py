@@ -88,10 +88,10 @@ def checkpoint(tmp_path: Path, ours: Tokenizer) -> Write:
 
 def load(path: Path, **options: Any) -> Any:
     """llama.cpp with this file; keys and values in float32, so that only the weights' type tells."""
-    kept = llama_cpp.GGML_TYPE_F32
+    float32 = llama_cpp.GGML_TYPE_F32
     return llama_cpp.Llama(
         str(path), n_ctx=64, n_batch=64, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False,
-        type_k=kept, type_v=kept, flash_attn=False, **options,
+        type_k=float32, type_v=float32, flash_attn=False, **options,
     )  # fmt: skip
 
 
@@ -107,11 +107,11 @@ def theirs(model: Any, tokens: list[int]) -> Any:
 
 
 def prompt(length: int = 30) -> list[int]:
-    found: list[int] = torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(1)).tolist()
-    return found
+    tokens: list[int] = torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    return tokens
 
 
-# What no graph of llama.cpp has, by a word of the refusal.
+# Features that no graph of llama.cpp has, with a part of the error message.
 REFUSED = {
     "llama: gelu": "activation gelu",
     "qwen3: biases": "biases on queries",
@@ -125,7 +125,7 @@ REFUSED = {
     "qwen3_moe: plain layers, weights sum to one": "biases on queries",
     "qwen3_moe: every second layer, windows": "plain layers",
 }
-# Two of them need more room than the others, or llama.cpp (contexts of 256 and more) changes what is asked.
+# This case needs a longer context, because contexts of llama.cpp have at least 256 tokens.
 WIDER = {
     "phi3: longrope, not longer": {"max_position_embeddings": 512, "original_max_position_embeddings": 300},
 }
@@ -143,7 +143,7 @@ ACCEPTED = {**{name: case for name, case in CASES.items() if name not in REFUSED
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
-def test_llama_cpp_computes_what_transformers_does(case: str, checkpoint: Write, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_logits_of_transformers(case: str, checkpoint: Write, tmp_path: Path) -> None:
     family, fields = ACCEPTED[case]
     model, directory = checkpoint(family, **{**fields, **WIDER.get(case, {})})
     done = export(str(directory), "gguf", tmp_path / "m.gguf", "f32")
@@ -153,12 +153,12 @@ def test_llama_cpp_computes_what_transformers_does(case: str, checkpoint: Write,
     # llama.cpp looks GELU up in a table of float16 values, in every layer.
     exact = model.config.to_dict().get("hidden_act") == "silu"
     precision = 1e-5 if exact else 2e-3 * max(4, model.config.num_hidden_layers)
-    found = logits(load(tmp_path / "m.gguf"), tokens)
-    np.testing.assert_allclose(found, expected, atol=precision * expected.std(), rtol=0)
+    actual = logits(load(tmp_path / "m.gguf"), tokens)
+    np.testing.assert_allclose(actual, expected, atol=precision * expected.std(), rtol=0)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_llama_cpp_would_compute_otherwise_is_refused(
+def test_a_model_that_llama_cpp_computes_differently_is_refused(
     case: str, checkpoint: Write, tmp_path: Path
 ) -> None:
     family, fields = CASES[case]
@@ -171,8 +171,8 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 def test_long_factors_of_longrope_beyond_the_first_context(checkpoint: Write, tmp_path: Path) -> None:
     model, directory = checkpoint("phi3", rope_parameters=LONGROPE, max_position_embeddings=512)
     export(str(directory), "gguf", tmp_path / "m.gguf", "f32")
-    found = logits(load(tmp_path / "m.gguf"), prompt(64))
-    np.testing.assert_allclose(found, theirs(model, prompt(64)), atol=1e-5)
+    actual = logits(load(tmp_path / "m.gguf"), prompt(64))
+    np.testing.assert_allclose(actual, theirs(model, prompt(64)), atol=1e-5)
 
 
 # Types
@@ -198,10 +198,10 @@ def test_each_type_is_a_rounding_of_the_same_model(type_name: str, checkpoint: W
                 <= float(parameter.abs().max()) * {"f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 226}[type_name]
             )
             parameter.copy_(torch.from_numpy(values.reshape(parameter.shape).copy()))
-    expected, found = theirs(model, prompt()), logits(load(tmp_path / "m.gguf"), prompt())
-    # llama.cpp rounds what a matrix is multiplied with to the matrix's type, too.
+    expected, actual = theirs(model, prompt()), logits(load(tmp_path / "m.gguf"), prompt())
+    # llama.cpp also rounds the matrix's input to the matrix's type.
     precision = {"f16": 5e-3, "bf16": 5e-2, "q8_0": 0.1}[type_name]
-    np.testing.assert_allclose(found, expected, atol=precision * expected.std())
+    np.testing.assert_allclose(actual, expected, atol=precision * expected.std())
 
 
 @pytest.mark.parametrize("type_name", ["f16", "q8_0"])
@@ -235,8 +235,8 @@ def test_columns_that_blocks_of_32_do_not_divide_stay_float16(checkpoint: Write,
     assert stored["blk.0.attn_q.weight"] == stored["token_embd.weight"] == "Q8_0"
     assert "3 tensors stay F16" in done.notes[0]
     expected = theirs(model, prompt())
-    found = logits(load(tmp_path / "m.gguf"), prompt())
-    np.testing.assert_allclose(found, expected, atol=0.15 * expected.std())
+    actual = logits(load(tmp_path / "m.gguf"), prompt())
+    np.testing.assert_allclose(actual, expected, atol=0.15 * expected.std())
 
 
 def test_values_that_do_not_fit_leave_no_file(checkpoint: Write, tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ BYTE_LEVEL: dict[str, tuple[str, Callable[[], Tokenizer]]] = {
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
-def test_llama_cpp_encodes_and_decodes_as_we_do(name: str, checkpoint: Write, tmp_path: Path) -> None:
+def test_llama_cpp_encodes_and_decodes_as_tercet_does(name: str, checkpoint: Write, tmp_path: Path) -> None:
     pre, build = BYTE_LEVEL[name]
     tokenizer = build()
     _, directory = checkpoint("llama", tokenizer)
@@ -390,7 +390,7 @@ def test_sentencepiece_tokens_are_those_of_llama_cpp(checkpoint: Write, tmp_path
         assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)
 
 
-def test_a_bpe_whose_merges_scores_cannot_say_is_refused(checkpoint: Write, tmp_path: Path) -> None:
+def test_a_bpe_whose_merges_scores_cannot_express_is_refused(checkpoint: Write, tmp_path: Path) -> None:
     tokenizer = sentencepiece()
     content = json.loads(tokenizer.backend.to_str())
     content["model"]["merges"].remove(["h", "e"])
@@ -400,7 +400,9 @@ def test_a_bpe_whose_merges_scores_cannot_say_is_refused(checkpoint: Write, tmp_
         export(str(directory), "gguf", tmp_path / "m.gguf")
 
 
-def test_ends_and_the_chat_template_arrive(checkpoint: Write, tmp_path: Path, ours: Tokenizer) -> None:
+def test_end_tokens_and_the_chat_template_are_exported(
+    checkpoint: Write, tmp_path: Path, ours: Tokenizer
+) -> None:
     _, directory = checkpoint("qwen3", head_dim=8)
     stop = ours.id_of("<|im_end|>")
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))

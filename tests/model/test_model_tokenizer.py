@@ -1,4 +1,4 @@
-"""Tokenizer directories mean to us what they mean to transformers."""
+"""Tokenizer directories are read as transformers reads them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 @pytest.mark.parametrize("bos", [True, False])
 def test_ids_equal_those_of_transformers(bos: bool, tmp_path: Path) -> None:
     backend = train(bos)
-    backend.enable_truncation(3)  # some checkpoints are saved so; neither library truncates unasked
+    backend.enable_truncation(3)  # some checkpoints are saved so; neither library truncates by default
     backend.enable_padding(length=9, pad_id=3, pad_token="<|im_end|>")
     write(
         tmp_path,
@@ -116,7 +116,7 @@ def test_config_json_names_the_ids_where_the_tokenizer_does_not(tmp_path: Path) 
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (0, 3, None)
 
 
-def test_what_is_saved_transformers_reads_alike(tmp_path: Path) -> None:
+def test_transformers_reads_a_saved_tokenizer_alike(tmp_path: Path) -> None:
     ours = Tokenizer.from_backend(train(), bos="<s>", eos="</s>", pad="<pad>", chat_template=TEMPLATE)
     ours.templates["tool_use"] = "tools: {{ tools | tojson }}"
     ours.save(tmp_path)

@@ -30,10 +30,10 @@ def test_every_tensor_is_the_one_that_torch_loads(case: str, make: Make) -> None
         del state["lm_head.weight"]
     names = [part.name for part in network_tensors(weights.config)]
     assert sorted(names) == sorted(state)
-    for name in [*names, *reversed(names)]:  # in whatever order they are asked for
-        found = weights(name)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, state[name].numpy())
+    for name in [*names, *reversed(names)]:  # in any order
+        values = weights(name)
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, state[name].numpy())
     assert weights.parameters == theirs.num_parameters()
     assert weights.dtype == "F32"
 
@@ -58,8 +58,8 @@ def test_special_values_survive(kind: torch.dtype, make: Make) -> None:
     special = torch.tensor([torch.inf, -torch.inf, -0.0, 6e-8, 1e-40, 65504]).to(kind)
     tensors["model.norm.weight"][:6] = special
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    found = Weights(directory)("model.norm.weight")[:6]
-    np.testing.assert_array_equal(found.view(np.uint32), special.float().numpy().view(np.uint32))
+    values = Weights(directory)("model.norm.weight")[:6]
+    np.testing.assert_array_equal(values.view(np.uint32), special.float().numpy().view(np.uint32))
 
 
 def test_tensors_that_are_not_aligned_are_read(make: Make) -> None:
@@ -115,10 +115,10 @@ def test_adapters_are_merged_as_by_torch(case: str, make: Make, tmp_path: Path) 
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and weights.config.tie_embeddings:
             continue
-        found = weights(name)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, tensor.detach().numpy(), atol=1e-6, rtol=1e-6)
-        changed += not np.array_equal(found, plain(name))
+        values = weights(name)
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, tensor.detach().numpy(), atol=1e-6, rtol=1e-6)
+        changed += not np.array_equal(values, plain(name))
     assert changed >= 3
     assert weights.parameters == plain.parameters  # merged: as many as before
 
