@@ -313,7 +313,7 @@ def change_config(directory: Path, **fields: Any) -> None:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["embed_tokens"]}, "embeddings and the head can't be adapted"),
         ({"target_modules": ["nothing"]}, "matches no layer"),
-        ({"r": 5}, "must have [5, 32]"),
+        ({"r": 5}, "require [5, 32]"),
         ({"bias": "all"}, "bias"),
     ],
 )

@@ -133,9 +133,9 @@ def test_an_adapter_without_its_base_is_refused(base: Path, adapted: Any, name: 
         ({"threads": 9999}, "`threads` is 9999; this machine has"),
         ({"quantize": "int3"}, "`quantize` is 'int3'; it must be int8, int4, bf16, none"),
         ({"quantize": "int8", "dtype": "float32"}, "give `dtype` or `quantize`, not both"),
-        ({"device": "gpu"}, "device 'gpu' is unknown"),
+        ({"device": "gpu"}, "`device` is 'gpu'; it must be"),
         ({"device": "cuda:99"}, "`device` is 'cuda:99', but this machine only has"),
-        ({"device": "meta"}, "device 'meta' is not there"),
+        ({"device": "meta"}, "`device` is 'meta', but this machine only has"),
     ],
 )
 def test_an_unknown_dtype_or_device_is_refused(base: Path, options: dict[str, Any], message: str) -> None:
