@@ -1,4 +1,4 @@
-"""`tercet.build`: the one public function that joins two packages of one floor, curation and pre-training."""
+"""`tercet.build`: the one public function that combines two packages of the same layer, curation and pre-training."""
 
 from __future__ import annotations
 

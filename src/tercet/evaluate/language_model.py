@@ -1,6 +1,6 @@
 """The calls that an evaluation makes to a language model.
 
-`tercet.prompt.llm.LLM` satisfies this protocol. Evaluation and prompting stand on one floor, so neither
+`tercet.prompt.llm.LLM` satisfies this protocol. Evaluation and prompting are packages of the same layer, so neither
 imports the other.
 """
 
