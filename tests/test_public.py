@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -110,8 +111,21 @@ PARAMETERS = [
         ("`rank_stabilised` needs `method=lora`", "--rslora needs --method lora"),
         ("leave `near_duplicates=False` out", "leave --no-near-duplicates out"),
         ("`near_duplicates=True`", "--near-duplicates"),
-        ("`unknown` and `a b` stay", "`unknown` and `a b` stay"),
+        ("`unknown` and `a b` stay", "unknown and `a b` stay"),
     ],
 )
 def test_the_command_line_names_settings_as_its_options(message: str, line: str) -> None:
     assert in_options(message, PARAMETERS) == line
+
+
+def test_progress_lines_name_no_settings() -> None:
+    """The command line translates the settings in errors only."""
+    source = Path(tercet.__file__).parent
+    lines = [
+        f"{file.relative_to(source)}:{call.lineno}"
+        for file in source.rglob("*.py")
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "say"
+        if "`" in ast.unparse(call)
+    ]
+    assert not lines

@@ -175,3 +175,12 @@ def test_without_a_reference_the_newest_model_under_runs_is_taken(
     assert main(["prompt", "runs/new", "hi", "--system", "S"]) == 2
     assert "so --system has no place" in capsys.readouterr().err
     assert main(["chat", "runs/new", "--system", "S"]) == 2
+
+
+def test_an_error_within_the_conversation_names_options(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "key")
+    pipe_in(monkeypatch, "hi\n")
+    assert main(["chat", "anthropic:m", "--temperature", "1.5"]) == 2
+    assert "error: --temperature is 1.5; anthropic:m takes 0 to 1" in capsys.readouterr().err

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tercet.cli import options
+from tercet.cli.command import Parameter, in_options
 from tercet.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ CHAT_TOKENS = 1024
 
 
 def chat(
+    context: typer.Context,
     ref: Annotated[
         str | None,
         typer.Argument(metavar="REF", help=options.REFERENCE_HELP + " Default: the newest under ./runs."),
@@ -67,10 +69,11 @@ def chat(
         )
     else:
         _note(f"Chatting with {llm.name}. /help lists the commands.")
+    parameters: list[Any] = context.command.params
     if sys.stdin.isatty():
         with _line_editing():
-            _talk(session)
-    elif not _talk(session):
+            _talk(session, parameters)
+    elif not _talk(session, parameters):
         raise typer.Exit(2)  # report to a script that an answer failed
 
 
@@ -88,8 +91,11 @@ def _newest() -> str:
     return str(models[0])
 
 
-def _talk(session: ChatSession) -> bool:
-    """Read lines and answer them until the input ends or /exit; return whether every line succeeded."""
+def _talk(session: ChatSession, parameters: Sequence[Parameter]) -> bool:
+    """Read lines and answer them until the input ends or /exit; return whether every line succeeded.
+
+    ``parameters`` are those of the command, which its error messages name.
+    """
     succeeded = True
     for line in _lines():
         if not line.strip():
@@ -107,7 +113,7 @@ def _talk(session: ChatSession) -> bool:
                 _show(session, session.say(line))
         except UserError as problem:
             succeeded = False
-            _note(f"error: {problem}")
+            _note(f"error: {in_options(str(problem), parameters)}")
     return succeeded
 
 

@@ -112,7 +112,7 @@ def in_options(message: str, parameters: Sequence[Parameter]) -> str:
     """Return a library message with its settings named as the options of a command.
 
     `` `batch_size` `` becomes ``--batch-size``, `` `method=lora` `` becomes ``--method lora``, and an argument
-    its metavar, such as ``REF``. A name that is no parameter of the command stays as it is.
+    its metavar, such as ``REF``. A setting that the command does not offer only loses its backticks.
     """
     by_name = {parameter.name: parameter for parameter in parameters}
 
@@ -120,7 +120,7 @@ def in_options(message: str, parameters: Sequence[Parameter]) -> str:
         name, value = match.groups()
         parameter = by_name.get(name)
         if parameter is None:
-            return match.group()
+            return match.group()[1:-1]
         if parameter.param_type_name == "argument":
             return str(parameter.metavar or name).removesuffix("...")
         option = max(parameter.opts, key=len)

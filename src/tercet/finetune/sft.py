@@ -58,7 +58,7 @@ def tune_with(settings: TuneSettings) -> Tuned:
     key = inputs.fingerprint(config)
     with open_run(out, "tune", key, config):
         if (out / "result.json").is_file():
-            say(f"{out} is already finished; delete it or choose another `out` to tune again")
+            say(f"{out} is already finished; delete it to tune again, or choose another directory")
             return Tuned(**read_json(out / "result.json"))
         return _run(inputs, settings, out, device, key)
 

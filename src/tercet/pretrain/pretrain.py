@@ -75,7 +75,7 @@ def pretrain(settings: BuildSettings, clean: Clean | None = None) -> Built:
         run = Run(out, settings, key, ranks)
         with open_run(out, "build", key, settings.to_config()) if ranks.first else nullcontext():
             if ranks.first_then_all((out / "result.json").is_file):
-                say(f"{out} is finished already; delete it or choose another `out` to build again")
+                say(f"{out} is already finished; delete it to build again, or choose another directory")
                 return read_result(out / "result.json")
             plan, corpus = ranks.first_then_all(lambda: _prepare(run, conversations, clean))
             if plan.rows < ranks.size:

@@ -221,7 +221,7 @@ class BuildSettings(PretrainSettings):
     def _normalise(self) -> None:
         super()._normalise()
         for name in ("compare_tokenizers", "pairs", "exclude"):
-            self._set(name, tuple(str(value) for value in getattr(self, name)))
+            self._set(name, tuple(str(value) for value in getattr(self, name) or ()))
 
     def _check_values(self) -> None:
         super()._check_values()

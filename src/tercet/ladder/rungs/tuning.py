@@ -162,7 +162,5 @@ def local_start(llm: LLM) -> Path:
     if directory is None:
         raise UserError(f"{llm.name} is a hosted model, so its weights cannot be tuned here")
     if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{llm.name} is an adapter; merge it into its base first, or give its base as `model`"
-        )
+        raise UserError(f"{llm.name} is an adapter; merge it into its base first, or climb with its base")
     return directory
