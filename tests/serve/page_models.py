@@ -1,6 +1,6 @@
-"""A model that says what a script tells it, with tokens and probabilities, as slowly as it is told to.
+"""A model that writes scripted answers with tokens and probabilities, at a given speed.
 
-`python page_models.py PORT DATABASE DELAY` serves the page with three of them: a chat model, its tuned version and
+`python page_models.py PORT DATABASE DELAY` serves the page with three such models: a chat model, its tuned version and
 a base model.
 """
 
@@ -60,8 +60,8 @@ SLOW = " ".join(f"word{number}" for number in range(150))
 TEXT = " a ship came in from the sea, and nobody knew whose flag it flew. It lay there, still, until the evening bells."
 
 
-def tokenizer(template: str | None) -> Tokenizer:
-    """Trained here, in a moment: whole words for what the scripts say."""
+def train_tokenizer(template: str | None) -> Tokenizer:
+    """Train a small tokenizer whose tokens are the words of the scripts."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -79,7 +79,7 @@ def tokenizer(template: str | None) -> Tokenizer:
 
 
 def reply(question: str) -> str:
-    """What the models say to a message."""
+    """Return the models' answer to a message."""
     known = {
         "sky": SKY,
         "long": f"{SKY}\n{SLOW}",
@@ -91,25 +91,25 @@ def reply(question: str) -> str:
 
 
 class ScriptedWorker:
-    """What the page needs of a Worker. ``say(prompt)``: the whole answer to a prompt's text.
+    """The part of a Worker that the page uses. ``say(prompt)`` returns the whole answer to a prompt's text.
 
-    delay: seconds between two tokens. ``requests``: all that were asked.
+    ``delay`` is the time between two tokens in seconds; ``requests`` holds every request so far.
     """
 
     def __init__(
         self, say: Callable[[str], str], delay: float = 0.0, template: str | None = TEMPLATE
     ) -> None:
-        found = tokenizer(template)
-        stop = {found.eos_id}
+        tokenizer = train_tokenizer(template)
+        stop = {tokenizer.eos_id}
         backend: Any = SimpleNamespace(
-            vocab_size=found.vocab_size, max_positions=CONTEXT, page_size=16, num_pages=CONTEXT // 16
+            vocab_size=tokenizer.vocab_size, max_positions=CONTEXT, page_size=16, num_pages=CONTEXT // 16
         )
-        self.engine = Engine(backend, found, sorted(stop))  # to be asked what it holds; it computes nothing
+        self.engine = Engine(backend, tokenizer, sorted(stop))  # for its properties; it computes nothing
         self.say, self.delay = say, delay
         self.requests: list[Request] = []
         self.cancelled = 0
         self.problem: Exception | None = None
-        self._bytes_of = TokenBytes(found)
+        self._bytes_of = TokenBytes(tokenizer)
 
     load = SimpleNamespace(running=0, waiting=0)
     alive, meter = True, None
@@ -134,12 +134,12 @@ class ScriptedWorker:
     async def _stream(self, request: Request) -> AsyncIterator[Delta]:
         if len(request.tokens) > CONTEXT:
             raise UserError("the prompt is too long")
-        found, sampling = self.engine.tokenizer, request.sampling
-        prompt = found.decode(list(request.tokens), skip_special=False)
+        tokenizer, sampling = self.engine.tokenizer, request.sampling
+        prompt = tokenizer.decode(list(request.tokens), skip_special=False)
         question, _, prefix = prompt.rpartition(BEGIN) if BEGIN in prompt else (prompt, "", "")
         answer = self.say(question)
         rest = answer[len(prefix) :] if answer.startswith(prefix) else " and so on."
-        tokens = [*found.encode(rest, special=False), *self.engine.stop_ids][: sampling.max_tokens]
+        tokens = [*tokenizer.encode(rest, special=False), *self.engine.stop_ids][: sampling.max_tokens]
         draw = random.Random(f"{rest}{sampling.seed}")
         stream, text, logprobs = TextStream(sampling.stop), "", list[TokenLogprob]()
         await asyncio.sleep(self.delay)
@@ -148,9 +148,9 @@ class ScriptedWorker:
         for number, token in enumerate(tokens):
             await asyncio.sleep(self.delay)
             stop = token in self.engine.stop_ids
-            one = self._logprob(token, stop, number == 0, draw)
-            logprobs.append(one)
-            piece = stream.push(one.bytes)
+            entry = self._logprob(token, stop, number == 0, draw)
+            logprobs.append(entry)
+            piece = stream.push(entry.bytes)
             last = stop or stream.stopped or number == len(tokens) - 1
             if last and not stream.stopped:
                 piece += stream.finish()
@@ -160,31 +160,31 @@ class ScriptedWorker:
                 usage = Usage(len(request.tokens), number + 1)
                 reason: Any = "stop" if stop or stream.stopped else "length"
                 completion = Completion(text, tokens[: number + 1], logprobs, usage, reason, 0.0)
-            yield Delta(0, piece, [token], [one], completion)
+            yield Delta(0, piece, [token], [entry], completion)
             if last:
                 return
 
     def _logprob(self, token: int, stop: bool, first: bool, draw: random.Random) -> TokenLogprob:
-        """Plausible probabilities: now sure, now torn between many."""
+        """Return random but plausible probabilities, some sharp, some flat."""
         rank = draw.choices(range(5), weights=[70, 15, 8, 4, 3])[0]
         spread = draw.choice([0.3, 1.0, 2.0, 4.0])
-        others = draw.sample(range(258, self.engine.tokenizer.vocab_size), 9)
-        order = [one for one in others if one != token][:9]
+        candidates = draw.sample(range(258, self.engine.tokenizer.vocab_size), 9)
+        order = [candidate for candidate in candidates if candidate != token][:9]
         order.insert(rank, token)
         weights = [math.exp(-place / spread) for place in range(len(order))]
         total = sum(weights) * (1 + 0.05 * spread)
         top = [
-            (one, self._bytes_of.text(one), math.log(weight / total))
-            for one, weight in zip(order, weights, strict=True)
+            (candidate, self._bytes_of.text(candidate), math.log(weight / total))
+            for candidate, weight in zip(order, weights, strict=True)
         ]
         data = b"" if stop else self._bytes_of(token, first=first)
-        logprob = next(value for one, _, value in top if one == token)
+        logprob = next(value for candidate, _, value in top if candidate == token)
         entropy = -sum(math.exp(value) * value for _, _, value in top)
         return TokenLogprob(token, self._bytes_of.text(token), logprob, data, top, entropy)
 
 
 def of_prompt(prompt: str) -> str:
-    """The reply to the last user message of a rendered conversation."""
+    """Return the answer to the last user message of a rendered conversation."""
     return reply(prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0])
 
 

@@ -37,10 +37,10 @@ class ScriptBackend(FakeBackend):
         self.last = list(history)
         said = len(history) - 1 - max(n for n, token in enumerate(history) if token == self._begin)
         script = [*self._tokenizer.encode(self.says, special=False), self._tokenizer.eos_id]
-        wanted = np.zeros(self.vocab_size, np.float32)
-        wanted[self._tokenizer.eos_id] = 1  # rather than going on for ever
-        wanted[script[min(said, len(script) - 1)]] = 20
-        return wanted
+        scores = np.zeros(self.vocab_size, np.float32)
+        scores[self._tokenizer.eos_id] = 1  # rather than going on for ever
+        scores[script[min(said, len(script) - 1)]] = 20
+        return scores
 
 
 def engine_saying(tokenizer: Tokenizer, max_positions: int = 4096) -> tuple[Engine, ScriptBackend]:

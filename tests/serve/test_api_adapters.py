@@ -59,27 +59,27 @@ def test_every_adapter_is_a_model_and_answers_as_merged_into_its_base(
     served: Running, adapters: dict[str, Path], tiny_directory: Path
 ) -> None:
     client = served.client()
-    assert [one.id for one in client.models.list().data] == ["base", "kind", "loud"]
-    found = {name: text(client, name) for name in ("base", "kind", "loud")}
-    assert len(set(found.values())) == 3
+    assert [model.id for model in client.models.list().data] == ["base", "kind", "loud"]
+    texts = {name: text(client, name) for name in ("base", "kind", "loud")}
+    assert len(set(texts.values())) == 3
     for name, directory in {"base": tiny_directory, **adapters}.items():
         merged = LLM(str(directory), quantize="none", threads=1)
-        assert found[name] == merged.generate("the cat", temperature=0, max_tokens=12).text
+        assert texts[name] == merged.generate("the cat", temperature=0, max_tokens=12).text
 
 
 def test_requests_for_different_adapters_run_together_without_touching_each_other(served: Running) -> None:
     client = served.client()
     alone = {name: text(client, name) for name in ("base", "kind", "loud")}
-    found: list[tuple[str, str]] = []
+    answers: list[tuple[str, str]] = []
     threads = [
-        threading.Thread(target=lambda name=name: found.append((name, text(client, name))))
+        threading.Thread(target=lambda name=name: answers.append((name, text(client, name))))
         for name in list(alone) * 4
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 12 and all(alone[name] == answer for name, answer in found)
+    assert len(answers) == 12 and all(alone[name] == answer for name, answer in answers)
 
 
 def test_log_probabilities_and_embeddings_are_the_adapters_own(
@@ -113,7 +113,7 @@ def test_the_metrics_tell_the_adapters_apart(served: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("references", "more", "told"),
+    ("references", "more", "message"),
     [
         (["a={base}", "a={base}"], [], "two models are called a"),
         (["a={base}"], ["a={kind}"], "two models are called a"),
@@ -124,11 +124,19 @@ def test_the_metrics_tell_the_adapters_apart(served: Running) -> None:
     ],
 )
 def test_models_that_cannot_be_served_give_a_one_line_error(
-    references: list[str], more: list[str], told: str, adapters: dict[str, Path], tiny_directory: Path
+    references: list[str],
+    more: list[str],
+    message: str,
+    adapters: dict[str, Path],
+    tiny_directory: Path,
 ) -> None:
     names = {"base": str(tiny_directory), "kind": str(adapters["kind"])}
-    with pytest.raises(UserError, match=told):
-        load_models([one.format(**names) for one in references], [one.format(**names) for one in more], EXACT)
+    with pytest.raises(UserError, match=message):
+        load_models(
+            [reference.format(**names) for reference in references],
+            [reference.format(**names) for reference in more],
+            EXACT,
+        )
 
 
 def test_an_adapter_finds_its_base_among_several(

@@ -34,8 +34,8 @@ def scripted() -> Iterator[ScriptedServer]:
 
 def events(url: str, **body: Any) -> list[dict[str, Any]]:
     """The chunks of a stream as they go over the wire; the end is checked."""
-    asked = {"model": "tiny", "messages": HI, "stream": True, **body}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=20)
+    request = {"model": "tiny", "messages": HI, "stream": True, **body}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=20)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"].startswith("text/event-stream")
     *chunks, last, rest = answer.content.split(b"\n\n")
@@ -60,28 +60,30 @@ def test_temperature_0_is_greedy_over_the_chat_template(client: openai.OpenAI, t
     answer = client.chat.completions.create(
         model="tiny", messages=HI, temperature=0, max_tokens=8, logprobs=True
     )
-    wanted = greedy(tiny_directory, "<s><|user|>hi<|end|><|assistant|>", 8)
+    expected = greedy(tiny_directory, "<s><|user|>hi<|end|><|assistant|>", 8)
     assert answer.choices[0].logprobs and answer.choices[0].logprobs.content
-    found = b"".join(bytes(one.bytes or ()) for one in answer.choices[0].logprobs.content)
+    written = b"".join(bytes(entry.bytes or ()) for entry in answer.choices[0].logprobs.content)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_directory)
-    text = tokenizer.decode(wanted, skip_special_tokens=True)
-    assert found.decode(errors="replace") == answer.choices[0].message.content == text
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    assert written.decode(errors="replace") == answer.choices[0].message.content == text
     again = client.chat.completions.create(model="tiny", messages=HI, temperature=0, max_tokens=8)
     assert again.choices[0].message.content == text
 
 
 def test_an_answer_has_every_key_of_the_contract(tiny_url: str) -> None:
     body = {"model": "tiny", "messages": HI, "max_tokens": 3}
-    found = httpx.post(f"{tiny_url}/v1/chat/completions", json=body, timeout=20).json()
-    assert found["id"].startswith("chatcmpl-") and found["object"] == "chat.completion"
+    response = httpx.post(f"{tiny_url}/v1/chat/completions", json=body, timeout=20).json()
+    assert response["id"].startswith("chatcmpl-") and response["object"] == "chat.completion"
     assert (
-        found["model"] == "tiny" and found["system_fingerprint"].startswith("fp_") and found["created"] > 1e9
+        response["model"] == "tiny"
+        and response["system_fingerprint"].startswith("fp_")
+        and response["created"] > 1e9
     )
-    [choice] = found["choices"]
+    [choice] = response["choices"]
     assert set(choice) == {"index", "message", "logprobs", "finish_reason"}
     assert choice["logprobs"] is None and choice["finish_reason"] == "length"
     assert choice["message"]["role"] == "assistant" and choice["message"]["refusal"] is None
-    usage = found["usage"]
+    usage = response["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (6, 3, 9)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0
     assert usage["completion_tokens_details"]["reasoning_tokens"] == 0
@@ -102,8 +104,10 @@ def test_the_usage_counts_the_tokens_of_the_prefix_cache(client: openai.OpenAI) 
     cached = []
     for stream in (False, True):
         options: Any = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-        found: Any = client.chat.completions.create(model="tiny", messages=long, max_tokens=2, n=2, **options)
-        usage = [*found][-1].usage if stream else found.usage
+        response: Any = client.chat.completions.create(
+            model="tiny", messages=long, max_tokens=2, n=2, **options
+        )
+        usage = [*response][-1].usage if stream else response.usage
         cached.append(usage.prompt_tokens_details.cached_tokens)
         assert usage.prompt_tokens == 81 and usage.completion_tokens <= 4
     assert cached[0] == 0 and 0 < cached[1] < 81
@@ -128,9 +132,9 @@ def test_a_seed_gives_the_same_choices_again_and_different_ones_within_a_request
     client: openai.OpenAI,
 ) -> None:
     def ask(seed: int) -> list[str | None]:
-        found = client.chat.completions.create(model="tiny", messages=HI, seed=seed, n=3, max_tokens=12)
-        assert [choice.index for choice in found.choices] == [0, 1, 2]
-        return [choice.message.content for choice in found.choices]
+        response = client.chat.completions.create(model="tiny", messages=HI, seed=seed, n=3, max_tokens=12)
+        assert [choice.index for choice in response.choices] == [0, 1, 2]
+        return [choice.message.content for choice in response.choices]
 
     assert ask(5) == ask(5) and len(set(ask(5))) == 3 and ask(5) != ask(6)
     assert ask(-(2**63)) == ask(-(2**63))
@@ -159,8 +163,8 @@ def alphabet() -> dict[int, str]:
     """GPT-2's characters for bytes, by which the tiny model's tokens are ordered."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    found: dict[int, str] = bytes_to_unicode()
-    return found
+    characters: dict[int, str] = bytes_to_unicode()
+    return characters
 
 
 def test_parts_of_text_are_joined_by_lines_and_developers_speak_as_the_system(
@@ -178,8 +182,8 @@ def test_parts_of_text_are_joined_by_lines_and_developers_speak_as_the_system(
 def test_extensions_reach_the_sampler(client: openai.OpenAI) -> None:
     likeliest = client.chat.completions.create(model="tiny", messages=HI, max_tokens=9, temperature=0)
     for extra in ({"top_k": 1}, {"min_p": 1.0}):
-        found = client.chat.completions.create(model="tiny", messages=HI, max_tokens=9, extra_body=extra)
-        assert found.choices[0].message.content == likeliest.choices[0].message.content
+        response = client.chat.completions.create(model="tiny", messages=HI, max_tokens=9, extra_body=extra)
+        assert response.choices[0].message.content == likeliest.choices[0].message.content
     best_alone = client.chat.completions.create(model="tiny", messages=HI, max_tokens=9, top_p=0)
     assert best_alone.choices[0].message.content == likeliest.choices[0].message.content
 
@@ -229,10 +233,10 @@ def test_log_probabilities_are_those_of_transformers(client: openai.OpenAI, tiny
     with torch.no_grad():
         logits = model(torch.cat([prompt, written], 1)).logits[0, prompt.shape[1] - 1 :]
     right = logits.log_softmax(-1)
-    for place, one in enumerate(answer.choices[0].logprobs.content):
-        assert one.logprob == pytest.approx(float(right[place, written[0, place]]), abs=1e-4)
+    for place, entry in enumerate(answer.choices[0].logprobs.content):
+        assert entry.logprob == pytest.approx(float(right[place, written[0, place]]), abs=1e-4)
         best = right[place].topk(3).values.tolist()
-        assert [other.logprob for other in one.top_logprobs] == pytest.approx(best, abs=1e-4)
+        assert [alternative.logprob for alternative in entry.top_logprobs] == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.parametrize("stop", [None, "e", ["q", "é"]])
@@ -251,20 +255,20 @@ def test_tokens_joined_equal_the_text_whatever_stops_it(tiny_url: str, stop: Any
     streamed = [chunk["choices"][0] for chunk in events(tiny_url, **body)]
     text = "".join(choice["delta"].get("content", "") for choice in streamed)
     assert text == whole["message"]["content"]
-    assert not any(one in text for one in ([stop] if isinstance(stop, str) else stop or []))
-    parts = [one for choice in streamed if choice["logprobs"] for one in choice["logprobs"]["content"]]
+    assert not any(sequence in text for sequence in ([stop] if isinstance(stop, str) else stop or []))
+    parts = [entry for choice in streamed if choice["logprobs"] for entry in choice["logprobs"]["content"]]
     assert parts == whole["logprobs"]["content"]
-    assert b"".join(bytes(one["bytes"]) for one in parts).decode(errors="replace") == text
+    assert b"".join(bytes(entry["bytes"]) for entry in parts).decode(errors="replace") == text
 
 
 def test_a_stop_string_inside_a_token_cuts_that_token(scripted: ScriptedServer) -> None:
     scripted.says("one, two; three")
-    found = client_of(scripted.url).chat.completions.create(
+    response = client_of(scripted.url).chat.completions.create(
         model="scripted", messages=HI, stop=["; t", "zz"], logprobs=True
     )
-    assert found.choices[0].message.content == "one, two" and found.choices[0].finish_reason == "stop"
-    assert found.choices[0].logprobs and found.choices[0].logprobs.content
-    assert "".join(one.token for one in found.choices[0].logprobs.content) == "one, two"
+    assert response.choices[0].message.content == "one, two" and response.choices[0].finish_reason == "stop"
+    assert response.choices[0].logprobs and response.choices[0].logprobs.content
+    assert "".join(entry.token for entry in response.choices[0].logprobs.content) == "one, two"
 
 
 # Streams
@@ -275,10 +279,10 @@ def test_a_stream_follows_openais_contract(tiny_url: str) -> None:
     chunks = events(tiny_url, n=2, max_tokens=6, seed=3, stream_options=options)
     heads = {(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}
     assert len(heads) == 1 and next(iter(heads))[3] == "chat.completion.chunk"
-    *others, last = chunks
-    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in others)
+    *content_chunks, last = chunks
+    assert all(chunk["usage"] is None and len(chunk["choices"]) == 1 for chunk in content_chunks)
     assert last["choices"] == [] and last["usage"]["total_tokens"] == 6 + last["usage"]["completion_tokens"]
-    choices = [chunk["choices"][0] for chunk in others]
+    choices = [chunk["choices"][0] for chunk in content_chunks]
     assert [choice["index"] for choice in choices[:2]] == [0, 1]
     for index in (0, 1):
         first, *middle, end = (choice for choice in choices if choice["index"] == index)
@@ -291,14 +295,16 @@ def test_a_stream_follows_openais_contract(tiny_url: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_openais_accumulator_makes_the_whole_answer_of_a_stream(client: openai.OpenAI, seed: int) -> None:
-    asked: Any = {
+    request: Any = {
         "model": "tiny", "messages": HI, "seed": seed, "n": 2, "max_tokens": 20, "logprobs": True, "top_logprobs": 2,
     }  # fmt: skip
     state = ChatCompletionStreamState()
-    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.chat.completions.create(
+        **request, stream=True, stream_options={"include_usage": True}
+    ):
         state.handle_chunk(chunk)
     streamed = state.current_completion_snapshot
-    whole = client.chat.completions.create(**asked)
+    whole = client.chat.completions.create(**request)
     assert streamed.usage and whole.usage and streamed.usage.total_tokens == whole.usage.total_tokens
     for mine, other in zip(streamed.choices, whole.choices, strict=True):
         assert mine.message.content == other.message.content
@@ -309,8 +315,8 @@ def test_openais_accumulator_makes_the_whole_answer_of_a_stream(client: openai.O
 def test_characters_of_several_tokens_come_whole(scripted: ScriptedServer) -> None:
     said = "Grüße 日本 🦊!"
     scripted.says(said)
-    found = events(scripted.url, model="scripted")
-    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in found]
+    chunks = events(scripted.url, model="scripted")
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(pieces) == said and not any("\ufffd" in piece for piece in pieces)
 
 
@@ -358,13 +364,13 @@ WEATHER: Any = {
 def test_a_call_comes_as_a_call_whole_and_streamed(scripted: ScriptedServer) -> None:
     scripted.says('<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>')
     client = client_of(scripted.url)
-    asked: Any = {"model": "scripted", "messages": HI, "tools": [WEATHER]}
-    whole = client.chat.completions.create(**asked).choices[0]
+    request: Any = {"model": "scripted", "messages": HI, "tools": [WEATHER]}
+    whole = client.chat.completions.create(**request).choices[0]
     assert whole.finish_reason == "tool_calls" and whole.message.content is None
     assert whole.message.tool_calls and whole.message.tool_calls[0].type == "function"
     assert json.loads(whole.message.tool_calls[0].function.arguments) == {"city": "Köln"}
     state = ChatCompletionStreamState(input_tools=[WEATHER])
-    for chunk in client.chat.completions.create(**asked, stream=True):
+    for chunk in client.chat.completions.create(**request, stream=True):
         state.handle_chunk(chunk)
     streamed = state.get_final_completion().choices[0]
     assert streamed.finish_reason == "tool_calls" and streamed.message.tool_calls
@@ -376,23 +382,23 @@ def test_a_call_comes_as_a_call_whole_and_streamed(scripted: ScriptedServer) -> 
 def test_a_required_call_is_made_whatever_the_model_would_say(scripted: ScriptedServer) -> None:
     scripted.says("no")
     client = client_of(scripted.url)
-    choice: Any = {"type": "function", "function": {"name": "weather"}}
-    for tool_choice in ("required", choice):
-        found = client.chat.completions.create(
+    named_function: Any = {"type": "function", "function": {"name": "weather"}}
+    for tool_choice in ("required", named_function):
+        choice = client.chat.completions.create(
             model="scripted", messages=HI, tools=[WEATHER], tool_choice=tool_choice, max_tokens=200
         ).choices[0]
-        assert found.message.tool_calls and found.message.tool_calls[0].type == "function"
-        assert found.message.tool_calls[0].function.name == "weather"
+        assert choice.message.tool_calls and choice.message.tool_calls[0].type == "function"
+        assert choice.message.tool_calls[0].function.name == "weather"
 
 
 def test_a_call_that_was_cut_off_ends_by_length(scripted: ScriptedServer) -> None:
     scripted.says('<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>')
     client = client_of(scripted.url)
     for stream in (False, True):
-        found: Any = client.chat.completions.create(
+        response: Any = client.chat.completions.create(
             model="scripted", messages=HI, tools=[WEATHER], max_tokens=50, stream=stream
         )
-        last = [*found][-1].choices[0] if stream else found.choices[0]
+        last = [*response][-1].choices[0] if stream else response.choices[0]
         assert last.finish_reason == "length"
 
 
@@ -408,8 +414,8 @@ def test_the_result_of_a_call_goes_back_to_the_model(scripted: ScriptedServer) -
         {"role": "assistant", "content": None, "tool_calls": [called]},
         {"role": "tool", "tool_call_id": "c1", "content": "rain"},
     ]
-    found = client_of(scripted.url).chat.completions.create(
+    response = client_of(scripted.url).chat.completions.create(
         model="scripted", messages=messages, tools=[WEATHER]
     )
-    assert found.choices[0].message.content == "It rains."
+    assert response.choices[0].message.content == "It rains."
     assert '"city": "Köln"' in scripted.prompt() and "<|tool|>rain" in scripted.prompt()

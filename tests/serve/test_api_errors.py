@@ -25,13 +25,13 @@ def client(tiny_url: str) -> openai.OpenAI:
 
 def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **body: Any) -> dict[str, Any]:
     """The error that a body gets."""
-    given = {"model": "tiny"} | ({"messages": HI} if path.endswith("chat/completions") else {}) | body
-    answer = httpx.post(url + path, json=given, timeout=20)
+    request = {"model": "tiny"} | ({"messages": HI} if path.endswith("chat/completions") else {}) | body
+    answer = httpx.post(url + path, json=request, timeout=20)
     assert answer.status_code == status, answer.text
     assert answer.headers["x-request-id"].startswith("req_")
-    found: dict[str, Any] = answer.json()["error"]
-    assert set(found) == {"message", "type", "param", "code"}
-    return found
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **b
 def test_a_wrong_field_is_400_with_its_place(
     tiny_url: str, body: dict[str, Any], param: str, code: str
 ) -> None:
-    found = refused(tiny_url, **body)
-    assert (found["param"], found["code"], found["type"]) == (param, code, "invalid_request_error")
-    assert found["message"] and "\n" not in found["message"]
+    error = refused(tiny_url, **body)
+    assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
+    assert error["message"] and "\n" not in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -113,15 +113,15 @@ def test_a_wrong_field_is_400_with_its_place(
 def test_an_unsupported_field_that_would_change_the_answer_is_400(
     tiny_url: str, field: str, value: Any
 ) -> None:
-    found = refused(tiny_url, **{field: value})
-    assert (found["param"], found["code"]) == (field, UNSUPPORTED)
+    error = refused(tiny_url, **{field: value})
+    assert (error["param"], error["code"]) == (field, UNSUPPORTED)
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_a_part_that_is_not_text_is_400(tiny_url: str, kind: str) -> None:
     content = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://127.0.0.1:1/x.png"}}]
-    found = refused(tiny_url, messages=[{"role": "user", "content": content}])
-    assert found["param"] == "messages[0].content[1]" and kind in found["message"]
+    error = refused(tiny_url, messages=[{"role": "user", "content": content}])
+    assert error["param"] == "messages[0].content[1]" and kind in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_a_part_that_is_not_text_is_400(tiny_url: str, kind: str) -> None:
 def test_a_field_that_changes_no_answer_is_accepted(tiny_url: str, field: str, value: Any) -> None:
     body = {"model": "tiny", "messages": HI, "temperature": 0, "max_tokens": 4}
     plain = httpx.post(f"{tiny_url}/v1/chat/completions", json=body, timeout=20).json()
-    found = httpx.post(f"{tiny_url}/v1/chat/completions", json=body | {field: value}, timeout=20).json()
-    assert found["choices"] == plain["choices"]
+    answer = httpx.post(f"{tiny_url}/v1/chat/completions", json=body | {field: value}, timeout=20).json()
+    assert answer["choices"] == plain["choices"]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_a_field_that_changes_no_answer_is_accepted(tiny_url: str, field: str, v
 def test_a_schema_that_can_not_be_enforced_is_400_never_an_answer(
     tiny_url: str, schema: dict[str, Any]
 ) -> None:
-    found = refused(tiny_url, **form(name="a", schema=schema))
-    assert found["param"] == "response_format.json_schema.schema" and found["code"] == "invalid_json_schema"
+    error = refused(tiny_url, **form(name="a", schema=schema))
+    assert error["param"] == "response_format.json_schema.schema" and error["code"] == "invalid_json_schema"
 
 
 def test_a_schema_nested_without_end_is_400(tiny_url: str) -> None:

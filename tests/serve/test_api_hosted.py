@@ -65,12 +65,12 @@ def test_a_stream_is_passed_on_chunk_by_chunk(running: Running, upstream: FakeSe
     ]
     upstream.script.append(Answer(pieces=pieces, content_type="text/event-stream"))
     chunks = [*running.client().chat.completions.create(model="far", messages=HI, stream=True)]
-    assert [one.choices[0].delta.content for one in chunks] == ["", "Grüße", None]
-    assert {one.model for one in chunks} == {"far"} and chunks[-1].choices[0].finish_reason == "stop"
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["", "Grüße", None]
+    assert {chunk.model for chunk in chunks} == {"far"} and chunks[-1].choices[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "expected", "told"),
+    ("status", "error", "expected", "message"),
     [
         (
             400,
@@ -93,12 +93,12 @@ def test_errors_of_the_other_server_are_converted(
     status: int,
     error: dict[str, Any],
     expected: int,
-    told: str,
+    message: str,
     stream: bool,
 ) -> None:
     body = json.dumps({"error": error}).encode()
     upstream.script.extend([Answer(status, body, headers={"retry-after-ms": "1"}) for _ in range(3)])
-    with pytest.raises(openai.APIStatusError, match=told) as problem:
+    with pytest.raises(openai.APIStatusError, match=message) as problem:
         running.client().chat.completions.create(model="far", messages=HI, stream=stream)
     assert problem.value.status_code == expected and "our-own-key" not in str(problem.value)
     assert problem.value.code == (error.get("code") or problem.value.code)
@@ -127,11 +127,11 @@ def test_one_of_our_servers_behind_another_says_the_same(tmp_path: Path, tiny_di
         front = load_models([f"front={second.url}/v1#tiny"], [], LoadOptions())
         with serve_models(front) as first:
             mine, other = first.client(), second.client()
-            asked: Any = {"prompt": "ab", "seed": 3, "max_tokens": 8, "logprobs": 2}
-            here = mine.completions.create(model="front", **asked)
-            there = other.completions.create(model="tiny", **asked)
+            request: Any = {"prompt": "ab", "seed": 3, "max_tokens": 8, "logprobs": 2}
+            here = mine.completions.create(model="front", **request)
+            there = other.completions.create(model="tiny", **request)
             assert here.choices == there.choices and here.usage == there.usage
-            streamed = mine.completions.create(model="front", **asked, stream=True)
+            streamed = mine.completions.create(model="front", **request, stream=True)
             assert "".join(chunk.choices[0].text for chunk in streamed) == there.choices[0].text
             vector = mine.embeddings.create(model="front", input="a b").data[0].embedding
             assert vector == other.embeddings.create(model="tiny", input="a b").data[0].embedding

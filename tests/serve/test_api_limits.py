@@ -174,8 +174,8 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event_and_the_stream_ends() ->
         answer = running.http().post("/v1/chat/completions", json={**BODY, "stream": True})
         *_, error, done, _ = answer.text.split("\n\n")
         assert answer.status_code == 200 and done == "data: [DONE]"
-        found = json.loads(error.removeprefix("data: "))["error"]
-        assert set(found) == {"message", "type", "param", "code"} and found["type"] == "server_error"
+        problem = json.loads(error.removeprefix("data: "))["error"]
+        assert set(problem) == {"message", "type", "param", "code"} and problem["type"] == "server_error"
         backend.feeds = 0
         with pytest.raises(openai.APIError, match="the server failed"):
             for _ in running.client().chat.completions.create(**BODY, stream=True):
@@ -217,19 +217,21 @@ def _answers(url: str) -> bool:
 
 def test_many_clients_at_once_get_the_same_answers_as_alone(tiny_url: str) -> None:
     client = client_of(tiny_url)
-    asked: Any = {"model": "tiny", "temperature": 1, "max_tokens": 10}
-    alone = [client.completions.create(**asked, prompt="ab", seed=seed).choices[0].text for seed in range(12)]
-    found: dict[int, str] = {}
+    request: Any = {"model": "tiny", "temperature": 1, "max_tokens": 10}
+    alone = [
+        client.completions.create(**request, prompt="ab", seed=seed).choices[0].text for seed in range(12)
+    ]
+    texts: dict[int, str] = {}
 
     def ask(seed: int) -> None:
-        found[seed] = client.completions.create(**asked, prompt="ab", seed=seed).choices[0].text
+        texts[seed] = client.completions.create(**request, prompt="ab", seed=seed).choices[0].text
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [found[seed] for seed in range(12)] == alone
+    assert [texts[seed] for seed in range(12)] == alone
 
 
 # The worker by itself
@@ -246,11 +248,13 @@ def test_a_worker_queues_all_of_some_requests_or_none() -> None:
             await worker.generate([right, Request((), Sampling())])
         with pytest.raises(UserError, match="2 at most"):
             await worker.generate([right] * 3)
-        both = await asyncio.gather(
+        results = await asyncio.gather(
             *(worker.generate([right, right]) for _ in range(3)), return_exceptions=True
         )
-        assert sum(isinstance(one, QueueFull) for one in both) == 2
-        assert [one.text for found in both if isinstance(found, list) for one in found] == ["xxx", "xxx"]
+        assert sum(isinstance(result, QueueFull) for result in results) == 2
+        assert [
+            completion.text for result in results if isinstance(result, list) for completion in result
+        ] == ["xxx", "xxx"]
         assert await worker.drain(5) and worker.load.running == worker.load.waiting == 0
 
     asyncio.run(go())
@@ -261,17 +265,17 @@ def test_deltas_between_two_reads_are_joined() -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN), 0.001)
     worker = model.worker
     tokens = tuple(worker.engine.tokenizer.encode("<|assistant|>"))
-    asked = [Request(tokens, Sampling(max_tokens=count, temperature=0, logprobs=0)) for count in (20, 30)]
+    requests = [Request(tokens, Sampling(max_tokens=count, temperature=0, logprobs=0)) for count in (20, 30)]
 
     async def go() -> None:
-        stream = worker.stream(asked)
-        found = [await anext(stream)]
+        stream = worker.stream(requests)
+        deltas = [await anext(stream)]
         await asyncio.to_thread(until, lambda: not worker.engine.has_work)
         await asyncio.sleep(0.05)
-        found += [delta async for delta in stream]
-        assert len(found) <= 5
+        deltas += [delta async for delta in stream]
+        assert len(deltas) <= 5
         for index, count in enumerate((20, 30)):
-            mine = [delta for delta in found if delta.index == index]
+            mine = [delta for delta in deltas if delta.index == index]
             assert "".join(delta.text for delta in mine) == "x" * count
             assert sum(len(delta.tokens) for delta in mine) == count
             assert sum(len(delta.logprobs or ()) for delta in mine) == count

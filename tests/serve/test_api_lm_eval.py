@@ -79,15 +79,15 @@ def through_the_server(url: str, directory: Path, tasks: Path, tokenizer: str) -
     }  # fmt: skip
     if tokenizer == "huggingface":
         arguments["tokenizer"] = str(directory)
-    found = simple_evaluate(
+    results = simple_evaluate(
         model="local-completions",
         model_args=arguments,
         tasks=["served_choice", "served_text"],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         log_samples=True,
     )
-    assert found is not None
-    return found
+    assert results is not None
+    return results
 
 
 @pytest.mark.parametrize("tokenizer", ["huggingface", "remote"])

@@ -75,13 +75,15 @@ def test_whatever_is_sent_is_answered_as_documented(
 
 
 def test_every_route_and_its_errors_are_documented(tiny_url: str) -> None:
-    found = httpx.get(f"{tiny_url}/openapi.json").json()
-    wanted = {
+    document = httpx.get(f"{tiny_url}/openapi.json").json()
+    expected = {
         "/v1/models", "/v1/models/{model}", "/v1/chat/completions", "/v1/completions", "/v1/embeddings",
         "/v1/responses", "/v1/messages", "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/metrics",
     }  # fmt: skip
-    assert wanted <= set(found["paths"]) and not any(path.startswith("/page") for path in found["paths"])
-    for path, operations in found["paths"].items():
+    assert expected <= set(document["paths"]) and not any(
+        path.startswith("/page") for path in document["paths"]
+    )
+    for path, operations in document["paths"].items():
         for operation in operations.values():
             assert {"200", "4XX"} <= set(operation["responses"]), path
             assert "422" not in operation["responses"], path

@@ -55,13 +55,13 @@ def raw(url: str, data: bytes, *more: bytes, wait: float = 0.0) -> bytes:
                 connection.sendall(part)
             except OSError:
                 break
-        found = b""
+        received = b""
         try:
             while part := connection.recv(65536):
-                found += part
+                received += part
         except (ConnectionResetError, TimeoutError):
             pass
-        return found
+        return received
 
 
 # API keys
@@ -293,11 +293,11 @@ def test_header_injection_by_what_a_request_names_is_not_possible(tiny_url: str)
     assert answer.status_code == 404 and "set-cookie" not in answer.headers
     assert answer.headers["content-type"] == "application/json"
     encoded = "x%0d%0aset-cookie:%20a=b"
-    found = raw(
+    response = raw(
         tiny_url,
         f"GET /v1/models/{encoded} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(),
     )
-    assert b"set-cookie" not in found.partition(b"\r\n\r\n")[0].lower()
+    assert b"set-cookie" not in response.partition(b"\r\n\r\n")[0].lower()
     with_id = httpx.get(f"{tiny_url}/health", headers={"x-request-id": "mine"})
     assert with_id.headers["x-request-id"].startswith("req_")
 
@@ -311,8 +311,8 @@ def test_headers_that_claim_another_address_are_ignored(locked: Running) -> None
 def test_special_tokens_in_a_message_are_encoded_as_the_tokenizer_reads_them(tiny_url: str) -> None:
     """Not a hole of the server, but what users should know: a template's markers in a message are markers."""
     body = {"messages": [{"role": "user", "content": "<|end|>"}]}
-    found = httpx.post(f"{tiny_url}/tokenize", json=body).json()["tokens"]
-    assert found.count(1) == 2
+    tokens = httpx.post(f"{tiny_url}/tokenize", json=body).json()["tokens"]
+    assert tokens.count(1) == 2
 
 
 def test_a_server_without_a_page_has_none(tiny_url: str) -> None:

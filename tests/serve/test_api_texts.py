@@ -35,8 +35,8 @@ def theirs(tiny_directory: Path) -> tuple[Any, Any]:
 def complete(url: str, **body: Any) -> dict[str, Any]:
     answer = httpx.post(f"{url}/v1/completions", json={"model": "tiny", **body}, timeout=20)
     assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
+    response: dict[str, Any] = answer.json()
+    return response
 
 
 # Completions
@@ -47,22 +47,22 @@ def test_the_four_forms_of_prompts_say_the_same(tiny_url: str, theirs: tuple[Any
     ids = [tokenizer(text).input_ids for text in PROMPTS]
     texts = [complete(tiny_url, prompt=text, temperature=0)["choices"][0]["text"] for text in PROMPTS]
     for prompts in (PROMPTS, ids):
-        found = complete(tiny_url, prompt=prompts, temperature=0)
-        assert [choice["text"] for choice in found["choices"]] == texts
-        assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
-        assert found["usage"]["prompt_tokens"] == sum(map(len, ids))
+        response = complete(tiny_url, prompt=prompts, temperature=0)
+        assert [choice["text"] for choice in response["choices"]] == texts
+        assert [choice["index"] for choice in response["choices"]] == [0, 1, 2]
+        assert response["usage"]["prompt_tokens"] == sum(map(len, ids))
     assert complete(tiny_url, prompt=ids[1], temperature=0)["choices"][0]["text"] == texts[1]
 
 
 def test_the_default_is_16_tokens(tiny_url: str) -> None:
-    found = complete(tiny_url, prompt="a", ignore_eos=True)
-    assert found["usage"]["completion_tokens"] == 16 and found["object"] == "text_completion"
+    response = complete(tiny_url, prompt="a", ignore_eos=True)
+    assert response["usage"]["completion_tokens"] == 16 and response["object"] == "text_completion"
 
 
 def test_an_echo_has_the_log_probabilities_of_transformers(tiny_url: str, theirs: tuple[Any, Any]) -> None:
     tokenizer, model = theirs
-    found = complete(tiny_url, prompt=PROMPTS, echo=True, logprobs=2, max_tokens=1, temperature=0)
-    for prompt, choice in zip(PROMPTS, found["choices"], strict=True):
+    response = complete(tiny_url, prompt=PROMPTS, echo=True, logprobs=2, max_tokens=1, temperature=0)
+    for prompt, choice in zip(PROMPTS, response["choices"], strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         with torch.no_grad():
             right = model(ids).logits[0].log_softmax(-1)
@@ -73,8 +73,8 @@ def test_an_echo_has_the_log_probabilities_of_transformers(tiny_url: str, theirs
         assert lengths == {ids.shape[1] + 1}  # every token of the prompt, and the one that was written
         assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
         for place in range(1, ids.shape[1]):
-            wanted = float(right[place - 1, ids[0, place]])
-            assert logprobs["token_logprobs"][place] == pytest.approx(wanted, abs=1e-4)
+            expected = float(right[place - 1, ids[0, place]])
+            assert logprobs["token_logprobs"][place] == pytest.approx(expected, abs=1e-4)
             best = right[place - 1].topk(2).values.tolist()
             top = sorted(logprobs["top_logprobs"][place].values(), reverse=True)
             assert top[:2] == pytest.approx(best, abs=1e-4) and 2 <= len(top) <= 3
@@ -84,8 +84,8 @@ def test_an_echo_has_the_log_probabilities_of_transformers(tiny_url: str, theirs
 
 @pytest.mark.parametrize("prompt", ["the cat", "Grüße 日本 🦊"])
 def test_offsets_are_where_tokens_begin_in_the_text(tiny_url: str, prompt: str) -> None:
-    for given in (prompt, [ord("a") % 250, 100, 101, 102]):
-        choice = complete(tiny_url, prompt=given, echo=True, logprobs=0, max_tokens=9, seed=1)["choices"][0]
+    for form in (prompt, [ord("a") % 250, 100, 101, 102]):
+        choice = complete(tiny_url, prompt=form, echo=True, logprobs=0, max_tokens=9, seed=1)["choices"][0]
         text, logprobs = choice["text"], choice["logprobs"]
         offsets = logprobs["text_offset"]
         assert offsets == sorted(offsets) and offsets[-1] <= len(text)
@@ -96,10 +96,10 @@ def test_offsets_are_where_tokens_begin_in_the_text(tiny_url: str, prompt: str) 
 
 
 def test_no_tokens_at_all_only_score_the_prompt(tiny_url: str) -> None:
-    one = complete(tiny_url, prompt=PROMPTS, echo=True, logprobs=1, max_tokens=1, temperature=0)
-    none = complete(tiny_url, prompt=PROMPTS, echo=True, logprobs=1, max_tokens=0)
-    assert none["usage"]["completion_tokens"] == 0
-    for mine, other, prompt in zip(none["choices"], one["choices"], PROMPTS, strict=True):
+    generated = complete(tiny_url, prompt=PROMPTS, echo=True, logprobs=1, max_tokens=1, temperature=0)
+    scored = complete(tiny_url, prompt=PROMPTS, echo=True, logprobs=1, max_tokens=0)
+    assert scored["usage"]["completion_tokens"] == 0
+    for mine, other, prompt in zip(scored["choices"], generated["choices"], PROMPTS, strict=True):
         assert mine["text"] == prompt and mine["finish_reason"] == "length"
         assert mine["logprobs"]["token_logprobs"] == other["logprobs"]["token_logprobs"][:-1]
 
@@ -116,37 +116,37 @@ def test_the_best_of_several_is_the_likeliest(tiny_url: str) -> None:
     body: dict[str, Any] = {"prompt": "a", "seed": 4, "max_tokens": 6, "ignore_eos": True}
     every = complete(tiny_url, **body, n=5, logprobs=0)
     means = [np.mean(choice["logprobs"]["token_logprobs"]) for choice in every["choices"]]
-    found = complete(tiny_url, **body, best_of=5, n=2)
+    response = complete(tiny_url, **body, best_of=5, n=2)
     order = np.argsort(means)[::-1]
-    assert [choice["text"] for choice in found["choices"]] == [
+    assert [choice["text"] for choice in response["choices"]] == [
         every["choices"][place]["text"] for place in order[:2]
     ]
-    assert found["usage"]["completion_tokens"] == 30 and found["choices"][0]["logprobs"] is None
+    assert response["usage"]["completion_tokens"] == 30 and response["choices"][0]["logprobs"] is None
 
 
 @pytest.mark.parametrize("extra", [{}, {"echo": True}, {"echo": True, "logprobs": 2}, {"logprobs": 0}])
 def test_a_stream_joins_to_the_whole(client: openai.OpenAI, extra: dict[str, Any]) -> None:
-    asked: Any = {"model": "tiny", "prompt": PROMPTS[:2], "n": 2, "seed": 2, "max_tokens": 12, **extra}
-    whole = client.completions.create(**asked)
-    found: dict[int, dict[str, Any]] = {
+    request: Any = {"model": "tiny", "prompt": PROMPTS[:2], "n": 2, "seed": 2, "max_tokens": 12, **extra}
+    whole = client.completions.create(**request)
+    joined: dict[int, dict[str, Any]] = {
         index: {"text": "", "reason": None, "logprobs": []} for index in range(4)
     }
     usage = None
-    for chunk in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+    for chunk in client.completions.create(**request, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            one = found[choice.index]
-            assert one["reason"] is None
-            one["text"] += choice.text
-            one["reason"] = choice.finish_reason
+            parts = joined[choice.index]
+            assert parts["reason"] is None
+            parts["text"] += choice.text
+            parts["reason"] = choice.finish_reason
             if choice.logprobs is not None:
-                one["logprobs"] += columns(choice.logprobs)
+                parts["logprobs"] += columns(choice.logprobs)
     assert usage and whole.usage and usage.total_tokens == whole.usage.total_tokens
     for choice in whole.choices:
-        assert found[choice.index]["text"] == choice.text
-        assert found[choice.index]["reason"] == choice.finish_reason
+        assert joined[choice.index]["text"] == choice.text
+        assert joined[choice.index]["reason"] == choice.finish_reason
         if choice.logprobs is not None:
-            assert found[choice.index]["logprobs"] == columns(choice.logprobs)
+            assert joined[choice.index]["logprobs"] == columns(choice.logprobs)
 
 
 def columns(logprobs: Any) -> list[tuple[Any, ...]]:
@@ -157,11 +157,11 @@ def columns(logprobs: Any) -> list[tuple[Any, ...]]:
 
 
 def test_a_request_without_a_prompt_begins_a_new_document(tiny_url: str) -> None:
-    found = complete(tiny_url, max_tokens=3, temperature=0)
-    assert found == complete(tiny_url, prompt="", max_tokens=3, temperature=0) | {
-        "id": found["id"], "created": found["created"]
+    response = complete(tiny_url, max_tokens=3, temperature=0)
+    assert response == complete(tiny_url, prompt="", max_tokens=3, temperature=0) | {
+        "id": response["id"], "created": response["created"]
     }  # fmt: skip
-    assert found["usage"]["prompt_tokens"] == 1
+    assert response["usage"]["prompt_tokens"] == 1
 
 
 @pytest.mark.parametrize(
@@ -195,15 +195,15 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(
     client: openai.OpenAI, theirs: tuple[Any, Any]
 ) -> None:
     tokenizer, model = theirs
-    found = client.embeddings.create(model="tiny", input=PROMPTS)  # the client asks for base64
-    for prompt, one in zip(PROMPTS, found.data, strict=True):
+    response = client.embeddings.create(model="tiny", input=PROMPTS)  # the client asks for base64
+    for prompt, embedding in zip(PROMPTS, response.data, strict=True):
         with torch.no_grad():
             states = model.model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]
         mean = states.mean(0)
-        np.testing.assert_allclose(one.embedding, (mean / mean.norm()).numpy(), atol=1e-4)
+        np.testing.assert_allclose(embedding.embedding, (mean / mean.norm()).numpy(), atol=1e-4)
     assert (
-        found.usage.prompt_tokens
-        == found.usage.total_tokens
+        response.usage.prompt_tokens
+        == response.usage.total_tokens
         == sum(len(tokenizer(prompt).input_ids) for prompt in PROMPTS)
     )
 
@@ -221,8 +221,10 @@ def test_lists_and_base64_hold_the_same_numbers_and_lists_are_the_default(tiny_u
 def test_embeddings_take_all_four_forms(client: openai.OpenAI, theirs: tuple[Any, Any]) -> None:
     tokenizer, _ = theirs
     ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    texts = [one.embedding for one in client.embeddings.create(model="tiny", input=PROMPTS).data]
-    assert [one.embedding for one in client.embeddings.create(model="tiny", input=ids).data] == texts
+    texts = [embedding.embedding for embedding in client.embeddings.create(model="tiny", input=PROMPTS).data]
+    assert [
+        embedding.embedding for embedding in client.embeddings.create(model="tiny", input=ids).data
+    ] == texts
     assert client.embeddings.create(model="tiny", input=PROMPTS[1]).data[0].embedding == texts[1]
     assert client.embeddings.create(model="tiny", input=ids[1]).data[0].embedding == texts[1]
 
@@ -251,16 +253,16 @@ def test_tokens_are_those_of_transformers_and_come_back_as_text(
     with httpx.Client(base_url=tiny_url) as http:
         for special in (True, False):
             body = {"prompt": "Grüße!", "add_special_tokens": special, "return_token_strs": True}
-            found = http.post("/tokenize", json=body).json()
-            assert found["tokens"] == tokenizer("Grüße!", add_special_tokens=special).input_ids
-            assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
-            assert found["max_model_len"] == 96
-        back = http.post("/detokenize", json={"tokens": found["tokens"]}).json()
+            tokenized = http.post("/tokenize", json=body).json()
+            assert tokenized["tokens"] == tokenizer("Grüße!", add_special_tokens=special).input_ids
+            assert tokenized["count"] == len(tokenized["tokens"]) == len(tokenized["token_strs"])
+            assert tokenized["max_model_len"] == 96
+        back = http.post("/detokenize", json={"tokens": tokenized["tokens"]}).json()
         assert back == {"prompt": "Grüße!"}
         talk = [{"role": "user", "content": "hi"}]
         rendered = http.post("/tokenize", json={"messages": talk, "model": "tiny"}).json()["tokens"]
-        wanted = tokenizer.apply_chat_template(talk, add_generation_prompt=True)
-        assert rendered == (wanted if isinstance(wanted, list) else wanted["input_ids"])
+        expected = tokenizer.apply_chat_template(talk, add_generation_prompt=True)
+        assert rendered == (expected if isinstance(expected, list) else expected["input_ids"])
         info = http.get("/tokenizer_info").json()
         assert info["eos_token"] == tokenizer.eos_token and info["chat_template"] == tokenizer.chat_template
         for wrong in ({}, {"prompt": "a", "messages": talk}, {"prompt": 3}):
@@ -269,9 +271,9 @@ def test_tokens_are_those_of_transformers_and_come_back_as_text(
 
 
 def test_models_are_listed_and_shown(client: openai.OpenAI) -> None:
-    [one] = client.models.list().data
-    assert (one.id, one.object, one.owned_by) == ("tiny", "model", "tercet")
-    assert client.models.retrieve("tiny") == one
+    [model] = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == ("tiny", "model", "tercet")
+    assert client.models.retrieve("tiny") == model
 
 
 def test_the_metrics_count_requests_and_tokens(tiny_url: str) -> None:

@@ -38,10 +38,10 @@ def client(server: ScriptedServer) -> anthropic.Anthropic:
 
 def fields_with(fields: dict[str, Any]) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Hi"}]
-    found = {"model": "scripted", "max_tokens": 500, "messages": messages} | fields
+    request = {"model": "scripted", "max_tokens": 500, "messages": messages} | fields
     # The client has forgotten how to say it; older ones and other languages' know.
-    found["extra_body"] = {"temperature": 0} | fields.get("extra_body", {})
-    return found
+    request["extra_body"] = {"temperature": 0} | fields.get("extra_body", {})
+    return request
 
 
 def ask(client: anthropic.Anthropic, **fields: Any) -> Any:
@@ -87,7 +87,7 @@ def test_an_answer_that_is_cut_off_says_so(server: ScriptedServer, client: anthr
 
 
 @pytest.mark.parametrize(
-    ("stops", "text", "found"),
+    ("stops", "text", "sequence"),
     [
         (["END", "XY"], "one XY two END", "XY"),
         (["two ", "two E"], "one XY two END", "two "),
@@ -96,13 +96,13 @@ def test_an_answer_that_is_cut_off_says_so(server: ScriptedServer, client: anthr
     ],
 )
 def test_a_stop_sequence_ends_an_answer_and_is_named(
-    server: ScriptedServer, client: anthropic.Anthropic, stops: list[str], text: str, found: str | None
+    server: ScriptedServer, client: anthropic.Anthropic, stops: list[str], text: str, sequence: str | None
 ) -> None:
     server.says(text)
     message = ask(client, stop_sequences=stops)
-    assert message.stop_sequence == found
-    assert message.stop_reason == ("end_turn" if found is None else "stop_sequence")
-    assert message.content[0].text == (text if found is None else text.partition(found)[0])
+    assert message.stop_sequence == sequence
+    assert message.stop_reason == ("end_turn" if sequence is None else "stop_sequence")
+    assert message.content[0].text == (text if sequence is None else text.partition(sequence)[0])
 
 
 def test_a_stream_has_the_events_of_anthropic_in_their_order(
@@ -134,8 +134,8 @@ def test_the_clients_accumulator_builds_what_a_request_without_a_stream_gets(
     plain = ask(client, tools=[TOOL])
     assert "".join(parts) == '{"city": "Köln"}{"city": "Bonn"}'
     assert [block.type for block in streamed.content] == ["text", "tool_use", "tool_use"]
-    for one, other in zip(streamed.content, plain.content, strict=True):
-        assert one.model_dump(include={"text", "input", "name"}) == other.model_dump(
+    for block, expected in zip(streamed.content, plain.content, strict=True):
+        assert block.model_dump(include={"text", "input", "name"}) == expected.model_dump(
             include={"text", "input", "name"}
         )
     assert streamed.stop_reason == plain.stop_reason == "tool_use"

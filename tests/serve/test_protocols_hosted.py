@@ -71,7 +71,7 @@ def test_a_message_goes_there_as_a_chat_completion_and_comes_back_as_a_message(
     far: FakeServer, claude: anthropic.Anthropic
 ) -> None:
     far.script += [a_call(), spoken("Rain", ".")]
-    asked: Any = {
+    request: Any = {
         "model": "far",
         "max_tokens": 50,
         "system": "Be brief.",
@@ -80,7 +80,7 @@ def test_a_message_goes_there_as_a_chat_completion_and_comes_back_as_a_message(
         "stop_sequences": ["END"],
         "extra_body": {"top_k": 5},
     }
-    first = claude.messages.create(**asked, messages=[{"role": "user", "content": "Hi"}])
+    first = claude.messages.create(**request, messages=[{"role": "user", "content": "Hi"}])
     text, call = first.content
     assert text.type == "text" and text.text == "Let me look."
     assert call.type == "tool_use" and (call.id, call.input) == ("call_7", {"city": "Bonn"})
@@ -115,9 +115,9 @@ def test_a_response_is_passed_on_as_a_chat_completion_too(far: FakeServer, gpt: 
     form: Any = {"type": "json_schema", "name": "where", "schema": SCHEMA, "strict": True}
     response = gpt.responses.create(model="far", input="Hi", text={"format": form}, max_output_tokens=9)
     assert response.status == "incomplete" and json.loads(response.output_text) == {"city": "Bonn"}
-    asked = far.bodies()[1]
-    assert asked["response_format"]["json_schema"] == {"name": "where", "schema": SCHEMA, "strict": True}
-    assert asked["max_tokens"] == 9
+    body = far.bodies()[1]
+    assert body["response_format"]["json_schema"] == {"name": "where", "schema": SCHEMA, "strict": True}
+    assert body["max_tokens"] == 9
 
 
 def test_errors_of_the_other_server_have_each_protocols_shape(

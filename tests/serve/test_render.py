@@ -50,7 +50,11 @@ def test_tables_align_by_class_since_the_policy_allows_no_style() -> None:
 
 
 def test_tasks_become_boxes_that_say_what_they_are() -> None:
-    boxes = [found for tag, found in seen("- [ ] open\n- [x] done\n- [link] no\n").elements if tag == "span"]
+    boxes = [
+        attributes
+        for tag, attributes in seen("- [ ] open\n- [x] done\n- [link] no\n").elements
+        if tag == "span"
+    ]
     assert boxes == [
         {"class": "box", "role": "img", "aria-label": "to do"},
         {"class": "box done", "role": "img", "aria-label": "done"},
@@ -59,25 +63,30 @@ def test_tasks_become_boxes_that_say_what_they_are() -> None:
 
 def test_code_is_highlighted_and_says_its_language() -> None:
     (block,) = render('```python title="x"\ndef f(): return "<b>"\n```\n')
-    found = Seen(block)
-    assert ("span", {"class": "language"}) in found.elements and ("span", {"class": "k"}) in found.elements
-    assert found.text == 'pythondef f(): return "<b>"\n'
+    rendered = Seen(block)
+    assert ("span", {"class": "language"}) in rendered.elements and (
+        "span",
+        {"class": "k"},
+    ) in rendered.elements
+    assert rendered.text == 'pythondef f(): return "<b>"\n'
 
 
 @pytest.mark.parametrize("language", ["", "nosuchlanguage", "<script>", "../../etc", "python\u0000"])
 def test_code_in_an_unknown_language_is_shown_as_it_is(language: str) -> None:
-    found = seen(f"```{language}\n\n  <i>x</i> \n\n```\n")
-    assert found.text.endswith("\n  <i>x</i> \n\n")
-    assert {tag for tag, _ in found.elements} == {"div", "span", "pre", "code"}
+    rendered = seen(f"```{language}\n\n  <i>x</i> \n\n```\n")
+    assert rendered.text.endswith("\n  <i>x</i> \n\n")
+    assert {tag for tag, _ in rendered.elements} == {"div", "span", "pre", "code"}
 
 
 def test_very_long_code_is_not_highlighted() -> None:
-    found = seen("```python\n" + "x = 1\n" * 20_000 + "```")
-    assert sum(tag == "span" for tag, _ in found.elements) == 1
+    rendered = seen("```python\n" + "x = 1\n" * 20_000 + "```")
+    assert sum(tag == "span" for tag, _ in rendered.elements) == 1
 
 
 def test_links_open_elsewhere_and_tell_nothing() -> None:
-    ((_, attributes),) = [one for one in seen("[a](https://example.org/x?y=1)").elements if one[0] == "a"]
+    ((_, attributes),) = [
+        element for element in seen("[a](https://example.org/x?y=1)").elements if element[0] == "a"
+    ]
     assert attributes["href"] == "https://example.org/x?y=1" and attributes["target"] == "_blank"
     assert attributes["rel"] == "noopener noreferrer nofollow"
 
@@ -172,8 +181,8 @@ def test_what_the_markdown_library_might_let_through_is_cleaned(attack: str) -> 
 
 
 def test_an_image_is_a_link_so_that_nothing_is_loaded() -> None:
-    found = seen("![a cat](https://example.org/cat.png)")
-    assert [tag for tag, _ in found.elements] == ["p", "a"] and found.text == "a cat"
+    rendered = seen("![a cat](https://example.org/cat.png)")
+    assert [tag for tag, _ in rendered.elements] == ["p", "a"] and rendered.text == "a cat"
 
 
 # Streaming

@@ -224,16 +224,21 @@ def test_a_schema_is_kept_and_parsed(server: ScriptedServer, client: openai.Open
 
 def test_logprobs_are_those_of_the_text(server: ScriptedServer, client: openai.OpenAI) -> None:
     server.says("héy")
-    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-    response = ask(client, **wanted)
+    options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    response = ask(client, **options)
     logprobs = response.output[0].content[0].logprobs
-    assert bytes(byte for one in logprobs for byte in one.bytes).decode() == "héy"
-    assert all(math.isclose(one.logprob, 0, abs_tol=1e-3) and len(one.top_logprobs) == 2 for one in logprobs)
-    events = events_of(client, **wanted)
+    assert bytes(byte for entry in logprobs for byte in entry.bytes).decode() == "héy"
+    assert all(
+        math.isclose(entry.logprob, 0, abs_tol=1e-3) and len(entry.top_logprobs) == 2 for entry in logprobs
+    )
+    events = events_of(client, **options)
     streamed = [
-        one.token for event in events if event.type == "response.output_text.delta" for one in event.logprobs
+        entry.token
+        for event in events
+        if event.type == "response.output_text.delta"
+        for entry in event.logprobs
     ]
-    assert streamed == [one.token for one in logprobs]
+    assert streamed == [entry.token for entry in logprobs]
     assert not ask(client).output[0].content[0].logprobs
 
 

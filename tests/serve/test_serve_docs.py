@@ -33,7 +33,9 @@ def test_every_option_is_in_the_table() -> None:
     app = typer.Typer(add_completion=False)
     app.command()(serve)
     command = typer.main.get_command(app)
-    options = {name for one in command.params for name in one.opts if name.startswith("--")} - {"--help"}
+    options = {option for option in command.params for option in option.opts if option.startswith("--")} - {
+        "--help"
+    }
     assert options == set(re.findall(r"`(--[a-z-]+)", DOCS)) | {"--adapter"}
 
 
@@ -41,7 +43,7 @@ def test_every_route_and_metric_is_named(tiny_url: str) -> None:
     for path in httpx.get(f"{tiny_url}/openapi.json").json()["paths"]:
         if "{response_id}" not in path:
             assert path.replace("{model}", "NAME") in DOCS, path
-    found = httpx.get(f"{tiny_url}/metrics").text
-    metrics = {line.split()[2] for line in found.splitlines() if line.startswith("# TYPE")}
+    text = httpx.get(f"{tiny_url}/metrics").text
+    metrics = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     metrics = {name for name in metrics if not name.endswith("_created")}
     assert metrics == set(re.findall(r"`(tercet_[a-z_]+)", DOCS))

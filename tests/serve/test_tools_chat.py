@@ -40,8 +40,8 @@ TOOL: Any = {"type": "function", "function": {"name": "Weather", "parameters": W
 
 @pytest.fixture(scope="module", params=SAYS)
 def style(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
-    return found
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_clients_accumulator_builds_the_same_from_a_stream(
     assert (call.function.name, json.loads(call.function.arguments)) == ("Weather", ARGUMENTS)
     assert not message.content
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    pieces = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or []]
+    pieces = [call_delta for chunk in chunks for call_delta in chunk.choices[0].delta.tool_calls or []]
     assert len(pieces) > 1 and [piece.id is not None for piece in pieces].count(True) == 1
 
 

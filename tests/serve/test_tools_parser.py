@@ -120,9 +120,9 @@ BAD = [
 def test_an_answer_is_content_and_calls(
     form: str, text: str, content: str | None, calls: list[tuple[str, str]]
 ) -> None:
-    found, called = read(form, text)
-    assert ((found or "").strip(), called) == ((content or "").strip(), calls)
-    assert (found is None) == (content is None)
+    text_before, parsed_calls = read(form, text)
+    assert ((text_before or "").strip(), parsed_calls) == ((content or "").strip(), calls)
+    assert (text_before is None) == (content is None)
 
 
 @pytest.mark.parametrize(("form", "text"), BAD)
@@ -149,19 +149,19 @@ def test_any_text_in_any_pieces_is_read_and_cut_makes_no_difference(form: str, d
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     texts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     for whole in (False, True):
-        one, many = (gather(pieces_of(form, *given, whole=whole)) for given in ([text], texts))
-        assert plain(one) == plain(many)
+        at_once, in_pieces = (gather(pieces_of(form, *chunks, whole=whole)) for chunks in ([text], texts))
+        assert plain(at_once) == plain(in_pieces)
     # Only the last call may be cut off.
-    assert all(isinstance(json.loads(call.arguments), dict) for call in one.calls[:-1])
+    assert all(isinstance(json.loads(call.arguments), dict) for call in at_once.calls[:-1])
 
 
 def test_arguments_come_as_they_are_written_and_name_and_id_once() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": "long"}}</tool_call>'
     pieces = [piece for piece in pieces_of("hermes", *text) if isinstance(piece, CallDelta)]
-    first, *others = pieces
+    first, *rest = pieces
     assert first.name == "f" and first.id is not None and first.arguments == ""
-    assert all(piece.id is None and piece.name is None and piece.index == 0 for piece in others)
-    assert len(others) == len('{"a": "long"}')
+    assert all(piece.id is None and piece.name is None and piece.index == 0 for piece in rest)
+    assert len(rest) == len('{"a": "long"}')
 
 
 def test_every_call_has_an_identifier_of_its_own() -> None:
@@ -169,7 +169,7 @@ def test_every_call_has_an_identifier_of_its_own() -> None:
     ids = [
         piece.id for piece in pieces_of("hermes", call + call) if isinstance(piece, CallDelta) and piece.id
     ]
-    assert len(set(ids)) == 2 and all(one.startswith("call_") for one in ids)
+    assert len(set(ids)) == 2 and all(identifier.startswith("call_") for identifier in ids)
 
 
 def test_text_that_may_begin_a_call_is_held_back_and_no_other() -> None:

@@ -74,9 +74,9 @@ ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools
 def test_a_choice_is_a_mode_and_perhaps_a_function(
     choice: Any, mode: str, only: str | None, names: str
 ) -> None:
-    wanted = read_tools([tool("a"), tool("b")], choice)
-    assert (wanted.mode, wanted.only) == (mode, only)
-    assert "".join(one.name for one in wanted.functions) == names
+    tools = read_tools([tool("a"), tool("b")], choice)
+    assert (tools.mode, tools.only) == (mode, only)
+    assert "".join(function.name for function in tools.functions) == names
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,12 @@ def test_a_choice_is_a_mode_and_perhaps_a_function(
 )
 def test_a_choice_of_responses_is_flat(choice: Any, mode: str, only: str | None, names: str) -> None:
     tools = [{"type": "function", "name": name} for name in "ab"]
-    wanted = read_tools(tools, choice, flat=True)
-    assert (wanted.mode, wanted.only, "".join(one.name for one in wanted.functions)) == (mode, only, names)
+    request = read_tools(tools, choice, flat=True)
+    assert (request.mode, request.only, "".join(function.name for function in request.functions)) == (
+        mode,
+        only,
+        names,
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,16 +176,16 @@ UNENFORCEABLE = {"type": "object", "properties": {"a": {"type": "string", "not":
 
 @pytest.mark.parametrize(("choice", "strict"), [("auto", True), ("required", False)])
 def test_a_schema_that_has_to_be_enforced_and_cannot_is_refused(choice: str, strict: bool) -> None:
-    wanted = read_tools([tool(parameters=UNENFORCEABLE, strict=strict)], choice)
-    problem = refusal(plan_tools, wanted, HERMES)
+    request = read_tools([tool(parameters=UNENFORCEABLE, strict=strict)], choice)
+    problem = refusal(plan_tools, request, HERMES)
     assert problem.param == "tools[0].function.parameters"
     assert problem.code == "invalid_function_parameters"
     assert "properties.a" in problem.message
 
 
 def test_a_schema_that_is_only_a_hint_may_be_anything() -> None:
-    wanted = read_tools([tool(parameters=UNENFORCEABLE)], "auto", False)
-    assert plan_tools(wanted, HERMES).constraint is not None
+    request = read_tools([tool(parameters=UNENFORCEABLE)], "auto", False)
+    assert plan_tools(request, HERMES).constraint is not None
 
 
 @pytest.mark.parametrize("template", [templates.PLAIN, None])
