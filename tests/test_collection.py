@@ -1,4 +1,4 @@
-"""Every test file that exists is run: pytest skips none of their folders, and none is without a test."""
+"""Pytest collects every test file, and every test file contains a test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ sys.exit(0 if status == pytest.ExitCode.NO_TESTS_COLLECTED else 1)
 
 
 def collected(*options: str) -> set[str]:
-    """Paths, relative to the repository, of the files that pytest collects."""
+    """Return the paths, relative to the repository, of the files that pytest collects."""
     done = subprocess.run(
         [sys.executable, "-c", COLLECT, *options], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -41,7 +41,7 @@ def collected(*options: str) -> set[str]:
 
 
 def repository_files() -> set[str]:
-    """The test files under version control, and those that are about to be added to it."""
+    """Return the test files under version control and the new ones that git does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", ":(glob)tests/**/test_*.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     if done.returncode:
@@ -50,7 +50,7 @@ def repository_files() -> set[str]:
 
 
 def names_of_tests(source: str) -> list[str]:
-    """Names of the tests that a module defines, as pytest finds them: functions, and what its classes hold."""
+    """Return the names of a module's tests as pytest finds them: functions and methods of classes."""
     return [
         name
         for node in ast.parse(source).body

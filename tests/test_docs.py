@@ -20,7 +20,7 @@ BLOCK = re.compile(r"^(<!-- run -->\n)?```(\w*)\n(.*?)^```", re.MULTILINE | re.D
 
 
 def blocks(page: Path) -> Iterator[tuple[bool, str, str]]:
-    """Whether a code block is marked as runnable, its language and its text."""
+    """Return, for each code block, whether it is marked as runnable, its language and its text."""
     for match in BLOCK.finditer(page.read_text(encoding="utf-8")):
         yield match[1] is not None, match[2], match[3]
 
@@ -35,7 +35,7 @@ RUNNABLE = [
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with what the documentation's examples name: a corpus, a small model, a task."""
+    """Set up a directory with the files of the documentation's examples: a corpus, a small model, a task."""
     directory = tmp_path_factory.mktemp("docs")
     (directory / "corpus").mkdir()
     colours = ("red", "green", "blue")
@@ -74,7 +74,7 @@ def test_what_comes_from_the_code_is_up_to_date() -> None:
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's shell blocks that begin with tercet or make, without their comments."""
+    """Return the lines of a page's shell blocks that begin with tercet or make, without comments."""
     lines = []
     for _, language, text in blocks(page):
         if language in ("", "sh", "bash", "console"):

@@ -43,18 +43,18 @@ ALLOWED_OPTIONS = {
 
 
 def name_of(path: Path) -> str:
-    """The path from the package, for messages."""
+    """Return the path relative to the package, for messages."""
     return path.relative_to(PACKAGE).as_posix()
 
 
 def package_of(path: Path) -> str | None:
-    """The package that a file belongs to; None for the modules at the top, which all packages may use."""
+    """Return the package of a file; None for the modules at the top, which all packages may use."""
     parts = path.relative_to(PACKAGE).parts
     return parts[0] if len(parts) > 1 else None
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of everything imported, at the top or inside a function."""
+    """Return the line and absolute name of every import, at the top or inside a function."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -66,7 +66,7 @@ def imports(source: str) -> Iterator[tuple[int, str]]:
 
 
 def wrong_imports(package: str | None, source: str) -> list[str]:
-    """Imports that are relative, or that do not go downwards."""
+    """Return the imports that are relative or do not go downwards."""
     wrong = []
     for line, name in imports(source):
         if name.startswith("."):
@@ -84,7 +84,7 @@ def wrong_imports(package: str | None, source: str) -> list[str]:
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """The modules of ``sources`` that each of them imports; `from a.b import c` imports a.b.c or else a.b."""
+    """Return the modules of ``sources`` that each of them imports; `from a.b import c` imports a.b.c or else a.b."""
     graph = {}
     for module, source in sources.items():
         targets = set()
@@ -97,7 +97,7 @@ def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, Set[str]]) -> list[list[str]]:
-    """Every set of modules that reach each other: modules that can't be removed by removing leaves or roots.
+    """Return every set of modules that reach each other: those left after removing leaves and roots repeatedly.
 
     A module that imports no remaining module, or that no remaining module imports, is in no circle.
     """
@@ -112,7 +112,7 @@ def circles(graph: Mapping[str, Set[str]]) -> list[list[str]]:
 
 
 def options(source: str) -> list[tuple[int, str]]:
-    """Command line options in the strings of a module, docstrings included, each with its line.
+    """Return the command line options in a module's strings and docstrings, each with its line.
 
     A setting may declare its option: ``setting(option="--rslora")``.
     """
@@ -133,7 +133,7 @@ def options(source: str) -> list[tuple[int, str]]:
 
 
 def functions(source: str) -> Iterator[tuple[str, int]]:
-    """Name and number of lines of every function, without its decorators."""
+    """Return the name and number of lines of every function, without decorators."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1

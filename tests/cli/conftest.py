@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # the fake server stands there
+sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # the directory of the fake server
 
 from fake_openai_server import FakeServer
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In an empty directory, without the keys, prices and proxies of whoever runs the tests."""
+    """Run each test in an empty directory, without the environment's keys, prices and proxies."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "ANTHROPIC_API_KEY", "TERCET_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):

@@ -38,22 +38,22 @@ REPORT = Report(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the command asks to be measured."""
-    found: dict[str, Any] = {}
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replace the benchmark; return the arguments that the command calls it with."""
+    arguments: dict[str, Any] = {}
 
     def run(reference: str, settings: Settings, **options: Any) -> Report:
         options.pop("advance")(1)
-        found.update(reference=reference, settings=settings, **options)
+        arguments.update(reference=reference, settings=settings, **options)
         return REPORT
 
     monkeypatch.setattr(bench, "bench", run)
-    return found
+    return arguments
 
 
-def test_the_defaults(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_defaults(measured: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "runs/mine"]) == 0
-    assert asked == {
+    assert measured == {
         "reference": "runs/mine",
         "settings": Settings(),
         "quantize": None,
@@ -65,15 +65,15 @@ def test_the_defaults(asked: dict[str, Any], capsys: pytest.CaptureFixture[str])
         assert part in shown.out
 
 
-def test_every_option_arrives(asked: dict[str, Any]) -> None:
+def test_every_option_arrives(measured: dict[str, Any]) -> None:
     options = "--quantize int4 --prompt-tokens 7 --new-tokens 6 --batch 5 --threads 2 --repeat 4"
     assert cli.main(["bench", "runs/mine", *options.split()]) == 0
-    assert asked["settings"] == Settings(prompt_tokens=7, new_tokens=6, batch=5, repeat=4)
-    assert (asked["quantize"], asked["threads"]) == ("int4", 2)
+    assert measured["settings"] == Settings(prompt_tokens=7, new_tokens=6, batch=5, repeat=4)
+    assert (measured["quantize"], measured["threads"]) == ("int4", 2)
 
 
 def test_json_is_one_object_and_nothing_else(
-    asked: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    measured: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", "runs/mine", "--json"]) == 0
     shown = capsys.readouterr()

@@ -65,7 +65,7 @@ def test_input_that_is_not_text(
 
 
 class Terminal:
-    """``tercet chat`` as a person meets it: a pseudo-terminal, keys in, text out."""
+    """``tercet chat`` in a pseudo-terminal: keys in, text out."""
 
     def __init__(self, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
@@ -75,7 +75,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            # Whoever runs the tests in the background has them ignore Ctrl-C, which is inherited.
+            # Tests that run in the background ignore Ctrl-C, and child processes inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             env={**os.environ, "TERM": "dumb"},
         )
@@ -91,7 +91,7 @@ class Terminal:
                 self.shown += os.read(self._ours, 4096).decode(errors="replace")
             except BlockingIOError:
                 time.sleep(0.01)
-            except OSError:  # the other side has closed
+            except OSError:  # the other end is closed
                 assert text in self.shown, self.shown
 
     def type(self, keys: str) -> None:
@@ -122,7 +122,7 @@ def test_an_interrupt_that_a_library_swallows_still_stops_the_answer(
             yield f"{number} "
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):  # standard input is no terminal here: it ends the command
+    with pytest.raises(KeyboardInterrupt):  # standard input is not a terminal here: its end ends the command
         chat._show(None, answer())  # type: ignore[arg-type]
     assert capsys.readouterr().out == "0 1 2 3 "
     assert signal.getsignal(signal.SIGINT) is before
@@ -163,7 +163,7 @@ def test_without_a_reference_the_newest_model_under_runs_is_taken(
     write_model(Path("runs/old/model"), chat=True)
     write_model(Path("runs/new/model"), chat=False)
     os.utime("runs/old/model/model.safetensors", (1, 1))
-    capsys.readouterr()  # what transformers says when it writes
+    capsys.readouterr()  # discard the output of transformers while it writes the model
     pipe_in(monkeypatch, "Once upon a time\n")
     assert main(["chat", "--max-tokens", "5", "--seed", "1"]) == 0
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""``tercet curate``: what it prints, where, and how it says what is wrong."""
+"""``tercet curate``: its output on both streams, and its error messages."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def test_without_json_standard_output_is_empty(capsys: pytest.CaptureFixture[str
 
 
 def test_weights_decontamination_and_near_duplicates_are_passed_on() -> None:
-    one, two = corpus("a.jsonl"), corpus("b.jsonl")
-    test = json.loads(Path(one).read_text().splitlines()[5])["text"]
+    first, second = corpus("a.jsonl"), corpus("b.jsonl")
+    test = json.loads(Path(first).read_text().splitlines()[5])["text"]
     Path("tests.txt").write_text(test + "\n")
-    options = ["--data", one, "--data", two, "--weight", "b.jsonl=2", "--decontaminate", "tests.txt"]
+    options = ["--data", first, "--data", second, "--weight", "b.jsonl=2", "--decontaminate", "tests.txt"]
     assert curate(*options, "--no-near-duplicates", "--shard-mb", "0.002") == 0
     assert sorted(sources()) == ["a.jsonl"] * 11 + ["b.jsonl"] * 24
-    told = json.loads(Path("out/report.json").read_text())
-    assert told["near_duplicates"] is None
-    assert told["decontamination"]["sets"] == [{"name": "tests.txt", "texts": 1, "found": 1}]
-    assert len(told["shards"]) > 2
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["near_duplicates"] is None
+    assert report["decontamination"]["sets"] == [{"name": "tests.txt", "texts": 1, "found": 1}]
+    assert len(report["shards"]) > 2
 
 
 def test_bands_and_rows_decide_what_is_a_near_duplicate() -> None:
@@ -88,8 +88,8 @@ def test_a_task_gives_its_test_texts() -> None:
     held_out = Task.load("task.yaml").test_texts
     assert held_out
     assert curate("--data", "rows.jsonl", "--decontaminate", "task.yaml", "--no-near-duplicates") == 0
-    told = json.loads(Path("out/report.json").read_text())["decontamination"]
-    assert told["sets"] == [{"name": "task.yaml", "texts": len(held_out), "found": len(held_out)}]
+    report = json.loads(Path("out/report.json").read_text())["decontamination"]
+    assert report["sets"] == [{"name": "task.yaml", "texts": len(held_out), "found": len(held_out)}]
     left = "\n".join(
         row["text"] for path in Path("out/data").iterdir() for row in pq.read_table(path).to_pylist()
     )

@@ -28,18 +28,18 @@ def pairs(tmp_path: Path) -> str:
 
 def test_minimal_pairs_as_json(model: str, pairs: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", model, pairs, "--quantize", "none", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {key: found[key] for key in ("kind", "metric", "task", "model", "pairs")} == {
+    report = json.loads(capsys.readouterr().out)
+    assert {key: report[key] for key in ("kind", "metric", "task", "model", "pairs")} == {
         "kind": "minimal_pairs",
         "metric": "accuracy",
         "task": "pairs",
         "model": model,
         "pairs": 3,
     }
-    assert [(group["group"], group["pairs"]) for group in found["groups"]] == [("verbs", 1), ("nouns", 2)]
-    assert found["score"] == found["correct"] / 3
-    assert (found["low"], found["high"]) == wilson_interval(found["correct"], 3)
-    assert found["pairs_per_second"] == pytest.approx(3 / found["seconds"])
+    assert [(group["group"], group["pairs"]) for group in report["groups"]] == [("verbs", 1), ("nouns", 2)]
+    assert report["score"] == report["correct"] / 3
+    assert (report["low"], report["high"]) == wilson_interval(report["correct"], 3)
+    assert report["pairs_per_second"] == pytest.approx(3 / report["seconds"])
 
 
 def test_minimal_pairs_for_people(model: str, pairs: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,37 +24,37 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def explained(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     assert main(["explain", *map(str, arguments), "--quantize", "none", "--json"]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    explanation: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return explanation
 
 
 def test_every_token_has_the_probability_that_transformers_gives_it(
     models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = explained(capsys, models["base"], "It's so", "--max-tokens", 3, "--top", 4)
-    ids = [step["id"] for step in found["read"] + found["written"]]
-    assert [step["token"] for step in found["read"]] == ["<s>", "I", "t", "'", "s", " ", "s", "o"]
+    explanation = explained(capsys, models["base"], "It's so", "--max-tokens", 3, "--top", 4)
+    ids = [step["id"] for step in explanation["read"] + explanation["written"]]
+    assert [step["token"] for step in explanation["read"]] == ["<s>", "I", "t", "'", "s", " ", "s", "o"]
     model = transformers.AutoModelForCausalLM.from_pretrained(models["base"])
     with torch.no_grad():
         right = model(torch.tensor([ids])).logits[0].softmax(-1)
-    first, *others = found["read"] + found["written"]
+    first, *rest = explanation["read"] + explanation["written"]
     assert (first["probability"], first["surprise"], first["alternatives"]) == (None, None, [])
-    for place, step in enumerate(others):
+    for place, step in enumerate(rest):
         assert step["probability"] == pytest.approx(float(right[place, step["id"]]), rel=1e-3)
         assert step["surprise"] == pytest.approx(-math.log2(step["probability"]), rel=1e-6)
         entropy = torch.distributions.Categorical(probs=right[place]).entropy() / math.log(2)
         assert step["entropy"] == pytest.approx(float(entropy), rel=1e-3)
         best = right[place].topk(4)
-        assert [one["id"] for one in step["alternatives"]] == best.indices.tolist()
-    # Greedy: what it writes is what it finds likeliest.
-    assert all(step["id"] == step["alternatives"][0]["id"] for step in found["written"])
+        assert [alternative["id"] for alternative in step["alternatives"]] == best.indices.tolist()
+    # Greedy: each generated token is the likeliest.
+    assert all(step["id"] == step["alternatives"][0]["id"] for step in explanation["written"])
 
 
 def test_a_conversation_is_shown_as_the_model_sees_it(
     models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = explained(capsys, models["chat"], "hi", "--system", "S", "--max-tokens", 1)
-    seen = "".join(step["token"] for step in found["read"])
+    explanation = explained(capsys, models["chat"], "hi", "--system", "S", "--max-tokens", 1)
+    seen = "".join(step["token"] for step in explanation["read"])
     assert seen == "<s><|system|>S<|end|><|user|>hi<|end|><|assistant|>"
     raw = explained(capsys, models["chat"], "hi", "--raw", "--max-tokens", 1)
     assert "".join(step["token"] for step in raw["read"]) == "<s>hi"
@@ -83,11 +83,11 @@ def test_a_server_tells_of_what_it_wrote(server: FakeServer, capsys: pytest.Capt
     logprobs = {"content": [{**entry, "top_logprobs": [entry, other]}]}
     server.script.append(completion("Yes", logprobs=logprobs))
     assert main(["explain", server.reference, "Is it?", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["read"] == []
-    [step] = found["written"]
+    explanation = json.loads(capsys.readouterr().out)
+    assert explanation["read"] == []
+    [step] = explanation["written"]
     assert (step["token"], step["surprise"]) == ("Yes", pytest.approx(1.0))
-    assert [one["probability"] for one in step["alternatives"]] == pytest.approx([0.5, 0.25])
+    assert [alternative["probability"] for alternative in step["alternatives"]] == pytest.approx([0.5, 0.25])
     assert server.bodies()[0]["top_logprobs"] == 5
 
 

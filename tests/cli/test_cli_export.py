@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    """A run directory's model, shaped and named as ``tercet build`` does it."""
+    """Write a run directory's model, shaped and named as ``tercet build`` does it."""
     directory = tmp_path / "mine" / "model"
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     save_random(
@@ -39,7 +39,7 @@ def checkpoint(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 
 
 def make_adapter(base: Path, directory: Path) -> Any:
-    """A LoRA adapter by PEFT, with weights that count; the model that it is part of."""
+    """Save a LoRA adapter by PEFT with weights that change the output; return its model."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     config = peft.LoraConfig(

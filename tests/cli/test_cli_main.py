@@ -1,4 +1,4 @@
-"""What holds for every command: help, mistakes, interruption, and how little is imported."""
+"""Every command: help, mistakes, interruption, and few imports."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_importing_tercet_imports_nothing_heavy() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = imported_by("from tercet.cli.main import main\nassert main(['--help']) == 0") & HEAVY
-    # typer itself brings what it needs; what it needs is not ours to count.
+    # typer imports its own dependencies; they do not count here.
     assert not heavy - imported_by("import typer")
 
 

@@ -1,4 +1,4 @@
-"""``tercet plan build``: what it says agrees with what the build then does."""
+"""``tercet plan build``: its numbers agree with the build that follows."""
 
 import argparse
 import ast
@@ -36,7 +36,7 @@ def test_the_plan_is_what_the_build_does(
     assert main(["plan", "build", "--data", str(corpus), "--tokens", "20000", *SHAPE, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     made = build(corpus, tmp_path / "run", tokens=20_000, layers=1, width=32, vocab_size=300, context=32)
-    # But for tokens that so small a corpus has no pairs for.
+    # A corpus this small has too few pairs for the full vocabulary.
     missing = 32 * (300 - made.corpus.vocab_size)
     assert plan["parameters"] == made.parameters + 2 * missing  # embedding and head
     assert plan["matmul_parameters"] == made.matmul_parameters + missing
@@ -53,7 +53,7 @@ def test_the_plan_is_what_the_build_does(
 def test_tiny_runs_predict_the_loss_of_a_larger_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Real text: of a toy language even a tiny run learns all there is, and the law sees nothing fall.
+    # Real text: a tiny run learns a toy language completely, and then no loss falls with the budget.
     corpus = tmp_path / "text.jsonl"
     sources = [
         Path(module.__file__).read_text() for module in (argparse, ast, tarfile, typing, unittest.mock)
@@ -73,16 +73,16 @@ def test_tiny_runs_predict_the_loss_of_a_larger_one(
 def test_tiny_runs_are_measured_on_the_same_text(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each once held out a part of what it had itself read, and a larger budget seemed to reach less."""
+    """Earlier, each run held out a part of the text it had read, so a larger budget seemed to reach a worse loss."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("tercet.pretrain.plan.LADDER", ((1, 32), (2, 32)))
     for module in (
         "estimate",
         "pretrain",
-    ):  # as if the corpus were so large that a short run reads less of it
+    ):  # as for a corpus so large that a short run reads only a part of it
         monkeypatch.setattr(
             f"tercet.pretrain.{module}.reading_limit",
-            lambda plan, asked: asked.read_bytes or 30_000 + plan.tokens // 10,
+            lambda plan, settings: settings.read_bytes or 30_000 + plan.tokens // 10,
         )
     texts: list[tuple[int, int]] = []
 
@@ -102,7 +102,7 @@ def test_prices_give_a_cost_and_unknown_names_are_refused(
 ) -> None:
     arguments = ["plan", "build", "--data", str(corpus), "--flops", "1e18", "--context", "32", *SHAPE[:6]]
     assert main([*arguments, "--price", "h100=2.50", "--json"]) == 0
-    hardware = {one["name"]: one for one in json.loads(capsys.readouterr().out)["hardware"]}
+    hardware = {row["name"]: row for row in json.loads(capsys.readouterr().out)["hardware"]}
     seconds = hardware["H100"]["seconds"]
     assert seconds == pytest.approx(1e18 / (989e12 * 0.4), rel=0.01)
     assert hardware["H100"]["cost"] == pytest.approx(seconds / 3600 * 2.5)

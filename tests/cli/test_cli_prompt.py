@@ -42,9 +42,9 @@ def test_json_is_one_object_and_nothing_else(server: FakeServer, capsys: pytest.
     server.script.append(completion("Hello", finish_reason="length"))
     assert main(["prompt", server.reference, "hi", "--json"]) == 0
     shown = capsys.readouterr()
-    found = json.loads(shown.out)
-    assert found.pop("seconds") >= 0
-    assert found == {
+    answer = json.loads(shown.out)
+    assert answer.pop("seconds") >= 0
+    assert answer == {
         "model": server.reference,
         "text": "Hello",
         "parsed": None,
@@ -133,8 +133,8 @@ def test_an_answer_that_was_cut_off_is_shown_and_is_an_error(
     server.script.append(completion('{"city": "Os', finish_reason="length"))
     assert main([*arguments, "--json"]) == 2
     shown = capsys.readouterr()
-    found = json.loads(shown.out)
-    assert (found["text"], found["parsed"], found["finish_reason"]) == ('{"city": "Os', None, "length")
+    answer = json.loads(shown.out)
+    assert (answer["text"], answer["parsed"], answer["finish_reason"]) == ('{"city": "Os', None, "length")
     assert "raise --max-tokens" in shown.err
 
 

@@ -1,4 +1,4 @@
-"""``tercet serve``: it starts, says where and how, serves, and ends in good order; mistakes are a line each."""
+"""``tercet serve``: start, announced address, requests, graceful exit; each mistake gives one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Process:
-    """The command in a process of its own; ``lines`` of its standard error up to the one that ends its start."""
+    """The command in a separate process; ``lines`` holds its standard error up to the last line of its start."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.process = subprocess.Popen(
@@ -43,11 +43,11 @@ class Process:
             self.lines.append(line.rstrip("\n"))
             if line.startswith(("try: ", "error: ")):
                 break
-        found = re.search(r"http://[0-9.:]+", "\n".join(self.lines))
-        self.url = found[0] if found else ""
+        address = re.search(r"http://[0-9.:]+", "\n".join(self.lines))
+        self.url = address[0] if address else ""
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Exit status and the rest of standard error."""
+        """Return the exit status and the rest of standard error."""
         self.process.send_signal(number)
         out, rest = self.process.communicate(timeout=30)
         self._guard.cancel()
@@ -57,9 +57,9 @@ class Process:
 
 @pytest.fixture
 def started(tiny: Path, tmp_path: Path) -> Iterator[Process]:
-    one = Process(f"tiny={tiny}", "--quantize", "none", "--data", str(tmp_path / "data"))
-    yield one
-    one.process.kill()
+    server = Process(f"tiny={tiny}", "--quantize", "none", "--data", str(tmp_path / "data"))
+    yield server
+    server.process.kill()
 
 
 def test_it_says_where_it_is_and_how_to_call_it_and_serves(
@@ -84,14 +84,14 @@ def test_it_says_where_it_is_and_how_to_call_it_and_serves(
 
 
 def test_ctrl_c_finishes_what_runs(started: Process) -> None:
-    found: list[str] = []
+    lines: list[str] = []
     begun = threading.Event()
 
     def read() -> None:
         body = {"model": "tiny", "prompt": "a", "max_tokens": 90, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{started.url}/v1/completions", json=body, timeout=30) as answer:
             for line in answer.iter_lines():
-                found.append(line)
+                lines.append(line)
                 begun.set()
 
     reader = threading.Thread(target=read)
@@ -100,32 +100,32 @@ def test_ctrl_c_finishes_what_runs(started: Process) -> None:
     status, rest = started.end(signal.SIGINT)
     reader.join(timeout=20)
     assert (status, rest) == (0, "stopped\n")
-    assert "data: [DONE]" in found
+    assert "data: [DONE]" in lines
 
 
 def test_without_the_page_only_the_api_is_there_and_a_key_from_the_environment_is_asked_for(
     tiny: Path,
 ) -> None:
-    one = Process(str(tiny), "--quantize", "none", "--no-page", TERCET_API_KEY="sesame-open-1234")
+    server = Process(str(tiny), "--quantize", "none", "--no-page", TERCET_API_KEY="sesame-open-1234")
     try:
-        assert "Bearer $KEY" in one.lines[-1] and not any("chat page" in line for line in one.lines)
-        assert httpx.get(f"{one.url}/v1/models").status_code == 401
-        with httpx.Client(base_url=one.url, headers={"authorization": "Bearer sesame-open-1234"}) as http:
+        assert "Bearer $KEY" in server.lines[-1] and not any("chat page" in line for line in server.lines)
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        with httpx.Client(base_url=server.url, headers={"authorization": "Bearer sesame-open-1234"}) as http:
             assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [str(tiny)]
             assert http.get("/").status_code == 404
-        assert one.end()[0] == 0
+        assert server.end()[0] == 0
     finally:
-        one.process.kill()
+        server.process.kill()
 
 
 # Mistakes
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The line that a wrong command line gets."""
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the error line of a wrong command line."""
     assert main(["serve", *arguments]) == 2
     out, err = capsys.readouterr()
-    [line] = [one for one in err.splitlines() if not one.startswith("loading ")]
+    [line] = [row for row in err.splitlines() if not row.startswith("loading ")]
     assert out == "" and line.startswith("error: ")
     return line
 
@@ -144,23 +144,25 @@ def test_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str], tiny: Path
     model, empty = str(tiny), tmp_path / "keys"
     empty.write_text("# none yet\n\n")
     free = ("--port", "0")
-    assert "no model at runs/no/thing" in told(capsys, "runs/no/thing", *free)
-    assert "two models are called a" in told(capsys, f"a={model}", f"a={model}", *free)
-    assert "needs a key" in told(capsys, model, "--host", "0.0.0.0", *free)
-    assert "is not an address of this machine" in told(capsys, model, "--host", "no.such.host.invalid", *free)
-    assert "cannot listen on port" in told(
+    assert "no model at runs/no/thing" in error_line(capsys, "runs/no/thing", *free)
+    assert "two models are called a" in error_line(capsys, f"a={model}", f"a={model}", *free)
+    assert "needs a key" in error_line(capsys, model, "--host", "0.0.0.0", *free)
+    assert "is not an address of this machine" in error_line(
+        capsys, model, "--host", "no.such.host.invalid", *free
+    )
+    assert "cannot listen on port" in error_line(
         capsys, model, "--host", "192.0.2.1", "--api-key", "sesame-open-1234", *free
     )
-    assert "8 or more" in told(capsys, model, "--api-key", "short", *free)
-    assert "contains no key" in told(capsys, model, "--api-key-file", str(empty), *free)
-    assert "nothing.txt" in told(capsys, model, "--api-key-file", "nothing.txt", *free)
-    assert "--no-page removes the page" in told(capsys, model, "--no-page", "--data", "x", *free)
-    assert "is not an adapter directory" in told(capsys, model, "--adapter", f"x={model}", *free)
-    assert "--quantize is 'int3'" in told(capsys, model, "--quantize", "int3", *free)
-    assert "--max-batch is for local models" in told(
+    assert "8 or more" in error_line(capsys, model, "--api-key", "short", *free)
+    assert "contains no key" in error_line(capsys, model, "--api-key-file", str(empty), *free)
+    assert "nothing.txt" in error_line(capsys, model, "--api-key-file", "nothing.txt", *free)
+    assert "--no-page removes the page" in error_line(capsys, model, "--no-page", "--data", "x", *free)
+    assert "is not an adapter directory" in error_line(capsys, model, "--adapter", f"x={model}", *free)
+    assert "--quantize is 'int3'" in error_line(capsys, model, "--quantize", "int3", *free)
+    assert "--max-batch is for local models" in error_line(
         capsys, "http://127.0.0.1:1/v1#m", "--max-batch", "3", *free
     )
-    assert "missing" in told(capsys, *free).lower()
+    assert "missing" in error_line(capsys, *free).lower()
 
 
 def test_keys_come_from_options_and_a_file_or_else_from_the_environment(

@@ -19,7 +19,7 @@ from tercet.model.tokenizer import Tokenizer
 from tercet.prompt.llm import LLM
 from tercet.train.evaluate import pair_accuracy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # the tiny model stands there
+sys.path.insert(0, str(Path(__file__).parents[1] / "prompt"))  # the directory of tiny_model.py
 
 from tiny_model import CONTEXT, write_model
 

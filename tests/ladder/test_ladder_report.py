@@ -49,7 +49,7 @@ LADDER: list[tuple[str, Level, float]] = [
 def fake_climb(
     labels: list[str] | None = AREAS, n: int = 586, cost: float | None = None, evil: str = ""
 ) -> tuple[Report, dict[str, list[Prediction]], dict[str, str]]:
-    """A climb as a runner would report it; about as right as LADDER says, the same every time."""
+    """Return a deterministic climb whose rungs reach about the scores of LADDER."""
     draw = random.Random(0)
     pool = labels or [json.dumps({"city": city}) for city in ("Bern", "Rome", "Oslo")]
     metric = load_metric("accuracy", labels)
@@ -101,7 +101,7 @@ def fake_climb(
 
 
 class Reader(HTMLParser):
-    """Tags that open and close, the text, and every attribute that could load something."""
+    """Collects opening and closing tags, the text, and every attribute that could load a resource."""
 
     VOID = ("meta", "br", "col", "line", "circle")
 

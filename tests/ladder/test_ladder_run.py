@@ -42,7 +42,7 @@ def sentence(rng: np.random.Generator, label: str) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task file whose corpus holds the task's own texts, test examples too."""
+    """Write a task file and a corpus that contains the task's texts, including test examples."""
     directory = tmp_path_factory.mktemp("task")
     rng = np.random.default_rng(0)
     rows = [(label, sentence(rng, label)) for label in KINDS for _ in range(90)]
@@ -174,7 +174,7 @@ def test_a_rung_that_fails_gives_its_reason_and_the_others_are_measured(
     assert report.rungs[2].reason.startswith("RuntimeError: out of luck on two lines")
     assert report.recommended == "tfidf"
     monkeypatch.undo()
-    # What failed is tried again by the same command.
+    # The same command retries failed rungs.
     mended = climb(
         files / "task.yaml", rungs=["majority", "tfidf", "lora"], minutes=MINUTES, out=tmp_path / "run"
     )

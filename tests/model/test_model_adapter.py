@@ -69,7 +69,7 @@ def ours_config(fields: dict[str, Any], base: Path) -> AdapterConfig:
 
 
 def randomise(model: Any) -> None:
-    """B begins at zero, where nothing can be seen."""
+    """Randomise B, whose initial zeros would hide the adapter's effect."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Chat templates render as transformers renders them, and can do no harm."""
+"""Chat templates render as transformers renders them, and cannot harm the program."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def new(model_type: str, **fields: Any) -> dict[str, Any]:
-    """Fields that make the Llama below another family, at that family's default sizes."""
+    """Return the fields that turn the Llama below into another family with that family's default sizes."""
     return {"model_type": model_type, "architectures": None, "max_position_embeddings": 4096, **fields}
 
 

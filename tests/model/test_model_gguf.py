@@ -44,7 +44,7 @@ SPECIAL = [END, "<|im_start|>", "<|im_end|>"]
 
 
 def byte_level(split: Any, bos: bool = False, **model: Any) -> Tokenizer:
-    """Byte-level BPE of `VOCABULARY` tokens, trained on `CORPUS`; ``split`` comes before bytes are spelled."""
+    """Return a byte-level BPE of `VOCABULARY` tokens, trained on `CORPUS`; ``split`` precedes the byte encoding."""
     backend = Backend(models.BPE(**model))
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*split, spell])
@@ -65,7 +65,7 @@ def isolated(pattern: str) -> Any:
 
 @pytest.fixture(scope="session")
 def ours() -> Tokenizer:
-    """The tokenizer that ``tercet build`` makes, but for its size."""
+    """Return a tokenizer like that of ``tercet build``, of another size."""
     return byte_level([isolated(SINGLE)])
 
 
@@ -87,7 +87,7 @@ def checkpoint(tmp_path: Path, ours: Tokenizer) -> Write:
 
 
 def load(path: Path, **options: Any) -> Any:
-    """llama.cpp with this file; keys and values in float32, so that only the weights' type tells."""
+    """Load the file in llama.cpp, with float32 keys and values, so that only the weights' type matters."""
     float32 = llama_cpp.GGML_TYPE_F32
     return llama_cpp.Llama(
         str(path), n_ctx=64, n_batch=64, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False,
@@ -207,7 +207,7 @@ def test_each_type_is_a_rounding_of_the_same_model(type_name: str, checkpoint: W
 @pytest.mark.parametrize("type_name", ["f16", "q8_0"])
 @torch.no_grad()
 def test_greedy_text_is_that_of_transformers(type_name: str, checkpoint: Write, tmp_path: Path) -> None:
-    """A model that was taught a sequence, so that its text does not hang on rounding."""
+    """The model is trained on one sequence, so that its text does not depend on rounding."""
     model, directory = checkpoint("qwen3", head_dim=16, hidden_size=64, intermediate_size=64)
     sequence = torch.tensor([prompt(40)])
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -306,7 +306,7 @@ def test_llama_cpp_encodes_and_decodes_as_tercet_does(name: str, checkpoint: Wri
 
 
 def random_text(seed: int) -> str:
-    """Characters of many kinds, in runs short enough that every two kinds meet."""
+    """Return characters of many kinds, in runs so short that every two kinds are adjacent somewhere."""
     generator = random.Random(seed)
     kinds = ["aZé", "ßЖ中あ", "0١½Ⅷ", " ", "\t\u00a0\u3000", "\r\n", ".,'’-_/", "🎉€\u0301\u200d", "'s'LL"]
     return "".join(

@@ -1,4 +1,4 @@
-"""Where a model's files are: checkpoints, adapters with their bases, and models hosted elsewhere."""
+"""The files of a model: checkpoints, adapters with their bases, and hosted models."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_base_on_the_hub_is_fetched_at_its_revision(
 def test_the_hub_and_the_disk_agree_on_which_files_are_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A directory with both configurations once ran as an adapter and was exported as a checkpoint."""
+    """Earlier, a directory with both configurations ran as an adapter but was exported as a checkpoint."""
     make_checkpoint(tmp_path / "base")
     adapter = make_adapter(tmp_path / "snapshot", "../base")
     (adapter / "config.json").write_text("{}")
@@ -105,6 +105,6 @@ def test_the_hub_and_the_disk_agree_on_which_files_are_an_adapter(
 @pytest.mark.parametrize("find", [directory_of, tokenizer_directory_of])
 @pytest.mark.parametrize("text", ["openai:gpt-9", "anthropic:claude", "http://localhost:1/v1#m"])
 def test_a_hosted_model_has_no_files(find: Any, text: str) -> None:
-    """A tokenizer to compare with was once looked for on the Hub under a hosted model's name."""
+    """Earlier, the tokenizer of a hosted model was looked up on the Hub under the model's name."""
     with pytest.raises(UserError, match="is a hosted model, so its files are not on this machine"):
         find(parse_reference(text))

@@ -28,7 +28,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{
 
 
 def train(bos: bool = True, trim: bool = False, dropped: str = "") -> tokenizers.Tokenizer:
-    """A byte-level BPE; ``bos``: its post-processor begins every text with <s>."""
+    """Train a byte-level BPE; with ``bos``, its post-processor begins every text with <s>."""
     backend = tokenizers.Tokenizer(models.BPE())
     if dropped:
         backend.normalizer = normalizers.Replace(dropped, "")

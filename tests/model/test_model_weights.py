@@ -63,7 +63,7 @@ def test_special_values_survive(kind: torch.dtype, make: Make) -> None:
 
 
 def test_tensors_that_are_not_aligned_are_read(make: Make) -> None:
-    """As older versions of safetensors wrote them: the header's length is any number."""
+    """Older versions of safetensors wrote such files; their header may have any length."""
     _, directory = make("llama")
     expected = load_model(directory, trainable=True).state_dict()
     file = directory / "model.safetensors"

@@ -9,7 +9,7 @@ from fake_openai_server import FakeServer
 
 @pytest.fixture(autouse=True)
 def no_keys_and_no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Keys, prices and proxies of whoever runs the tests stay out of them."""
+    """Hide the environment's keys, prices and proxies from the tests."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "ANTHROPIC_API_KEY", "TERCET_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol from a script: it keeps the requests and gives what it is told."""
+"""A server of OpenAI's protocol that records the requests and returns scripted answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Answer:
     pieces: list[bytes] | None = None
     headers: dict[str, str] = field(default_factory=dict)
     content_type: str = "application/json"
-    delay: float = 0.0  # seconds before it
+    delay: float = 0.0  # seconds before the answer
 
 
 def completion(text: str, prompt_tokens: int = 7, completion_tokens: int = 3, **choice: Any) -> Answer:
@@ -84,7 +84,7 @@ def stream(*pieces: bytes) -> Answer:
 
 
 def spoken(*texts: str, finish: str = "stop") -> Answer:
-    """A whole stream that says ``texts``, with usage."""
+    """Return a complete stream of ``texts``, with usage."""
     return stream(*[chunk(text) for text in texts], chunk(finish=finish), usage_chunk(), DONE)
 
 
@@ -101,7 +101,7 @@ class Seen:
 
 
 class FakeServer:
-    """Answers ``script`` in order; when it is empty, a completion that repeats the last message."""
+    """A server that returns the answers of ``script`` in order, then completions that repeat the last message."""
 
     def __init__(self) -> None:
         self.script: deque[Answer] = deque()
@@ -149,7 +149,7 @@ class FakeServer:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, request: Any, client_address: Any) -> None:
-                pass  # a client that leaves early is part of the tests
+                pass  # some tests disconnect early
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True

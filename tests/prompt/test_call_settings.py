@@ -1,4 +1,4 @@
-"""The keywords of a call: typed for editors, checked when they come."""
+"""The keywords of a call: typed for editors, checked at run time."""
 
 from __future__ import annotations
 

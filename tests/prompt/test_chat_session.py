@@ -101,7 +101,7 @@ def test_an_answer_that_fails_loses_nothing_and_can_be_retried(
     assert session.messages == before
     answer = session.run("/retry").answer
     assert answer is not None
-    assert said(answer) == "more"  # the server repeats what it is asked
+    assert said(answer) == "more"  # the server repeats the last message
     assert session.messages == [*before, user("more"), assistant("more")]
 
 
@@ -208,5 +208,5 @@ def test_every_command_in_the_help_exists(session: ChatSession) -> None:
     for usage in HELP:
         try:
             session.run(usage.split()[0])
-        except UserError as problem:  # nothing said yet, no path: but not unknown
+        except UserError as problem:  # no messages and no path, but the command is known
             assert "there is no /" not in str(problem)

@@ -124,7 +124,7 @@ def test_keys(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     LLM(server.reference).chat(HELLO)
     monkeypatch.setenv("TERCET_API_KEY", "special")
     LLM(server.reference).chat(HELLO)
-    # OpenAI's key is for OpenAI: whoever runs a server elsewhere never sees it.
+    # OpenAI's key is for OpenAI only; other servers never receive it.
     assert [seen.headers["authorization"] for seen in server.seen] == ["Bearer none", "Bearer special"]
 
 
@@ -183,7 +183,7 @@ def test_a_request_refused_for_another_reason_says_the_true_one(server: FakeServ
     with pytest.raises(UserError, match="temperature must be below 2"):
         next(llm.stream("hi", temperature=9))
     assert list(llm.stream("hi")) == ["x"]
-    assert "stream_options" in server.bodies()[-1]  # it was not the reason, so it is still asked for
+    assert "stream_options" in server.bodies()[-1]  # it was not the cause, so later requests still contain it
 
 
 def test_a_stream_that_ends_in_the_middle_is_not_an_answer(server: FakeServer, llm: LLM) -> None:
@@ -226,15 +226,15 @@ def logprob_content() -> dict[str, Any]:
 
 def test_log_probabilities(server: FakeServer, llm: LLM) -> None:
     server.script.append(completion("é", logprobs=logprob_content()))
-    found = llm.chat(HELLO, logprobs=2).logprobs
-    assert found is not None
-    assert (found[0].token, found[0].logprob, found[0].bytes) == ("é", -0.5, "é".encode())
-    assert found[0].top == [(-1, "é", -0.5), (-1, "e", -1.0)]
+    logprobs = llm.chat(HELLO, logprobs=2).logprobs
+    assert logprobs is not None
+    assert (logprobs[0].token, logprobs[0].logprob, logprobs[0].bytes) == ("é", -0.5, "é".encode())
+    assert logprobs[0].top == [(-1, "é", -0.5), (-1, "e", -1.0)]
     assert server.bodies()[0] | {"logprobs": True, "top_logprobs": 2} == server.bodies()[0]
     server.script.append(stream(chunk("é", logprobs=logprob_content()), chunk(finish="stop"), DONE))
     pieces = llm.stream("hi", logprobs=2)
     assert list(pieces) == ["é"]
-    assert pieces.completion.logprobs == found
+    assert pieces.completion.logprobs == logprobs
 
 
 def test_missing_log_probabilities_are_an_error(server: FakeServer, llm: LLM) -> None:
@@ -245,8 +245,8 @@ def test_missing_log_probabilities_are_an_error(server: FakeServer, llm: LLM) ->
 def echoed(text: str, tokens: list[str], values: list[float | None]) -> Answer:
     offsets = [sum(map(len, tokens[:number])) for number in range(len(tokens))]
     top = [None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)]
-    found = {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
-    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": found}
+    logprobs = {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs}
     body = {"id": "c", "object": "text_completion", "created": 1, "model": "small", "choices": [choice]}
     return Answer(body=json.dumps(body).encode())
 
@@ -267,7 +267,7 @@ def test_scores_from_a_server_that_echoes(server: FakeServer, llm: LLM) -> None:
 def test_a_server_that_does_not_echo_cannot_score(
     server: FakeServer, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.script.append(echoed("!", ["!"], [-0.1]))  # as servers do that ignore echo
+    server.script.append(echoed("!", ["!"], [-0.1]))  # like a server that ignores echo
     with pytest.raises(UserError, match="does not echo"):
         llm.score("a", "b")
     server.script.append(echoed("b!", ["b", "!"], [None, -0.1]))
@@ -434,7 +434,7 @@ def test_cost_comes_from_usage_and_price(server: FakeServer) -> None:
     assert uncounted.completion.usage.cost is None  # unknown, not nothing
 
 
-# What is refused before anything is sent
+# Refusals before any request is sent
 
 
 def test_an_unknown_setting_names_the_nearest(server: FakeServer, llm: LLM) -> None:
@@ -481,7 +481,7 @@ def test_usage_chunk_after_the_finish_is_read(server: FakeServer, llm: LLM) -> N
 
 
 def test_a_server_that_answers_404_to_everything_is_asked_twice(server: FakeServer, llm: LLM) -> None:
-    """The list of models, for the nearest name, answers 404 too: most often the address lacks its /v1."""
+    """The second request lists the models, for the nearest name; it gets 404 too, mostly because /v1 is missing."""
     server.script.extend([error(404, "no page here")] * 50)
     with pytest.raises(UserError, match=r"no such model at .*/v1 \(404: no page here\)") as caught:
         llm.chat(HELLO)

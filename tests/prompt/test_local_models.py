@@ -25,7 +25,7 @@ def chat_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(chat_directory: Path) -> LLM:
-    return LLM(chat_directory.parent, device="cpu", quantize="none")  # the run directory stands for its model
+    return LLM(chat_directory.parent, device="cpu", quantize="none")  # a run directory refers to its model
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def reference(chat_directory: Path) -> tuple[Any, Any]:
 
 def greedy(reference: tuple[Any, Any], ids: list[int], count: int) -> list[int]:
     model, _ = reference
-    found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=1)
-    return found[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+    output = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=1)
+    return output[0, len(ids) :].tolist()  # type: ignore[no-any-return]
 
 
 def test_the_properties_of_a_local_model(chat: LLM, base: LLM, chat_directory: Path) -> None:
@@ -127,9 +127,9 @@ def test_scores_and_choices_are_transformers_log_probabilities(chat: LLM, refere
     words = [reference[1](word, add_special_tokens=False).input_ids for word in ("yes", "no")]
     expected = [log_probability(reference, rendered + word, len(rendered)) for word in words]
     prompts: list[Any] = ["ab", HELLO]
-    found = chat.choose(prompts, [[" cd"], ["yes", "no"]])
-    assert found[0] == pytest.approx([log_probability(reference, ids, 3)], abs=1e-4)
-    assert found[1] == pytest.approx(expected, abs=1e-4)
+    scores = chat.choose(prompts, [[" cd"], ["yes", "no"]])
+    assert scores[0] == pytest.approx([log_probability(reference, ids, 3)], abs=1e-4)
+    assert scores[1] == pytest.approx(expected, abs=1e-4)
     assert chat.choose([HELLO], ["yes", "no"])[0] == pytest.approx(expected, abs=1e-4)
     assert chat.score(HELLO, "yes").logprob == pytest.approx(expected[0], abs=1e-4)
     ended = [log_probability(reference, [*rendered, *word, 1], len(rendered)) for word in words]

@@ -1,4 +1,4 @@
-"""Names on the Hub, against a small server that plays the Hub, in processes with its address."""
+"""Names on the Hub, in separate processes that use the address of a small fake Hub."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_weights_and_configuration_are_fetched_once_and_nothing_else(hub: Hub, t
     assert (directory / "model.safetensors").read_bytes() == b"weights"
     assert sorted(hub.downloaded) == ["chat_template.jinja", "config.json", "model.safetensors"]
     hub.close()
-    # The Hub is gone: what is in the cache still works, by force of circumstance and by wish.
+    # Without the Hub, cached files still work, whether the Hub is unreachable or HF_HUB_OFFLINE is set.
     assert fetch(hub.url, tmp_path, "org/small", "v1") == str(directory)
     assert fetch(hub.url, tmp_path, "org/small", "v1", HF_HUB_OFFLINE="1") == str(directory)
 
@@ -148,12 +148,12 @@ def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
-    told = fetch("http://127.0.0.1:9", tmp_path, "org/small")
-    assert told.startswith(
+    message = fetch("http://127.0.0.1:9", tmp_path, "org/small")
+    assert message.startswith(
         "error: org/small is neither a directory here nor in the cache, and http://127.0.0.1:9 "
     )
-    assert "cannot be reached" in told
-    assert "\n" not in told
+    assert "cannot be reached" in message
+    assert "\n" not in message
     assert "HF_HUB_OFFLINE forbids" in fetch("http://127.0.0.1:9", tmp_path, "org/small", HF_HUB_OFFLINE="1")
 
 
@@ -179,7 +179,7 @@ def test_a_data_set_is_read_through_the_cache(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloaded == ["data/train-0.jsonl"]
     assert read("hub:org/texts@v1") == "[('about', None), ('two', None), ('one', 'CC0')]"
     assert "weights.bin" not in hub.downloaded
-    # What is in the cache needs no connection; what other patterns fetched is not read.
+    # Cached files need no connection; files fetched by other patterns are not read.
     assert read("hub:org/texts#data/train-*", HF_HUB_OFFLINE="1") == "[('one', 'CC0')]"
     assert "no dataset org/none on" in read("hub:org/none")
     assert "the data set org/texts holds no file data/dev-*" in read("hub:org/texts#data/dev-*")

@@ -1,4 +1,4 @@
-"""Answers of a given form: schema, regex, choices and grammar, for local and for hosted models."""
+"""Constrained answers: schema, regex, choices and grammar, for local and hosted models."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ PET = {
 
 
 class MaskedEngine:
-    """An engine whose model likes every token alike: all that its outputs have is their constraint."""
+    """An engine that samples all allowed tokens uniformly, so that only the constraint shapes its outputs."""
 
     def __init__(self, engine: Engine) -> None:
         self.tokenizer, self.stop_ids = engine.tokenizer, engine.stop_ids
         self.context_length = engine.context_length
         self.constraints = Constraints(engine.tokenizer, engine.backend.vocab_size, sorted(engine.stop_ids))
         self.random = random.Random(0)
-        self.asked: list[Request] = []
+        self.requests: list[Request] = []
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        return [self._one(request) for request in requests]
+        return [self._complete(request) for request in requests]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
         (request,) = requests
-        found = self._one(request)
-        yield Delta(0, found.text, found.tokens, None)
-        yield Delta(0, "", [], None, found)
+        completion = self._complete(request)
+        yield Delta(0, completion.text, completion.tokens, None)
+        yield Delta(0, "", [], None, completion)
 
-    def _one(self, request: Request) -> Completion:
-        self.asked.append(request)
+    def _complete(self, request: Request) -> Completion:
+        self.requests.append(request)
         assert request.constraint is not None
         matcher, tokens = self.constraints.matcher(request.constraint), list[int]()
         while not matcher.ended and len(tokens) < request.sampling.max_tokens:
@@ -76,7 +76,7 @@ class MaskedEngine:
 
 
 def mask(llm: LLM) -> MaskedEngine:
-    """Put a MaskedEngine in the place of the model's engine."""
+    """Replace the model's engine by a MaskedEngine."""
     assert isinstance(llm._model, LocalModel)
     engine = MaskedEngine(llm._model.engine)
     llm._model.engine = engine  # type: ignore[assignment]
@@ -160,7 +160,7 @@ def test_the_error_for_an_answer_that_was_cut_off_names_max_tokens_and_holds_the
     with pytest.raises(BatchError, match=r"2 of 2 requests failed; .* cut off") as batch:
         llm.batch(["a", "b"], schema=Pet, max_tokens=8)
     assert all(answer is not None and answer.text for answer in batch.value.completions)
-    assert llm.generate("on ", regex=r"[0-9]{9}", max_tokens=4).finish_reason == "length"  # just text
+    assert llm.generate("on ", regex=r"[0-9]{9}", max_tokens=4).finish_reason == "length"  # plain text
 
 
 def test_a_validator_that_rejects_the_answer_is_reported(llm: LLM) -> None:
@@ -178,7 +178,7 @@ def test_the_prompt_is_as_it_was_written(directory: Path) -> None:
     llm = LLM(directory, device="cpu")
     engine = mask(llm)
     llm.generate("a pet: ", schema=Pet, max_tokens=60)
-    assert list(engine.asked[0].tokens) == engine.tokenizer.encode("a pet: ")
+    assert list(engine.requests[0].tokens) == engine.tokenizer.encode("a pet: ")
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_a_dict_is_sent_as_it_is(server: FakeServer, hosted: LLM) -> None:
     for schema, name in ((PET, "answer"), (PET | {"title": "a pet!"}, "a_pet_")):
         server.script.append(completion('{"kind": "cat", "legs": 3}'))
         assert hosted.generate("hi", schema=schema).parsed == {"kind": "cat", "legs": 3}
-        wanted = {"name": name, "schema": schema, "strict": True}
-        assert server.bodies()[-1]["response_format"] == {"type": "json_schema", "json_schema": wanted}
+        expected = {"name": name, "schema": schema, "strict": True}
+        assert server.bodies()[-1]["response_format"] == {"type": "json_schema", "json_schema": expected}
 
 
 def test_a_hosted_stream_is_parsed_too(server: FakeServer, hosted: LLM) -> None:

@@ -89,7 +89,7 @@ def test_a_mistyped_run_names_the_nearest() -> None:
     with pytest.raises(UserError) as caught:
         parse_reference("runs/mien")
     assert "nearest: runs/mine" in str(caught.value)
-    assert "runs/mien@main" in str(caught.value)  # how to say that the Hub is meant
+    assert "runs/mien@main" in str(caught.value)  # the form that means the Hub
 
 
 def test_a_mistyped_path_names_its_neighbours() -> None:

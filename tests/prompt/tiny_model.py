@@ -14,7 +14,7 @@ CONTEXT = 96
 
 
 def write_model(directory: Path, *, chat: bool) -> Path:
-    """Byte-level tokens that put <s> before a text, two layers of random weights."""
+    """Write a model with byte-level tokens, <s> before each text, and two layers of random weights."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -145,7 +145,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
         page.on("pageerror", lambda problem: problems.append(str(problem)))
         page.on("request", check_origin)
-        if not lost:  # a server that is killed leaves errors behind
+        if not lost:  # a killed server causes console errors
             page.on(
                 "console",
                 lambda message: (

@@ -189,7 +189,7 @@ def of_prompt(prompt: str) -> str:
 
 
 def scripted_models(delay: float = 0.0) -> Models:
-    """A chat model, a tuned version of it that says less, and a base model."""
+    """Return a chat model, a tuned version of it with shorter answers, and a base model."""
     chat: Any = ScriptedWorker(of_prompt, delay)
     tuned: Any = ScriptedWorker(lambda prompt: of_prompt(prompt).split("\n\n")[0] + " That is all.", delay)
     base: Any = ScriptedWorker(lambda prompt: prompt + TEXT, delay, template=None)

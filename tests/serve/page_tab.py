@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 class Tab:
-    """What a tab of the browser does, without the browser."""
+    """Sends the requests that a tab of the browser sends."""
 
     def __init__(self, running: Running) -> None:
         self.running, self.http = running, running.http()
@@ -39,7 +39,7 @@ class Tab:
         return self.settled(name) if wait else self.view(name)
 
     def settled(self, name: str) -> Json:
-        """The view when nothing is being written any more."""
+        """Wait until no answer is being written; return the view."""
         page = self.running.app.state.page
         wait_until(lambda: not page.answers.of(name))
         return self.view(name)

@@ -1,4 +1,4 @@
-"""Real servers, as `tercet serve` runs them, in a thread."""
+"""Servers as `tercet serve` runs them, each in a thread."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tercet.serve.worker import Worker
 
 
 def local_model(name: str, directory: Path, **options: Any) -> Served:
-    """A checkpoint as it is on disk."""
+    """Serve a checkpoint without quantization."""
     model = LocalModel(parse_reference(str(directory)), quantize="none", threads=1, **options)
     return Served(name, local=Worker(model.engine))
 
 
 @dataclass
 class Running:
-    """A server, and how to talk to it."""
+    """A running server and its clients."""
 
     url: str
     app: FastAPI
@@ -45,15 +45,15 @@ class Running:
     thread: threading.Thread
 
     def client(self, **options: Any) -> openai.OpenAI:
-        """OpenAI's own client; it does not try again."""
+        """Return OpenAI's client, without retries."""
         return client_of(self.url, **options)
 
     def http(self, **options: Any) -> httpx.Client:
-        """For what OpenAI's client would not send."""
+        """Return an HTTP client, for requests that OpenAI's client cannot send."""
         return httpx.Client(base_url=self.url, timeout=20, **options)
 
     def stop(self) -> None:
-        """Begin a graceful end."""
+        """Begin a graceful shutdown."""
         self.server.should_exit = True
 
 
@@ -82,7 +82,7 @@ def serve_models(models: Models, settings: Settings | None = None, store: Any = 
 
 
 class SlowBackend(ScriptBackend):
-    """Takes its time for every feed; counts them."""
+    """A backend that waits at every feed and counts the feeds."""
 
     def __init__(self, tokenizer: Tokenizer, seconds: float) -> None:
         super().__init__(tokenizer)
@@ -97,7 +97,7 @@ class SlowBackend(ScriptBackend):
 def slow_model(
     name: str, tokenizer: Tokenizer, seconds: float = 0.02, **limits: int
 ) -> tuple[Served, SlowBackend]:
-    """A model that writes the letter x for ever, so many seconds each."""
+    """Return a model that writes the letter x without end, one every ``seconds`` seconds, and its backend."""
     backend = SlowBackend(tokenizer, seconds)
     backend.says = "x" * 3000
     assert tokenizer.eos_id is not None

@@ -1,4 +1,4 @@
-"""A model that says what it is told: an engine on a backend that wants one token after the other."""
+"""A model that writes a script: an engine on a backend that prefers the script's next token."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fake_backend import FakeBackend
 
 
 class ScriptBackend(FakeBackend):
-    """After the last ``<|assistant|>`` come the tokens of ``says``, then the end.
+    """A backend that writes the tokens of ``says`` after the last ``<|assistant|>``, then the end token.
 
-    A token that a constraint forbids is replaced by the likeliest that it allows, and the script goes on
-    behind it. ``last``: what was read of the last answer, prompt and all.
+    If a constraint forbids a token of the script, the likeliest allowed token replaces it, and the script
+    continues after it. ``last`` holds the tokens read for the last answer, including the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_positions: int = 4096) -> None:
@@ -38,13 +38,13 @@ class ScriptBackend(FakeBackend):
         said = len(history) - 1 - max(n for n, token in enumerate(history) if token == self._begin)
         script = [*self._tokenizer.encode(self.says, special=False), self._tokenizer.eos_id]
         scores = np.zeros(self.vocab_size, np.float32)
-        scores[self._tokenizer.eos_id] = 1  # rather than going on for ever
+        scores[self._tokenizer.eos_id] = 1  # otherwise a constrained answer might never end
         scores[script[min(said, len(script) - 1)]] = 20
         return scores
 
 
 def engine_saying(tokenizer: Tokenizer, max_positions: int = 4096) -> tuple[Engine, ScriptBackend]:
-    """An engine, and the backend whose ``says`` is the script."""
+    """Return an engine and its backend; the backend's ``says`` is the script."""
     backend = ScriptBackend(tokenizer, max_positions)
     assert tokenizer.eos_id is not None
     return Engine(backend, tokenizer, [tokenizer.eos_id]), backend

@@ -1,4 +1,4 @@
-"""A real server, over HTTP, of a model that says what it is told."""
+"""A server, over HTTP, of a model that writes a script."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tercet.serve.worker import Worker
 
 
 class ScriptedServer:
-    """Serves one model, called "scripted"."""
+    """A server whose one model is called "scripted"."""
 
     def __init__(self, url: str, backend: ScriptBackend, tokenizer: Tokenizer) -> None:
         self.url, self._backend, self._tokenizer = url, backend, tokenizer
 
     def says(self, text: str) -> None:
-        """What comes after every prompt from now on."""
+        """Set the answer to every later prompt."""
         self._backend.says = text
 
     def prompt(self) -> str:
-        """The prompt of the last answer."""
+        """Return the prompt of the last answer."""
         text = self._tokenizer.decode(self._backend.last, skip_special=False)
         return text[: text.rindex("<|assistant|>") + len("<|assistant|>")]
 

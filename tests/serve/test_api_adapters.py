@@ -1,4 +1,4 @@
-"""Adapters beside a base: chosen by the model's name, one after the other and all at once."""
+"""Adapters served beside their base: chosen by the model's name, in turn and concurrently."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HI: Any = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def adapters(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two adapters; one has a chat template of its own."""
+    """Write two adapters; one has its own chat template."""
     root = tmp_path_factory.mktemp("adapters")
     for name, seed in (("kind", 3), ("loud", 4)):
         make_adapter(tiny_directory, root / name, seed)

@@ -1,4 +1,4 @@
-"""/v1/chat/completions through OpenAI's own client; what it says against transformers."""
+"""/v1/chat/completions through OpenAI's client; its answers are compared with transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scripted() -> Iterator[ScriptedServer]:
 
 
 def events(url: str, **body: Any) -> list[dict[str, Any]]:
-    """The chunks of a stream as they go over the wire; the end is checked."""
+    """Return the chunks of a stream as sent over HTTP; check how it ends."""
     request = {"model": "tiny", "messages": HI, "stream": True, **body}
     answer = httpx.post(f"{url}/v1/chat/completions", json=request, timeout=20)
     assert answer.status_code == 200, answer.text
@@ -44,7 +44,7 @@ def events(url: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def greedy(directory: Path, prompt: str, count: int) -> list[int]:
-    """What transformers writes."""
+    """Return the tokens that transformers generates."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
@@ -115,7 +115,7 @@ def test_the_usage_counts_the_tokens_of_the_prefix_cache(client: openai.OpenAI) 
 
 def test_without_a_limit_an_answer_may_fill_the_context(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="tiny", messages=HI, extra_body={"ignore_eos": True})
-    assert answer.usage and answer.usage.total_tokens == 97  # the last token is never read
+    assert answer.usage and answer.usage.total_tokens == 97  # the last token is never fed to the model
     assert answer.choices[0].finish_reason == "length"
 
 
@@ -160,7 +160,7 @@ def test_a_bias_forbids_and_forces(client: openai.OpenAI) -> None:
 
 
 def alphabet() -> dict[int, str]:
-    """GPT-2's characters for bytes, by which the tiny model's tokens are ordered."""
+    """Return GPT-2's characters for bytes; the tiny model's tokens are in their order."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     characters: dict[int, str] = bytes_to_unicode()

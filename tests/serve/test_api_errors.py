@@ -1,4 +1,4 @@
-"""What is wrong with a request is told in OpenAI's shape, with its place; nothing is ignored."""
+"""Errors of requests: OpenAI's shape, the field's path, and no field is silently ignored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def client(tiny_url: str) -> openai.OpenAI:
 
 
 def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **body: Any) -> dict[str, Any]:
-    """The error that a body gets."""
+    """Return the error that a body gets."""
     request = {"model": "tiny"} | ({"messages": HI} if path.endswith("chat/completions") else {}) | body
     answer = httpx.post(url + path, json=request, timeout=20)
     assert answer.status_code == status, answer.text

@@ -1,4 +1,4 @@
-"""Models behind another server, through ours: passed on, and what came given back."""
+"""Models behind another server: requests are forwarded and responses returned."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_an_answer_is_passed_on_under_our_name(running: Running, upstream: FakeS
     assert sent.body == {
         "model": "their-name", "messages": HI, "temperature": 0.5, "seed": 3, "user": "u", "top_k": 4,
     }  # fmt: skip
-    # Our key goes there; the client's does not.
+    # The server's own key is forwarded; the client's is not.
     assert sent.headers["authorization"] == "Bearer our-own-key-for-them"
     assert "the-clients-own" not in json.dumps(sent.headers)
     assert 'tercet_prompt_tokens_total{model="far"} 7.0' in running.http().get("/metrics").text

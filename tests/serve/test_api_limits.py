@@ -1,4 +1,4 @@
-"""Full queues, clients that go, requests that take too long, engines that fail, and an end in good order."""
+"""Full queues, disconnecting clients, timeouts, failing engines and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
             running.client().chat.completions.create(**BODY)
         assert full.value.code == "rate_limit_exceeded" and full.value.type == "rate_limit_error"
         assert int(full.value.response.headers["retry-after"]) >= 1
-        assert running.client().models.list().data  # the rest goes on
+        assert running.client().models.list().data  # the other requests continue
 
 
 def _read(url: str, body: bytes) -> None:

@@ -40,7 +40,7 @@ def sentence(number: int, length: int) -> str:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """Two small tasks: choices that are scored, and texts that are written."""
+    """Write two small tasks: one scores choices, one generates text."""
     rows = [
         {
             "q": sentence(n, 2 + n % 3),
@@ -94,7 +94,7 @@ def through_the_server(url: str, directory: Path, tasks: Path, tokenizer: str) -
 def test_scores_through_the_server_are_those_in_process(
     tiny_url: str, tiny_directory: Path, tasks: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "none")  # the harness wants one
+    monkeypatch.setenv("OPENAI_API_KEY", "none")  # the harness requires a key
     served = through_the_server(tiny_url, tiny_directory, tasks, tokenizer)
     local = TercetLM(tiny_directory, quantize="none", threads=1)
     here = evaluate_lm_eval(local, ["served_choice", "served_text"], include_path=tasks)
@@ -104,7 +104,7 @@ def test_scores_through_the_server_are_those_in_process(
     ):
         for metric in metrics:
             assert served["results"][task][metric] == pytest.approx(here["results"][task][metric])
-    # The scores themselves, not only what is made of them.
+    # Compare the scores themselves, not only the metrics computed from them.
     for sample in served["samples"]["served_choice"]:
         question = f"Question: {sample['doc']['q']}\nAnswer:"
         for choice, [[logprob, greedy]] in zip(sample["doc"]["choices"], sample["resps"], strict=True):

@@ -1,4 +1,4 @@
-"""schemathesis over the OpenAPI document: whatever it thinks of, no 5xx and no status that is not documented."""
+"""schemathesis over the OpenAPI document: no generated request gets a 5xx or an undocumented status."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OPERATIONS = [
 ]
 
 
-# Refused whenever they are set: with them hardly a request would come to the model.
+# Refused whenever they are set; with them hardly any request would reach the model.
 REFUSED = (
     "audio", "chat_template_kwargs", "function_call", "functions", "logit_bias", "modalities", "moderation",
     "reasoning_effort", "stream_options", "suffix", "tools", "tool_choice", "top_logprobs", "verbosity",
@@ -51,7 +51,7 @@ REFUSED = (
 def test_whatever_is_sent_is_answered_as_documented(
     tiny_url: str, method: str, path: str, likely: bool
 ) -> None:
-    """likely: with the name of a model that is there, and without what is refused anyway."""
+    """If ``likely``, each request names an existing model and sets no field that is always refused."""
     operation = schemathesis.openapi.from_url(f"{tiny_url}/openapi.json")[path][method]
 
     @given(case=operation.as_strategy())

@@ -1,4 +1,4 @@
-"""What an attacker would try: from the network, from a web page of the same machine, by a request's text."""
+"""Attacks from the network, from a web page on the same machine, and through a request's text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ASK = {"model": "tiny", "messages": HI, "max_tokens": 1}
 
 @pytest.fixture(scope="module")
 def locked(tiny_directory: Path) -> Iterator[Running]:
-    """A server with two keys."""
+    """Start a server with two keys."""
     settings = Settings(keys=(hash_key(KEY), hash_key(OTHER)))
     with serve_models(Models([local_model("tiny", tiny_directory)]), settings) as running:
         yield running
@@ -33,7 +33,7 @@ def locked(tiny_directory: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def narrow(tiny_directory: Path) -> Iterator[Running]:
-    """A server that takes 2,000 bytes, and half a second for them; one page elsewhere may call it."""
+    """Start a server that accepts 2,000 bytes within half a second; one other origin may call it."""
     settings = Settings(
         max_body=2000,
         read_timeout=0.5,
@@ -45,7 +45,7 @@ def narrow(tiny_directory: Path) -> Iterator[Running]:
 
 
 def raw(url: str, data: bytes, *more: bytes, wait: float = 0.0) -> bytes:
-    """What a server answers to these bytes, until it closes the connection."""
+    """Send these bytes; return the answer up to the end of the connection."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(data)
@@ -115,7 +115,7 @@ def test_the_page_gets_a_cookie_for_the_key_that_no_script_and_no_other_site_can
         assert http.get("/v1/models").status_code == 401
 
 
-# The browser of somebody who visits a bad page
+# The browser of a user who visits a malicious page
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_cors_is_off_but_for_the_origin_that_was_allowed(tiny_url: str, narrow: 
     assert "access-control-allow-origin" not in evil.headers
 
 
-# Requests that are too much
+# Requests that exceed a limit
 
 
 def test_an_oversized_body_is_413_with_and_without_a_content_length(narrow: Running) -> None:
@@ -209,14 +209,14 @@ def test_a_body_of_a_claimed_terabyte_is_refused(narrow: Running) -> None:
 
 
 def test_a_slow_client_is_not_waited_for(narrow: Running) -> None:
-    """Neither for its headers (slowloris) nor for its body, a byte at a time though they come."""
+    """The server waits neither for its headers (slowloris) nor for its body, though a byte arrives now and then."""
     began = time.monotonic()
     header = [b"X: y\r\n"] * 20
     assert raw(narrow.url, b"GET /health HTTP/1.1\r\nHost: localhost\r\n", *header, wait=0.1) == b""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     answer = raw(narrow.url, head, *[b"x"] * 20, wait=0.1)
     assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
-    assert raw(narrow.url, b"") == b""  # nor for one that says nothing
+    assert raw(narrow.url, b"") == b""  # nor for a client that sends nothing
     assert time.monotonic() - began < 8
 
 
@@ -251,7 +251,7 @@ def test_invalid_http_is_refused_with_the_errors_shape(tiny_url: str, data: byte
     assert set(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == {"message", "type", "param", "code"}
 
 
-# What stands in a request
+# The content of a request
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_headers_that_claim_another_address_are_ignored(locked: Running) -> None
 
 
 def test_special_tokens_in_a_message_are_encoded_as_the_tokenizer_reads_them(tiny_url: str) -> None:
-    """Not a hole of the server, but what users should know: a template's markers in a message are markers."""
+    """Not a vulnerability, but users should know it: a template's markers inside a message act as markers."""
     body = {"messages": [{"role": "user", "content": "<|end|>"}]}
     tokens = httpx.post(f"{tiny_url}/tokenize", json=body).json()["tokens"]
     assert tokens.count(1) == 2

@@ -1,4 +1,4 @@
-"""/v1/completions, /v1/embeddings, /tokenize and /v1/models, through OpenAI's own client."""
+"""/v1/completions, /v1/embeddings, /tokenize and /v1/models, through OpenAI's client."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_echo_has_the_log_probabilities_of_transformers(tiny_url: str, theirs
         lengths = {
             len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
-        assert lengths == {ids.shape[1] + 1}  # every token of the prompt, and the one that was written
+        assert lengths == {ids.shape[1] + 1}  # every token of the prompt and the generated one
         assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
         for place in range(1, ids.shape[1]):
             expected = float(right[place - 1, ids[0, place]])
@@ -150,7 +150,7 @@ def test_a_stream_joins_to_the_whole(client: openai.OpenAI, extra: dict[str, Any
 
 
 def columns(logprobs: Any) -> list[tuple[Any, ...]]:
-    """The parallel arrays, token by token."""
+    """Return the parallel arrays as one tuple per token."""
     every = logprobs.model_dump()
     every["top_logprobs"] = every["top_logprobs"] or [None] * len(every["tokens"])
     return [*zip(*every.values(), strict=True)]
@@ -195,7 +195,7 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(
     client: openai.OpenAI, theirs: tuple[Any, Any]
 ) -> None:
     tokenizer, model = theirs
-    response = client.embeddings.create(model="tiny", input=PROMPTS)  # the client asks for base64
+    response = client.embeddings.create(model="tiny", input=PROMPTS)  # the client requests base64
     for prompt, embedding in zip(PROMPTS, response.data, strict=True):
         with torch.no_grad():
             states = model.model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]
@@ -301,7 +301,7 @@ def test_the_metrics_count_requests_and_tokens(tiny_url: str) -> None:
 
 
 def test_answers_pass_the_strict_validation_of_openais_client(tiny_url: str) -> None:
-    """But for streams of completions: the client's type has no null finish_reason, which OpenAI's chunks have."""
+    """Streams of completions are left out: OpenAI's chunks have a null finish_reason, the client's type has not."""
     client = client_of(tiny_url, _strict_response_validation=True)
     talk: Any = [{"role": "user", "content": "hi"}]
     client.models.list()

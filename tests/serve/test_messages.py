@@ -1,4 +1,4 @@
-"""/v1/messages, asked by the anthropic client: its own accumulator replays the streams."""
+"""/v1/messages through the anthropic client, whose own accumulator joins the streams."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client(server: ScriptedServer) -> anthropic.Anthropic:
 def fields_with(fields: dict[str, Any]) -> dict[str, Any]:
     messages = [{"role": "user", "content": "Hi"}]
     request = {"model": "scripted", "max_tokens": 500, "messages": messages} | fields
-    # The client has forgotten how to say it; older ones and other languages' know.
+    # This client has no `temperature` any more; older versions and other languages' clients have.
     request["extra_body"] = {"temperature": 0} | fields.get("extra_body", {})
     return request
 
@@ -71,7 +71,7 @@ def test_system_and_blocks_are_the_conversation(server: ScriptedServer, client: 
             {"role": "user", "content": [text, {"type": "text", "text": "more"}]},
             {"role": "assistant", "content": "two"},
             {"role": "user", "content": "three"},
-            {"role": "user", "content": "four"},  # consecutive turns are one
+            {"role": "user", "content": "four"},  # consecutive turns are joined
         ],
     )
     assert server.prompt() == (

@@ -1,4 +1,4 @@
-"""The page's routes, over a real server: a small random model where its tokens matter, scripts elsewhere."""
+"""The page's routes, over a real server: a small random model where tokens are compared, scripted models elsewhere."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_who_stops_twice_breaks_nothing(tab: Tab, store: Store, monkeypatch: pyt
     ]
     for thread in stops:
         thread.start()
-        time.sleep(0.1)  # the first one is being stored when the second comes
+        time.sleep(0.1)  # the second request arrives while the first is stored
     for thread in stops:
         thread.join()
     assert tab.settled(name)["turns"][-1]["message"]["finish"] == "stopped"

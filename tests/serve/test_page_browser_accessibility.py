@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 pytestmark = needs_chromium
 
 
-# What a model writes can do nothing
+# Model output is inert
 
 
 def test_an_answer_full_of_attacks_is_inert(page_server: Server, open_page: Open) -> None:
@@ -49,7 +49,7 @@ def test_even_html_that_came_through_could_not_run_a_script(page_server: Server,
     assert page.evaluate("() => window.stolen") is None
 
 
-# For everyone
+# Accessibility
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(
@@ -80,7 +80,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(
     assert small == [], "WCAG 2.2 asks for 24 pixels"
 
 
-# Of every text that is seen: its colour over what is behind it, by WCAG's formula.
+# The contrast of every visible text with its background, by WCAG's formula.
 CONTRAST = """() => {
   const parse = (text) => {
     const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number);

@@ -43,7 +43,7 @@ def test_a_second_tab_sees_the_answer_come_and_what_the_first_one_does(
         expect(tab.locator("#stop")).to_be_hidden()
         expect(tab.locator(".message.assistant")).to_contain_text("Stopped.")
     assert texts(page) == texts(second)
-    page.bring_to_front()  # a browser draws the tabs behind only now and then
+    page.bring_to_front()  # a browser seldom redraws background tabs
     page.locator(".entry[aria-current=true]").hover()
     page.locator(".entry[aria-current=true]").get_by_role("button", name="Rename").click()
     page.keyboard.insert_text("Two tabs")
@@ -117,7 +117,7 @@ def test_settings_belong_to_the_conversation_they_were_typed_in(page_server: Ser
     first = page.url.rpartition("#")[2]
     page.locator("#settings-toggle").click()
     page.get_by_label("System prompt").fill("Be kind.")
-    page.locator("#new").click()  # within the moment that settings wait for more to be typed
+    page.locator("#new").click()  # before the page has sent the settings
     say(page, "another")
     second = page.url.rpartition("#")[2]
 

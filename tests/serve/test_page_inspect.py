@@ -185,11 +185,11 @@ class Hosted:
     """A model behind another server."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Any, Json]] = []
+        self.requests: list[tuple[Any, Json]] = []
         self.go_on = threading.Event()
 
     def stream(self, messages: Any, settings: CallSettings) -> Iterator[str | Completion]:
-        self.asked.append((messages, settings.sent))
+        self.requests.append((messages, settings.sent))
         yield "Hello "
         self.go_on.wait(5)
         yield "**you**"
@@ -208,8 +208,8 @@ def test_a_hosted_model_streams_is_sent_what_was_set_and_can_be_stopped(store: S
             tab.ask("POST", f"/conversations/{name}/stop", {})
         hosted.go_on.set()
         answer = tab.settled(name)["turns"][-1]["message"]
-    assert hosted.asked[0][1] == {"top_p": 0.5, "max_tokens": 1024}
-    assert hosted.asked[0][0][0] == {"role": "system", "content": "S"}
+    assert hosted.requests[0][1] == {"top_p": 0.5, "max_tokens": 1024}
+    assert hosted.requests[0][0][0] == {"role": "system", "content": "S"}
     if stopped:
         assert answer["content"] == "Hello " and answer["finish"] == "stopped"
     else:

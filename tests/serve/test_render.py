@@ -10,7 +10,7 @@ from tercet.serve.web.render import BlockStream, render, sanitize
 
 
 class Seen(HTMLParser):
-    """What a browser would find: elements with attributes, and text."""
+    """The elements, attributes and text that a browser would see."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ def seen(markdown: str) -> Seen:
     return Seen("".join(render(markdown)))
 
 
-# What Markdown becomes
+# Markdown
 
 
 def test_each_top_level_block_is_an_element_of_its_own() -> None:
@@ -91,7 +91,7 @@ def test_links_open_elsewhere_and_tell_nothing() -> None:
     assert attributes["rel"] == "noopener noreferrer nofollow"
 
 
-# What must be inert
+# Inert content
 
 ATTACKS = [
     "<script>alert(1)</script>",

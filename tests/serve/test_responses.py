@@ -1,4 +1,4 @@
-"""/v1/responses, asked by the openai client: its own accumulator replays the streams."""
+"""/v1/responses through the openai client, whose own accumulator joins the streams."""
 
 from __future__ import annotations
 

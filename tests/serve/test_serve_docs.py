@@ -1,4 +1,4 @@
-"""docs/serve.md names every field, route, code and metric that there is, and no other."""
+"""docs/serve.md names every existing field, route, code and metric, and no other."""
 
 from __future__ import annotations
 

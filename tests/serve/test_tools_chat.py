@@ -1,4 +1,4 @@
-"""Tools in chat completions, by the openai client, for models of every format of calls."""
+"""Tools in chat completions, through the openai client, for every format of calls."""
 
 from __future__ import annotations
 

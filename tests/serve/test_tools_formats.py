@@ -1,4 +1,4 @@
-"""How templates write calls, and grammars of them: random outputs that llguidance allows, read back."""
+"""Formats of calls in templates, and their grammars: random outputs allowed by llguidance are parsed back."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_template_for_tools_is_preferred() -> None:
 
 
 class Writer:
-    """Writes random outputs that a grammar allows, and reads them."""
+    """Writes random outputs that a grammar allows, and parses them."""
 
     def __init__(self, style: str, special: bool, seed: int = 0) -> None:
         self.tokenizer = templates.tokenizer_with(templates.ALL[style], SPECIAL[style] if special else ())
@@ -109,7 +109,7 @@ class Writer:
                 allowed = [int(token) for token in mask.nonzero()[0] if token != self.eos]
                 if mask[self.eos] and self.random.random() < 0.3:
                     break
-                # Calls and the ends of values would hardly ever come by chance.
+                # Random choice would hardly ever produce calls or ends of values.
                 likely = [t for t in allowed if t in self.markers or self.tokenizer.token_text(t) in '"{},]']
                 few = likely if likely and self.random.random() < 0.3 else allowed
                 new = [self.random.choice(few)]
@@ -212,7 +212,7 @@ def test_text_that_begins_like_a_trigger_is_text() -> None:
 
 
 def test_text_that_breaks_off_is_read_all_the_same() -> None:
-    # An output of an engine is cut at any token.
+    # An engine may cut an output at any token.
     writer: Any = Writer("named", special=True)
     grammar = writer.form.grammar(FUNCTIONS, writer.tokenizer, required=True, several=True)
     tokens = writer.tokens(grammar)

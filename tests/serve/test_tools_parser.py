@@ -1,4 +1,4 @@
-"""Answers read as content and calls: whole, in pieces, and when they are no calls after all."""
+"""Answers parsed into content and calls: whole, in pieces, and with text that only begins like a call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plain(answer: Answer) -> tuple[str | None, list[tuple[str, str]]]:
     return answer.content, [(call.name, call.arguments) for call in answer.calls]
 
 
-# What each format's answers mean: their texts, content, and calls.
+# Answers of each format: text, content and calls.
 GOOD = [
     ("hermes", "Hello.", "Hello.", []),
     ("hermes", "", "", []),
@@ -88,7 +88,7 @@ GOOD = [
     ("several bare", '{"name": "f", "parameters": {}}; {"name": "f", "parameters": {"a": 2}}', None,
      [("f", "{}"), ("f", '{"a": 2}')]),
 ]  # fmt: skip
-# No calls, to their last character.
+# Texts without calls; every character is content.
 BAD = [
     ("hermes", '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'),
     ("hermes", "<tool_call>\nf(a=1)\n</tool_call>"),
@@ -243,7 +243,7 @@ def test_markers_that_are_special_tokens_are_found_by_their_tokens(
     parser = ToolParser(FORMS[form], NAMES, tokenizer)
     pieces: list[Piece] = []
     waiting: list[int] = []
-    for token in tokens:  # as an engine does: tokens without text wait for the next piece
+    for token in tokens:  # like an engine: tokens without text are sent with the next piece
         waiting.append(token)
         if piece := stream.push(bytes_of(token)):
             pieces += parser.push(Delta(0, piece, waiting, None))

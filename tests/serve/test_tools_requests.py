@@ -1,4 +1,4 @@
-"""What a request says of tools, what the model is shown, and what is refused."""
+"""Tools in requests: reading them, the prompt that the model gets, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates of our own that write tool calls as well-known models do, and a tokenizer for them."""
+"""Chat templates that write tool calls in the formats of well-known models, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERMES = (
     '\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|end|>{% endfor %}" + _ASKED
 )
-# Wants the arguments as the string of JSON that they come as.
+# Requires the arguments as a string of JSON, as requests send them.
 HERMES_STRINGS = HERMES.replace("c.function.arguments | tojson", "c.function.arguments + ''")
 MISTRAL = (
     _TOOLS + "{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}"
@@ -47,7 +47,7 @@ ALL = {"hermes": HERMES, "mistral": MISTRAL, "named": NAMED, "identified": IDENT
 
 @cache
 def tokenizer_with(template: str | None, special: tuple[str, ...] = ()) -> Tokenizer:
-    """A token a byte, and one for each marker; those of ``special`` add nothing to a text."""
+    """Return a tokenizer with one token per byte and per marker; tokens in ``special`` decode to nothing."""
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
