@@ -33,10 +33,10 @@ def open_run(out: Path, command: str, key: str, config: dict[str, Any]) -> Itera
         if marker.is_file():
             if read_json(marker) != {"command": command, "key": key}:
                 raise UserError(
-                    f"{out} holds a run with other data or settings; choose another `out` or delete it"
+                    f"{out} contains a run with other data or settings; choose another `out` or delete it"
                 )
         elif any(path.name != ".lock" and path.suffix != ".tmp" for path in out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no run of tercet; choose another `out`")
+            raise UserError(f"{out} is not empty and contains no Tercet run; choose another `out`")
         else:
             write_json(marker, {"command": command, "key": key})
         remove_leftovers(out)

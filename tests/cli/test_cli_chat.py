@@ -144,7 +144,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_exits(server: FakeServer, tmp_path: P
     terminal.interrupt()
     terminal.wait_for("(Ctrl-D or /exit ends the chat)")
     terminal.type("/undo\n")
-    terminal.wait_for("took back: count")
+    terminal.wait_for("removed: count")
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.ends() == 0
@@ -173,7 +173,7 @@ def test_without_a_reference_the_newest_model_under_runs_is_taken(
     assert main(["prompt", "runs/new", "Once upon a time", "--max-tokens", "5", "--seed", "1"]) == 0
     assert capsys.readouterr().out == continued
     assert main(["prompt", "runs/new", "hi", "--system", "S"]) == 2
-    assert "so --system has no place" in capsys.readouterr().err
+    assert "so it cannot use --system" in capsys.readouterr().err
     assert main(["chat", "runs/new", "--system", "S"]) == 2
 
 

@@ -52,13 +52,13 @@ def test_minimal_pairs_for_people(model: str, pairs: str, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shots", "2"], "--shots does nothing for minimal pairs; leave it out"),
-        (["--split", "dev"], "--split does nothing for minimal pairs"),
-        (["--as-is"], "--tuned does nothing for minimal pairs"),
-        (["--seed", "0"], "--seed does nothing for minimal pairs"),
-        (["--limit", "3"], "--limit does nothing for a task file"),
-        (["--chat-template"], "--chat-template does nothing for a task file"),
-        (["--include-path", "."], "--include-path does nothing for a task file"),
+        (["--shots", "2"], "--shots has no effect on minimal pairs; leave it out"),
+        (["--split", "dev"], "--split has no effect on minimal pairs"),
+        (["--as-is"], "--tuned has no effect on minimal pairs"),
+        (["--seed", "0"], "--seed has no effect on minimal pairs"),
+        (["--limit", "3"], "--limit has no effect on a task file"),
+        (["--chat-template"], "--chat-template has no effect on a task file"),
+        (["--include-path", "."], "--include-path has no effect on a task file"),
         (["--quantize", "int3"], "--quantize is 'int3'"),
     ],
 )

@@ -156,7 +156,7 @@ def test_mistakes_are_a_line_each(capsys: pytest.CaptureFixture[str], tiny: Path
     assert "8 or more" in error_line(capsys, model, "--api-key", "short", *free)
     assert "contains no key" in error_line(capsys, model, "--api-key-file", str(empty), *free)
     assert "nothing.txt" in error_line(capsys, model, "--api-key-file", "nothing.txt", *free)
-    assert "--no-page removes the page" in error_line(capsys, model, "--no-page", "--data", "x", *free)
+    assert "--no-page turns the page off" in error_line(capsys, model, "--no-page", "--data", "x", *free)
     assert "is not an adapter directory" in error_line(capsys, model, "--adapter", f"x={model}", *free)
     assert "--quantize is 'int3'" in error_line(capsys, model, "--quantize", "int3", *free)
     assert "--max-batch is for local models" in error_line(

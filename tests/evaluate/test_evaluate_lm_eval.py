@@ -235,7 +235,7 @@ def test_the_command(directory: Path, tasks: Path, capfd: pytest.CaptureFixture[
         (["--lm-eval", "own_choise"], "lm-eval has no task 'own_choise'; did you mean own_choice"),
         (["--lm-eval", ","], "--lm-eval names no task"),
         (["--lm-eval", "own_choice", "--limit", "0"], "--limit is 0; it must be 1 or more"),
-        (["--lm-eval", "own_choice", "--seed", "3"], "--seed does nothing for --lm-eval; leave it out"),
+        (["--lm-eval", "own_choice", "--seed", "3"], "--seed has no effect on --lm-eval; leave it out"),
         (["task.yaml", "--lm-eval", "own_choice"], "give TASK (task.yaml) or --lm-eval, not both"),
     ],
 )

@@ -188,7 +188,9 @@ def test_every_row_is_accounted_for(tokenizer: Tokenizer) -> None:
     # The long prompt's completion is cut off entirely; of the text the first 32 tokens are left.
     assert cut.dropped["nothing left to train on"] == 1
     assert (cut.truncated_rows, cut.stops_cut) == (2, 2)
-    assert any("truncated 2 examples" in line and "2 lost their stop token" in line for line in cut.account())
+    assert any(
+        "truncated 2 examples" in line and "2 of them lost their stop token" in line for line in cut.account()
+    )
     with pytest.raises(UserError, match=r"row 6 has \d+ tokens, more than the 32 allowed"):
         prepare(rows, tokenizer, 32, "error")
 
@@ -200,7 +202,7 @@ def test_every_row_is_accounted_for(tokenizer: Tokenizer) -> None:
         ({"prompt": "x", "completion": 3}, "row 1: prompt and completion must both be strings"),
         ({"messages": "hello"}, "row 1: messages must be a list of objects with role and content"),
         ({"text": 5}, "row 1: text is a int, not a string"),
-        ({"text": " "}, r"no training example is left of 1 rows \(1 empty text\)"),
+        ({"text": " "}, r"none of the 1 rows became a training example \(1 empty text\)"),
     ],
 )
 def test_bad_rows_get_one_line(tokenizer: Tokenizer, row: dict[str, Any], line: str) -> None:

@@ -120,7 +120,7 @@ def test_the_report_compares_tokenizers(built: Path, corpus: Path, tmp_path: Pat
     assert set(made.compression) == {"this model", str(other)}
     assert made.compression["this model"]["bytes_per_token"] > 1
     assert (
-        f"{other}: {made.compression[str(other)]['bytes_per_token']:.2f} bytes a token"
+        f"{other}: {made.compression[str(other)]['bytes_per_token']:.2f} bytes per token"
         in (tmp_path / "run" / "report.html").read_text()
     )
     with pytest.raises(UserError, match="`digits` is 'two'; choose one, three, all"):

@@ -24,7 +24,7 @@ def test_a_budget_in_minutes_is_at_most_four_epochs_of_a_small_text(
     text.write_text("a" * 60_000)
     large = make_plan(PretrainSettings(text, minutes=30, device="cpu"))  # 3,000 tokens a second, so 5 million
     assert 0.9 < large.tokens / (4 * 60_000 / 3.3) <= 1
-    assert "the text is about 18,182 tokens: the run ends after 4 epochs" in capsys.readouterr().err
+    assert "the text has about 18,182 tokens: training stops after 4 epochs" in capsys.readouterr().err
     # The network fits the number of tokens, not the time.
     assert large.width == shape_for(tokens=4 * 18_182, context=large.context).config.hidden_size
     assert make_plan(PretrainSettings(text, minutes=0.4, device="cpu")).tokens < large.tokens
@@ -51,7 +51,7 @@ def test_a_budget_in_minutes_is_at_most_four_epochs_of_a_small_text(
     assert files.seconds - builtin.seconds > 5
     capsys.readouterr()
     limited = make_plan(PretrainSettings(text, minutes=30, read_bytes=30_000, device="cpu"))
-    assert "the part of the text that is read is about 9,091 tokens" in capsys.readouterr().err
+    assert "the part of the text that is read has about 9,091 tokens" in capsys.readouterr().err
     assert limited.tokens < large.tokens
 
 
@@ -65,7 +65,7 @@ def test_a_plan_is_adapted_to_the_text_once_it_is_read(capsys: pytest.CaptureFix
     short = fit_to_text(plan, requested, plan.tokens // 10)
     assert short.tokens == pytest.approx(0.4 * plan.tokens, rel=0.01)
     assert short.rates["weight_decay"] > 0
-    assert "the run ends after 4 epochs" in capsys.readouterr().err
+    assert "training stops after 4 epochs" in capsys.readouterr().err
     by_tokens = PretrainSettings("builtin:python-docs", tokens=plan.tokens, device="cpu")
     assert (
         fit_to_text(make_plan(by_tokens), by_tokens, plan.tokens // 10).tokens == make_plan(by_tokens).tokens

@@ -63,7 +63,7 @@ def test_system_is_shown_set_and_replaced(session: ChatSession) -> None:
 def test_undo_takes_back_the_last_exchange(session: ChatSession) -> None:
     said(session.say("one"))
     said(session.say("two"))
-    assert session.run("/undo").note == "took back: two"
+    assert session.run("/undo").note == "removed: two"
     assert session.messages == [user("one"), assistant("one")]
     session.run("/undo")
     with pytest.raises(UserError, match="nothing to undo"):
@@ -146,7 +146,7 @@ def test_save_as_markdown(session: ChatSession) -> None:
 def test_another_file_is_never_overwritten(session: ChatSession) -> None:
     Path("thesis.md").write_text("years of work")
     said(session.say("hi"))
-    with pytest.raises(UserError, match="exists and is not from this chat"):
+    with pytest.raises(UserError, match="exists and was not written by this chat"):
         session.run("/save thesis.md")
     assert Path("thesis.md").read_text() == "years of work"
 

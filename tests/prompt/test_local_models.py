@@ -180,9 +180,9 @@ def test_a_chat_with_a_base_model_continues_each_message_alone(base: LLM) -> Non
     assert "".join(session.say("Once")) == base.generate("Once", temperature=0, max_tokens=8).text
     assert "".join(session.say("upon")) == base.generate("upon", temperature=0, max_tokens=8).text
     assert [message["content"] for message in session.messages][::2] == ["Once", "upon"]
-    with pytest.raises(UserError, match="no place for a system message"):
+    with pytest.raises(UserError, match="cannot take a system message"):
         session.run("/system S")
-    with pytest.raises(UserError, match="no place for a system message"):
+    with pytest.raises(UserError, match="cannot take a system message"):
         ChatSession(base, "S")
 
 

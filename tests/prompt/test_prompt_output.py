@@ -306,7 +306,7 @@ def test_a_hosted_batch_keeps_what_came(server: FakeServer) -> None:
 @pytest.mark.parametrize("form", [{"regex": "a"}, {"choices": ["a"]}, {"grammar": 'start: "a"'}])
 def test_hosted_models_take_a_schema_only(server: FakeServer, hosted: LLM, form: dict[str, Any]) -> None:
     for call in (hosted.generate, lambda text, **form: list(hosted.stream(text, **form))):
-        with pytest.raises(UserError, match=f"takes `schema` only, not `{next(iter(form))}`") as problem:
+        with pytest.raises(UserError, match=f"supports only `schema`, not `{next(iter(form))}`") as problem:
             call("hi", **form)
         one_line(problem)
     assert server.seen == []
@@ -314,5 +314,5 @@ def test_hosted_models_take_a_schema_only(server: FakeServer, hosted: LLM, form:
 
 def test_a_server_that_ignores_schemas_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
-    with pytest.raises(UserError, match="its OpenAI protocol ignores schemas; leave out `schema`"):
+    with pytest.raises(UserError, match="its OpenAI-compatible endpoint ignores schemas; leave out `schema`"):
         LLM("anthropic:x", retries=0).chat(HELLO, schema=Pet)

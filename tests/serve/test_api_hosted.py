@@ -81,8 +81,8 @@ def test_a_stream_is_passed_on_chunk_by_chunk(running: Running, upstream: FakeSe
         (404, {"message": "no such model"}, 404, "no such model"),
         (422, {"message": "strange"}, 400, "strange"),
         (429, {"message": "slow down"}, 429, "slow down"),
-        (401, {"message": "wrong key our-own-key-for-them"}, 502, "does not accept this server's key"),
-        (403, {"message": "no"}, 502, "does not accept this server's key"),
+        (401, {"message": "wrong key our-own-key-for-them"}, 502, "rejects the key of this server"),
+        (403, {"message": "no"}, 502, "rejects the key of this server"),
         (500, {"message": "boom"}, 502, "boom"),
     ],
 )

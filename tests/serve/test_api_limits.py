@@ -111,7 +111,7 @@ def _read(url: str, body: bytes) -> None:
 def test_more_answers_than_can_ever_wait_are_400() -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN), max_waiting=3)
     with serve_models(Models([model])) as running:
-        with pytest.raises(openai.BadRequestError, match="3 at most"):
+        with pytest.raises(openai.BadRequestError, match="at most 3"):
             running.client().chat.completions.create(**BODY, n=4)
         with pytest.raises(openai.BadRequestError, match="3 at once"):
             running.client().completions.create(model="slow", prompt=["a", "b"], n=2)

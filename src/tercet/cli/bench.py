@@ -1,4 +1,4 @@
-"""``tercet bench REF``: the speed and memory of a model, beside the limit of the machine."""
+"""``tercet bench REF``: the speed and memory of a model, compared with the limit of the machine."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ def bench(
         ),
     ],
     quantize: Annotated[
-        str | None, typer.Option(metavar="Q", help="int8, int4, bf16 or none; default: as tercet prompt.")
+        str | None,
+        typer.Option(metavar="Q", help="Weights: int8, int4, bf16 or none; default: as for tercet prompt."),
     ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Length of the prompt, of random tokens; default: 512, or what fits the context.",
+            help="Length of the prompt of random tokens; default: 512, or less for a shorter context.",
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = 128,
-    batch: Annotated[int, typer.Option(metavar="N", help="Sequences in a batch.")] = 1,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Number of tokens to generate.")] = 128,
+    batch: Annotated[int, typer.Option(metavar="N", help="Number of sequences in the batch.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads; default: one for each core.")
+        int | None, typer.Option(metavar="N", help="Number of threads; default: one for each core.")
     ] = None,
     repeat: Annotated[
-        int, typer.Option(metavar="N", help="Repetitions, after a warm-up that is not counted.")
+        int, typer.Option(metavar="N", help="Number of repetitions, after a warm-up that is not counted.")
     ] = 3,
     json: Json = False,
 ) -> None:
@@ -95,7 +96,7 @@ def _show(report: Report) -> None:
 
 
 def limit(report: Report) -> str:
-    """Return one line on what bounds decoding, and how near the measurement is to it."""
+    """Return a sentence on the limit of the decoding speed, and on the share of it that was reached."""
     bandwidth = report.bandwidth_bytes_per_second
     if bandwidth is None:
         return "Memory bandwidth is measured only for models on the CPU."

@@ -29,7 +29,9 @@ def chat(
     context: typer.Context,
     ref: Annotated[
         str | None,
-        typer.Argument(metavar="REF", help=options.REFERENCE_HELP + " Default: the newest under ./runs."),
+        typer.Argument(
+            metavar="REF", help=options.REFERENCE_HELP + " Default: the newest model under ./runs."
+        ),
     ] = None,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,

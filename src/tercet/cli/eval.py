@@ -22,11 +22,11 @@ def eval(
     task: Annotated[
         str | None,
         typer.Argument(
-            metavar="TASK", help="Task file (YAML; also of minimal pairs) or builtin:docs-routing."
+            metavar="TASK", help="Task file (YAML), also of minimal pairs, or builtin:docs-routing."
         ),
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(metavar="N", help="Solved examples in the prompt; default 0.")
+        int | None, typer.Option(metavar="N", help="Number of solved examples in the prompt; default 0.")
     ] = None,
     split: Annotated[str | None, typer.Option(metavar="S", help="test (the default) or dev.")] = None,
     tuned: Annotated[
@@ -41,10 +41,15 @@ def eval(
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", metavar="TASK,..", help="Tasks of lm-evaluation-harness instead of TASK."),
+        typer.Option(
+            "--lm-eval",
+            metavar="TASK,..",
+            help="Comma-separated tasks of lm-evaluation-harness, instead of TASK.",
+        ),
     ] = None,
     include_path: Annotated[
-        str | None, typer.Option("--include-path", metavar="DIR", help="Your own tasks for --lm-eval.")
+        str | None,
+        typer.Option("--include-path", metavar="DIR", help="Directory of your own tasks for --lm-eval."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="Largest number of documents of each --lm-eval task.")
@@ -108,7 +113,7 @@ def _refuse(options: dict[str, Any], kind: str, but: tuple[str, ...] = ()) -> No
 
     for name, value in options.items():
         if value is not None and name not in but:
-            raise UserError(f"{name} does nothing for {kind}; leave it out")
+            raise UserError(f"{name} has no effect on {kind}; leave it out")
 
 
 def _print(value: dict[str, Any], lines: list[str], json: bool) -> None:

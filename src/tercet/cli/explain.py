@@ -1,4 +1,4 @@
-"""``tercet explain REF TEXT``: how probable a model finds each token, and what may come next."""
+"""``tercet explain REF TEXT``: the probability of each token, and of the tokens that may come next."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ STYLES = ((1.0, "green"), (3.0, "cyan"), (6.0, "yellow"), (10.0, "magenta"), (fl
 def explain(
     ref: Annotated[str, typer.Argument(metavar="REF", help=options.REFERENCE_HELP)],
     text: Annotated[
-        str, typer.Argument(metavar="TEXT", help="What the model reads; - reads standard input.")
+        str, typer.Argument(metavar="TEXT", help="Text for the model to read; - reads standard input.")
     ],
     max_tokens: Annotated[
         int,
-        typer.Option("--max-tokens", metavar="N", help="Tokens to generate, each with its alternatives."),
+        typer.Option(
+            "--max-tokens", metavar="N", help="Number of tokens to generate, each with its alternatives."
+        ),
     ] = 5,
-    top: Annotated[int, typer.Option("--top", metavar="N", help="Alternatives to show for each token.")] = 5,
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", help="Number of alternatives to show for each token.")
+    ] = 5,
     system: options.System = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not apply the model's chat template to TEXT.")
@@ -43,7 +47,7 @@ def explain(
     quantize: options.Quantize = None,
     json: Json = False,
 ) -> None:
-    """Show how probable a model finds each token, and what comes next.
+    """Show the probability of each token, and of the tokens that may come next.
 
     Surprise is -log2 of a token's probability, in bits: 0 for probability 1, and 1 for probability 1/2.
     """
@@ -55,7 +59,7 @@ def explain(
     prompt = check_text(standard_input() if text == "-" else text, "the text")
     llm = options.load_llm(ref, quantize)
     if raw and not llm.is_local:
-        raise UserError(f"{llm.name} is hosted and takes conversations only; leave `raw` out")
+        raise UserError(f"{llm.name} is a hosted model and accepts only conversations; leave `raw` out")
     message: Prompt = prompt
     if llm.has_chat_template and not raw:
         message = conversation(prompt, None if system is None else check_text(system, "`system`"))

@@ -28,7 +28,7 @@ def export(
         typer.Option(
             metavar="T",
             help="Type of the weights. gguf: f16 (the default), q8_0, f32 or bf16. hf: f32, bf16 or f16; default: "
-            "the stored type, or f32 where an adapter is merged.",
+            "the stored type, or f32 if an adapter is merged.",
         ),
     ] = None,
     json: Json = False,

@@ -1,4 +1,4 @@
-"""What ``tercet tune --show-mask`` prints: the text as the model sees it, trained-on parts marked."""
+"""The output of ``tercet tune --show-mask``: the text that the model reads, with the trained-on parts marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN = 3  # examples
 
 
 def print_masks(settings: TuneSettings) -> None:
-    """Print the first examples, with what the loss covers in green in a terminal, and in ⟦ ⟧ elsewhere."""
+    """Print the first examples. The parts that the loss covers are green in a terminal, and in ⟦ ⟧ elsewhere."""
     from tercet.data.examples import prepare, show_mask
     from tercet.finetune.inputs import checkpoint_directory, load_tokenizer, read_examples, token_limit
 

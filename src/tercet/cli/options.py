@@ -35,7 +35,9 @@ MinP = Annotated[
         "--min-p", metavar="P", help="Drop tokens less probable than P times the most likely token."
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Random seed; the same seed gives the same answer.")
+]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="S", help="Stop before the text S; may be repeated.")
 ]
@@ -52,7 +54,10 @@ Speculation = Annotated[
     ),
 ]
 PriceOption = Annotated[
-    str | None, typer.Option("--price", metavar="IN,OUT", help="USD per million tokens read and written.")
+    str | None,
+    typer.Option(
+        "--price", metavar="IN,OUT", help="USD per million input tokens, and per million output tokens."
+    ),
 ]
 
 

@@ -39,7 +39,7 @@ def plan(
     from tercet.pretrain.estimate import estimate_with
 
     if level != "build":
-        raise UserError(f"tercet plan knows build, not {level!r}")
+        raise UserError(f"tercet plan can plan a build, not {level!r}; write tercet plan build")
     estimate = estimate_with(settings)
     if json:
         sys.stdout.write(dump_json(asdict(estimate)))
@@ -58,7 +58,7 @@ def _show(estimate: Estimate) -> None:
         table.add_row(rule["name"], f"{rule['value']}\n[dim]{rule['why']}[/dim]")
     size = f"{estimate.corpus_bytes / 1e6:,.1f} MB"
     whole = f"{size}, about {estimate.passes:.2f} epochs"
-    table.add_row("corpus", whole if estimate.corpus_complete else f"more than {size}, which is enough")
+    table.add_row("corpus", whole if estimate.corpus_complete else f"at least {size}, enough for this run")
     table.add_row(
         "here", f"{duration(estimate.seconds)} of training at {estimate.tokens_per_second:,.0f} tokens/s"
     )

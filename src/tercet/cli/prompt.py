@@ -52,7 +52,7 @@ def prompt(
     ] = None,
     choices: Annotated[
         str | None,
-        typer.Option(metavar="A,B,...", help="Texts, with commas between them; the answer is one of them."),
+        typer.Option(metavar="A,B,...", help="Comma-separated texts; the answer is one of them."),
     ] = None,
     grammar: Annotated[
         Path | None,
@@ -85,7 +85,7 @@ def prompt(
         message: Prompt = conversation(filled, None if system is None else check_text(system, "`system`"))
     elif system is not None:
         raise UserError(
-            f"{llm.name} has no chat template, so `system` has no place; put the message into TEXT"
+            f"{llm.name} has no chat template, so it cannot use `system`; put the message into TEXT"
         )
     else:
         message = filled
@@ -119,9 +119,7 @@ def _form(
     if choices is not None:
         texts = [choice.strip() for choice in choices.split(",")]
         if not all(texts):
-            raise UserError(
-                f"--choices is {choices!r}; write texts with commas between them, none of them empty"
-            )
+            raise UserError(f"--choices is {choices!r}; write comma-separated texts, none of them empty")
         return {"choices": texts}
     return {} if regex is None else {"regex": regex}
 

@@ -19,7 +19,10 @@ EXAMPLE = "tercet tune runs/mine --data train.jsonl --out runs/tuned"
 def tune(
     settings: TuneSettings,
     show_mask: Annotated[
-        bool, typer.Option("--show-mask", help="Show what the loss covers in the first examples, and exit.")
+        bool,
+        typer.Option(
+            "--show-mask", help="Show which tokens of the first examples the loss covers, and exit."
+        ),
     ] = False,
     json: Json = False,
 ) -> None:

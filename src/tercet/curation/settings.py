@@ -52,7 +52,7 @@ class CurateSettings:
         metavar="NAME=N",
         type=list[str],
         parse=parse_rules,
-        help="Change a number of a rule; may be repeated.",
+        help="Change the limit of a rule; may be repeated.",
     )
     languages: Sequence[str] | None = setting(
         default=None,
@@ -73,7 +73,7 @@ class CurateSettings:
         default=(),
         metavar="TASK",
         type=list[str],
-        help="Remove the test texts of a task, or of a file (text, prompt or question); may be repeated.",
+        help="Remove the test texts of a task, or of a file (text, prompt, question, input or sentence); may be repeated.",
     )
     weights: Mapping[str, Weight | float] | None = setting(
         default=None,

@@ -49,7 +49,7 @@ class Prepared:
         if self.truncated_rows:
             lines.append(
                 f"truncated {self.truncated_rows:,} examples by {self.truncated_tokens:,} tokens; "
-                f"{self.stops_cut:,} lost their stop token"
+                f"{self.stops_cut:,} of them lost their stop token"
             )
         return lines
 
@@ -109,7 +109,7 @@ def prepare(
             "; ".join(f"{count} {reason}" for reason, count in prepared.dropped.items())
             or "the file is empty"
         )
-        raise UserError(f"no training example is left of {prepared.rows} rows ({reasons})")
+        raise UserError(f"none of the {prepared.rows} rows became a training example ({reasons})")
     return prepared
 
 
@@ -163,7 +163,7 @@ def _conversation(
 def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:
     """Append the stop token to ``text``; everything from ``start`` on is supervised."""
     if tokenizer.eos_id is None:
-        raise UserError("the tokenizer has no end-of-text token, so a completion could never end")
+        raise UserError("the tokenizer has no end-of-text token to end a completion with")
     stop = tokenizer.token_text(tokenizer.eos_id)
     return Rendered(text + stop, (Span(start, len(text) + len(stop), stop),), special=True)
 

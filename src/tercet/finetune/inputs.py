@@ -64,7 +64,7 @@ def checkpoint_directory(reference: str | Path) -> Path:
         raise UserError(f"{reference} is an adapter; tune its base, or merge it first (tercet export)")
     if model.kind == "transformers":
         raise UserError(
-            f"{reference} runs through transformers; only models of Tercet's own network can be tuned"
+            f"{reference} runs through transformers; only models that run on Tercet's own network can be tuned"
         )
     if not model.is_local:
         raise UserError(f"{reference} is a hosted model: its weights are not available for tuning")

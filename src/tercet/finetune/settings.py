@@ -32,24 +32,31 @@ class TuneSettings:
         metavar="PATH",
         type=Path,
         kw_only=False,
-        help="Rows with messages, or with prompt and completion, or with text.",
+        help="File of examples: rows with messages, with prompt and completion, or with text.",
     )
     out: str | Path = setting(
         metavar="DIR", type=Path, kw_only=False, help="Run directory; the result is written to DIR/model."
     )
     dev: str | Path | Rows | None = setting(
-        default=None, metavar="PATH", type=Path, help="Held-out rows; default: a twentieth of the data."
+        default=None,
+        metavar="PATH",
+        type=Path,
+        help="File of held-out rows; default: a twentieth of the data.",
     )
     method: Method = setting(
         default="lora", metavar="lora|full", help="Train a low-rank adapter, or all weights."
     )
     epochs: float = setting(default=3.0, metavar="N", help="Number of epochs.")
     minutes: float | None = setting(
-        default=None, metavar="N", help="Time limit; the run takes fewer steps where the epochs take longer."
+        default=None,
+        metavar="N",
+        help="Time limit; if the epochs would take longer, the run takes fewer steps.",
     )
     batch_size: int = setting(default=16, metavar="N", help="Examples in an optimizer step.")
     learning_rate: float | None = setting(
-        default=None, metavar="R", help="Peak learning rate; default by size and method."
+        default=None,
+        metavar="R",
+        help="Peak learning rate; default: derived from the model's size and the method.",
     )
     weight_decay: float = setting(default=0.0, metavar="W", help="Weight decay of AdamW.")
     rank: int | None = setting(default=None, metavar="N", help="Rank of the adapter; default 16.")
@@ -67,7 +74,7 @@ class TuneSettings:
         help="Longest example in tokens; default: the context of the model, at most 2048.",
     )
     over_length: OverLength = setting(
-        default="drop", metavar="drop|truncate|error", help="What happens to longer examples."
+        default="drop", metavar="drop|truncate|error", help="What to do with longer examples."
     )
     chat_template: str | Path | None = setting(
         default=None, metavar="FILE", type=Path, help="Jinja template for rows with messages."

@@ -55,12 +55,12 @@ def conclude(task: Task, results: list[RungResult], *, model_given: bool, seed: 
 def _shortened_training(base: dict[str, Any] | None, results: list[RungResult]) -> list[str]:
     """Return a note if training ended early to keep the time budget."""
     names = ["base"] if base and base["shortened"] else []
-    names += [result.name for result in results if result.details.get("cut short by the clock")]
+    names += [result.name for result in results if result.details.get("shortened by the time limit")]
     if not names:
         return []
     return [
         f"Training ended early to keep the time budget, because the machine became slower ({', '.join(names)}). "
-        "Another run may give other numbers."
+        "Another run may give different numbers."
     ]
 
 
@@ -83,11 +83,11 @@ def _next_steps(
         example = task.render(task.dev[0].fields) if task.dev else ""
         if 0 < len(example) < 200 and "\n" not in example and not task.system:
             prompt = f"tercet prompt {run} {shlex.quote(example)} --temperature 0"
-            steps.append(Step(f"Give the tuned model ({best}) an input", prompt))
+            steps.append(Step(f"Prompt the tuned model ({best})", prompt))
         else:
             evaluation = f"tercet eval {run} {reference}"
             steps.append(Step(f"Measure the tuned model ({best}) again", evaluation))
-    own_task = "Measure your own task (CONTRIBUTING.md and examples/ describe the task file)"
+    own_task = "Measure your own task (docs/climb.md and examples/README.md describe the task file)"
     steps.append(Step(own_task, "tercet climb TASK.yaml"))
     if not model_given:
         with_model = f"tercet climb {reference} --model REF"

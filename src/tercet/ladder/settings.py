@@ -46,10 +46,10 @@ class ClimbSettings:
         metavar="A,B,C",
         type=str,
         parse=parse_rungs,
-        help=f"Rungs to climb, with commas between them: {', '.join(LADDER)}; default: all.",
+        help=f"Comma-separated rungs to measure: {', '.join(LADDER)}; default: all.",
     )
     minutes: float = setting(default=10.0, metavar="N", help="Time budget for the whole climb.")
-    seed: int = setting(default=0, metavar="N", help="Same seed, same numbers.")
+    seed: int = setting(default=0, metavar="N", help="Random seed of training, shots and statistics.")
     out: str | Path | None = setting(
         default=None, metavar="DIR", type=Path, help="Run directory; default runs/TASK."
     )

@@ -32,7 +32,15 @@ def table(report: Report) -> Table:
     )
     # The columns fit into the 80 characters of a plain terminal.
     result.add_column("rung", overflow="fold", min_width=12)
-    for name in ("score", "95%\ninterval", "vs best\ncheaper", "p", "answer\nin", "set up\nin", "on disk"):
+    for name in (
+        "score",
+        "95%\ninterval",
+        "vs best\ncheaper",
+        "p",
+        "time per\nanswer",
+        "setup\ntime",
+        "size on\ndisk",
+    ):
         result.add_column(name, justify="right", no_wrap=True)
     if has_cost:
         result.add_column("$ for\n1,000", justify="right", no_wrap=True)

@@ -262,8 +262,8 @@ def _fill(
     characters = sum(spool.lengths)
     if characters < MIN_CHARACTERS:
         raise UserError(
-            f"the corpus has {characters:,} characters; building a model needs at least {MIN_CHARACTERS:,} "
-            f"(a million gives the first readable sentences)"
+            f"the corpus has {characters:,} characters; a build needs at least {MIN_CHARACTERS:,} "
+            f"(readable sentences need about a million)"
         )
     return read < limit
 

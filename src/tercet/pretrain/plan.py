@@ -233,7 +233,7 @@ def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[R
             "shape",
             f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads, "
             f"vocabulary {config.vocab_size:,}: {weights / 1e6:.2f}M matrix weights",
-            f"{tokens / weights:.1f} tokens a weight; the target is {TOKENS_PER_PARAMETER}",
+            f"{tokens / weights:.1f} tokens per weight; the target is {TOKENS_PER_PARAMETER}",
         ),
         Rule(
             "step",
@@ -241,8 +241,8 @@ def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[R
             "small batches are better in short runs",
         ),
         Rule(
-            "first attention",
-            "two heads of each layer attend to the last two tokens, the others at random"
+            "initial attention",
+            "two heads of each layer attend to the last two tokens; the others are random"
             if config.num_heads > 1
             else "the head of each layer attends to the last token",
             "0.042 bits per byte lower after 1M tokens",
@@ -253,7 +253,7 @@ def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[R
             "updates of the same spectral norm at every width",
         )
         if rates.kind == "muon"
-        else Rule("matrices", f"AdamW, rate {rates.matrices:g}", "falls with the width"),
+        else Rule("matrices", f"AdamW, rate {rates.matrices:g}", "decreases with the width"),
     ]
     if rates.weight_decay:
         why = "the text is repeated for several epochs" if rates.kind == "muon" else "usual for AdamW"
@@ -263,7 +263,7 @@ def rules_of(config: ModelConfig, rows: int, steps: int, rates: Rates) -> list[R
             Rule(
                 "embedding and head; norms",
                 f"AdamW, rates {rates.embedding:g}; {rates.vectors:g}",
-                "fall with the root of the width",
+                "decrease with the square root of the width",
             )
         )
     return rules

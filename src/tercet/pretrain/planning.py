@@ -227,8 +227,8 @@ def _without_reading(
 def _too_little_text(settings: PretrainSettings, tokens: float) -> str:
     subject = "the text" if settings.read_bytes is None else "the part of the text that is read"
     return (
-        f"{subject} is about {tokens:,.0f} tokens: the run ends after {MAX_EPOCHS} epochs, before the time is "
-        "up; more text would use all of it"
+        f"{subject} has about {tokens:,.0f} tokens: training stops after {MAX_EPOCHS} epochs, before the time limit; "
+        "with more text it would use all of the time"
     )
 
 

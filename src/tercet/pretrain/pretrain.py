@@ -80,7 +80,7 @@ def pretrain(settings: BuildSettings, clean: Clean | None = None) -> Built:
             plan, corpus = ranks.first_then_all(lambda: _prepare(run, conversations, clean))
             if plan.rows < ranks.size:
                 raise UserError(
-                    f"a step of this run has {plan.rows} rows, fewer than the {ranks.size} processes; start fewer"
+                    f"a step of this run has {plan.rows} rows, fewer than the {ranks.size} processes; start fewer processes"
                 )
             if not ranks.first_then_all((out / BASE_RESULT).is_file):
                 directory = out / ("base" if settings.chat else "model")

@@ -33,21 +33,21 @@ def _run_facts(built: Built, plan: Plan) -> dict[str, str]:
         "trained on": f"{built.tokens:,} tokens of {corpus.tokens:,} "
         f"({built.tokens / max(1, corpus.tokens):.2f} epochs)",
         "corpus": f"{corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB, "
-        f"{corpus.bytes_per_token:.2f} bytes a token"
-        + ("" if corpus.complete else "; the rest was not read, because the budget needs no more text"),
+        f"{corpus.bytes_per_token:.2f} bytes per token"
+        + ("" if corpus.complete else "; the rest was not read, because this is enough for the budget"),
         "held out": f"{corpus.heldout_bytes / 1e3:.0f} kB of {corpus.heldout_documents:,} documents",
         "bits per byte (held out)": f"{built.bits_per_byte:.3f}" + _by_source(built.bits_per_byte_by_source),
         "time": f"{duration(built.seconds)} at {built.tokens_per_second:,.0f} tokens/s "
         f"({plan.speed['compute_dtype']}, {plan.speed['threads']} threads)",
         "steps": f"{built.steps:,} of {plan.rows * plan.context:,} tokens",
         "compression (held out)": ", ".join(
-            f"{name}: {measured['bytes_per_token']:.2f} bytes a token, vocabulary {measured['vocab_size']:,}"
+            f"{name}: {measured['bytes_per_token']:.2f} bytes per token, vocabulary {measured['vocab_size']:,}"
             for name, measured in built.compression.items()
         ),
     }
     if built.pair_accuracy is not None:
         facts["minimal pairs"] = (
-            f"{built.pair_accuracy['accuracy']:.1%} of {built.pair_accuracy['pairs']:,.0f} right, 50% is chance"
+            f"{built.pair_accuracy['accuracy']:.1%} of {built.pair_accuracy['pairs']:,.0f} correct; chance is 50%"
         )
     return facts
 
@@ -55,12 +55,12 @@ def _run_facts(built: Built, plan: Plan) -> dict[str, str]:
 def _plan_facts(built: Built, plan: Plan) -> dict[str, str]:
     predicted = plan.predicted
     comparisons = [
-        f"training {duration(predicted['seconds'])} (took {duration(built.seconds)})",
-        f"memory {predicted['memory_bytes'] / 1e6:,.0f} MB (took {built.peak_memory_bytes / 1e6:,.0f})",
+        f"training {duration(predicted['seconds'])} (measured {duration(built.seconds)})",
+        f"memory {predicted['memory_bytes'] / 1e6:,.0f} MB (measured {built.peak_memory_bytes / 1e6:,.0f})",
     ]
     if predicted["bits_per_byte"] is not None:
         comparisons.append(
-            f"{predicted['bits_per_byte']:.3f} bits per byte (reached {built.bits_per_byte:.3f})"
+            f"{predicted['bits_per_byte']:.3f} bits per byte (measured {built.bits_per_byte:.3f})"
         )
     rules = {rule.name: f"{rule.value} ({rule.why})" for rule in plan.rules}
     return {"predicted": ", ".join(comparisons), **rules}
@@ -72,7 +72,9 @@ def _exceptions(built: Built) -> dict[str, str]:
     if built.kept_step not in (None, built.steps):
         facts["weights"] = f"of step {built.kept_step:,}; the held-out loss rose after it"
     if built.skipped:
-        facts["skipped steps"] = f"{built.skipped:,}, because the gradient was not finite or a spike"
+        facts["skipped steps"] = (
+            f"{built.skipped:,}, because the gradient was not finite or suddenly very large"
+        )
     removed = built.corpus.decontamination
     if removed:
         facts["removed test text"] = (
@@ -83,7 +85,7 @@ def _exceptions(built: Built) -> dict[str, str]:
         chat = built.chat
         facts["chat"] = (
             f"{'; '.join(chat.account)}; {chat.steps:,} steps in {duration(chat.seconds)}, held-out loss "
-            f"{chat.loss:.3f} nats a token; the base model is in {chat.base}"
+            f"{chat.loss:.3f} nats per token; the base model is in {chat.base}"
         )
     return facts
 

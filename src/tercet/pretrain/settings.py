@@ -38,7 +38,7 @@ def parse_prices(pairs: Sequence[str]) -> dict[str, float]:
 
 @settings
 class PretrainSettings:
-    """What decides a pre-training run. One budget decides its length; `tercet.pretrain.plan` derives what is None.
+    """The settings of a pre-training run. One budget sets its length; `tercet.pretrain.plan` derives those that are None.
 
     Raises:
         UserError: a value out of its range, or settings that contradict each other.
@@ -56,23 +56,25 @@ class PretrainSettings:
         help="Time budget for the whole build; default 5. Size and schedule are derived from it.",
     )
     tokens: int | None = setting(
-        default=None, metavar="N", help="Budget in training tokens instead: the same run on any machine."
+        default=None,
+        metavar="N",
+        help="Budget in training tokens instead of minutes; the run is the same on any machine.",
     )
     flops: float | None = setting(
         default=None,
         metavar="N",
-        help="Budget in floating point operations instead, such as 1e15: the same run on any machine.",
+        help="Budget in floating point operations instead of minutes, such as 1e15; the run is the same on any machine.",
     )
-    layers: int | None = setting(default=None, metavar="N", help="Number of layers; needs the width too.")
-    width: int | None = setting(
-        default=None, metavar="N", help="Hidden size; needs the number of layers too."
-    )
+    layers: int | None = setting(default=None, metavar="N", help="Number of layers; set the width too.")
+    width: int | None = setting(default=None, metavar="N", help="Hidden size; set the number of layers too.")
     vocab_size: int | None = setting(default=None, metavar="N", help="Number of tokens in the vocabulary.")
     digits: Digits = setting(
-        default="one", metavar="one|three|all", help="Digits of a number that one token may hold."
+        default="one", metavar="one|three|all", help="How many digits of a number one token may contain."
     )
     whitespace: Whitespace = setting(
-        default="word", metavar="word|apart", help="Join a space to the next word, or keep it apart."
+        default="word",
+        metavar="word|apart",
+        help="Join a space to the next word, or keep spaces in separate tokens.",
     )
     context: int | None = setting(
         default=None, metavar="N", help="Context length in tokens; default: derived from the budget."
@@ -94,13 +96,15 @@ class PretrainSettings:
         help="Weight of the z-loss, which keeps the softmax's normaliser near 1 (PaLM: 1e-4).",
     )
     read_bytes: int | None = setting(
-        default=None, metavar="N", help="Bytes of text to read at most; default: what the budget can use."
+        default=None,
+        metavar="N",
+        help="Largest number of bytes of text to read; default: as many as the budget can use.",
     )
     chat: str | Path | None = setting(
         default=None,
         metavar="FILE",
         type=Path,
-        help="Conversations ({messages}) to tune the base model on, so that it answers.",
+        help="File of conversations (rows with messages); tuning on them turns the base model into a chat model.",
     )
     device: str | None = setting(
         default=None, metavar="D", help="cuda, cuda:1, mps or cpu; default: a GPU if the machine has one."
@@ -129,7 +133,7 @@ class PretrainSettings:
             raise UserError("`data` is empty; name files, directories or builtin:python-docs")
         if sum(budget is not None for budget in (self.minutes, self.tokens, self.flops)) > 1:
             raise UserError(
-                "give only one of `minutes`, `tokens` and `flops`: each decides how long the run is"
+                "give only one of `minutes`, `tokens` and `flops`: each is a budget for the whole run"
             )
 
     def _check_values(self) -> None:
@@ -160,7 +164,7 @@ class PretrainSettings:
                 f"`width` is {self.width}; it must be a multiple of {HEAD_SIZE}, the size of an attention head"
             )
         if (self.layers is None) != (self.width is None):
-            raise UserError("give `layers` and `width` together: one alone does not decide the shape")
+            raise UserError("give `layers` and `width` together: both are needed to define the shape")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -191,7 +195,7 @@ class BuildSettings(PretrainSettings):
         metavar="REF",
         option="compare-tokenizer",
         type=list[str],
-        help="Report the compression of this model's tokenizer beside the new one; may be repeated.",
+        help="Model whose tokenizer the report compares with the new one; may be repeated.",
     )
     parallel: Parallel | None = setting(
         default=None,
@@ -201,13 +205,13 @@ class BuildSettings(PretrainSettings):
     curate: Rules | None = setting(
         default=None,
         metavar="RULES",
-        help="Clean the data first: none (remove copies only), light or web rules.",
+        help="Curate the data first by a set of rules: none (copies are removed), light or web.",
     )
     pairs: Sequence[str | Path] = setting(
         default=(),
         metavar="PATH",
         type=list[str],
-        help="Minimal pairs (sentence_good, sentence_bad) to measure grammar on; may be repeated.",
+        help="File of minimal pairs (sentence_good, sentence_bad), to measure grammar; may be repeated.",
     )
     chat_epochs: float | None = setting(
         default=None, metavar="N", help="Number of epochs over the conversations; default 3."
@@ -233,7 +237,7 @@ class BuildSettings(PretrainSettings):
             raise UserError("`chat_epochs` needs `chat`, the file of conversations")
 
     def to_config(self) -> dict[str, Any]:
-        """Return what decides the result, without the directory and the excluded texts."""
+        """Return the settings that decide the result, without the directory and the excluded texts."""
         config = super().to_config()
         del config["out"], config["exclude"]
         return config
@@ -241,7 +245,7 @@ class BuildSettings(PretrainSettings):
 
 @settings
 class EstimateSettings(PretrainSettings):
-    """The settings of `tercet.pretrain.estimate.estimate`: a pre-training run, and what to find out about it.
+    """The settings of `tercet.pretrain.estimate.estimate`: a pre-training run, and the options of the estimate.
 
     Raises:
         UserError: a value out of its range, or settings that contradict each other.
@@ -257,7 +261,7 @@ class EstimateSettings(PretrainSettings):
         option="price",
         type=list[str],
         parse=parse_prices,
-        help="Price of an hour of h100, h200, a100, l4 or 4090, for the cost; may be repeated.",
+        help="US dollars per hour of h100, h200, a100, l4 or 4090, to estimate the cost; may be repeated.",
     )
 
     def _check_values(self) -> None:

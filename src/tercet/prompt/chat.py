@@ -18,7 +18,7 @@ from tercet.prompt.settings import SamplingFields
 
 HELP = {
     "/system [TEXT]": "set the system message for the next answers; without TEXT show it",
-    "/undo": "take back the last exchange",
+    "/undo": "remove the last exchange",
     "/retry": "send the last message again",
     "/history": "show the conversation",
     "/save PATH": "write the conversation to PATH, .json or .md",
@@ -102,7 +102,9 @@ class ChatSession:
             self.last = stream.completion
         except ContextOverflow as problem:
             remedy = (
-                "send less" if self.is_base else "/undo takes back the last exchange, /clear starts again"
+                "shorten the text"
+                if self.is_base
+                else "/undo removes the last exchange, /clear removes all of them"
             )
             raise ContextOverflow(f"{problem}; {remedy}", problem.tokens, problem.limit) from problem
         except (GeneratorExit, KeyboardInterrupt):
@@ -145,7 +147,7 @@ class ChatSession:
 
     def _set_system(self, text: str) -> None:
         if self.is_base:
-            raise UserError(f"{self.llm.name} has no chat template, so it has no place for a system message")
+            raise UserError(f"{self.llm.name} has no chat template, so it cannot take a system message")
         check_text(text, "the system message")
         rest = self.messages[1:] if self.system is not None else self.messages
         self.messages = [{"role": "system", "content": text}, *rest]
@@ -168,7 +170,7 @@ class ChatSession:
         undone = self.messages[place]["content"]
         del self.messages[place:]
         self._unanswered = None
-        return Reply(f"took back: {_short(undone)}")
+        return Reply(f"removed: {_short(undone)}")
 
     def _command_retry(self, _: str) -> Reply:
         text, place = self._unanswered, self._last_user()
@@ -201,7 +203,7 @@ class ChatSession:
         if not self.messages:
             raise UserError("the conversation is empty, so there is nothing to save")
         if path.exists() and path.resolve() not in self._files:
-            raise UserError(f"{path} exists and is not from this chat; choose another name")
+            raise UserError(f"{path} exists and was not written by this chat; choose another name")
         if path.suffix == ".json":
             write_json(path, {"messages": self.messages})
         else:
@@ -217,7 +219,7 @@ class ChatSession:
             raise UserError(f'{path} is not a saved chat; it must be {{"messages": [...]}}')
         messages = check_messages(content["messages"], f"{path}: messages")
         if self.is_base and any(message["role"] == "system" for message in messages):
-            raise UserError(f"{path} has a system message, and {self.llm.name} has no chat template for one")
+            raise UserError(f"{path} has a system message, but {self.llm.name} has no chat template")
         self.messages = messages
         self._unanswered = None
         self._files.add(path.resolve())

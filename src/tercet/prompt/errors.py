@@ -34,7 +34,7 @@ class BatchError(UserError):
     """Some requests of a batch failed; the answers to the other requests are kept here.
 
     Attributes:
-        completions: in the order of the requests; None where no answer came. An answer that does not
+        completions: in the order of the requests; None for a request without an answer. An answer that does not
             match its schema is included, with ``parsed`` None, and counts as a failure.
         failures: message by the index of the request.
     """

@@ -137,7 +137,7 @@ class HostedModel:
         too, such as a wrong key, the remaining requests are not sent.
         """
         results: list[Completion | UserError] = [
-            HostedError("not sent, since the server refuses all requests") for _ in prompts
+            HostedError("not sent, because the server refuses all requests") for _ in prompts
         ]
         hopeless = threading.Event()
 
@@ -172,8 +172,8 @@ class HostedModel:
             raise UserError(f"{name} cannot score answers in a conversation; give the prompt as text")
         if self.reference.kind != "http":
             raise UserError(
-                f"{name} gives no log-probabilities of a given text, so it cannot score; "
-                "use a local model or a server with echo"
+                f"{name} returns no log-probabilities of an existing text, so it cannot score; "
+                "use a local model or a server that supports `echo`"
             )
         if not continuation:
             raise UserError("the continuation to score is empty")
@@ -214,7 +214,7 @@ class HostedModel:
     def draft_engine(self) -> NoReturn:
         """Raise UserError: drafts need the engine in this process."""
         raise UserError(
-            f"{self.reference.text} is hosted and cannot draft for another model; use a local model"
+            f"{self.reference.text} is a hosted model and cannot be a draft model; use a local model"
         )
 
     # Requests
@@ -224,7 +224,9 @@ class HostedModel:
         kind, name = self.reference.kind, self.reference.text
         refused = [field for field in settings.sent if field in _REFUSED[kind]]
         if refused:
-            raise UserError(f"{name} has no {', '.join(refused)}; leave it out, or use a model that has it")
+            raise UserError(
+                f"{name} does not support {', '.join(refused)}; leave it out or use another model"
+            )
         if kind == "anthropic" and settings.sent.get("temperature", 0) > 1:
             raise UserError(f"`temperature` is {settings.sent['temperature']}; {name} takes 0 to 1")
         messages: list[Message] = conversation(prompt) if isinstance(prompt, str) else list(prompt)
@@ -249,12 +251,12 @@ class HostedModel:
         name = self.reference.text
         if "response_format" in self.ignored_fields:
             raise UserError(
-                f"{name} cannot be held to a form: its OpenAI protocol ignores schemas; "
+                f"{name} cannot enforce a form: its OpenAI-compatible endpoint ignores schemas; "
                 f"leave out `{output.option}`, or use another model"
             )
         if output.schema is None:
             raise UserError(
-                f"{name} takes `schema` only, not `{output.option}`, like all hosted models; use a local model"
+                f"{name} is a hosted model and supports only `schema`, not `{output.option}`; use a local model"
             )
         return output.response_format()
 
@@ -278,7 +280,9 @@ class HostedModel:
         choices = self._client.call(partial(choices_of, answer))
         message = getattr(choices[0], "message", None) if choices else None
         if message is None:
-            raise HostedError(f"{name}: the answer contains no message; is {self.reference.base_url} right?")
+            raise HostedError(
+                f"{name}: the answer contains no message; check the address {self.reference.base_url}"
+            )
         text = text_of(message, name)
         logprobs = self._client.call(lambda: logprobs_of(choices[0]))
         checked = self._checked_logprobs(logprobs, settings, bool(text))
@@ -291,5 +295,5 @@ class HostedModel:
         if settings.sent.get("logprobs") is None:
             return None
         if expected and not logprobs:
-            raise UserError(f"{self.reference.text} gave no log-probabilities; leave out `logprobs`")
+            raise UserError(f"{self.reference.text} returned no log-probabilities; leave out `logprobs`")
         return logprobs

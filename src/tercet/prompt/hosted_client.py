@@ -48,7 +48,7 @@ class HostedClient:
     def __init__(self, reference: Reference, timeout: float, retries: int) -> None:
         if timeout <= 0 or retries < 0:
             raise UserError(
-                f"`timeout` is {timeout} and `retries` {retries}; they must be seconds above 0 and 0 or more tries"
+                f"`timeout` is {timeout} and `retries` is {retries}; they must be above 0 seconds and at least 0"
             )
         from openai import OpenAI
 
@@ -57,7 +57,7 @@ class HostedClient:
         self._key = next((key for key in keys if key), "")
         if not self._key.isascii():
             raise UserError(
-                f"the key in {' or '.join(_KEYS[reference.kind])} contains a character that keys never have"
+                f"the key in {' or '.join(_KEYS[reference.kind])} contains a character that is not ASCII"
             )
         if not self._key and reference.kind != "http":
             raise UserError(
@@ -127,7 +127,7 @@ class HostedClient:
         name, message = self.reference.text, self._message(problem)
         if status == 401:
             key = " or ".join(_KEYS[self.reference.kind])
-            hint = f"the key is not accepted; check {key}" if self._key else f"a key is needed; set {key}"
+            hint = f"the server rejects the key; check {key}" if self._key else f"a key is needed; set {key}"
             return HostedError(f"{name}: {hint} (401: {message})", fatal=True)
         if status == 403:
             return HostedError(f"{name}: not permitted (403: {message})", fatal=True)

@@ -1,4 +1,4 @@
-"""LLM: one set of calls for a model in this process or on a server.
+"""LLM: the same methods for a model in this process and for one on a server.
 
 llm = LLM("runs/mine/model")         # or "org/name", "openai:NAME", "http://host/v1#NAME"
 llm.generate("Once upon a time", max_tokens=64).text
@@ -32,7 +32,7 @@ Prompt = str | Sequence[Message]
 
 
 class LLM:
-    """A model to use as it is.
+    """A language model that is used without changing it.
 
     Args:
         reference: any model reference (see :mod:`tercet.model.reference`).
@@ -65,9 +65,9 @@ class LLM:
     - ``choices``: a list of texts, one of which is the answer.
     - ``grammar``: a grammar in llguidance's Lark syntax.
 
-    A local model can only choose tokens that keep to the form. A hosted model takes a schema only, and
-    its server enforces it. The prompt is not changed: describe the form in it, since the model does not
-    see the schema.
+    A local model can only choose tokens that keep the answer in this form. A hosted model supports only a
+    schema, which its server enforces. The prompt is not changed, and the model does not
+    see the schema: describe the form in the prompt.
 
     Raises:
         UserError: a wrong reference, a model that cannot be loaded, an option that would do nothing.
@@ -223,7 +223,7 @@ class LLM:
                 it holds all completions that came.
         """
         if isinstance(prompts, str):
-            raise UserError("batch takes a list of prompts; use generate for one")
+            raise UserError("batch takes a list of prompts; use generate for a single prompt")
         checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
         settings = call_settings(
             sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar

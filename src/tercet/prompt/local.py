@@ -137,7 +137,7 @@ class LocalModel:
             return prompt, True
         if not self.has_chat_template:
             raise UserError(
-                f"{self.reference.text} has no chat template (a base model), so it cannot chat; "
+                f"{self.reference.text} has no chat template (it is a base model), so it cannot chat; "
                 "use generate to continue text, or tune it on conversations"
             )
         return conversation_text(self.tokenizer, prompt), False
@@ -150,7 +150,7 @@ class LocalModel:
         tokens = self.encode(prompt)
         if not tokens:
             raise UserError(
-                "the prompt is empty, and this model has no token to begin a text with; write something"
+                "the prompt is empty, and this model has no beginning-of-text token; give a prompt with text"
             )
         kind = "prompt" if isinstance(prompt, str) else "conversation"
         check_context(tokens, self.context_length, kind, self.reference.text)

@@ -23,7 +23,7 @@ from tercet.errors import ContextOverflow, UserError
 log = logging.getLogger("tercet.serve")
 
 INVALID = "invalid_request_error"
-RETRY_AFTER = 1  # seconds; a queue that was full a second ago has usually moved on
+RETRY_AFTER = 1  # seconds; a full queue usually has a free place after this time
 
 
 class ErrorObject(BaseModel):
@@ -137,7 +137,7 @@ def queue_full(message: str) -> APIError:
 
 def server_error() -> APIError:
     """Return the 500 for a defect of the server."""
-    return APIError(500, "the server failed on this request; its log says more", "server_error")
+    return APIError(500, "the server failed on this request; see its log for details", "server_error")
 
 
 def api_error(problem: BaseException) -> APIError:

@@ -33,30 +33,34 @@ class ServeSettings:
     host: str = setting(
         default="127.0.0.1",
         metavar="H",
-        help="Address to listen on; other addresses than loopback need a key.",
+        help="Address to listen on; any address other than loopback requires a key.",
     )
     port: int = setting(default=8000, metavar="P", help="Port; 0 chooses a free one.")
     api_key: Sequence[str] = setting(
         default=(),
         metavar="KEY",
         type=list[str],
-        help="Key that clients must send (other users see it in ps); may be repeated.",
+        help="API key that clients must send (other users can see it in ps); may be repeated.",
     )
     api_key_file: Path | None = setting(
         default=None,
         metavar="FILE",
         type=Path,
-        help="File of keys, one per line; TERCET_API_KEY is another way.",
+        help="File of API keys, one per line; the variable TERCET_API_KEY also sets a key.",
     )
     max_batch: int | None = setting(
-        default=None, metavar="N", help="Largest number of requests in a batch (64)."
+        default=None, metavar="N", help="Largest number of requests in a batch; default: 64."
     )
     max_waiting: int | None = setting(
-        default=None, metavar="N", help="Largest number of waiting requests (1024); more get 429."
+        default=None,
+        metavar="N",
+        help="Largest number of waiting requests; further requests get status 429; default: 1024.",
     )
     max_body: float = setting(default=8.0, metavar="MIB", help="Largest size of a request, in MiB.")
     request_timeout: float = setting(
-        default=600.0, metavar="S", help="Seconds for one answer, including the time in the queue."
+        default=600.0,
+        metavar="S",
+        help="Time limit of an answer in seconds, including the time in the queue.",
     )
     quantize: str | None = setting(
         default=None, metavar="Q", help="Weights on a CPU: int8 (the default), int4, bf16 or none."
@@ -84,7 +88,7 @@ class ServeSettings:
         default=None,
         metavar="DIR",
         type=Path,
-        help="Directory for the page's conversations; default: your data directory.",
+        help="Directory for the page's conversations; default: tercet in $XDG_DATA_HOME.",
     )
 
     def __post_init__(self) -> None:
@@ -93,7 +97,7 @@ class ServeSettings:
         check_positive(self, "max_batch", "max_waiting", "max_body", "request_timeout")
         if self.no_page and self.data is not None:
             raise UserError(
-                "`data` is the directory of the chat page, and `no_page` removes the page; leave one of them out"
+                "`data` is a setting of the chat page, and `no_page` turns the page off; leave one of them out"
             )
 
 

@@ -346,7 +346,7 @@ class _Run:
             say(
                 f"{self.title}: the machine is slower than when it was measured; ending near step "
                 f"{schedule.steps} instead of {self.schedule.steps} to meet the deadline, so a rerun may "
-                f"give other numbers"
+                f"give different numbers"
             )
         progress.shortened = True
         self.schedule = schedule

@@ -114,11 +114,11 @@ class Tuned:
         self.details = {
             "weights trained": tuned.trainable_parameters,
             "steps": tuned.steps,
-            "passes over train": round(tuned.steps * min(BATCH, tuned.examples) / tuned.examples, 1),
-            "kept after step": tuned.best_step,
+            "epochs": round(tuned.steps * min(BATCH, tuned.examples) / tuned.examples, 1),
+            "weights of step": tuned.best_step,
             "held-out loss": round(tuned.loss, 4),
             "training seconds": round(tuned.seconds, 1),
-            "cut short by the clock": tuned.shortened,
+            "shortened by the time limit": tuned.shortened,
             "data": "; ".join(tuned.account),
         }
 

@@ -41,7 +41,7 @@ _REFUSED = {
     "audio": "models of this server read and write text",
     "functions": "it is deprecated; use tools",
     "function_call": "it is deprecated; use tool_choice",
-    "moderation": "this server does not moderate",
+    "moderation": "this server has no moderation",
     "web_search_options": "this server does not search the web",
 }
 # Names that the renderer itself passes to a template or takes as arguments.
@@ -130,7 +130,8 @@ async def prepare(served: Served, body: ChatBody) -> Chat:
     plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form)
     if body.logprobs and plan.form is not None:
         raise unsupported(
-            "logprobs", "not together with tools, whose calls are not text; leave one of them out"
+            "logprobs",
+            "it cannot be combined with tools, because tool calls are not text; leave one of them out",
         )
     variables = _template_variables(served, body)
 
@@ -146,7 +147,7 @@ async def prepare(served: Served, body: ChatBody) -> Chat:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     samplings = [body.sampling(served, limit, logprobs, number) for number in range(body.n or 1)]
     if len(samplings) > worker.engine.max_waiting:
-        raise invalid_value("n", f"is {body.n}; this server accepts {worker.engine.max_waiting} at most")
+        raise invalid_value("n", f"is {body.n}; this server accepts at most {worker.engine.max_waiting}")
     return Chat(served, tokens, samplings, plan, new_id("chatcmpl"), int(time.time()))
 
 
@@ -155,7 +156,8 @@ def _check_modes(body: ChatBody) -> None:
         raise unsupported("modalities", "models of this server write text")
     if body.verbosity not in (None, "medium"):
         raise unsupported(
-            "verbosity", "no model of this server knows it; describe the length of the answer in the prompt"
+            "verbosity",
+            "no model of this server has this setting; describe the length of the answer in the prompt",
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid_value("top_logprobs", "needs logprobs: true")
@@ -172,7 +174,7 @@ def _template_variables(served: Served, body: ChatBody) -> dict[str, Any]:
             )
     if body.reasoning_effort is not None:
         if "reasoning_effort" not in templates:
-            raise unsupported("reasoning_effort", "this model's chat template does not know it")
+            raise unsupported("reasoning_effort", "this model's chat template has no such setting")
         variables.setdefault("reasoning_effort", body.reasoning_effort)
     return variables
 

@@ -99,14 +99,16 @@ async def completions(request: Request, body: CompletionsBody) -> Response:
 async def prepare(served: Served, body: CompletionsBody) -> Job:
     """Check the request and encode its prompts. APIError 400 for everything that is not supported."""
     if body.suffix:
-        raise unsupported("suffix", "models of this server continue texts; they do not fill gaps")
+        raise unsupported(
+            "suffix", "models of this server only continue texts; they cannot insert text before a suffix"
+        )
     n = body.n or 1
     drawn = body.best_of or n
     if drawn < n:
         raise invalid_value("best_of", f"is {drawn}; it must be at least n, which is {n}")
     if drawn > n and body.stream:
         raise invalid_value(
-            "best_of", "is more than n, and the best answers are known at the end only; leave out stream"
+            "best_of", "is more than n, so the best answers are known only at the end; leave out stream"
         )
     sources = prompt_list("" if body.prompt is None else body.prompt)
     if len(sources) > MAX_PROMPTS:

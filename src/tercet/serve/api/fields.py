@@ -101,7 +101,8 @@ class SamplingBody(Body):
         for token, bias in (self.logit_bias or {}).items():
             if not token.isascii() or not token.isdecimal() or len(token) > 10 or int(token) >= size:
                 raise invalid_value(
-                    "logit_bias", f"has the key {token!r:.40}; keys are token ids from 0 to {size - 1}"
+                    "logit_bias",
+                    f"has the key {token!r:.40}; the keys must be token ids from 0 to {size - 1}",
                 )
             biases[int(token)] = float(bias)
         return biases or None

@@ -135,7 +135,7 @@ def _of_status(status: int, body: object, retry_after: str | None = None) -> API
             400 if status == 422 else status, message, param=_field(body, "param"), code=_field(body, "code")
         )
     if status in (401, 403):  # this server's key, not the client's; the message might reveal it
-        return bad_gateway("the model's server does not accept this server's key")
+        return bad_gateway("the model's server rejects the key of this server")
     return bad_gateway(message)
 
 

@@ -73,7 +73,9 @@ def _encode(served: Served, prompt: str | list[int], param: str, begin: bool) ->
         tokens = prompt
         size = served.worker.engine.backend.vocab_size
         if max(tokens) >= size:
-            raise invalid_value(param, f"has token {max(tokens)}; the model knows 0 to {size - 1}")
+            raise invalid_value(
+                param, f"has token {max(tokens)}; the token ids of this model are 0 to {size - 1}"
+            )
     if not tokens:
         raise invalid_value(param, "contains an empty text")
     served.check_length(tokens, param)

@@ -38,7 +38,7 @@ _REFUSED = {
     "prompt": "this server stores no prompts; send instructions and input",
     "background": "this server stores no responses, so none can be fetched later; use stream",
     "context_management": "this server does not compact conversations; shorten input",
-    "moderation": "this server does not moderate",
+    "moderation": "this server has no moderation",
 }
 
 
@@ -120,7 +120,9 @@ class ResponseRequest(Body):
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise invalid_value("top_logprobs", f"needs {LOGPROBS} in include")
         if self.wants_logprobs and self.tools:
-            raise unsupported("include", f"{LOGPROBS} not together with tools, whose calls are not text")
+            raise unsupported(
+                "include", f"{LOGPROBS} cannot be combined with tools, because tool calls are not text"
+            )
 
     def sampling(self, max_tokens: int) -> Sampling:
         """Return the engine's settings; OpenAI's default temperature is 1."""

@@ -83,7 +83,9 @@ async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     served = _served(request, body.model)
     size = served.tokenizer.vocab_size
     if body.tokens and max(body.tokens) >= size:
-        raise invalid_value("tokens", f"has {max(body.tokens)}; the tokenizer knows 0 to {size - 1}")
+        raise invalid_value(
+            "tokens", f"has {max(body.tokens)}; the ids of this tokenizer are 0 to {size - 1}"
+        )
     text = await asyncio.to_thread(served.tokenizer.decode, body.tokens, False)
     return JSONResponse({"prompt": text})
 
