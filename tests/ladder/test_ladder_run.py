@@ -293,7 +293,7 @@ def test_a_base_model_that_cannot_be_built_is_tried_once_and_fails_the_rungs_tha
     report = climb(task, rungs=["majority", "zero-shot", "full"], minutes=MINUTES, out=tmp_path / "run")
     assert [rung.status for rung in report.rungs] == ["ok", "failed", "failed"]
     assert all("the corpus has" in (rung.reason or "") for rung in report.rungs[1:])
-    assert capsys.readouterr().err.count("this machine trains it at") == 1
+    assert capsys.readouterr().err.count("this machine trains the network at") == 1
 
 
 def test_long_inputs_are_shortened_in_the_same_way_for_tuning_and_for_answering(climbed: Path) -> None:

@@ -20,7 +20,7 @@ MATRIX_LABELS = 20  # with more, a confusion matrix does not fit a screen, and t
 # What each rung does, in words that follow its name.
 DESCRIPTIONS = {
     "majority": "always gives the most frequent answer of the training examples",
-    "tfidf": "logistic regression on word statistics (TF-IDF), no language model",
+    "tfidf": "word statistics (TF-IDF), no language model",
     "zero-shot": "the model with the task's prompt",
     "few-shot": "the model with the prompt and solved examples",
     "lora": "the model with a trained LoRA adapter",

@@ -117,7 +117,7 @@ def stored_plan(out: Path, settings: PretrainSettings, ranks: Ranks) -> Plan:
         say(f"  {rule.name}: {rule.value}  ({rule.why})")
     speed = Speed(**plan.speed)
     say(
-        f"this machine trains it at {speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on "
+        f"this machine trains the network at {speed.tokens_per_second:,.0f} tokens/s in {speed.compute_dtype} on "
         f"{speed.threads} threads: about {duration(plan.predicted['seconds'])}"
     )
     return plan

@@ -143,7 +143,9 @@ def _load(reference: Reference, options: LoadOptions) -> LocalModel:
     elif options.speculation is not None:
         smaller = parse_reference(options.speculation)
         if not smaller.is_local:
-            raise UserError(f"{smaller.text} is hosted and cannot draft for another model; use a local model")
+            raise UserError(
+                f"{smaller.text} is a hosted model and cannot be a draft model; use a local model"
+            )
         drafter = LocalModel(smaller).draft_engine()
     model = LocalModel(reference, quantize=options.quantize, speculation=drafter)
     engine = model.engine
