@@ -22,7 +22,7 @@ def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
 
 
-def said(answer: Iterator[str]) -> str:
+def joined(answer: Iterator[str]) -> str:
     return "".join(answer)
 
 
@@ -36,8 +36,8 @@ def assistant(text: str) -> dict[str, str]:
 
 def test_every_message_is_sent_with_all_that_came_before(server: FakeServer, session: ChatSession) -> None:
     server.script.extend([spoken("He", "y"), spoken("Fine")])
-    assert said(session.say("hi")) == "Hey"
-    assert said(session.say("how are you?")) == "Fine"
+    assert joined(session.say("hi")) == "Hey"
+    assert joined(session.say("how are you?")) == "Fine"
     assert server.bodies()[1]["messages"] == [user("hi"), assistant("Hey"), user("how are you?")]
     assert session.messages[-1] == assistant("Fine")
     assert session.last is not None
@@ -46,14 +46,14 @@ def test_every_message_is_sent_with_all_that_came_before(server: FakeServer, ses
 
 def test_settings_go_with_every_answer(server: FakeServer) -> None:
     session = ChatSession(LLM(server.reference), "Be brief.", temperature=0)
-    said(session.say("hi"))
+    joined(session.say("hi"))
     assert server.bodies()[0]["temperature"] == 0
     assert server.bodies()[0]["messages"] == [{"role": "system", "content": "Be brief."}, user("hi")]
 
 
 def test_system_is_shown_set_and_replaced(session: ChatSession) -> None:
     assert "no system message" in session.run("/system").note
-    said(session.say("hi"))
+    joined(session.say("hi"))
     session.run("/system Be brief.")
     session.run("/system Be  long.")
     assert session.run("/system").note == "Be  long."
@@ -61,8 +61,8 @@ def test_system_is_shown_set_and_replaced(session: ChatSession) -> None:
 
 
 def test_undo_takes_back_the_last_exchange(session: ChatSession) -> None:
-    said(session.say("one"))
-    said(session.say("two"))
+    joined(session.say("one"))
+    joined(session.say("two"))
     assert session.run("/undo").note == "removed: two"
     assert session.messages == [user("one"), assistant("one")]
     session.run("/undo")
@@ -72,21 +72,21 @@ def test_undo_takes_back_the_last_exchange(session: ChatSession) -> None:
 
 def test_retry_asks_again_without_the_old_answer(server: FakeServer, session: ChatSession) -> None:
     server.script.extend([spoken("first"), spoken("second")])
-    said(session.say("hi"))
+    joined(session.say("hi"))
     answer = session.run("/retry").answer
     assert answer is not None
-    assert said(answer) == "second"
+    assert joined(answer) == "second"
     assert server.bodies()[1]["messages"] == [user("hi")]
     assert session.messages == [user("hi"), assistant("second")]
 
 
 def test_a_retry_that_fails_keeps_the_old_answer(server: FakeServer, session: ChatSession) -> None:
     server.script.extend([spoken("first"), error(500, "no"), spoken("third")])
-    said(session.say("hi"))
+    joined(session.say("hi"))
     with pytest.raises(UserError):
-        said(session.run("/retry").answer or iter(()))
+        joined(session.run("/retry").answer or iter(()))
     assert session.messages == [user("hi"), assistant("first")]
-    said(session.run("/retry").answer or iter(()))
+    joined(session.run("/retry").answer or iter(()))
     assert session.messages == [user("hi"), assistant("third")]
 
 
@@ -94,14 +94,14 @@ def test_an_answer_that_fails_loses_nothing_and_can_be_retried(
     server: FakeServer, session: ChatSession
 ) -> None:
     server.script.extend([spoken("Hey"), stream(chunk("half"))])
-    said(session.say("hi"))
+    joined(session.say("hi"))
     before = list(session.messages)
     with pytest.raises(UserError, match="in the middle"):
-        said(session.say("more"))
+        joined(session.say("more"))
     assert session.messages == before
     answer = session.run("/retry").answer
     assert answer is not None
-    assert said(answer) == "more"  # the server repeats the last message
+    assert joined(answer) == "more"  # the server repeats the last message
     assert session.messages == [*before, user("more"), assistant("more")]
 
 
@@ -115,16 +115,16 @@ def test_an_answer_that_is_stopped_keeps_what_came(server: FakeServer, session: 
 
 
 def test_a_conversation_that_no_longer_fits_says_what_to_do(server: FakeServer, session: ChatSession) -> None:
-    said(session.say("hi"))
+    joined(session.say("hi"))
     server.script.append(error(400, "5000 tokens, at most 4096", code="context_length_exceeded"))
     with pytest.raises(ContextOverflow, match=r"5000 tokens, at most 4096; /undo .*, /clear"):
-        said(session.say("and?"))
+        joined(session.say("and?"))
     assert session.messages == [user("hi"), assistant("hi")]
 
 
 def test_save_and_load_give_the_same_conversation(session: ChatSession, tmp_path: Path) -> None:
     session.run("/system S")
-    said(session.say("hällo"))
+    joined(session.say("hällo"))
     assert session.run("/save deep/talk.json").note == "saved 3 messages to deep/talk.json"
     assert json.loads(Path("deep/talk.json").read_text(encoding="utf-8")) == {"messages": session.messages}
     other = ChatSession(session.llm)
@@ -136,7 +136,7 @@ def test_save_and_load_give_the_same_conversation(session: ChatSession, tmp_path
 
 
 def test_save_as_markdown(session: ChatSession) -> None:
-    said(session.say("hi"))
+    joined(session.say("hi"))
     session.run("/save talk.md")
     assert Path("talk.md").read_text() == (
         f"# Chat with {session.llm.name}\n\n## user\n\nhi\n\n## assistant\n\nhi\n"
@@ -145,7 +145,7 @@ def test_save_as_markdown(session: ChatSession) -> None:
 
 def test_another_file_is_never_overwritten(session: ChatSession) -> None:
     Path("thesis.md").write_text("years of work")
-    said(session.say("hi"))
+    joined(session.say("hi"))
     with pytest.raises(UserError, match="exists and was not written by this chat"):
         session.run("/save thesis.md")
     assert Path("thesis.md").read_text() == "years of work"
@@ -163,7 +163,7 @@ def test_another_file_is_never_overwritten(session: ChatSession) -> None:
 def test_a_file_that_is_no_conversation_changes_nothing(
     session: ChatSession, content: str, part: str
 ) -> None:
-    said(session.say("hi"))
+    joined(session.say("hi"))
     Path("x.json").write_text(content)
     with pytest.raises(UserError, match=part):
         session.run("/load x.json")
@@ -191,14 +191,14 @@ def test_a_command_that_cannot_be_done_says_why(session: ChatSession, line: str,
 
 def test_clear_forgets_all_but_the_system_message(session: ChatSession) -> None:
     session.run("/system S")
-    said(session.say("hi"))
+    joined(session.say("hi"))
     session.run("/clear")
     assert session.messages == [{"role": "system", "content": "S"}]
 
 
 def test_history_and_help_and_exit(session: ChatSession) -> None:
     assert session.run("/history").note == "the conversation is empty"
-    said(session.say("hi"))
+    joined(session.say("hi"))
     assert session.run("/history").note == "user: hi\n\nassistant: hi"
     assert all(usage in session.run("/help").note for usage in HELP)
     assert session.run("/exit").leave

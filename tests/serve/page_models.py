@@ -183,15 +183,17 @@ class ScriptedWorker:
         return TokenLogprob(token, self._bytes_of.text(token), logprob, data, top, entropy)
 
 
-def of_prompt(prompt: str) -> str:
+def reply_to_prompt(prompt: str) -> str:
     """Return the answer to the last user message of a rendered conversation."""
     return reply(prompt.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0])
 
 
 def scripted_models(delay: float = 0.0) -> Models:
     """Return a chat model, a tuned version of it with shorter answers, and a base model."""
-    chat: Any = ScriptedWorker(of_prompt, delay)
-    tuned: Any = ScriptedWorker(lambda prompt: of_prompt(prompt).split("\n\n")[0] + " That is all.", delay)
+    chat: Any = ScriptedWorker(reply_to_prompt, delay)
+    tuned: Any = ScriptedWorker(
+        lambda prompt: reply_to_prompt(prompt).split("\n\n")[0] + " That is all.", delay
+    )
     base: Any = ScriptedWorker(lambda prompt: prompt + TEXT, delay, template=None)
     base.say = lambda prompt: TEXT
     return Models(

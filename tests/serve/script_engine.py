@@ -43,7 +43,7 @@ class ScriptBackend(FakeBackend):
         return scores
 
 
-def engine_saying(tokenizer: Tokenizer, max_positions: int = 4096) -> tuple[Engine, ScriptBackend]:
+def scripted_engine(tokenizer: Tokenizer, max_positions: int = 4096) -> tuple[Engine, ScriptBackend]:
     """Return an engine and its backend; the backend's ``says`` is the script."""
     backend = ScriptBackend(tokenizer, max_positions)
     assert tokenizer.eos_id is not None

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from running_server import serve_models
-from script_engine import ScriptBackend, engine_saying
+from script_engine import ScriptBackend, scripted_engine
 
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.models import Models, Served
@@ -32,6 +32,6 @@ class ScriptedServer:
 
 @contextlib.contextmanager
 def serve_script(tokenizer: Tokenizer, settings: Settings | None = None) -> Iterator[ScriptedServer]:
-    engine, backend = engine_saying(tokenizer)
+    engine, backend = scripted_engine(tokenizer)
     with serve_models(Models([Served("scripted", Worker(engine))]), settings) as running:
         yield ScriptedServer(running.url, backend, tokenizer)

@@ -23,7 +23,9 @@ def client(tiny_url: str) -> openai.OpenAI:
     return client_of(tiny_url)
 
 
-def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **body: Any) -> dict[str, Any]:
+def request_error(
+    url: str, path: str = "/v1/chat/completions", status: int = 400, **body: Any
+) -> dict[str, Any]:
     """Return the error that a body gets."""
     request = {"model": "tiny"} | ({"messages": HI} if path.endswith("chat/completions") else {}) | body
     answer = httpx.post(url + path, json=request, timeout=20)
@@ -92,7 +94,7 @@ def refused(url: str, path: str = "/v1/chat/completions", status: int = 400, **b
 def test_a_wrong_field_is_400_with_its_place(
     tiny_url: str, body: dict[str, Any], param: str, code: str
 ) -> None:
-    error = refused(tiny_url, **body)
+    error = request_error(tiny_url, **body)
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error")
     assert error["message"] and "\n" not in error["message"]
 
@@ -113,14 +115,14 @@ def test_a_wrong_field_is_400_with_its_place(
 def test_an_unsupported_field_that_would_change_the_answer_is_400(
     tiny_url: str, field: str, value: Any
 ) -> None:
-    error = refused(tiny_url, **{field: value})
+    error = request_error(tiny_url, **{field: value})
     assert (error["param"], error["code"]) == (field, UNSUPPORTED)
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_a_part_that_is_not_text_is_400(tiny_url: str, kind: str) -> None:
     content = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://127.0.0.1:1/x.png"}}]
-    error = refused(tiny_url, messages=[{"role": "user", "content": content}])
+    error = request_error(tiny_url, messages=[{"role": "user", "content": content}])
     assert error["param"] == "messages[0].content[1]" and kind in error["message"]
 
 
@@ -152,7 +154,7 @@ def test_a_field_that_changes_no_answer_is_accepted(tiny_url: str, field: str, v
 def test_a_schema_that_can_not_be_enforced_is_400_never_an_answer(
     tiny_url: str, schema: dict[str, Any]
 ) -> None:
-    error = refused(tiny_url, **form(name="a", schema=schema))
+    error = request_error(tiny_url, **form(name="a", schema=schema))
     assert error["param"] == "response_format.json_schema.schema" and error["code"] == "invalid_json_schema"
 
 

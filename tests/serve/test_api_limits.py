@@ -26,7 +26,7 @@ from tercet.serve.worker import EngineStopped
 BODY: dict[str, Any] = {"model": "slow", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000}
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to that"
@@ -62,7 +62,7 @@ def test_an_answer_ends_within_a_token_when_its_client_disconnects(path: str, st
 
         asyncio.run(go_away() if stream else give_up())
         assert begun.is_set() == stream
-        until(lambda: model.worker.load.running == 0)
+        wait_until(lambda: model.worker.load.running == 0)
         fed = backend.feeds
         time.sleep(0.3)
         assert backend.feeds == fed < 100
@@ -79,7 +79,7 @@ def test_a_client_that_disconnects_while_it_waits_leaves_the_queue() -> None:
         next(iter(first))
         with pytest.raises(openai.APITimeoutError):
             running.client(timeout=0.3).chat.completions.create(**BODY)
-        until(lambda: model.worker.load.waiting == 0)
+        wait_until(lambda: model.worker.load.waiting == 0)
         assert model.worker.load.running == 1
 
 
@@ -91,7 +91,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
             body = json.dumps({**BODY, "stream": True}).encode()
             streams.append(threading.Thread(target=lambda body=body: _read(running.url, body), daemon=True))
             streams[-1].start()
-            until(
+            wait_until(
                 lambda waiting=waiting: (model.worker.load.running, model.worker.load.waiting) == (1, waiting)
             )
         with pytest.raises(openai.RateLimitError) as full:
@@ -123,7 +123,7 @@ def test_more_requests_than_the_server_holds_are_429() -> None:
         with running.client().chat.completions.create(**BODY, stream=True) as first:
             next(iter(first))
             assert running.http().get("/v1/models").status_code == 429
-        until(lambda: running.http().get("/v1/models").status_code == 200)
+        wait_until(lambda: running.http().get("/v1/models").status_code == 200)
 
 
 def test_an_answer_that_takes_too_long_is_ended_and_says_so() -> None:
@@ -136,7 +136,7 @@ def test_an_answer_that_takes_too_long_is_ended_and_says_so() -> None:
         with pytest.raises(openai.APIError, match=r"longer than the 0\.4 s"):
             for _ in running.client().chat.completions.create(**BODY, stream=True):
                 pass
-        until(lambda: model.worker.load.running == 0)
+        wait_until(lambda: model.worker.load.running == 0)
 
 
 def test_an_engine_that_fails_is_500_in_shape_and_goes_on_afterwards() -> None:
@@ -188,7 +188,7 @@ def test_a_shutdown_finishes_what_runs_and_takes_nothing_new() -> None:
         with running.client().chat.completions.create(**{**BODY, "max_tokens": 40}, stream=True) as stream:
             chunks = [next(iter(stream))]
             running.stop()
-            until(lambda: not _answers(running.url))
+            wait_until(lambda: not _answers(running.url))
             chunks += [*stream]
         assert chunks[-1].choices[0].finish_reason == "length"
         assert sum(len(chunk.choices[0].delta.content or "") for chunk in chunks) == 40
@@ -270,7 +270,7 @@ def test_deltas_between_two_reads_are_joined() -> None:
     async def go() -> None:
         stream = worker.stream(requests)
         deltas = [await anext(stream)]
-        await asyncio.to_thread(until, lambda: not worker.engine.has_work)
+        await asyncio.to_thread(wait_until, lambda: not worker.engine.has_work)
         await asyncio.sleep(0.05)
         deltas += [delta async for delta in stream]
         assert len(deltas) <= 5

@@ -31,7 +31,7 @@ def assert_inert(page: Page) -> None:
     assert page.evaluate("() => window.stolen") is None
     assert page.locator(".turns :is(script, img, iframe, object, form, style, link)").count() == 0
     handlers = page.evaluate(
-        "() => [...document.querySelectorAll('.turns *')].flatMap((one) => [...one.attributes])"
+        "() => [...document.querySelectorAll('.turns *')].flatMap((element) => [...element.attributes])"
         ".map(({name}) => name).filter((name) => name.startsWith('on'))"
     )
     assert handlers == []
@@ -60,9 +60,10 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(
     say(page, "Why is the sky blue?")
     for mode in ("reading", "inspecting"):
         wide = page.evaluate(
-            "() => [...document.querySelectorAll('main, main *')].filter((one) => one.getClientRects().length && "
-            "!one.closest('pre, table, .unseen') && one.getBoundingClientRect().right > innerWidth + 1)"
-            ".map((one) => one.outerHTML.slice(0, 80))"
+            "() => [...document.querySelectorAll('main, main *')].filter((element) => "
+            "element.getClientRects().length && !element.closest('pre, table, .unseen') && "
+            "element.getBoundingClientRect().right > innerWidth + 1)"
+            ".map((element) => element.outerHTML.slice(0, 80))"
         )
         assert wide == [], mode
         assert page.evaluate("() => document.documentElement.scrollWidth") == 390
@@ -74,10 +75,11 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(
     page.locator("#new").click()
     expect(page.locator("#sidebar")).not_to_be_in_viewport()
     small = page.evaluate(
-        "() => [...document.querySelectorAll('button, a, select, summary')].filter((one) => one.checkVisibility() && "
-        "!one.matches('.skip')).filter((one) => Math.min(one.offsetWidth, one.offsetHeight) < 24).map((one) => one.id)"
+        "() => [...document.querySelectorAll('button, a, select, summary')].filter((element) => "
+        "element.checkVisibility() && !element.matches('.skip') && "
+        "Math.min(element.offsetWidth, element.offsetHeight) < 24).map((element) => element.id)"
     )
-    assert small == [], "WCAG 2.2 asks for 24 pixels"
+    assert small == [], "WCAG 2.2 requires 24 pixels"
 
 
 # The contrast of every visible text with its background, by WCAG's formula.
@@ -89,23 +91,23 @@ CONTRAST = """() => {
   const over = (top, below) => top.slice(0, 3).map((value, i) => value * top[3] + below[i] * (1 - top[3]));
   const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
   const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
-  const ground = (one) => {
+  const ground = (element) => {
     const layers = [];
-    for (let at = one; at; at = at.parentElement) layers.push(parse(getComputedStyle(at).backgroundColor));
+    for (let at = element; at; at = at.parentElement) layers.push(parse(getComputedStyle(at).backgroundColor));
     return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255]);
   };
-  const found = [];
+  const failures = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
-    const [text, one] = [walker.currentNode.data.trim(), walker.currentNode.parentElement];
-    if (!text || !one.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
-    if (one.closest('.unseen, .skip, :disabled, option, svg')) continue;
-    const below = ground(one);
-    const pair = [light(over(parse(getComputedStyle(one).color), below)), light(below)];
+    const [text, element] = [walker.currentNode.data.trim(), walker.currentNode.parentElement];
+    if (!text || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    if (element.closest('.unseen, .skip, :disabled, option, svg')) continue;
+    const below = ground(element);
+    const pair = [light(over(parse(getComputedStyle(element).color), below)), light(below)];
     const ratio = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-    if (ratio < 4.5) found.push(`${ratio.toFixed(2)} ${one.className} ${text.slice(0, 30)}`);
+    if (ratio < 4.5) failures.push(`${ratio.toFixed(2)} ${element.className} ${text.slice(0, 30)}`);
   }
-  return found;
+  return failures;
 }"""
 
 
@@ -131,9 +133,9 @@ def test_every_control_has_a_name(page_server: Server, open_page: Open) -> None:
     page.locator("#inspect").click()
     page.locator("#settings-toggle").click()
     nameless = page.evaluate(
-        "() => [...document.querySelectorAll('button, a[href], input, textarea, select, summary')].filter((one) => "
-        "one.checkVisibility() && !(one.ariaLabel || one.textContent.trim() || [...(one.labels ?? [])].some((label) => "
-        "label.textContent.trim()))).map((one) => one.outerHTML)"
+        "() => [...document.querySelectorAll('button, a[href], input, textarea, select, summary')].filter((element) => "
+        "element.checkVisibility() && !(element.ariaLabel || element.textContent.trim() || "
+        "[...(element.labels ?? [])].some((label) => label.textContent.trim()))).map((element) => element.outerHTML)"
     )
     assert nameless == []
 

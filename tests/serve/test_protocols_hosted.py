@@ -43,7 +43,7 @@ def gpt(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
-def a_call() -> Any:
+def call_stream() -> Any:
     def piece(**call: Any) -> bytes:
         choice = {"index": 0, "delta": {"tool_calls": [{"index": 0, **call}]}, "finish_reason": None}
         return event(
@@ -70,7 +70,7 @@ def a_call() -> Any:
 def test_a_message_goes_there_as_a_chat_completion_and_comes_back_as_a_message(
     far: FakeServer, claude: anthropic.Anthropic
 ) -> None:
-    far.script += [a_call(), spoken("Rain", ".")]
+    far.script += [call_stream(), spoken("Rain", ".")]
     request: Any = {
         "model": "far",
         "max_tokens": 50,
@@ -105,7 +105,7 @@ def test_a_message_goes_there_as_a_chat_completion_and_comes_back_as_a_message(
 
 
 def test_a_response_is_passed_on_as_a_chat_completion_too(far: FakeServer, gpt: openai.OpenAI) -> None:
-    far.script += [a_call(), spoken('{"city": "Bonn"}', finish="length")]
+    far.script += [call_stream(), spoken('{"city": "Bonn"}', finish="length")]
     tool: Any = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
     with gpt.responses.stream(model="far", input="Hi", tools=[tool], instructions="Be brief.") as streamed:
         final = streamed.until_done().get_final_response()

@@ -25,7 +25,7 @@ class Seen(HTMLParser):
         self.text += data
 
 
-def seen(markdown: str) -> Seen:
+def parse_rendered(markdown: str) -> Seen:
     return Seen("".join(render(markdown)))
 
 
@@ -52,7 +52,7 @@ def test_tables_align_by_class_since_the_policy_allows_no_style() -> None:
 def test_tasks_become_boxes_that_say_what_they_are() -> None:
     boxes = [
         attributes
-        for tag, attributes in seen("- [ ] open\n- [x] done\n- [link] no\n").elements
+        for tag, attributes in parse_rendered("- [ ] open\n- [x] done\n- [link] no\n").elements
         if tag == "span"
     ]
     assert boxes == [
@@ -73,19 +73,19 @@ def test_code_is_highlighted_and_says_its_language() -> None:
 
 @pytest.mark.parametrize("language", ["", "nosuchlanguage", "<script>", "../../etc", "python\u0000"])
 def test_code_in_an_unknown_language_is_shown_as_it_is(language: str) -> None:
-    rendered = seen(f"```{language}\n\n  <i>x</i> \n\n```\n")
+    rendered = parse_rendered(f"```{language}\n\n  <i>x</i> \n\n```\n")
     assert rendered.text.endswith("\n  <i>x</i> \n\n")
     assert {tag for tag, _ in rendered.elements} == {"div", "span", "pre", "code"}
 
 
 def test_very_long_code_is_not_highlighted() -> None:
-    rendered = seen("```python\n" + "x = 1\n" * 20_000 + "```")
+    rendered = parse_rendered("```python\n" + "x = 1\n" * 20_000 + "```")
     assert sum(tag == "span" for tag, _ in rendered.elements) == 1
 
 
 def test_links_open_elsewhere_and_tell_nothing() -> None:
     ((_, attributes),) = [
-        element for element in seen("[a](https://example.org/x?y=1)").elements if element[0] == "a"
+        element for element in parse_rendered("[a](https://example.org/x?y=1)").elements if element[0] == "a"
     ]
     assert attributes["href"] == "https://example.org/x?y=1" and attributes["target"] == "_blank"
     assert attributes["rel"] == "noopener noreferrer nofollow"
@@ -181,7 +181,7 @@ def test_what_the_markdown_library_might_let_through_is_cleaned(attack: str) -> 
 
 
 def test_an_image_is_a_link_so_that_nothing_is_loaded() -> None:
-    rendered = seen("![a cat](https://example.org/cat.png)")
+    rendered = parse_rendered("![a cat](https://example.org/cat.png)")
     assert [tag for tag, _ in rendered.elements] == ["p", "a"] and rendered.text == "a cat"
 
 

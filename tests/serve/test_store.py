@@ -17,7 +17,7 @@ from tercet.serve.web.records import Details, address
 from tercet.serve.web.store import Store
 
 
-def messages_in(store_path: Path) -> int:
+def count_messages(store_path: Path) -> int:
     with sqlite3.connect(store_path) as database:
         return int(database.execute("SELECT count(*) FROM messages").fetchone()[0])
 
@@ -95,7 +95,7 @@ def test_branches_and_conversations_share_what_they_have_in_common(store: Store,
     store.add(conversation.id, question.id, "assistant", "hello", model="m", finish="stop")
     store.add(conversation.id, question.id, "assistant", "hey", model="m", finish="stop")
     assert store.add(other.id, None, "user", "hi").id == question.id
-    assert messages_in(store_path) == 3
+    assert count_messages(store_path) == 3
     assert [message.content for message in store.tree(other.id)] == ["hi"], (
         "but not the answers of the other conversation"
     )
@@ -174,7 +174,7 @@ def test_a_deleted_conversation_comes_back_and_after_a_while_is_gone_with_what_o
     assert store.purge(older_than=0) == 1
     with pytest.raises(NotThere):
         store.restore(conversation.id)
-    assert [message.content for message in store.tree(other.id)] == ["hi"] and messages_in(store_path) == 1
+    assert [message.content for message in store.tree(other.id)] == ["hi"] and count_messages(store_path) == 1
     store.close()
     assert b"secret" not in store_path.read_bytes()
 
@@ -231,7 +231,7 @@ def test_whatever_is_done_each_conversation_keeps_exactly_its_own_tree(
                 up = parents[up]
             assert [ancestor.id for ancestor in store.history(message.id)] == chain[::-1]
     reachable = {message for parents in model.values() for message in parents}
-    assert messages_in(store_path) == len(reachable), "deleted messages are gone"
+    assert count_messages(store_path) == len(reachable), "deleted messages are gone"
     store.close()
 
 

@@ -178,7 +178,7 @@ def test_threads_take_turns(store: Store) -> None:
 # Comparisons
 
 
-def compared(store: Store, vote: str | None, kind: str = "chat", right: str = "worse") -> str:
+def add_comparison(store: Store, vote: str | None, kind: str = "chat", right: str = "worse") -> str:
     conversation = store.create(kind)
     question = store.add(conversation.id, None, "user", "hi")
     name = store.compare(conversation.id, question.id)
@@ -199,7 +199,7 @@ def compared(store: Store, vote: str | None, kind: str = "chat", right: str = "w
     ("vote", "leaf"), [(None, "better"), ("left", "better"), ("right", "worse"), ("tie", "better")]
 )
 def test_the_conversation_goes_on_from_the_better_answer(store: Store, vote: str | None, leaf: str) -> None:
-    conversation = compared(store, vote)
+    conversation = add_comparison(store, vote)
     assert store.history(store.conversation(conversation).leaf)[-1].content == leaf
     assert store.comparisons(conversation)[0].vote == vote
 
@@ -218,9 +218,9 @@ def test_a_vote_must_be_one_of_four_and_needs_both_answers(store: Store) -> None
 
 def test_votes_are_exported_as_preference_pairs(store: Store) -> None:
     for vote in ("right", "left", "tie", "both_bad", None):
-        compared(store, vote)
-    compared(store, "left", right="better")  # equal answers: no preference
-    compared(store, "right", kind="text")
+        add_comparison(store, vote)
+    add_comparison(store, "left", right="better")  # equal answers: no preference
+    add_comparison(store, "right", kind="text")
     first, second, third = preference_pairs(store)
     assert first == {
         "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}],
