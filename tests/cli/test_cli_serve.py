@@ -191,3 +191,18 @@ def test_only_loopback_needs_no_key() -> None:
         with pytest.raises(UserError, match="needs a key"):
             check_reach(host, ())
         check_reach(host, (hash_key("sesame-open-1234"),))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-body", "0.0001"), ("--max-body", "inf"), ("--max-body", "nan"), ("--request-timeout", "0.05"),
+        ("--request-timeout", "nan"), ("--max-batch", "0"), ("--max-waiting", "-1"), ("--port", "65536"),
+    ],
+)  # fmt: skip
+def test_a_limit_out_of_its_range_is_refused(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "no/such/model", option, value]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {option} is ") and shown.count("\n") == 1

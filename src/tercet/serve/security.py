@@ -75,14 +75,14 @@ class Guard:
         if not host_allowed(host, settings):
             raise APIError(
                 403,
-                f"{host:.100} is not a host name of this server; add it to the server's setting `allowed_hosts`",
+                f"{host:.100} is not a host name of this server; add it to the server's setting `allow_host`",
                 "permission_error",
                 code="host_not_allowed",
             )
         if scope["method"] in CHANGES and not same_site(headers, settings):
             raise APIError(
                 403,
-                "web pages of other origins may not use this server; add the origin to its setting `allowed_origins`",
+                "web pages of other origins may not use this server; add the origin to its setting `allow_origin`",
                 "permission_error",
                 code="origin_not_allowed",
             )

@@ -1,12 +1,16 @@
 """Settings of a server: those of the command, and those that the running server reads."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tercet.errors import UserError
 from tercet.settings import check_positive, setting, settings
+
+SMALLEST_BODY = 0.001  # MiB
+SHORTEST_TIMEOUT = 0.1  # seconds
 
 
 @settings
@@ -94,7 +98,13 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UserError(f"`port` is {self.port}; it must be from 0 to 65535")
-        check_positive(self, "max_batch", "max_waiting", "max_body", "request_timeout")
+        check_positive(self, "max_batch", "max_waiting")
+        if not SMALLEST_BODY <= self.max_body < math.inf:
+            raise UserError(f"`max_body` is {self.max_body}; it must be a number of at least {SMALLEST_BODY}")
+        if not self.request_timeout >= SHORTEST_TIMEOUT:
+            raise UserError(
+                f"`request_timeout` is {self.request_timeout}; it must be at least {SHORTEST_TIMEOUT}"
+            )
         if self.no_page and self.data is not None:
             raise UserError(
                 "`data` is a setting of the chat page, and `no_page` turns the page off; leave one of them out"
