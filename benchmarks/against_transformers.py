@@ -25,7 +25,8 @@ from tercet.model.transformer import Transformer
 from tercet.pretrain.initialize import initialize
 from tercet.pretrain.plan import network
 from tercet.pretrain.vocabulary import train_tokenizer
-from tercet.train.loss import Batch, loss_sum
+from tercet.train.batch import Batch
+from tercet.train.loss import loss_sum
 
 LAYERS, WIDTH, VOCAB, CONTEXT = 6, 256, 4096, 512
 ROWS = 4

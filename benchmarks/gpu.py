@@ -29,9 +29,9 @@ from tercet.model.transformer import Transformer
 from tercet.pretrain.hardware import HARDWARE
 from tercet.pretrain.initialize import initialize
 from tercet.pretrain.plan import network
+from tercet.train.batch import Batch
 from tercet.train.compilation import compile_blocks
 from tercet.train.gradients import Autograd, repeatable
-from tercet.train.loss import Batch
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.state import trainable
 

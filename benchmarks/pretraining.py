@@ -81,8 +81,8 @@ def speed_tercet(kind: str) -> float:
     from tercet.model.transformer import Transformer
     from tercet.pretrain.initialize import initialize
     from tercet.pretrain.plan import network
+    from tercet.train.batch import Batch
     from tercet.train.gradients import gradients_of
-    from tercet.train.loss import Batch
     from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 
     s = SHAPE

@@ -11,10 +11,10 @@ from tercet.model.device import find_device
 from tercet.model.transformer import Transformer
 from tercet.pretrain.plan import network
 from tercet.train import calibrate
+from tercet.train.batch import Batch
 from tercet.train.calibrate import Speed
 from tercet.train.compilation import compile_blocks
 from tercet.train.gradients import Autograd
-from tercet.train.loss import Batch
 
 CONFIG = network(1, 32, 300, 32)
 

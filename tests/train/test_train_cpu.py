@@ -11,6 +11,7 @@ from numba import njit
 from tercet.data.batches import IGNORED
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
+from tercet.train.batch import Batch
 from tercet.train.cpu import kernels
 from tercet.train.cpu.attention import QUERIES
 from tercet.train.cpu.compiling import FAST
@@ -19,7 +20,6 @@ from tercet.train.cpu.products import PairedProducts, PlainProducts
 from tercet.train.cpu.step import Stepper
 from tercet.train.cpu.support import supports
 from tercet.train.gradients import Autograd, gradients_of
-from tercet.train.loss import Batch
 
 CONFIG = ModelConfig(
     family="qwen3", vocab_size=130, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,

@@ -191,7 +191,7 @@ import hashlib, torch
 from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train.cpu import attention, kernels, muon as written_out, products, step
-from tercet.train.loss import Batch
+from tercet.train.batch import Batch
 from tercet.train.optimizer import Muon
 
 step.products_for = lambda *_: products.PairedProducts()

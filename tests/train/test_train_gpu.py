@@ -16,10 +16,11 @@ from tercet.model.transformer import Transformer
 from tercet.pretrain.initialize import initialize
 from tercet.pretrain.plan import network
 from tercet.train import loss as loss_module
+from tercet.train.batch import Batch
 from tercet.train.compilation import compile_blocks
 from tercet.train.gradients import Autograd
 from tercet.train.loop import Recipe, train
-from tercet.train.loss import Batch, losses_of
+from tercet.train.loss import losses_of
 from tercet.train.optimizer import Muon, Rates
 from tercet.train.schedule import Schedule
 

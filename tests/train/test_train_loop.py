@@ -20,8 +20,9 @@ from tercet.model.config import ModelConfig
 from tercet.model.transformer import Transformer
 from tercet.train import head
 from tercet.train import loop as loop_module
+from tercet.train.batch import Batch
 from tercet.train.loop import STATE, Recipe, train
-from tercet.train.loss import Batch, loss_sum
+from tercet.train.loss import loss_sum
 from tercet.train.schedule import Schedule
 from tercet.train.state import load_progress
 

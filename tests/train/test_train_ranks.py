@@ -38,7 +38,7 @@ SCRIPT = textwrap.dedent(
     from tercet.pretrain.plan import network
     from tercet.model.transformer import Transformer
     from tercet.train.loop import Recipe, train
-    from tercet.train.loss import Batch
+    from tercet.train.batch import Batch
     from tercet.train.optimizer import Rates
     from tercet.train.ranks import exit_process, open_ranks
     from tercet.train.schedule import Schedule

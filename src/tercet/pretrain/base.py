@@ -29,10 +29,10 @@ from tercet.pretrain.planning import Plan, rows_at_once
 from tercet.pretrain.result import Built
 from tercet.pretrain.settings import BuildSettings
 from tercet.progress import say
+from tercet.train.batch import Batch
 from tercet.train.calibrate import Speed
 from tercet.train.compilation import compile_blocks
 from tercet.train.loop import STATE, Recipe, Trained, train
-from tercet.train.loss import Batch
 from tercet.train.optimizer import Rates
 from tercet.train.ranks import Ranks
 from tercet.train.schedule import Schedule

@@ -23,9 +23,9 @@ from tercet.files import cache_directory, fingerprint, read_json, write_json
 from tercet.host import available_cores, processor_name
 from tercet.model.transformer import Transformer
 from tercet.progress import say
+from tercet.train.batch import Batch
 from tercet.train.compilation import compile_blocks
 from tercet.train.gradients import gradients_of, repeatable
-from tercet.train.loss import Batch
 from tercet.train.optimizer import Kind, Optimizer, Rates, clip_gradients
 from tercet.train.state import trainable
 

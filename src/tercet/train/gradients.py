@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tercet.model.transformer import Transformer
-from tercet.train.loss import Batch, losses_of
+from tercet.train.batch import Batch
+from tercet.train.loss import losses_of
 
 
 class Gradients(Protocol):

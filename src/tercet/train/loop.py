@@ -25,8 +25,8 @@ from tercet.errors import UserError
 from tercet.files import write_jsonl
 from tercet.model.transformer import Transformer
 from tercet.progress import Progress, say
+from tercet.train.batch import Batch
 from tercet.train.gradients import Gradients, gradients_of, repeatable
-from tercet.train.loss import Batch
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.ranks import Ranks, SummedGradients
 from tercet.train.schedule import Schedule

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from tercet.errors import UserError
 from tercet.model.device import find_device
+from tercet.train.batch import Batch
 from tercet.train.gradients import Gradients
-from tercet.train.loss import Batch
 
 T = TypeVar("T")
 

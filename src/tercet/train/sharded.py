@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from tercet.errors import UserError
 from tercet.files import write_json
 from tercet.model.transformer import Transformer
-from tercet.train.loss import Batch, losses_of
+from tercet.train.batch import Batch
+from tercet.train.loss import losses_of
 from tercet.train.optimizer import Optimizer
 from tercet.train.ranks import Ranks
 from tercet.train.state import RunProgress, check_fingerprint, check_weights, unreadable_state

@@ -15,9 +15,10 @@ from tercet.files import read_json, write_json
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
+from tercet.train.batch import Batch
 from tercet.train.calibrate import calibrate
 from tercet.train.loop import Recipe, Trained, train
-from tercet.train.loss import Batch, loss_sum
+from tercet.train.loss import loss_sum
 from tercet.train.schedule import Schedule
 
 T = TypeVar("T")

@@ -68,7 +68,6 @@ class Tuned:
     Args:
         start: returns the checkpoint directory to start from, when it is needed.
         epochs: at most, within the setting's minutes.
-        settings: other settings of `tercet.tune`.
     """
 
     level: Level = "tune"
@@ -81,10 +80,9 @@ class Tuned:
         method: Method,
         epochs: float,
         level: Level = "tune",
-        **settings: Any,
     ) -> None:
         self.name, self.level = name, level
-        self._start, self._method, self._epochs, self._settings = start, method, epochs, settings
+        self._start, self._method, self._epochs = start, method, epochs
         self.details: dict[str, Any] = {}
 
     def fit(self, setting: Setting) -> None:
@@ -107,7 +105,6 @@ class Tuned:
             minutes=setting.minutes,
             over_length="truncate",
             seed=setting.seed,
-            **self._settings,
         )
         self._directory = Path(tuned.model)
         self.answerer = Answerer(LLM(tuned.model), task, tuned=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from tercet.model.transformer import Transformer
+from tercet.train.batch import Batch
 from tercet.train.cpu.passes import LayerWeights, Passes, Rows, Weights
 from tercet.train.cpu.products import Matrix, Sum, products_for
-from tercet.train.loss import Batch
 
 
 class Stepper:
