@@ -90,6 +90,7 @@ def test_help_and_version_as_a_module() -> None:
         (["prompt", "x", "hi", "--max-tokens", "many"], "--max-tokens"),
         (["prompt", "x", "hi", "--max-tokns", "3"], "--max-tokns"),
         (["prompt", "x", "hi", "there"], "see: tercet prompt --help"),
+        (["build", "--data", "x", "--out", "y", "--optimizer", "sgd"], "'--optimizer': 'sgd' is not one of"),
         (["prompt", "no/such/model", "hi"], "no model at no/such/model"),
         (["prompt", "no/such/model", "hi", "--json"], "no model at no/such/model"),
         (["prompt", "http://127.0.0.1:9/v1#m"], "the prompt is missing"),

@@ -115,7 +115,9 @@ def _run(arguments: list[str]) -> int:
         raise KeyboardInterrupt from None
     except typer.TyperException as problem:  # a missing argument, an unknown option, not a number
         path = getattr(getattr(problem, "ctx", None), "command_path", "tercet")
-        line = " ".join(problem.format_message().split())
+        line = " ".join(problem.format_message().split()).replace(
+            ": Value error, ", ": "
+        )  # pydantic's prefix
         return _fail(f"{line.rstrip('.')}; see: {path} --help")
     return 0
 
