@@ -200,7 +200,7 @@ def test_too_little_text_and_a_foreign_directory_are_refused(
         build(tmp_path / "tiny.txt", tmp_path / "run", tokens=1000, **SMALL)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
+    with pytest.raises(UserError, match="is not empty and contains no Tercet run"):
         build(corpus, tmp_path / "other", tokens=1000)
     with pytest.raises(UserError, match="other data or settings"):
         build(corpus, built, tokens=1000)
@@ -221,7 +221,7 @@ def test_minimal_pairs_are_measured_in_the_run_and_at_its_end(corpus: Path, tmp_
     # Letters that never occur together in the corpus are unlikely after any training.
     assert made.pair_accuracy == {"accuracy": 1.0, "pairs": 4}
     assert all(0 <= row["pair_accuracy"] <= 1 for row in made.history)
-    assert "100.0% of 4 right" in (tmp_path / "run" / "report.html").read_text()
+    assert "100.0% of 4 correct" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(UserError, match="there is no file or directory"):
         build(corpus, tmp_path / "other", tokens=20_000, pairs=["nowhere.jsonl"], **SMALL)
 
