@@ -75,7 +75,10 @@ def test_a_run_owns_its_directory(tmp_path: Path) -> None:
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter.tex").write_text("mine")
-    with pytest.raises(UserError, match="not empty and holds no run"), open_run(foreign, "build", "key", {}):
+    with (
+        pytest.raises(UserError, match="not empty and contains no Tercet run"),
+        open_run(foreign, "build", "key", {}),
+    ):
         pass
     assert sorted(entry.name for entry in foreign.iterdir()) == [".lock", "chapter.tex"]
 
