@@ -19,9 +19,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
-# Two workers: many tests wait for a subprocess or use one core.
+# Two workers: many tests wait for a subprocess or use one core. The browser's tests watch a page in motion, so
+# they run alone.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore-glob='*test_page_browser*'
+	$(BIN)/python -m pytest tests/serve/test_page_browser*.py
 
 lint: install
 	$(BIN)/ruff check .
