@@ -30,7 +30,19 @@ def main(reference: str, out: str) -> None:
     if chromium is None:
         sys.exit("Chromium is not installed: apt-get install chromium")
     with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-m", "tercet", "serve", reference, "--port", "0", "--data", data]
+        command = [
+            sys.executable,
+            "-m",
+            "tercet",
+            "serve",
+            reference,
+            "--port",
+            "0",
+            "--data",
+            data,
+            "--quantize",
+            "none",
+        ]
         server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             address = _address(server)
@@ -64,7 +76,7 @@ def _ask(page: Page) -> None:
     page.get_by_label("Message", exact=True).press("Enter")
     page.locator(".message.assistant:not(.running)").last.wait_for(timeout=300_000)
     page.locator("#inspect").click()
-    page.locator(".message.assistant .token").nth(3).click()
+    page.locator(".message.assistant .said .token").nth(3).click()
     page.wait_for_timeout(500)
 
 
