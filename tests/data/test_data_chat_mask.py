@@ -165,8 +165,22 @@ def test_a_conversation_without_an_answer_is_refused() -> None:
 
 def test_earlier_answers_can_be_context_only() -> None:
     tokenizer = make_tokenizer(CHATML)
-    [rendered] = mask_conversation(tokenizer, talk("a", "one", "b", "two"), first=2)
+    [rendered] = mask_conversation(tokenizer, talk("a", "one", "b", "two"), supervised=range(2, 4))
     assert [rendered.text[span.start : span.end] for span in rendered.spans] == ["two<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_only_the_named_answers_are_trained_on(template: str) -> None:
+    tokenizer = make_tokenizer(template)
+    messages = talk("a", "one", "b", "two", "c", "three")
+    rendered = mask_conversation(tokenizer, messages, supervised={0, 1, 5})
+    trained = [text.text[span.start : span.end] for text in rendered for span in text.spans]
+    assert [answer.removeprefix("<think>\n\n</think>\n\n") for answer in trained] == [
+        "one<|im_end|>",
+        "three<|im_end|>",
+    ]
+    with pytest.raises(UserError, match="no assistant message"):
+        mask_conversation(tokenizer, messages, supervised={0, 2})
 
 
 CONTENT = st.text(

@@ -16,7 +16,7 @@ reasoning. They give a training example for each turn instead of one for the con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def mask_conversation(
     messages: Sequence[Message],
     *,
     tools: list[Any] | None = None,
-    first: int = 0,
+    supervised: Collection[int] | None = None,
     **variables: Any,
 ) -> list[Rendered]:
     """Return the training texts of a conversation: one, or one per turn if the template requires it.
@@ -61,13 +61,18 @@ def mask_conversation(
         tokenizer: holds the chat template.
         messages: the conversation.
         tools: function descriptions for the template.
-        first: assistant messages before this index are context only.
+        supervised: indices of the messages to train on; assistant messages elsewhere are context only. None:
+            every assistant message. Indices of other messages have no effect.
         variables: further variables of the template.
 
     Raises:
-        UserError: there is no assistant message, or the template violates one of the three properties.
+        UserError: there is no assistant message to train on, or the template violates one of the three properties.
     """
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i >= first]
+    turns = [
+        index
+        for index, message in enumerate(messages)
+        if message.get("role") == "assistant" and (supervised is None or index in supervised)
+    ]
     if not turns:
         raise UserError("the conversation has no assistant message, so there is nothing to train on")
 

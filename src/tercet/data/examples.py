@@ -157,7 +157,7 @@ def _conversation(
     if all(message["role"] != "assistant" for message in messages[first:]):
         return "no assistant message"
     typed: Sequence[Message] = messages
-    return mask_conversation(tokenizer, typed, tools=tools, first=first)
+    return mask_conversation(tokenizer, typed, tools=tools, supervised=range(first, len(typed)))
 
 
 def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:
