@@ -9,13 +9,14 @@ import pytest
 import tool_templates as templates
 from pydantic import BaseModel, Field
 
+from tercet.data.tool_format import ToolFormat, tool_format
 from tercet.engine.constraint import Constraints
 from tercet.engine.grammar import Grammar
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.tools.answer import Answer, gather
-from tercet.serve.tools.formats import ToolFormat, tool_format
+from tercet.serve.tools.formats import call_grammar
 from tercet.serve.tools.parser import ToolParser
 
 SPECIAL = {
@@ -146,7 +147,7 @@ EVERY = pytest.mark.parametrize(
 @pytest.mark.parametrize("several", [False, True])
 def test_an_output_that_must_call_is_calls_and_nothing_else(style: str, special: bool, several: bool) -> None:
     writer = Writer(style, special)
-    grammar = writer.form.grammar(FUNCTIONS, writer.tokenizer, required=True, several=several)
+    grammar = call_grammar(writer.form, FUNCTIONS, writer.tokenizer, required=True, several=several)
     counts = set()
     for _ in range(12):
         answer = writer.answer(grammar)
@@ -160,7 +161,7 @@ def test_an_output_that_must_call_is_calls_and_nothing_else(style: str, special:
 @EVERY
 def test_an_output_that_may_call_is_text_or_right_calls(style: str, special: bool) -> None:
     writer = Writer(style, special)
-    grammar = writer.form.grammar(FUNCTIONS, writer.tokenizer, required=False, several=True)
+    grammar = call_grammar(writer.form, FUNCTIONS, writer.tokenizer, required=False, several=True)
     kinds = set()
     for _ in range(30):
         answer = writer.answer(grammar)
@@ -176,8 +177,8 @@ def test_an_output_of_a_form_is_that_or_calls(style: str, special: bool) -> None
         return  # refused: see test_tools_requests
     writer = Writer(style, special)
     otherwise = Grammar.json_schema({"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"]})
-    grammar = writer.form.grammar(
-        FUNCTIONS, writer.tokenizer, required=False, several=False, otherwise=otherwise
+    grammar = call_grammar(
+        writer.form, FUNCTIONS, writer.tokenizer, required=False, several=False, otherwise=otherwise
     )
     contents = set()
     for _ in range(20):
@@ -196,15 +197,15 @@ def test_references_in_a_schema_lead_to_its_own_definitions() -> None:
         "$defs": {"size": {"enum": ["S", "M"]}},
     }
     writer = Writer("hermes", special=False)
-    grammar = writer.form.grammar(
-        {"any": Grammar.json_schema(schema)}, writer.tokenizer, required=True, several=False
+    grammar = call_grammar(
+        writer.form, {"any": Grammar.json_schema(schema)}, writer.tokenizer, required=True, several=False
     )
     assert writer.answer(grammar).calls[0].arguments in ('{"shirt": "S"}', '{"shirt": "M"}')
 
 
 def test_text_that_begins_like_a_trigger_is_text() -> None:
     writer = Writer("hermes", special=False)
-    grammar = writer.form.grammar(FUNCTIONS, writer.tokenizer, required=False, several=True)
+    grammar = call_grammar(writer.form, FUNCTIONS, writer.tokenizer, required=False, several=True)
     matcher = writer.constraints.matcher(grammar)
     for token in writer.tokenizer.encode("a <tool_cal> b", special=False):
         matcher.accept(token)
@@ -214,7 +215,7 @@ def test_text_that_begins_like_a_trigger_is_text() -> None:
 def test_text_that_breaks_off_is_read_all_the_same() -> None:
     # An engine may cut an output at any token.
     writer: Any = Writer("named", special=True)
-    grammar = writer.form.grammar(FUNCTIONS, writer.tokenizer, required=True, several=True)
+    grammar = call_grammar(writer.form, FUNCTIONS, writer.tokenizer, required=True, several=True)
     tokens = writer.tokens(grammar)
     for length in range(len(tokens)):
         parser = ToolParser(writer.form, FUNCTIONS, writer.tokenizer)

@@ -9,10 +9,10 @@ import tool_templates as templates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tercet.data.tool_format import ToolFormat
 from tercet.engine.request import Delta
 from tercet.engine.text import TextStream, TokenBytes
 from tercet.serve.tools.answer import Answer, CallDelta, Piece, gather
-from tercet.serve.tools.formats import ToolFormat
 from tercet.serve.tools.parser import ToolParser
 
 NAMES = ("weather", "f")

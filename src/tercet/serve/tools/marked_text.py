@@ -5,10 +5,10 @@ from __future__ import annotations
 import codecs
 from collections import deque
 
+from tercet.data.tool_format import special_markers
 from tercet.engine.request import Delta
 from tercet.engine.text import TokenBytes
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.tools.formats import special_markers
 
 
 class MarkedText:

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tercet.data.tool_format import ToolFormat, tool_format
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import UNSUPPORTED, APIError, invalid_value
-from tercet.serve.tools.formats import ToolFormat, tool_format
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:

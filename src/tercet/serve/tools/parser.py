@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
+from tercet.data.tool_format import ToolFormat
 from tercet.engine.request import Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.tools.answer import CallDelta, Piece, new_call_id
 from tercet.serve.tools.call_text import CallText, JsonCall, NamedCall, is_object
-from tercet.serve.tools.formats import ToolFormat
 from tercet.serve.tools.marked_text import MarkedText
 
 

@@ -25,12 +25,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tercet.data.tool_format import ToolFormat, tool_format
 from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion, Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import BAD_SCHEMA, UNSUPPORTED, APIError, invalid_value
 from tercet.serve.tools.answer import Answer, gather
-from tercet.serve.tools.formats import ToolFormat, tool_format
+from tercet.serve.tools.formats import call_grammar
 from tercet.serve.tools.parser import ToolParser
 from tercet.serve.tools.request import ToolRequest
 
@@ -95,7 +96,8 @@ def plan_tools(
     required = request.mode == "required"
     constraint = None
     if required or form is not None or not request.parallel or any(function.strict for function in functions):
-        constraint = call_format.grammar(
+        constraint = call_grammar(
+            call_format,
             {
                 function.name: function.arguments(enforced=required or function.strict)
                 for function in functions
