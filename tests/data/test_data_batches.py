@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tercet.data.batches import IGNORED, Encoded, items_at, micro_batches, padded
+from tercet.data.batches import IGNORED, PADDING, Encoded, items_at, micro_batches, padded
 
 
 @given(st.integers(1, 40), st.integers(1, 16), st.integers(0, 5))
@@ -19,11 +19,11 @@ def test_epochs_have_different_orders() -> None:
 
 
 def test_targets_are_the_next_tokens_and_padding_hides_no_stop_token() -> None:
-    pad = stop = 9
+    stop = PADDING
     a = Encoded.of((1, 2, 3, stop), (False, False, True, True))
     b = Encoded.of((4, 5), (True, True))
-    tokens, targets = padded([a, b], pad)
-    assert tokens.tolist() == [[1, 2, 3], [4, pad, pad]]
+    tokens, targets = padded([a, b])
+    assert tokens.tolist() == [[1, 2, 3], [4, PADDING, PADDING]]
     assert targets.tolist() == [[IGNORED, 3, stop], [5, IGNORED, IGNORED]]
     assert a.count == 2 and b.count == 1  # nothing predicts the first token
 
@@ -39,7 +39,7 @@ def test_an_example_takes_five_bytes_a_token_also_after_truncation() -> None:
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(8, 64))
 def test_pieces_hold_every_example_within_the_budget(lengths: list[int], budget: int) -> None:
     examples = [Encoded.of(tuple(range(100 * i, 100 * i + n)), (True,) * n) for i, n in enumerate(lengths)]
-    pieces = micro_batches(examples, -1, budget)
+    pieces = micro_batches(examples, budget)
     assert all(len(tokens) == 1 or tokens.shape[0] * (tokens.shape[1] + 1) <= budget for tokens, _ in pieces)
     targets = sorted(int(t) for _, piece in pieces for t in piece.ravel() if t != IGNORED)
     assert targets == sorted(token for example in examples for token in example.ids[1:])

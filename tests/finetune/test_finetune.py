@@ -1,6 +1,7 @@
 """Fine-tuning: the supervised tokens, the files it writes, and whether other libraries load them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,42 @@ def test_plain_rows_begin_like_a_prompt_at_inference(tokenizer: Tokenizer) -> No
         assert example.ids.tolist() == [bos, *plain, 0], "one BOS, one stop token"
         assert not example.supervised[0] and example.supervised[-1]
         assert show_mask(example, with_bos)[-1] == (" red<|endoftext|>", True)
+
+
+@pytest.fixture
+def larger_tokenizer(base: Path, tmp_path: Path) -> Path:
+    """The base with a pad token that was added to the tokenizer, but not to the embedding."""
+    directory = tmp_path / "padded"
+    shutil.copytree(base, directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | {"pad_token": "[PAD]"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer.pad_id == Tokenizer.load(base).vocab_size
+    return directory
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_pad_token_without_a_row_in_the_embedding_changes_nothing(
+    base: Path, larger_tokenizer: Path, tmp_path: Path, method: Any
+) -> None:
+    rows = [{"prompt": "say", "completion": " red" * n} for n in range(1, 25)]
+    tuned = [
+        tune(directory, rows, tmp_path / name, method=method, epochs=1)
+        for name, directory in (("plain", base), ("larger", larger_tokenizer))
+    ]
+    assert tuned[0].loss == tuned[1].loss
+    AutoModelForCausalLM.from_pretrained(base if method == "lora" else tuned[1].model)
+
+
+def test_rows_with_a_token_beyond_the_embedding_are_refused_in_one_line(
+    larger_tokenizer: Path, tmp_path: Path
+) -> None:
+    rows = [*ROWS, {"text": "red [PAD] green"}]
+    with pytest.raises(UserError, match=r"the token \[PAD\] has the id \d+, but .* rows; remove it from the"):
+        tune(larger_tokenizer, rows, tmp_path / "out")
+    config = json.loads((larger_tokenizer / "tokenizer_config.json").read_text()) | {"eos_token": "[PAD]"}
+    (larger_tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"the token \[PAD\] .* name a token of the vocabulary as 'eos_token'"
+    ):
+        tune(larger_tokenizer, ROWS, tmp_path / "out2")

@@ -44,6 +44,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama: own ranks": ("llama", {"rank_pattern": {"q_proj": 2, r"layers\.1\..*up_proj": 5},
                                    "alpha_pattern": {"o_proj": 7}}),
     "llama: own ranks, rank-stabilised": ("llama", {"rank_pattern": {"v_proj": 6}, "use_rslora": True}),
+    "llama: only the first layer": ("llama", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": (0,)}),
+    "llama: two layers": (
+        "llama", {"target_modules": ["o_proj"], "layers_to_transform": (2, 0), "layers_pattern": ("layers",)}),
+    "llama: a layer and a whole name": (
+        "llama", {"target_modules": ["v_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": (1,)}),
+    "gpt2: only layer 1": (
+        "gpt2", {"target_modules": ["c_attn"], "layers_to_transform": (1,), "layers_pattern": ("x", "h")}),
     "qwen3": ("qwen3", {}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3_text", {}),
@@ -263,6 +270,35 @@ def test_one_part_of_a_joint_layer_can_be_adapted_alone(
     )
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 2},
+        {"layers_to_transform": []},
+        {"layers_to_transform": [0], "layers_pattern": []},
+        {"layers_to_transform": 0, "layers_pattern": ""},
+        {
+            "layers_to_transform": [1, 2],
+            "layers_pattern": "layers",
+            "exclude_modules": ["model.layers.2.self_attn.q_proj"],
+        },
+    ],
+)
+def test_layers_are_chosen_as_peft_chooses_them(fields: dict[str, Any], make: Make, tmp_path: Path) -> None:
+    _, base = make("llama")
+    lora = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"], **fields)
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), lora)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_model(base)
+    load_adapter(model, tmp_path / "adapter")
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert {f"base_model.model.{name}" for name in adapted} == {
+        name.removesuffix(".lora_A") for name, _ in theirs.named_modules() if name.endswith(".lora_A")
+    }
+
+
 # Refusals
 
 
@@ -275,11 +311,22 @@ def test_one_part_of_a_joint_layer_can_be_adapted_alone(
         ({"bias": "all"}, "'bias' is 'all'"),
         ({"lora_bias": True}, "'lora_bias'"),
         ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
-        ({"layers_to_transform": [0]}, "'layers_to_transform'"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+            "in layers_to_transform matches no layer",
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": False}, "'layers_to_transform' is False"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [True]}, "'layers_to_transform' is [True]"),
+        ({"target_modules": ".*", "layers_to_transform": 0}, "layers_to_transform needs a list of modules"),
+        (
+            {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+            "layers_pattern needs layers_to_transform",
+        ),
         ({"trainable_token_indices": [3]}, "'trainable_token_indices'"),
         ({"target_parameters": ["x"]}, "'target_parameters'"),
         ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa'"),
         ({"a_field_of_next_year": 1}, "'a_field_of_next_year'"),
+        ({"a_field_of_next_year": 0}, "'a_field_of_next_year' is 0"),
         ({"r": 0}, "r is 0"),
         ({"r": "big"}, "'r' is 'big'"),
         ({"lora_alpha": -1}, "alpha is -1"),

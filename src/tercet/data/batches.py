@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
 IGNORED = -100  # target of a position that is not trained on
+# Fills the inputs of short rows. Causal attention and the targets hide it, so any id of the embedding serves;
+# a tokenizer's own pad token may lie beyond the embedding.
+PADDING = 0
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -59,13 +62,13 @@ class Encoded:
         return Encoded(self.ids[:length].copy(), self.supervised[:length].copy())
 
 
-def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
+def padded(examples: Sequence[Encoded]) -> tuple[Tokens, Tokens]:
     """Return inputs and targets [B, T] of next-token prediction, padded on the right.
 
-    Targets are set before padding, so a pad id that equals the stop id hides no stop token.
+    Targets are set before padding, so the stop token is in the loss also where its id is `PADDING`.
     """
     width = max(len(example.ids) for example in examples) - 1
-    tokens = np.full((len(examples), width), pad_id, dtype=np.int64)
+    tokens = np.full((len(examples), width), PADDING, dtype=np.int64)
     targets = np.full((len(examples), width), IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
         length = len(example.ids) - 1
@@ -74,7 +77,7 @@ def padded(examples: Sequence[Encoded], pad_id: int) -> tuple[Tokens, Tokens]:
     return tokens, targets
 
 
-def micro_batches(examples: Sequence[Encoded], pad_id: int, budget: int) -> list[tuple[Tokens, Tokens]]:
+def micro_batches(examples: Sequence[Encoded], budget: int) -> list[tuple[Tokens, Tokens]]:
     """Divide the examples of a step into rectangles of at most ``budget`` tokens, or of a single row.
 
     Examples are sorted by length first to keep padding low. The loss weighs every token equally, so the
@@ -87,4 +90,4 @@ def micro_batches(examples: Sequence[Encoded], pad_id: int, budget: int) -> list
             pieces[-1].append(example)
         else:
             pieces.append([example])
-    return [padded(piece, pad_id) for piece in pieces]
+    return [padded(piece) for piece in pieces]

@@ -113,6 +113,20 @@ def prepare(
     return prepared
 
 
+def check_embedding(examples: Iterable[Encoded], tokenizer: Tokenizer, rows: int) -> None:
+    """Raise UserError for an example with a token that has none of the ``rows`` of the model's embedding."""
+    for example in examples:
+        token = int(example.ids.max(initial=0))
+        if token >= rows:
+            name = tokenizer.token_text(token)
+            advice = "remove it from the rows"
+            if token == tokenizer.eos_id:
+                advice = "name a token of the vocabulary as 'eos_token' in tokenizer_config.json"
+            raise UserError(
+                f"the token {name} has the id {token}, but the model's embedding has only {rows} rows; {advice}"
+            )
+
+
 def render_row(row: dict[str, Any], tokenizer: Tokenizer) -> list[Rendered] | str:
     """Return the training texts of a row with their supervised spans, or the reason to drop the row.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tercet.data.examples import prepare
+from tercet.data.examples import check_embedding, prepare
 from tercet.files import read_json, write_json
 from tercet.finetune.inputs import Inputs, read_inputs, token_limit
 from tercet.finetune.result import Tuned, write_model, write_report
@@ -76,6 +76,7 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
             prepared.examples,
             prepare(inputs.dev_rows, tokenizer, limit, "truncate").examples,
         )
+    check_embedding([*examples, *held_out], tokenizer, model.config.vocab_size)
     for line in prepared.account():
         say(line)
 
@@ -98,7 +99,6 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
             minutes=settings.minutes,
             seed=settings.seed,
         ),
-        pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
         key=key,
         title=f"tuning ({settings.method})",
     )

@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 # Fields without effect on the result of a stored adapter: origin, training, layout, memory.
 _HARMLESS = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out", "inference_mode",
-    "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "runtime_config",
 }  # fmt: skip
 # Initialisations that change only the adapter; other ones (pissa, olora, ...) change the base as well.
@@ -35,6 +35,9 @@ class AdapterConfig:
         target_modules: ends of Hugging Face's module names; or a regular expression for the whole
             name; or "all-linear": every linear layer but the head.
         exclude_modules: likewise, of modules that are not adapted.
+        layers_to_transform: the numbers of the layers whose modules ``target_modules`` adapts by the ends of
+            their names; None: all. A module that is listed with its whole name is adapted anyway.
+        layers_pattern: regular expressions of the name that stands before the number of a layer; empty: any.
         use_rslora: rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern: regular expressions of module names' ends, to the rank of those modules.
         alpha_pattern: likewise, to their alpha.
@@ -49,6 +52,8 @@ class AdapterConfig:
     alpha: float | None = None
     target_modules: tuple[str, ...] | str = ALL_LINEAR
     exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
     use_rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -67,6 +72,10 @@ class AdapterConfig:
         for name, alpha in alphas:
             if type(alpha) not in (int, float) or alpha <= 0:
                 raise UserError(f"adapter: {name} is {alpha!r}; it must be a number above 0")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise UserError("adapter: layers_to_transform needs a list of modules as target_modules")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("adapter: layers_pattern needs layers_to_transform")
 
     @property
     def whole_alpha(self) -> float:
@@ -106,6 +115,23 @@ def _matches(modules: tuple[str, ...] | str, name: str) -> bool:
         raise UserError(f"adapter: {modules!r} is not a regular expression: {problem}") from problem
 
 
+def _in_layers(adapter: AdapterConfig, name: str) -> bool:
+    """Return whether the number of the layer that a module belongs to is one of ``layers_to_transform``.
+
+    As PEFT, the number is the first whole part of the name that is one, after a part that matches a pattern.
+    """
+    if adapter.layers_to_transform is None or name in adapter.target_modules:
+        return True
+    for pattern in adapter.layers_pattern or (r"[^.]+",):
+        try:
+            match = re.match(rf"(?:.*?\.)?{pattern}\.(?P<number>\d+)\.", name)
+        except re.error as problem:
+            raise UserError(f"adapter: {pattern!r} is not a regular expression: {problem}") from problem
+        if match is not None:
+            return int(match["number"]) in adapter.layers_to_transform
+    return False
+
+
 def adapted_modules(adapter: AdapterConfig, model: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Return the adapted linear layers: Hugging Face's module name to the network's module names.
 
@@ -117,7 +143,11 @@ def adapted_modules(adapter: AdapterConfig, model: ModelConfig) -> dict[str, tup
     """
 
     def targeted(name: str) -> bool:
-        return _matches(adapter.target_modules, name) and not _matches(adapter.exclude_modules, name)
+        return (
+            _matches(adapter.target_modules, name)
+            and _in_layers(adapter, name)
+            and not _matches(adapter.exclude_modules, name)
+        )
 
     everything = isinstance(adapter.target_modules, str) and adapter.target_modules.lower() == ALL_LINEAR
     adapted: dict[str, tuple[str, ...]] = {}
@@ -150,9 +180,10 @@ def adapted_modules(adapter: AdapterConfig, model: ModelConfig) -> dict[str, tup
     if not everything and targeted("lm_head"):
         raise UserError("adapter: target_modules matches lm_head; embeddings and the head can't be adapted")
     if not adapted:
+        layers = "" if adapter.layers_to_transform is None else " in layers_to_transform"
         raise UserError(
-            f"adapter: target_modules {adapter.target_modules!r} matches no layer of this {model.family} model, "
-            f"which has {', '.join(ends)}"
+            f"adapter: target_modules {adapter.target_modules!r}{layers} matches no layer of this {model.family} "
+            f"model, which has {', '.join(ends)} in {model.num_layers} layers"
         )
     return adapted
 
@@ -197,6 +228,17 @@ def _parse(content: dict[str, Any]) -> AdapterConfig:
             raise UserError(f"field {name!r} is {value!r}; it must be a list of module names")
         return value if isinstance(value, str) else tuple(value)
 
+    def layers() -> tuple[int, ...] | None:
+        value = take("layers_to_transform", (int, list), [], "a layer number or a list of them")
+        numbers = [value] if isinstance(value, int) else value
+        if not all(type(number) is int for number in numbers):
+            raise UserError(f"field 'layers_to_transform' is {value!r}; it must be a list of layer numbers")
+        return tuple(numbers) or None
+
+    def pattern() -> tuple[str, ...]:
+        value = modules("layers_pattern")
+        return (value,) if value and isinstance(value, str) else tuple(value)
+
     for name, allowed in [("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None)), ("bias", ("none", None)),
                           ("init_lora_weights", _HARMLESS_INITIALISATIONS)]:  # fmt: skip
         if (value := remaining.pop(name, None)) not in allowed:
@@ -206,6 +248,8 @@ def _parse(content: dict[str, Any]) -> AdapterConfig:
         alpha=take("lora_alpha", (int, float), 8, "a number"),
         target_modules=modules("target_modules"),
         exclude_modules=modules("exclude_modules"),
+        layers_to_transform=layers(),
+        layers_pattern=pattern(),
         use_rslora=take("use_rslora", bool, False, "true or false"),
         rank_pattern=take("rank_pattern", dict, {}, "an object"),
         alpha_pattern=take("alpha_pattern", dict, {}, "an object"),
@@ -213,6 +257,7 @@ def _parse(content: dict[str, Any]) -> AdapterConfig:
         revision=take("revision", str, None, "a string"),
     )
     for name, value in remaining.items():
-        if value not in (None, False, "", [], {}):
+        # By type: 0 is a value, though it equals False.
+        if not (value is None or value is False or (isinstance(value, str | list | dict) and not value)):
             raise UserError(f"field {name!r} is {value!r}, which is not supported")
     return config

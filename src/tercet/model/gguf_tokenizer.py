@@ -120,6 +120,10 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
             _mark_bytes(tokens, types)
             notes += prefix_notes
         add_bos, add_eos, bos = _around(tokenizer)
+        if bos is not None and bos >= rows:
+            raise UserError(
+                f"token {bos}, put before each text, does not exist; the embedding has {rows} rows"
+            )
         ends = _ends(tokenizer, stop_ids, len(tokens))
     except UserError as problem:
         raise UserError(f"{where}: {problem}") from problem
@@ -127,7 +131,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
     unk_id = None if unknown is None or byte_level else tokenizer.id_of(unknown)
     if unk_id is not None and types[unk_id] in (NORMAL, CONTROL):
         types[unk_id] = UNKNOWN
-    notes += _added_notes(content["added_tokens"])
+    notes += _added_notes(content["added_tokens"], rows)
     if unnamed := [tokens[index] for index in ends[3:] if tokens[index] not in KNOWN_ENDS]:
         notes.append(
             f"llama.cpp will not stop at {', '.join(unnamed)}: a file can name only three end tokens"
@@ -140,9 +144,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int], whe
         merges=[" ".join(merge) for merge in merges] if byte_level else [],
         scores=scores,
         # If it were missing, llama.cpp would use token 11 (or 1).
-        bos_id=next(index for index in (bos, tokenizer.bos_id, ends[0]) if index is not None),
+        bos_id=next(index for index in (bos, _within(tokenizer.bos_id, rows), ends[0]) if index is not None),
         ends=ends,
-        pad_id=tokenizer.pad_id,
+        pad_id=_within(tokenizer.pad_id, rows),
         unk_id=unk_id,
         add_bos=add_bos,
         add_eos=add_eos,
@@ -164,7 +168,7 @@ def _check_model(model: Mapping[str, Any]) -> None:
 
 def _tokens(tokenizer: Tokenizer, rows: int) -> tuple[list[str], list[int]]:
     """Return texts and types by id; rows without a token get a text that no input is encoded to."""
-    if tokenizer.vocab_size > rows:
+    if any(index >= rows for index in tokenizer.backend.get_vocab(with_added_tokens=False).values()):
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has only {rows} rows; "
             "they are not of the same model"
@@ -281,15 +285,28 @@ def _normalizer_notes(content: Any) -> list[str]:
     raise UserError(f"llama.cpp has no counterpart to the tokenizer's normalizer {content['type']}")
 
 
-def _added_notes(added: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a note on added tokens that strip adjacent spaces: llama.cpp has no field for that."""
+def _within(index: int | None, rows: int) -> int | None:
+    """Return a token id that has a row of the embedding; None for another one."""
+    return index if index is not None and index < rows else None
+
+
+def _added_notes(added: Sequence[Mapping[str, Any]], rows: int) -> list[str]:
+    """Return notes on added tokens: without a row, or stripping adjacent spaces (llama.cpp has no field for it)."""
+
+    def names(tokens: list[str]) -> str:
+        return ", ".join(tokens[:3]) + (", ..." if len(tokens) > 3 else "")
+
+    notes = []
+    if rowless := [token["content"] for token in added if token["id"] >= rows]:
+        notes.append(f"left out {names(rowless)}: the model's embedding has no row for it")
     stripping = [
-        token["content"] for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]
+        token["content"]
+        for token in added
+        if token["id"] < rows and (token["lstrip"] or token["rstrip"] or token["single_word"])
     ]
-    if not stripping:
-        return []
-    names = ", ".join(stripping[:3]) + (", ..." if len(stripping) > 3 else "")
-    return [f"llama.cpp keeps the spaces beside {names}, which the tokenizer removes"]
+    if stripping:
+        notes.append(f"llama.cpp keeps the spaces beside {names(stripping)}, which the tokenizer removes")
+    return notes
 
 
 # SentencePiece-like

@@ -144,12 +144,15 @@ def windows_by_type(hf: HF, layers: int, size: int | None, default: list[bool]) 
 
 
 def token_ids(config: ModelConfig) -> HF:
-    """Return the fields that name special tokens."""
-    eos = config.eos_token_ids
+    """Return the fields that name special tokens.
+
+    A pad token without a row in the embedding is left out: transformers can't load a model that names one.
+    """
+    eos, pad = config.eos_token_ids, config.pad_token_id
     return {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
+        "pad_token_id": None if pad is None or pad >= config.vocab_size else pad,
     }
 
 

@@ -112,7 +112,6 @@ def learn_to_chat(
         held_out.examples,
         directory,
         Supervision(epochs, BATCH_SIZE, rate, minutes=minutes, seed=seed),
-        pad=tokenizer.pad_id if tokenizer.pad_id is not None else 0,
         key=key,
         title="chat training",
     )

@@ -67,7 +67,6 @@ def fine_tune(
     directory: Path,
     supervision: Supervision,
     *,
-    pad: int,
     key: str,
     title: str,
 ) -> Trained:
@@ -79,7 +78,6 @@ def fine_tune(
         held_out: Held-out examples.
         directory: Holds the plan, the state and the metrics; an unfinished run found here is resumed.
         supervision: The length of training and its learning rate.
-        pad: The token that pads rows.
         key: A fingerprint of everything that determines the result.
         title: Names the run in progress lines and messages.
 
@@ -101,7 +99,7 @@ def fine_tune(
 
     def batches_at(step: int) -> list[Batch]:
         chosen = [examples[index] for index in items_at(step, batch_size, len(examples), supervision.seed)]
-        return _batches(chosen, pad)
+        return _batches(chosen)
 
     recipe = Recipe(
         # Compared with 0.9 on builtin:docs-routing: a long plateau was better than a long cool-down.
@@ -119,7 +117,7 @@ def fine_tune(
         directory,
         fingerprint=key,
         title=title,
-        evaluate=_heldout_loss(model, held_out, pad),
+        evaluate=_heldout_loss(model, held_out),
         keep_best=True,
     )
     model.compute_dtype = None
@@ -137,10 +135,10 @@ def ending_with(stops: set[str], tokenizer: Tokenizer, generation: dict[str, Any
     return {**generation, "eos_token_id": ids if len(ids) != 1 else ids[0]}
 
 
-def _batches(examples: Sequence[Encoded], pad: int) -> list[Batch]:
+def _batches(examples: Sequence[Encoded]) -> list[Batch]:
     return [
         Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
-        for tokens, targets in micro_batches(examples, pad, TOKEN_BUDGET)
+        for tokens, targets in micro_batches(examples, TOKEN_BUDGET)
     ]
 
 
@@ -174,11 +172,9 @@ def _plan(
     return plan
 
 
-def _heldout_loss(
-    model: Transformer, held_out: Sequence[Encoded], pad: int
-) -> Callable[[], dict[str, float]]:
+def _heldout_loss(model: Transformer, held_out: Sequence[Encoded]) -> Callable[[], dict[str, float]]:
     """Return a function that measures the mean loss over all supervised tokens of the held-out examples."""
-    batches = _batches(held_out, pad)
+    batches = _batches(held_out)
     tokens = sum(batch.supervised for batch in batches)
 
     def evaluate() -> dict[str, float]:
