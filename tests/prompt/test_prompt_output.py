@@ -46,6 +46,7 @@ class MaskedEngine:
     def __init__(self, engine: Engine) -> None:
         self.tokenizer, self.stop_ids = engine.tokenizer, engine.stop_ids
         self.context_length = engine.context_length
+        self.sampling_defaults = engine.sampling_defaults
         self.constraints = Constraints(engine.tokenizer, engine.backend.vocab_size, sorted(engine.stop_ids))
         self.random = random.Random(0)
         self.requests: list[Request] = []

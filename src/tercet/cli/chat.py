@@ -35,6 +35,7 @@ def chat(
     ] = None,
     system: options.System = None,
     max_tokens: options.MaxTokens = None,
+    sampling: options.SamplingHow = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -55,6 +56,7 @@ def chat(
     if max_tokens is None and llm.is_local and llm.has_chat_template:
         max_tokens = CHAT_TOKENS
     fields = options.sampling_fields(
+        sampling=sampling,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

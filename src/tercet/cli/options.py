@@ -35,6 +35,14 @@ MinP = Annotated[
         "--min-p", metavar="P", help="Drop tokens less probable than P times the most likely token."
     ),
 ]
+SamplingHow = Annotated[
+    str | None,
+    typer.Option(
+        "--sampling",
+        metavar="HOW",
+        help="default: the publisher's settings; greedy: the most likely token; neutral: temperature 1, no limit.",
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Random seed; the same seed gives the same answer.")
 ]

@@ -37,6 +37,7 @@ def prompt(
         typer.Option(metavar="K=V", help="Value of field K of the template; may be repeated."),
     ] = None,
     max_tokens: options.MaxTokens = None,
+    sampling: options.SamplingHow = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
@@ -72,6 +73,7 @@ def prompt(
 
     filled = check_text(_prompt(text, template, var or []), "the prompt")
     fields = options.sampling_fields(
+        sampling=sampling,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -30,7 +30,11 @@ def serve(requested: ServeSettings) -> None:
     listening = bind(requested.host, requested.port)
     try:
         loading = LoadOptions(
-            requested.quantize, requested.speculation, requested.max_batch, requested.max_waiting
+            requested.quantize,
+            requested.speculation,
+            requested.max_batch,
+            requested.max_waiting,
+            requested.sampling,
         )
         models = load_models(requested.refs, requested.adapter, loading, _note)
         store = None if requested.no_page else _store(models, requested.data)

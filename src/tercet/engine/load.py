@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from tercet.engine.backend import Backend
 from tercet.engine.cpu import QUANTIZATIONS, Quantization
 from tercet.engine.engine import Engine
+from tercet.engine.sampling_defaults import read_sampling_defaults
 from tercet.errors import UserError
 from tercet.model.adapter_config import is_adapter
 from tercet.model.checkpoint import read_stop_ids
@@ -83,6 +84,7 @@ def load_engine(
         backend = _torch_backend(source.base, source.adapter, dtype, device)
     tokenizer = Tokenizer.load(source.tokenizer)
     engine = Engine(backend, tokenizer, _stop_ids(source, tokenizer), speculation=speculation)
+    engine.sampling_defaults = _sampling_defaults(source)
     for name, path in (adapters or {}).items():
         engine.add_adapter(name, path)
     return engine
@@ -129,7 +131,10 @@ def load_transformers_engine(
     torch_device = find_device(device)
     backend = load_transformers(directory, _dtype(dtype, torch_device), torch_device)
     tokenizer = Tokenizer.load(directory)
-    return Engine(backend, tokenizer, _stop_ids(Source(directory), tokenizer), reuse_prefixes=False)
+    source = Source(directory)
+    engine = Engine(backend, tokenizer, _stop_ids(source, tokenizer), reuse_prefixes=False)
+    engine.sampling_defaults = _sampling_defaults(source)
+    return engine
 
 
 def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: str | None) -> Backend:
@@ -177,6 +182,12 @@ def _stop_ids(source: Source, tokenizer: Tokenizer) -> list[int]:
     """Return the stop tokens of checkpoint and tokenizer: chat models often name one in each place."""
     named = read_stop_ids(source.generation)
     return list(named) if tokenizer.eos_id is None else [*named, tokenizer.eos_id]
+
+
+def _sampling_defaults(source: Source) -> dict[str, float]:
+    """Return the published sampling settings: the adapter's where it has some, else the base's."""
+    own = read_sampling_defaults(source.generation)
+    return own or read_sampling_defaults(source.base)
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype | None:

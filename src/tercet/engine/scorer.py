@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ class Scorer:
         stop_ids: tokens that end an output of the model without an adapter.
         pool: the backend's pages.
         adapters: by the names that requests choose them by.
+        sampling_defaults: values for sampling fields that a request leaves unset, by name; the engine itself
+            does not apply them.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Scorer:
         self.stop_ids = frozenset(stop_ids)
         self.pool = PagePool(backend.num_pages, backend.page_size, reuse_prefixes)
         self.adapters: dict[str, Adapter] = {}
+        self.sampling_defaults: Mapping[str, float] = {}
         self._bytes_of = TokenBytes(tokenizer)
 
     @property
@@ -63,7 +66,9 @@ class Scorer:
         """
         if name in self.adapters:
             raise UserError(f"there is an adapter {name!r} already ({self.adapters[name].directory})")
-        self.adapters[name] = add_adapter(self.backend, directory, self.tokenizer, self.stop_ids)
+        self.adapters[name] = add_adapter(
+            self.backend, directory, self.tokenizer, self.stop_ids, self.sampling_defaults
+        )
 
     def number_of(self, adapter: str | None) -> int:
         """Return the backend's number of an adapter; 0 for None.
@@ -76,6 +81,10 @@ class Scorer:
     def stop_ids_of(self, adapter: str | None) -> frozenset[int]:
         """Return the tokens that end an output."""
         return self.stop_ids if adapter is None else self._adapter(adapter).stop_ids
+
+    def sampling_defaults_of(self, adapter: str | None) -> Mapping[str, float]:
+        """Return the values for sampling fields that a request leaves unset."""
+        return self.sampling_defaults if adapter is None else self._adapter(adapter).sampling_defaults
 
     def tokenizer_of(self, adapter: str | None) -> Tokenizer:
         """Return the adapter's own tokenizer, or else the model's: both have the same tokens.

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Unpack
 
 from tercet.data.conversation import Message, check_messages, check_text
-from tercet.engine.request import Completion
+from tercet.engine.request import Completion, Sampling
+from tercet.engine.sampling_defaults import SamplingChoice
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt
@@ -52,14 +53,22 @@ class ChatSession:
     Args:
         llm: the model.
         system: the system message; None: none.
+        sampling: for every answer, as in `LLM.chat`.
         settings: fields of Sampling for every answer.
 
     Raises:
         UserError: a system message for a base model, which has no place for one.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None, **settings: Unpack[SamplingFields]) -> None:
-        self.llm, self.settings = llm, settings
+    def __init__(
+        self,
+        llm: LLM,
+        system: str | None = None,
+        *,
+        sampling: Sampling | SamplingChoice | None = None,
+        **settings: Unpack[SamplingFields],
+    ) -> None:
+        self.llm, self.sampling, self.settings = llm, sampling, settings
         self.messages: list[Message] = []
         self.last: Completion | None = None  # of the last answer, unless it was stopped
         self._unanswered: str | None = None  # the message that /retry sends after a failure
@@ -95,7 +104,7 @@ class ChatSession:
         self.last, self._unanswered = None, text
         pieces: list[str] = []
         try:
-            with self.llm.stream(prompt, **self.settings) as stream:
+            with self.llm.stream(prompt, sampling=self.sampling, **self.settings) as stream:
                 for piece in stream:
                     pieces.append(piece)
                     yield piece

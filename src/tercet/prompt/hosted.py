@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from tercet.data.conversation import Message, conversation
@@ -62,6 +63,7 @@ class HostedModel:
     context_length = None
     directory = None
     tokenizer = None
+    sampling_defaults: Mapping[str, float] = MappingProxyType({})  # the server has its own
 
     def __init__(self, reference: Reference, timeout: float = TIMEOUT, retries: int = RETRIES) -> None:
         self.reference = reference

@@ -8,12 +8,13 @@ llm.generate("A person:", schema=Person).parsed  # Person: a pydantic class
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from tercet.data.conversation import Message, check_messages, check_text
 from tercet.engine.request import Completion, Sampling, Score
+from tercet.engine.sampling_defaults import SamplingChoice
 from tercet.errors import UserError
 from tercet.model.reference import parse_reference
 from tercet.prompt.errors import BatchError
@@ -50,7 +51,11 @@ class LLM:
         retries: how often a hosted model is tried again (2).
 
     Every call takes the fields of :class:`~tercet.engine.request.Sampling` as keywords, or
-    ``sampling=Sampling(...)``, or both (keywords win). A hosted model is sent only the keywords of the call,
+    ``sampling=Sampling(...)``, or both (keywords win). A local model uses its publisher's values
+    (``generation_config.json``) for the temperature, ``top_k``, ``top_p``, ``min_p`` and
+    ``repetition_penalty`` that a call leaves unset, except at temperature 0; ``sampling="greedy"`` always
+    takes the most likely token, and ``sampling="neutral"`` samples from the model's own distribution. A
+    Sampling object sets every field. A hosted model is sent only the keywords of the call,
     so that its own defaults hold; of a Sampling object it is sent ``max_tokens``, ``temperature`` and the
     fields that differ from the defaults.
 
@@ -123,6 +128,11 @@ class LLM:
         return self._model.context_length
 
     @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """The publisher's values for sampling fields that a call leaves unset; empty for a hosted model."""
+        return self._model.sampling_defaults
+
+    @property
     def directory(self) -> Path | None:
         """The directory of a local model's files; None for a hosted one."""
         return self._model.directory
@@ -144,7 +154,7 @@ class LLM:
         self,
         prompt: str,
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SamplingChoice | None = None,
         schema: Schema | None = None,
         regex: str | None = None,
         choices: Sequence[str] | None = None,
@@ -166,7 +176,7 @@ class LLM:
         self,
         messages: Sequence[Message],
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SamplingChoice | None = None,
         schema: Schema | None = None,
         regex: str | None = None,
         choices: Sequence[str] | None = None,
@@ -189,7 +199,7 @@ class LLM:
         self,
         prompt: Prompt,
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SamplingChoice | None = None,
         schema: Schema | None = None,
         regex: str | None = None,
         choices: Sequence[str] | None = None,
@@ -209,7 +219,7 @@ class LLM:
         self,
         prompts: Sequence[Prompt],
         *,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SamplingChoice | None = None,
         schema: Schema | None = None,
         regex: str | None = None,
         choices: Sequence[str] | None = None,
@@ -278,7 +288,7 @@ class LLM:
         prompt: Prompt,
         *,
         top: int = 5,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SamplingChoice | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Explanation:
         """Return how the model reads ``prompt`` and continues it, token by token.

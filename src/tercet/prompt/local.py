@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from tercet.data.prompt_tokens import check_context, conversation_text
@@ -68,6 +68,11 @@ class LocalModel:
         """Tokens of prompt and answer together."""
         return self.engine.context_length
 
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """The publisher's values for sampling fields that a call leaves unset."""
+        return self.engine.sampling_defaults
+
     def complete(self, prompt: CheckedPrompt, settings: CallSettings) -> Completion:
         """Continue a text or answer a conversation."""
         return self.batch([prompt], settings)[0]
@@ -75,11 +80,13 @@ class LocalModel:
     def batch(self, prompts: Sequence[CheckedPrompt], settings: CallSettings) -> list[Completion]:
         """Answer all prompts in one batch of the engine."""
         grammar = _grammar(settings)
-        return self.engine.generate([self._request(prompt, settings.sampling, grammar) for prompt in prompts])
+        sampling = settings.for_local(self.sampling_defaults)
+        return self.engine.generate([self._request(prompt, sampling, grammar) for prompt in prompts])
 
     def stream(self, prompt: CheckedPrompt, settings: CallSettings) -> Iterator[str | Completion]:
         """Yield pieces of text, then the Completion. Closing the iterator stops the engine."""
-        return self._pieces(prompt, settings.sampling, _grammar(settings))
+        sampling = settings.for_local(self.sampling_defaults)
+        return self._pieces(prompt, sampling, _grammar(settings))
 
     def _pieces(
         self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +33,10 @@ class Model(Protocol):
     @property
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together; None where it is unknown."""
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, float]:
+        """The publisher's values for sampling fields that a call leaves unset; empty for a hosted model."""
 
     @property
     def directory(self) -> Path | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from tercet.engine.request import Sampling
+from tercet.engine.sampling_defaults import SamplingChoice, check_choice, chosen_defaults, with_defaults
 from tercet.errors import UserError, nearest
 from tercet.prompt.output import OPTIONS, Output, requested_output
 
@@ -39,18 +40,24 @@ class CallSettings:
     """Checked settings of one call.
 
     Attributes:
-        sampling: every field; a local model uses all of them.
+        sampling: every field, with Tercet's own defaults.
         sent: the fields that the caller set. A hosted model is sent only these, so its own defaults hold.
         output: the form of the answer; None: any text.
+        fields: the fields for a local model, whose own defaults hold for the others; None: ``sampling`` is whole.
     """
 
     sampling: Sampling
     sent: dict[str, Any]
     output: Output | None = None
+    fields: Mapping[str, Any] | None = None
+
+    def for_local(self, defaults: Mapping[str, float]) -> Sampling:
+        """Return the settings for a local model with these published defaults."""
+        return self.sampling if self.fields is None else Sampling(**with_defaults(self.fields, defaults))
 
 
 def call_settings(
-    sampling: Sampling | None,
+    sampling: Sampling | SamplingChoice | None,
     fields: Mapping[str, Any],
     *,
     schema: Schema | None = None,
@@ -59,6 +66,9 @@ def call_settings(
     grammar: str | None = None,
 ) -> CallSettings:
     """Combine the keywords of a call; ``fields`` take precedence over ``sampling``.
+
+    A Sampling object sets every field. "greedy" and "neutral" set those that choose a token, and "default" or
+    None leaves them to the model.
 
     Raises:
         UserError: an unknown field (the message names the nearest), a value outside of its range, more
@@ -71,9 +81,16 @@ def call_settings(
             raise UserError(
                 f"there is no sampling setting {name!r}{suggestion} (settings: {', '.join(FIELDS)})"
             )
-    merged = dataclasses.replace(sampling or Sampling(), **fields)
     output = requested_output(schema, regex, choices, grammar)
-    return CallSettings(merged, _sent(merged, sampling, fields), output)
+    if isinstance(sampling, Sampling):
+        merged = dataclasses.replace(sampling, **fields)
+        return CallSettings(merged, _sent(merged, sampling, fields), output)
+    choice = check_choice("default" if sampling is None else sampling)
+    whole = {**chosen_defaults(choice, {}), **fields}
+    merged = Sampling(**whole)
+    # The other fields of "neutral" are off, which is what servers do where they are not sent.
+    sent = {name: value for name, value in whole.items() if name in {*fields, "temperature", "top_p"}}
+    return CallSettings(merged, _sent(merged, None, sent), output, whole)
 
 
 def _sent(merged: Sampling, sampling: Sampling | None, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tercet.engine.engine import Engine
+from tercet.engine.sampling_defaults import SamplingChoice
 from tercet.errors import UserError
 from tercet.files import read_text
 from tercet.model.adapter_config import is_adapter, read_adapter_config
@@ -53,12 +54,14 @@ class LoadOptions:
     speculation: "ngram", or the reference of a draft model.
     max_batch: largest number of requests in a batch.
     max_waiting: largest number of waiting requests.
+    sampling: what chooses the next token where a request does not say.
     """
 
     quantize: str | None = None
     speculation: str | None = None
     max_batch: int | None = None
     max_waiting: int | None = None
+    sampling: SamplingChoice | None = None
 
 
 def load_models(
@@ -83,6 +86,7 @@ def load_models(
     check_names([*names, *(name for name, _ in named_adapters)])
     if not any(reference.is_local for _, reference in named):
         _refuse_local_options(options, named_adapters)
+    sampling: SamplingChoice = options.sampling or "default"
     served: list[Served] = []
     local: list[tuple[LocalModel, Worker]] = []
     try:
@@ -94,11 +98,11 @@ def load_models(
             model = _load(reference, options)
             worker = Worker(model.engine)
             local.append((model, worker))
-            served.append(Served(name, local=worker))
+            served.append(Served(name, local=worker, sampling=sampling))
         for name, directory in named_adapters:
             worker = _base_of(directory, local)
             worker.engine.add_adapter(name, directory)
-            served.append(Served(name, local=worker, adapter=name))
+            served.append(Served(name, local=worker, adapter=name, sampling=sampling))
         return Models(served)
     except BaseException:
         for _, worker in local:

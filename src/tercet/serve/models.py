@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tercet.data.prompt_tokens import check_context, conversation_tokens
+from tercet.engine.request import Sampling
+from tercet.engine.sampling_defaults import FIELDS, SamplingChoice, chosen_defaults
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError, from_user_error
@@ -27,6 +29,7 @@ class Served:
     local: the worker whose engine runs it; None for a hosted model.
     adapter: the engine's name of the adapter (``Request.adapter``); None for the model itself.
     hosted: the model that requests are passed on to; None for a local model.
+    sampling: what chooses the next token where a request does not say: the publisher's settings, or others.
     created: when it was loaded, in seconds since 1970.
     """
 
@@ -34,6 +37,7 @@ class Served:
     local: Worker | None = None
     adapter: str | None = None
     hosted: HostedModel | None = None
+    sampling: SamplingChoice = "default"
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -57,6 +61,19 @@ class Served:
     def context_length(self) -> int | None:
         """Tokens of prompt and answer together; None for a hosted model."""
         return None if self.local is None else self.local.engine.context_length
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """Values for sampling fields that a request leaves unset; none for a hosted model, which has its own."""
+        if self.local is None:
+            return {}
+        return chosen_defaults(self.sampling, self.local.engine.sampling_defaults_of(self.adapter))
+
+    @property
+    def sampling_values(self) -> dict[str, float]:
+        """What applies to a request that sets none of these fields: the defaults, then Tercet's own values."""
+        sampling = Sampling(**self.sampling_defaults)  # type: ignore[arg-type]
+        return {name: getattr(sampling, name) for name in FIELDS}
 
     @property
     def has_chat_template(self) -> bool:

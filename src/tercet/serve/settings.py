@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tercet.engine.sampling_defaults import SamplingChoice
 from tercet.errors import UserError
 from tercet.settings import check_positive, setting, settings
 
@@ -74,6 +75,11 @@ class ServeSettings:
         option="speculate",
         metavar="HOW",
         help="Speculative decoding: ngram (from the text so far), or the REF of a smaller draft model.",
+    )
+    sampling: SamplingChoice | None = setting(
+        default=None,
+        metavar="HOW",
+        help="Sampling where a request does not say: default (the publisher's settings), greedy or neutral.",
     )
     allow_origin: Sequence[str] = setting(
         default=(),

@@ -96,7 +96,7 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
         answer, count = hosted_steps(request, served, _payload(served, body)), 0
     else:
         plan, tokens = await _prompt(served, body)
-        sampling, count = body.sampling(answer_limit(served, tokens, body.max_tokens)), len(tokens)
+        sampling, count = body.sampling(served, answer_limit(served, tokens, body.max_tokens)), len(tokens)
         answer = steps(served, tokens, [sampling], plan, whole=not body.stream)
     message = MessageEvents(body.model, count)
     events = _events(answer, message, served, stops)

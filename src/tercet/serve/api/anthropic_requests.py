@@ -15,9 +15,10 @@ from pydantic import Field
 from tercet.engine.grammar import Grammar
 from tercet.engine.request import Sampling
 from tercet.serve.api.chat_messages import PART_SEPARATOR
-from tercet.serve.api.fields import SMALLEST_TOP_P, Body, string_field
+from tercet.serve.api.fields import Body, sampling_values, string_field
 from tercet.serve.api.response_format import checked_schema
 from tercet.serve.errors import invalid_value, missing_parameter
+from tercet.serve.models import Served
 from tercet.serve.tools.request import ToolRequest, check_distinct, check_named, make_function
 
 Json = dict[str, Any]
@@ -163,14 +164,12 @@ class MessageRequest(CountRequest):
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
-    def sampling(self, max_tokens: int) -> Sampling:
-        """Return the engine's settings; Anthropic's default temperature is 1."""
+    def sampling(self, served: Served, max_tokens: int) -> Sampling:
+        """Return the engine's settings."""
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else float(self.temperature),
-            top_p=1.0 if self.top_p is None else max(float(self.top_p), SMALLEST_TOP_P),
-            top_k=self.top_k or 0,
             stop=tuple(self.stop_sequences or ()),
+            **sampling_values(served, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k),
         )
 
 

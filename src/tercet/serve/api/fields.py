@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from tercet.engine.request import Sampling, Usage
+from tercet.engine.sampling_defaults import with_defaults
 from tercet.errors import UserError
 from tercet.serve.errors import from_user_error, invalid_value, missing_parameter, unsupported
 from tercet.serve.models import Served
@@ -79,11 +80,14 @@ class SamplingBody(Body):
         try:
             return Sampling(
                 max_tokens=max_tokens,
-                temperature=1.0 if self.temperature is None else float(self.temperature),
-                top_k=max(0, self.top_k or 0),
-                top_p=1.0 if self.top_p is None else max(float(self.top_p), SMALLEST_TOP_P),
-                min_p=float(self.min_p or 0.0),
-                repetition_penalty=float(self.repetition_penalty or 1.0),
+                **sampling_values(
+                    served,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                    min_p=self.min_p,
+                    repetition_penalty=self.repetition_penalty,
+                ),
                 presence_penalty=float(self.presence_penalty or 0.0),
                 frequency_penalty=float(self.frequency_penalty or 0.0),
                 seed=choice_seed(self.seed, number),
@@ -106,6 +110,21 @@ class SamplingBody(Body):
                 )
             biases[int(token)] = float(bias)
         return biases or None
+
+
+def sampling_values(served: Served, **fields: float | None) -> dict[str, Any]:
+    """Return the values that choose tokens, for `Sampling`: the request's, then the model's defaults.
+
+    Args:
+        served: the model.
+        **fields: fields of `tercet.engine.sampling_defaults.FIELDS`; None where the request does not set it.
+    """
+    requested = {name: value for name, value in fields.items() if value is not None}
+    if "top_k" in requested:
+        requested["top_k"] = max(0, requested["top_k"])  # -1 is off too
+    if "top_p" in requested:
+        requested["top_p"] = max(float(requested["top_p"]), SMALLEST_TOP_P)
+    return with_defaults(requested, served.sampling_defaults)
 
 
 def choice_seed(seed: int | None, number: int) -> int | None:

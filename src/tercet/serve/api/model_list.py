@@ -13,7 +13,10 @@ router = APIRouter()
 
 
 def model_object(model: Served) -> dict[str, Any]:
-    """Return a model in OpenAI's shape, with vLLM's ``max_model_len`` where it is known."""
+    """Return a model in OpenAI's shape, with vLLM's ``max_model_len`` where it is known.
+
+    ``sampling`` holds what applies to a request that sets none of these fields.
+    """
     entry: dict[str, Any] = {
         "id": model.name,
         "object": "model",
@@ -22,6 +25,7 @@ def model_object(model: Served) -> dict[str, Any]:
     }
     if model.local is not None:
         entry["max_model_len"] = model.context_length
+        entry["sampling"] = model.sampling_values
     return entry
 
 

@@ -15,9 +15,10 @@ from pydantic import Field
 from tercet.engine.grammar import Grammar
 from tercet.engine.request import Sampling
 from tercet.serve.api.chat_messages import PART_SEPARATOR
-from tercet.serve.api.fields import SMALLEST_TOP_P, Body, string_field
+from tercet.serve.api.fields import Body, sampling_values, string_field
 from tercet.serve.api.response_format import checked_schema
 from tercet.serve.errors import invalid_value, missing_parameter, unsupported
+from tercet.serve.models import Served
 
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
@@ -124,12 +125,11 @@ class ResponseRequest(Body):
                 "include", f"{LOGPROBS} cannot be combined with tools, because tool calls are not text"
             )
 
-    def sampling(self, max_tokens: int) -> Sampling:
-        """Return the engine's settings; OpenAI's default temperature is 1."""
+    def sampling(self, served: Served, max_tokens: int) -> Sampling:
+        """Return the engine's settings."""
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else float(self.temperature),
-            top_p=1.0 if self.top_p is None else max(float(self.top_p), SMALLEST_TOP_P),
+            **sampling_values(served, temperature=self.temperature, top_p=self.top_p),
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
         )
 

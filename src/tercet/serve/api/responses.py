@@ -15,7 +15,8 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from tercet.serve.api.fields import answer_limit
+from tercet.engine.request import Sampling
+from tercet.serve.api.fields import answer_limit, sampling_values
 from tercet.serve.api.generation import Step, chat_tokens, content, steps
 from tercet.serve.api.hosted_steps import chat_payload, hosted_steps
 from tercet.serve.api.logprobs import Aligned, chat_entry
@@ -39,7 +40,7 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
     body.check()
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls, flat=True)
     answer = await _steps(request, served, body, tools)
-    response = ResponseEvents(_start(body, tools))
+    response = ResponseEvents(_start(served, body, tools))
     events = _events(answer, response, served)
     if body.stream:
         return await event_stream(
@@ -62,8 +63,9 @@ async def stored_response(response_id: str) -> Response:
     )
 
 
-def _start(body: ResponseRequest, tools: ToolRequest) -> Json:
+def _start(served: Served, body: ResponseRequest, tools: ToolRequest) -> Json:
     """Return a response before it has begun: the request's settings, with defaults filled in."""
+    sampling = Sampling(**sampling_values(served, temperature=body.temperature, top_p=body.top_p))
     return {
         "id": f"resp_{secrets.token_hex(16)}",
         "object": "response",
@@ -84,7 +86,7 @@ def _start(body: ResponseRequest, tools: ToolRequest) -> Json:
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": sampling.temperature,
         "text": {
             "format": body.format.model_dump(by_alias=True, exclude_none=True),
             "verbosity": "medium",
@@ -94,7 +96,7 @@ def _start(body: ResponseRequest, tools: ToolRequest) -> Json:
             {"description": None, "parameters": None, "strict": False, **tool} for tool in body.tools or []
         ],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": sampling.top_p if body.top_p is None else body.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": body.user,
@@ -111,7 +113,7 @@ async def _steps(
     form = await body.form()
     plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form, "text.format")
     tokens = await asyncio.to_thread(chat_tokens, served, messages, plan)
-    sampling = body.sampling(answer_limit(served, tokens, body.max_output_tokens))
+    sampling = body.sampling(served, answer_limit(served, tokens, body.max_output_tokens))
     return steps(served, tokens, [sampling], plan, whole=not body.stream)
 
 

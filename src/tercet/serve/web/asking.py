@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tercet.data.prompt_tokens import check_context
 from tercet.engine.request import Sampling
+from tercet.engine.sampling_defaults import with_defaults
 from tercet.engine.text import TokenBytes
 from tercet.errors import UserError
 from tercet.serve.web.records import Details, Json, Message
@@ -110,7 +111,7 @@ def make_plan(
         stored["system"] = settings["system"]
     opening = [{"role": "system", "content": stored["system"]}] if "system" in stored else []
     messages = [*opening, *({"role": role, "content": content} for role, content in history)]
-    sampling = Sampling(**fields)
+    sampling = Sampling(**with_defaults(fields, served.sampling_defaults))
     if served.local is None:
         if kind == "text":
             raise UserError(
@@ -170,7 +171,8 @@ def continuation_plan(
     ended = bool(prefix) and prefix[-1]["id"] in stop_ids
     if not ended and len(details.prompt) + len(prefix) > room:
         raise UserError(f"prompt and answer fill the context of {served.name}, which has {room} tokens")
-    sampling = _within(Sampling(**fields), served, [*details.prompt, *prefix])
+    sampling = Sampling(**with_defaults(fields, served.sampling_defaults))
+    sampling = _within(sampling, served, [*details.prompt, *prefix])
     return Plan(
         served, kind, conversation, message.parent, dict(message.settings), fields, sampling, [],
         list(details.prompt), prefix, stop_ids, ended,

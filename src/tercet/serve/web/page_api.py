@@ -209,6 +209,7 @@ def _describe(served: Served) -> Json:
         "local": served.local is not None,
         "chats": served.local is None or served.has_chat_template,
         "context": served.context_length,
+        "sampling": None if served.local is None else served.sampling_values,
     }
 
 

@@ -195,7 +195,8 @@ function show() {
     thread.show(view, state.running);
   }
   showModels();
-  settings.show(current(), kind(), state.defaults);
+  const name = current().model || state.default;
+  settings.show(current(), kind(), state.defaults, state.models.find((model) => model.name === name)?.sampling);
   $("legend").hidden = !thread.inspecting || !view?.turns.length;
   $("stop").hidden = !state.running.size;
   $("send").hidden = Boolean(state.running.size);
@@ -389,8 +390,8 @@ async function begin() {
   listen();
   if (remembered("inspect") === "on") { thread.inspecting = true; $("inspect").setAttribute("aria-pressed", "true"); }
   try {
-    const { models, max_tokens: defaults } = await get("/models");
-    Object.assign(state, { models, defaults });
+    const { models, max_tokens: defaults, default: first } = await get("/models");
+    Object.assign(state, { models, defaults, default: first });
   } catch (problem) {
     notice(problem.message);
     return;

@@ -2,16 +2,19 @@
 import { $, debounced, h } from "./dom.js";
 
 const NUMBERS = [
-  ["temperature", "Temperature", { min: 0, max: 2, step: 0.1, placeholder: "0.7" }, "0 always selects the most probable token; higher values vary more."],
+  ["temperature", "Temperature", { min: 0, max: 2, step: 0.1 }, "0 always selects the most probable token; higher values vary more."],
   ["max_tokens", "Token limit", { min: 1, step: 1, placeholder: "" }, "Largest number of tokens in an answer."],
-  ["top_p", "Top p", { min: 0.01, max: 1, step: 0.01, placeholder: "1" }, "Sample from the most probable tokens whose probabilities add up to this value."],
-  ["top_k", "Top k", { min: 0, step: 1, placeholder: "off" }, "Sample from this number of the most probable tokens."],
-  ["min_p", "Min p", { min: 0, max: 1, step: 0.01, placeholder: "off" }, "Exclude tokens below this fraction of the highest probability."],
-  ["repetition_penalty", "Repetition penalty", { min: 0.1, step: 0.05, placeholder: "1" }, "Values above 1 make tokens that occurred before less probable."],
+  ["top_p", "Top p", { min: 0.01, max: 1, step: 0.01 }, "Sample from the most probable tokens whose probabilities add up to this value."],
+  ["top_k", "Top k", { min: 0, step: 1 }, "Sample from this number of the most probable tokens."],
+  ["min_p", "Min p", { min: 0, max: 1, step: 0.01 }, "Exclude tokens below this fraction of the highest probability."],
+  ["repetition_penalty", "Repetition penalty", { min: 0.1, step: 0.05 }, "Values above 1 make tokens that occurred before less probable."],
   ["presence_penalty", "Presence penalty", { min: -2, max: 2, step: 0.1, placeholder: "0" }, "Values above 0 favour tokens that have not occurred yet."],
   ["frequency_penalty", "Frequency penalty", { min: -2, max: 2, step: 0.1, placeholder: "0" }, "Values above 0 make tokens less probable the more often they occurred."],
   ["seed", "Seed", { min: 0, step: 1, placeholder: "random" }, "The same seed gives the same answer."],
 ];
+
+// The model's values for these stand in their empty fields.
+const SAMPLED = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"];
 
 export class Settings {
   /** ``changed(settings)`` is called 300 ms after the last change. */
@@ -50,7 +53,7 @@ export class Settings {
   }
 
   /** Show the settings. The focused field keeps what the user is typing. */
-  show(settings, kind, defaults) {
+  show(settings, kind, defaults, sampling) {
     this.rest = { model: settings.model, against: settings.against };
     for (const [name, input] of this.inputs) {
       if (input === document.activeElement) continue;
@@ -60,6 +63,10 @@ export class Settings {
       else input.value = value ?? "";
     }
     this.inputs.get("max_tokens").placeholder = String(defaults[kind] ?? "");
+    for (const name of SAMPLED) {
+      const value = sampling?.[name]; // a server that is passed on to has defaults of its own
+      this.inputs.get(name).placeholder = value === undefined ? "" : value === 0 && name !== "temperature" ? "off" : String(value);
+    }
     $("field-system").hidden = kind === "text";
     $("field-blind").hidden = !settings.against;
   }
