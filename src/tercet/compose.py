@@ -36,7 +36,14 @@ def _curated(settings: BuildSettings, directory: Path) -> Sequence[str]:
     from tercet.curation.pipeline import curate
 
     assert settings.curate is not None
-    return [curate(settings.sources, directory, preset=settings.curate, seed=settings.seed).data]
+    curated = curate(
+        settings.sources,
+        directory,
+        preset=settings.curate,
+        seed=settings.seed,
+        allow_partial=settings.allow_partial,
+    )
+    return [curated.data]
 
 
 build = keyword_form(BuildSettings, build_with, "build")

@@ -466,3 +466,12 @@ def test_missing_data_creates_no_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file or directory"):
         run(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_which_most_is_unusable_stops_and_goes_on_when_that_is_allowed(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "data")
+    (tmp_path / "data" / "zoo.jsonl").write_text('{"body": "x"}\n' * 4000)
+    with pytest.raises(UserError, match="more than half of it can't be used"):
+        run(str(tmp_path / "data"), tmp_path / "out")
+    made = run(str(tmp_path / "data"), tmp_path / "out", allow_partial=True)
+    assert made.skipped == {"empty": 1, "no text field": 4000} and made.documents_read == 65

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import zipfile
 from collections import Counter
@@ -30,6 +32,13 @@ def fault(*sources: Path | str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def zstandard(content: bytes) -> bytes:
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
 
 
 @pytest.fixture
@@ -136,9 +145,10 @@ def test_empty_files_and_rows_are_counted(write: Any, tmp_path: Path) -> None:
         ("wide.txt", "text".encode("utf-16"), "wide.txt is a binary file"),
         ("a.pdf", "x", "known: .txt .md .html"),
         ("a.jsonl", '{"text": "x"}\n{"text": \n', "a.jsonl:2 is not valid JSON"),
-        ("a.json", '[{"text": "x"}', "a.json is not valid JSON"),
+        ("a.json", '[{"text": "x"}', "a.json:1:15 is not valid JSON"),
         ("deep.jsonl", "[" * 100_000, "deep.jsonl:1"),
-        ("list.jsonl", "[1, 2]", "list.jsonl:1 is a list"),
+        ("list.jsonl", "[1, 2]", "list.jsonl, row 1 is a int"),
+        ("lists.jsonl", "[1]\n[2]", "lists.jsonl:1 is a list"),
         ("none.jsonl", '{"body": "x", "id": 1}', "none.jsonl:1: no text field"),
         ("number.jsonl", '{"text": 5}', "number.jsonl:1: text is a int"),
         (
@@ -161,11 +171,11 @@ def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
     assert "its fields are: id, body" in fault(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("damage", ["cut", "not gzip", "flipped"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_broken_gzip_is_one_line(write: Any, tmp_path: Path, damage: str) -> None:
     whole = gzip.compress(os.urandom(50_000).hex().encode(), mtime=0)
     flipped = whole[:5000] + bytes(255 - byte for byte in whole[5000:5100]) + whole[5100:]
-    data = {"cut": whole[: len(whole) // 2], "not gzip": b"plain text", "flipped": flipped}[damage]
+    data = {"cut": whole[: len(whole) // 2], "flipped": flipped}[damage]
     path = tmp_path / "a.txt.gz"
     path.write_bytes(data)
     assert "is not a whole gzip file" in fault(path)
@@ -212,18 +222,10 @@ def test_the_fingerprint_changes_only_with_the_files(write: Any, tmp_path: Path)
     assert source_fingerprint([root, builtin]) != more
 
 
-def zstandard(content: bytes) -> bytes:
-    packed = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(packed, "zstd") as stream:
-        stream.write(content)
-    return packed.getvalue().to_pybytes()
-
-
 def test_zstandard_also_of_several_frames(write: Any) -> None:
     content = zstandard(b'{"text": "one"}\n') + zstandard(b'{"text": "two"}\n')
     assert texts(write("a.jsonl.zst", content)) == ["one", "two"]
     assert "is not a whole zstandard file" in fault(write("cut.txt.zst", zstandard(b"words " * 99)[:-3]))
-    assert "is not a whole zstandard file" in fault(write("no.txt.zst", b"plain text"))
     table = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": ["three"]}), table)
     assert texts(write("a.parquet.zst", zstandard(table.getvalue().to_pybytes()))) == ["three"]
@@ -269,13 +271,14 @@ def test_defects_in_a_directory_are_reported_counted_and_skipped(
         "f.csv": b"text,n\nfine,1\nshort\n",
         "g.parquet": b"PAR1",
         "h.zip": b"PK no",
-        "i.txt.zst": b"no",
+        "i.txt.zst": zstandard(b"words " * 99)[:-3],
         "j.json": b"[",
         "k.txt": b"the last",
     }.items():
         (tmp_path / "d" / name).write_bytes(content)
     skipped: Counter[str] = Counter()
-    read = [document.text for document in read_documents([str(tmp_path / "d")], skipped)]
+    source = str(tmp_path / "d")
+    read = [document.text for document in read_documents([source], skipped, allow_partial=True)]
     # Complete rows before the break in the gzip file are read.
     assert read[0] == "row 0" and read[-4:] == ["kept", "kept too", "fine", "the last"]
     assert skipped == {
@@ -300,7 +303,7 @@ def test_three_faults_of_a_kind_are_reported_and_the_rest_only_counted(
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "kept"}\n' + "no\n" * 50)
     skipped: Counter[str] = Counter()
-    assert len(list(read_documents([str(tmp_path)], skipped))) == 1
+    assert len(list(read_documents([str(tmp_path)], skipped, allow_partial=True))) == 1
     assert skipped == {"not valid JSON": 50}
     assert len(capsys.readouterr().err.splitlines()) == 4
 
@@ -311,7 +314,8 @@ def test_a_file_without_permission_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.txt").chmod(0)
     (tmp_path / "b.txt").write_text("open")
     skipped: Counter[str] = Counter()
-    assert [document.text for document in read_documents([str(tmp_path)], skipped)] == ["open"]
+    documents = read_documents([str(tmp_path)], skipped, allow_partial=True)
+    assert [document.text for document in documents] == ["open"]
     assert skipped == {"cannot be read": 1}
 
 
@@ -344,3 +348,88 @@ def test_the_amount_of_text_is_estimated_from_the_files(write: Any) -> None:
     assert source_bytes([str(plain)]) == 1000
     assert source_bytes([str(plain.parent)]) == int(1000 + UNPACKED * packed.stat().st_size)
     assert source_bytes(["builtin:python-docs", str(plain)]) is None
+
+
+SHARD = "".join(json.dumps({"text": f"Page {n} of the atlas."}) + "\n" for n in range(20))
+
+
+@pytest.mark.parametrize("name", ["shard.json", "shard.jsonl", "shard.json.gz", "c4.00000-of-00001.json.gz"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard, bz2.compress, lzma.compress])
+def test_json_lines_are_read_under_any_name_and_packing(tmp_path: Path, name: str, pack: Any) -> None:
+    for path in (tmp_path / name, tmp_path / "d" / name):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pack(SHARD.encode()))
+        source = str(path if path.parent == tmp_path else path.parent)
+        skipped: Counter[str] = Counter()
+        documents = list(read_documents([source], skipped))
+        assert [document.text for document in documents] == [f"Page {n} of the atlas." for n in range(20)]
+        assert documents[3].id == f"{path}:4" and documents[3].offset == len(SHARD.split("Page 3")[0]) - 10
+        assert not skipped
+
+
+def test_an_array_is_read_under_the_name_of_json_lines(write: Any) -> None:
+    rows = [{"text": "a"}, {"text": "b"}]
+    for content in (
+        json.dumps(rows),
+        json.dumps(rows, indent=1),
+        "\n".join(json.dumps(row, indent=1) for row in rows),
+    ):
+        documents = list(read_documents([str(path := write("a.jsonl", content))]))
+        assert [(document.text, document.id) for document in documents] == [
+            ("a", f"{path}:1"),
+            ("b", f"{path}:2"),
+        ]
+
+
+def test_a_file_that_was_unpacked_on_the_way_keeps_its_name(tmp_path: Path) -> None:
+    for packing in ("gz", "zst", "bz2", "xz"):
+        path = tmp_path / f"a.jsonl.{packing}"
+        path.write_text('{"text": "plain"}')
+        assert texts(path) == ["plain"]
+
+
+def test_a_broken_bzip2_or_xz_file_is_one_line(tmp_path: Path) -> None:
+    for kind, pack in (("bzip2", bz2.compress), ("xz", lzma.compress)):
+        (tmp_path / "a.txt").write_bytes(pack(b"words " * 999)[:-20])
+        assert f"is not a whole {kind} file" in fault(tmp_path / "a.txt")
+
+
+def test_a_directory_of_which_most_is_broken_stops_and_asks(write: Any, tmp_path: Path) -> None:
+    write("d/a.txt", "a short note")
+    write("d/b.csv", "body,n\n" + "words,1\n" * 40)
+    write("d/c.txt", "another note")
+    message = fault(tmp_path / "d")
+    assert "d: more than half of it can't be used, 327 B of 351 B (no text field: 40)" in message
+    assert message.endswith(
+        "mend or remove these files, or set `allow_partial` of build or curate to use the rest"
+    )
+    skipped: Counter[str] = Counter()
+    read = read_documents([str(tmp_path / "d")], skipped, allow_partial=True)
+    assert [document.text for document in read] == ["a short note", "another note"]
+    assert skipped == {"no text field": 40}
+    write("d/d.txt", "long " * 200)
+    assert len(texts(tmp_path / "d")) == 3, "less than half of the bytes"
+
+
+def test_an_archive_of_which_most_is_broken_stops(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "a note")
+        archive.writestr("b.txt", b"\xff" * 500)
+    assert "a.zip: more than half of it can't be used" in fault(tmp_path / "a.zip")
+    assert [document.text for document in read_documents([str(tmp_path / "a.zip")], allow_partial=True)] == [
+        "a note"
+    ]
+
+
+def test_files_of_other_kinds_and_broken_links_are_named_and_counted(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.txt", "b.pdf", "c.PDF", "LICENSE"):
+        write(f"d/{name}", "x")
+    (tmp_path / "d" / "e.txt").symlink_to(tmp_path / "nowhere")
+    skipped: Counter[str] = Counter()
+    source = str(tmp_path / "d")
+    assert [document.text for document in read_documents([source], skipped)] == ["x"]
+    assert skipped == {"file of another kind": 3, "cannot be read": 1}
+    assert "files of other kinds are not read: 2 .pdf, 1 without suffix" in capsys.readouterr().err
+    assert source_fingerprint([source]) and source_bytes([source]) == 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tercet.data.rows import read_rows
@@ -16,7 +19,6 @@ ROWS = [{"label": "ham", "text": 'He said "no", twice'}, {"label": "spam", "text
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
@@ -34,12 +36,56 @@ CONTENT = {
 }
 
 
+def plain(content: bytes) -> bytes:
+    return content
+
+
+def zstandard(content: bytes) -> bytes:
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("name", CONTENT)
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, packed: bool) -> None:
-    path = tmp_path / (name + ".gz" if packed else name)
-    path.write_bytes(gzip.compress(CONTENT[name]) if packed else CONTENT[name])
+@pytest.mark.parametrize("pack", [plain, gzip.compress, bz2.compress, lzma.compress, zstandard])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_every_format_gives_the_same_rows_whatever_its_name_says_of_the_packing(
+    tmp_path: Path, name: str, pack: Any, suffix: str
+) -> None:
+    path = tmp_path / (name + suffix)
+    path.write_bytes(pack(CONTENT[name]))
     assert read_rows(path) == ROWS
+
+
+# The json reader of datasets 5.2 gives the same two rows for each of them, under either name.
+LAYOUTS = {
+    "lines": "\n".join(json.dumps(row) for row in ROWS),
+    "lines, blank ones between": "\n \n" + "\r\n\r\n".join(json.dumps(row) for row in ROWS) + "\r\n\n",
+    "array": json.dumps(ROWS),
+    "array of lines": "[\n" + ",\n".join(json.dumps(row) for row in ROWS) + "\n]\n",
+    "indented array": "\n" + json.dumps(ROWS, indent=2),
+    "indented objects": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "a line, then an indented object": json.dumps(ROWS[0], indent=2) + "\n" + json.dumps(ROWS[1]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_the_layout_of_json_is_read_from_its_content(tmp_path: Path, name: str, layout: str) -> None:
+    (tmp_path / name).write_text(LAYOUTS[layout], newline="")
+    assert read_rows(tmp_path / name) == ROWS
+
+
+def test_an_array_with_a_single_row_and_a_line_separator_in_a_string(tmp_path: Path) -> None:
+    for content in (
+        '[\n{"a": "x\u2028y"}\n]',
+        '[{"a": "x\u2028y"}]',
+        '{"a": "x\u2028y"}',
+        '{\n"a": "x\u2028y"}',
+    ):
+        (tmp_path / "a.json").write_text(content)
+        assert read_rows(tmp_path / "a.json") == [{"a": "x\u2028y"}]
 
 
 def test_a_tsv_without_header_and_with_stray_quotes(tmp_path: Path) -> None:
@@ -82,14 +128,23 @@ def test_other_encodings(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', r"a\.jsonl:2 is not valid JSON"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl:1 is a list; each line must be a JSON object"),
-        ("a.json", b'{"a": 1}', "holds a dict"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2 is a list; each row must be a JSON object"),
+        ("a.jsonl", b'[{"a": 1}]\n[1]\n', r"a\.jsonl:1 is a list; each row must be a JSON object"),
+        ("a.json", b'{"a": 1}\n{"a": \n', r"a\.json:2 is not valid JSON"),
+        ("a.json", b'{"a": \n{"a": 1}\n', r"a\.json:1 is not valid JSON"),
+        ("a.json", b'{\n"a": 1\n}\n{\n"a": 1,\n}', r"a\.json:6:1 is not valid JSON"),
+        ("a.json", b"[" * 100_000, r"a\.json:1 is not valid JSON: it is nested too deeply"),
+        ("a.json", b"nothing", r"a\.json:1 is not valid JSON"),
         ("a.json", b"[1]", "row 1 is a int"),
         ("a.json", b"[\n{]", r"a\.json:2:2 is not valid JSON"),
         ("a.csv", b"a,a\n1,2\n", "two columns are called 'a'"),
         ("a.csv", b'a,b\n1,"2\n', r"a\.csv:2 is not valid csv"),
         ("a.parquet", b"PAR1 not really", "is not a parquet file"),
         ("a.csv.gz", b"\x1f\x8b\x08broken", "is not a whole gzip file"),
+        ("a.csv", bz2.compress(b"a\n1\n")[:-9], "is not a whole bzip2 file"),
+        ("a.csv", bz2.compress(b"a\n1\n")[:-9] + b"x" * 20, "is not a whole bzip2 file"),
+        ("a.csv.xz", lzma.compress(b"a\n1\n")[:-9], "is not a whole xz file"),
+        ("a.csv", zstandard(b"a\n1\n")[:-3], "is not a whole zstandard file"),
         ("a.xlsx", b"x", r"the suffix \.xlsx is not that of a known format"),
         ("a", b"x", "its name has no suffix"),
     ],

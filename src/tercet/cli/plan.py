@@ -20,7 +20,7 @@ EXAMPLE = "tercet plan build --data builtin:python-docs --minutes 30 --fit"
 # The settings that change an estimate.
 ESTIMATED = (
     "data", "minutes", "tokens", "flops", "layers", "width", "vocab_size", "context", "batch_tokens", "optimizer",
-    "learning_rate", "embedding_rate", "weight_decay", "read_bytes", "chat", "device", "fit", "prices",
+    "learning_rate", "embedding_rate", "weight_decay", "read_bytes", "allow_partial", "chat", "device", "fit", "prices",
 )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ def filter_group(work: Work, group: Group) -> int:
     """Read and filter all parts of a group, and return the bytes of text that were read."""
     size = parts = 0
     skipped: Counter[str] = Counter()
-    for number, documents in enumerate(batches(read_documents(group.sources, skipped))):
+    documents_read = read_documents(group.sources, skipped, allow_partial=work.settings.allow_partial)
+    for number, documents in enumerate(batches(documents_read)):
         size += filter_part(work, group.part(number), documents)
         parts += 1
     finish_group(work, group, parts, skipped)

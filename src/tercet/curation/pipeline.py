@@ -26,6 +26,7 @@ from tercet.curation.settings import CurateSettings
 from tercet.curation.weights import Weight
 from tercet.curation.work import StageSettings, Work
 from tercet.curation.workers import Workers, open_workers
+from tercet.data.byte_streams import PACKED
 from tercet.data.document import Document
 from tercet.data.documents import read_documents, source_fingerprint
 from tercet.errors import UserError
@@ -91,6 +92,7 @@ def curate_with(requested: CurateSettings) -> Curated:
         weights=_checked_weights(requested.weights or {}, names),
         seed=requested.seed,
         shard_bytes=max(1, round(requested.shard_mb * 1e6)),
+        allow_partial=requested.allow_partial,
     )
     # Report mistakes in the rules and missing paths before anything is written.
     filtering.rules_of(settings)
@@ -100,7 +102,9 @@ def curate_with(requested: CurateSettings) -> Curated:
         **asdict(settings),
         "test_texts": {name: len(texts) for name, texts in tests.items()},
     }
-    key = fingerprint([_FORMAT, source_fingerprint(names), config])
+    # A run that stopped because of unusable files goes on when they are allowed.
+    identity = {name: value for name, value in config.items() if name != "allow_partial"}
+    key = fingerprint([_FORMAT, source_fingerprint(names), identity])
     with open_run(out, "curate", key, _plain(config)):
         finished = _finished(out)
         if finished is not None:
@@ -170,7 +174,8 @@ def _read_here(work: Work, groups: Iterable[Group], workers: Workers) -> Iterato
         for group in groups:
             skipped: Counter[str] = Counter()
             number = -1
-            for number, documents in enumerate(filtering.batches(read_documents(group.sources, skipped))):
+            read_group = read_documents(group.sources, skipped, allow_partial=work.settings.allow_partial)
+            for number, documents in enumerate(filtering.batches(read_group)):
                 order.append(group.number)
                 done_already = filtering.part_is_read(work, group.part(number))
                 yield group.part(number), [] if done_already else documents
@@ -234,7 +239,7 @@ def _expected_bytes(data: Iterable[str]) -> float:
         path = Path(source)
         files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
         for file in files:
-            compressed = file.suffix.lower() in (".gz", ".zst", ".zip", ".parquet")
+            compressed = file.suffix.lower() in (*PACKED, ".zip", ".parquet")
             total += (3 if compressed else 1) * (file.stat().st_size if file.is_file() else 0)
     return total
 

@@ -83,6 +83,9 @@ class CurateSettings:
         parse=parse_weights,
         help="How often a source is written (2, 0.5), or its share of the corpus (30%); may be repeated.",
     )
+    allow_partial: bool = setting(
+        default=False, help="Go on when more than half of a directory, archive or data set can't be used."
+    )
     seed: int = setting(default=0, metavar="N", help="Seed of the order and of the sample.")
     shard_mb: float = setting(default=100, metavar="N", help="Megabytes of text in a shard, approximately.")
     processes: int | None = setting(

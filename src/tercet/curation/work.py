@@ -16,7 +16,7 @@ from tercet.curation.weights import Weight
 
 @dataclass(frozen=True)
 class StageSettings:
-    """The settings that decide the output, besides the documents; hashable, so that workers can cache by them."""
+    """The settings of the stages; hashable, so that workers can cache by them."""
 
     preset: str = "web"
     languages: tuple[str, ...] | None = None
@@ -27,6 +27,7 @@ class StageSettings:
     weights: tuple[tuple[str, Weight], ...] = ()
     seed: int = 0
     shard_bytes: int = 100_000_000
+    allow_partial: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
-"""Files as streams of bytes, decompressed by suffix: gzip, zstandard, members of zip archives."""
+"""Files as streams of bytes, decompressed: gzip, zstandard, bzip2, xz, members of zip archives.
+
+The first bytes decide how a file is packed, not its name: downloads are often renamed, or unpacked on the way.
+"""
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
 import io
+import lzma
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,15 +20,19 @@ from typing import IO, cast
 
 from tercet.errors import UserError
 
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+_ZSTANDARD, _SKIPPABLE = b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"  # a frame; bytes 1 to 3 of a skippable one
 
 
 class Fault(UserError):
-    """A defect of a file or a row. In a directory the file or row is skipped and counted under ``reason``."""
+    """A defect of a file or a row. In a directory the file or row is skipped and counted under ``reason``.
 
-    def __init__(self, reason: str, message: str) -> None:
+    ``size`` is the number of bytes on disk of a whole file that is skipped; 0 where the caller knows it.
+    """
+
+    def __init__(self, reason: str, message: str, size: int = 0) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.size = reason, size
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,12 @@ class Origin:
     Attributes:
         name: the name in messages and document ids: the path, or ``archive.zip/member``.
         raw: opens the bytes as they are stored.
+        size: the number of these bytes.
     """
 
     name: str
     raw: Callable[[], AbstractContextManager[IO[bytes]]]
+    size: int = 0
 
     @property
     def suffix(self) -> str:
@@ -50,32 +61,52 @@ class Origin:
         Raises:
             Fault: the file can't be read or is incomplete; also raised by reads within the block.
         """
-        packing = PurePosixPath(self.name.lower()).suffix
+        packing = ""
         try:
             with self.raw() as stream:
-                if packing == ".gz":
-                    yield cast(IO[bytes], gzip.GzipFile(fileobj=stream))
-                elif packing == ".zst":
-                    yield _unzstd(stream, self.name)
-                else:
-                    yield stream
-        except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
-            kind = "gzip file" if packing == ".gz" else "zip member"
+                packing = packing_of(cast(io.BufferedReader, stream).peek(10))
+                yield _unpacked(stream, packing, self.name)
+        except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as problem:
+            kind = f"{packing} file" if packing else "zip member"
             raise Fault(f"not a whole {kind}", f"{self.name} is not a whole {kind}: {problem}") from problem
         except (zipfile.BadZipFile, NotImplementedError) as problem:
             raise Fault("not a whole zip member", f"{self.name} can't be unpacked: {problem}") from problem
         except OSError as problem:
             reason = problem.strerror or str(problem)
+            if packing == "bzip2" and problem.errno is None:  # its error for broken data
+                message = f"{self.name} is not a whole bzip2 file: {reason}"
+                raise Fault("not a whole bzip2 file", message) from problem
             raise Fault("cannot be read", f"cannot read {self.name}: {reason}") from problem
 
 
 def file_origin(path: Path) -> Origin:
     """Return the origin of a file on disk."""
-    return Origin(path.as_posix(), lambda: path.open("rb"))
+    return Origin(path.as_posix(), lambda: path.open("rb"), path.stat().st_size)
+
+
+def packing_of(head: bytes) -> str:
+    """Return the name of the compression that the first ten bytes of a file show; "" for none."""
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if head.startswith(_ZSTANDARD) or (head[1:4] == _SKIPPABLE and head[0] >> 4 == 5):
+        return "zstandard"
+    if head.startswith(b"BZh") and head[4:10] == b"1AY&SY":  # the digits of pi that begin a block
+        return "bzip2"
+    return "xz" if head.startswith(b"\xfd7zXZ\0") else ""
+
+
+def _unpacked(stream: IO[bytes], packing: str, name: str) -> IO[bytes]:
+    if packing == "gzip":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=stream))
+    if packing == "zstandard":
+        return _unzstd(stream, name)
+    if packing == "bzip2":
+        return bz2.BZ2File(stream)
+    return lzma.LZMAFile(stream) if packing == "xz" else stream
 
 
 def unpacked_name(name: str) -> str:
-    """Return the name in lower case without ``.gz`` or ``.zst``."""
+    """Return the name in lower case without the suffix of a compression."""
     name = name.lower()
     for packing in PACKED:
         name = name.removesuffix(packing)
@@ -107,12 +138,12 @@ def zip_members(archive: Origin) -> Iterator[list[Origin | Fault]]:
 def _member(archive: zipfile.ZipFile, origin: Origin, info: zipfile.ZipInfo) -> Origin | Fault:
     name = f"{origin.name}/{info.filename}"
     if info.flag_bits & 1:
-        return Fault("behind a password", f"{name} is behind a password")
+        return Fault("behind a password", f"{name} is behind a password", info.compress_size)
 
     def raw() -> AbstractContextManager[IO[bytes]]:
         return archive.open(info)
 
-    return Origin(name, raw)
+    return Origin(name, raw, info.compress_size)
 
 
 def _unzstd(stream: IO[bytes], name: str) -> IO[bytes]:

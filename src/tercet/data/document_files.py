@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tercet.data.byte_streams import Fault, Origin
+from tercet.data.json_rows import json_rows
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's separator, as TinyStories and others write it between texts
 TEXT_FIELDS = ("text", "content", "messages", "conversations")
@@ -91,31 +91,10 @@ def read_html(origin: Origin) -> Iterator[Row]:
         yield Row(1, html_text(page), 0)
 
 
-def read_jsonl(origin: Origin) -> Iterator[Row | Fault]:
-    """Yield the text of each line's JSON object."""
-    for number, (offset, line) in enumerate(lines(origin), start=1):
-        if not line.strip():
-            continue
-        where = f"{origin.name}:{number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as problem:
-            yield Fault("not valid JSON", f"{where} is not valid JSON: {problem}")
-            continue
-        yield _row(row, number, where, offset)
-
-
 def read_json(origin: Origin) -> Iterator[Row | Fault]:
-    """Yield the text of each object in a JSON list, or of a single object."""
-    content = "".join(line for _, line in lines(origin))
-    if not content.strip():
-        return
-    try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as problem:
-        raise Fault("not valid JSON", f"{origin.name} is not valid JSON: {problem}") from problem
-    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
-        yield _row(row, number, f"{origin.name}, row {number}")
+    """Yield the text of each JSON object, laid out as `tercet.data.json_rows` describes."""
+    for row in json_rows(origin.name, lines(origin)):
+        yield row if isinstance(row, Fault) else _row(row.value, row.number, row.where, row.offset)
 
 
 def read_csv(origin: Origin) -> Iterator[Row | Fault]:
@@ -144,7 +123,8 @@ def read_parquet(origin: Origin) -> Iterator[Row | Fault]:
     with origin.opened() as stream:
         try:
             # A parquet file is read from its end, so a stream without seek is unpacked into memory.
-            table = pq.ParquetFile(stream if _is_plain(origin) else io.BytesIO(stream.read()))
+            on_disk = isinstance(getattr(stream, "raw", None), io.FileIO)
+            table = pq.ParquetFile(stream if on_disk else io.BytesIO(stream.read()))
             names = table.schema_arrow.names
             field = next((name for name in TEXT_FIELDS if name in names), None)
             if field is None:
@@ -164,16 +144,13 @@ READERS: dict[str, Reader] = {
     ".md": read_text,
     ".html": read_html,
     ".htm": read_html,
-    ".jsonl": read_jsonl,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
 }
-
-
-def _is_plain(origin: Origin) -> bool:
-    return origin.name.lower().endswith(".parquet") and ".zip/" not in origin.name.lower()
 
 
 def _table(origin: Origin, rows: Iterable[list[str]]) -> Iterator[Row | Fault]:

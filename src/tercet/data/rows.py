@@ -1,18 +1,20 @@
-"""Read tables of examples (jsonl, json, csv, tsv, parquet, also compressed with gzip) as lists of dicts."""
+"""Read tables of examples (jsonl, json, csv, tsv, parquet, also compressed) as lists of dicts.
+
+The content of a file decides how it is read, where its name says something else: JSON Lines may be called
+``.json``, an array ``.jsonl``, and any file may be compressed or not.
+"""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from tercet.data.byte_streams import Fault, file_origin, unpacked_name
+from tercet.data.json_rows import json_rows
 from tercet.errors import UserError, nearest
-from tercet.files import parse_jsonl
 
 OverLength = Literal["drop", "truncate", "error"]  # what happens to a row with too many tokens
 
@@ -31,8 +33,8 @@ def read_rows(
     """Read every row of a file, in order. Values of csv and tsv are strings.
 
     Args:
-        path: the file; ``.gz`` after the format's own suffix is decompressed.
-        format: one of ``FORMATS``; by default that of the suffix.
+        path: the file; it may be compressed with gzip, zstandard, bzip2 or xz.
+        format: one of ``FORMATS``; by default that of the suffix. The content distinguishes jsonl from json.
         columns: names for a csv or tsv file without a header line.
         encoding: of the text formats. A byte order mark is not part of the text.
         quoting: whether ``"`` quotes a value. By default it does in csv (RFC 4180) but not in tsv,
@@ -49,12 +51,10 @@ def read_rows(
         setting = "columns" if columns is not None else "quoting"
         raise UserError(f"{path}: `{setting}` is for csv and tsv files; this one is {format}")
     content = _content(path)
-    if format == "parquet":
+    if format == "parquet" or (format in ("json", "jsonl") and content.startswith(b"PAR1")):
         return _parquet(path, content)
     text = _decode(path, content, encoding)
-    if format == "jsonl":
-        return parse_jsonl(path, text)
-    if format == "json":
+    if format in ("json", "jsonl"):
         return _json(path, text)
     return _table(
         path, text, "\t" if format == "tsv" else ",", columns, format == "csv" if quoting is None else quoting
@@ -62,8 +62,7 @@ def read_rows(
 
 
 def _format_of(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix.removeprefix(".").lower()
+    suffix = Path(unpacked_name(path.name)).suffix.removeprefix(".")
     format = _SUFFIXES.get(suffix, suffix)
     if format not in FORMATS:
         reason = f"the suffix .{suffix} is not that of a known format" if suffix else "its name has no suffix"
@@ -74,14 +73,8 @@ def _format_of(path: Path) -> str:
 def _content(path: Path) -> bytes:
     if not path.exists():
         raise UserError(f"there is no file {path}{nearest_file(path)}")
-    try:
-        data = path.read_bytes()
-        # Recognized by the first bytes, so a renamed file is read too.
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise UserError(f"{path} is not a whole gzip file: {problem}") from problem
-    except OSError as problem:
-        raise UserError(f"cannot read {path}: {problem.strerror or problem}") from problem
+    with file_origin(path).opened() as stream:
+        return stream.read()
 
 
 def nearest_file(path: Path) -> str:
@@ -105,20 +98,16 @@ def _decode(path: Path, content: bytes, encoding: str) -> str:
 
 
 def _json(path: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise UserError(
-            f"{path}:{problem.lineno}:{problem.colno} is not valid JSON: {problem.msg}"
-        ) from problem
-    if not isinstance(value, list):
-        raise UserError(
-            f"{path} holds a {type(value).__name__}; a json file of rows must be a list of objects"
-        )
-    for number, row in enumerate(value, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number} is a {type(row).__name__}; each row must be a JSON object")
-    return value
+    rows = []
+    # Only a line feed ends a line: JSON strings may hold U+2028 and its like as they are.
+    lines = io.StringIO(text, newline="\n")
+    for row in json_rows(str(path), ((0, line) for line in lines)):
+        if isinstance(row, Fault):
+            raise row
+        if not isinstance(row.value, dict):
+            raise UserError(f"{row.where} is a {type(row.value).__name__}; each row must be a JSON object")
+        rows.append(row.value)
+    return rows
 
 
 def _table(

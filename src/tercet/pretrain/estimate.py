@@ -105,7 +105,7 @@ def _corpus_bytes(settings: EstimateSettings, plan: Plan) -> tuple[int, bool]:
     """Count the bytes of text up to the run's limit, and say whether that is the whole corpus."""
     limit = reading_limit(plan, settings)
     count = 0
-    for document in read_documents(settings.sources):
+    for document in read_documents(settings.sources, allow_partial=settings.allow_partial):
         count += len(document.text.encode())
         if count >= limit:
             return count, False

@@ -65,7 +65,7 @@ def pretrain(settings: BuildSettings, clean: Clean | None = None) -> Built:
     tokenizers = {name: load_tokenizer(name) for name in settings.compare_tokenizers}
     conversations = read_conversations(settings.chat) if settings.chat else []
     key = fingerprint(
-        [settings.to_config(), source_fingerprint(settings.sources), list(settings.exclude), conversations]
+        [settings.identity, source_fingerprint(settings.sources), list(settings.exclude), conversations]
     )
     with open_ranks() as ranks:
         if settings.parallel is not None and not ranks.launched:
@@ -113,7 +113,7 @@ def _prepare(run: Run, conversations: list[dict[str, Any]], clean: Clean | None)
         sources = clean(settings, run.directory / "curated")
     skipped: Counter[str] = Counter()
     corpus = prepare_corpus(
-        read_documents(sources, skipped),
+        read_documents(sources, skipped, allow_partial=settings.allow_partial),
         run.corpus_directory,
         planned_vocabulary=plan.vocab_size,
         vocab_size=settings.vocab_size,

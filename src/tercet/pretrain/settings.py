@@ -100,6 +100,9 @@ class PretrainSettings:
         metavar="N",
         help="Largest number of bytes of text to read; default: as many as the budget can use.",
     )
+    allow_partial: bool = setting(
+        default=False, help="Go on when more than half of a directory, archive or data set can't be used."
+    )
     chat: str | Path | None = setting(
         default=None,
         metavar="FILE",
@@ -241,6 +244,12 @@ class BuildSettings(PretrainSettings):
         config = super().to_config()
         del config["out"], config["exclude"]
         return config
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that tell this run from another in the same directory."""
+        # A run that stopped because of unusable files goes on when they are allowed.
+        return {name: value for name, value in self.to_config().items() if name != "allow_partial"}
 
 
 @settings
