@@ -1,7 +1,7 @@
 """Write the parts of the documentation that come from the code: the command reference and the architecture.
 
-python scripts/generate_docs.py            writes docs/reference/cli.md, docs/images/imports.svg and the list of
-                                           modules in docs/architecture.md
+python scripts/generate_docs.py            writes docs/reference/cli.md, docs/reference/fields.md,
+                                           docs/images/imports.svg and the list of modules in docs/architecture.md
 python scripts/generate_docs.py --check    exits with 1 where they are not up to date
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -16,10 +17,12 @@ import typer
 
 import tercet
 from tercet.cli.main import COMMANDS, application
+from tercet.serve.api.field_table import FieldClass, Hint, Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(tercet.__file__).parent
 DOCS = ROOT / "docs"
+FIELDS = DOCS / "reference/fields.md"
 CLI, ARCHITECTURE, DIAGRAM = DOCS / "reference/cli.md", DOCS / "architecture.md", DOCS / "images/imports.svg"
 # From the top. Packages on one floor never import each other; tests/test_layering.py holds that.
 FLOORS = (
@@ -72,6 +75,42 @@ def _row(parameter: typer.core.TyperArgument | typer.core.TyperOption) -> str:
     elif parameter.default not in (None, False, ()) and not callable(parameter.default):
         notes.append(f"Default: {parameter.default}.")
     return f"| {name} | {' '.join([help_text, *notes])} |"
+
+
+def fields_reference() -> str:
+    """Return a page with the class of every field of every endpoint."""
+    from tercet.serve.api.field_reference import ENDPOINTS, TYPES
+    from tercet.serve.api.field_table import field_classes
+
+    lines = [
+        "# Fields of requests",
+        "",
+        "<!-- Written by scripts/generate_docs.py from the code. -->",
+        "",
+        "What would change the answer and cannot be honoured is **refused** with status 400. What is only a hint, or "
+        "has no meaning for the model, is **ignored**: the request is answered, and the response header `x-ignored` "
+        "names the field (`messages[0].cache_control`; `[]` stands for several places). `tercet serve --strict` "
+        "refuses these too. Fields of `null` are as if they were left out. Unknown fields of messages, blocks, parts "
+        "and tools are ignored and named; unknown fields of the request itself are refused.",
+        "",
+    ]
+    for path, body in ENDPOINTS.items():
+        lines += [f"## POST {path}", "", "| field | class | meaning |", "|---|---|---|"]
+        lines += [_field_row(f"`{name}`", kind) for name, kind in field_classes(body)]
+        lines.append("")
+    for title, kinds in TYPES.items():
+        lines += [f"## {title}", "", "| type | class | meaning |", "|---|---|---|"]
+        lines += [_field_row(f"`{name}`", kind) for name, kind in kinds.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _field_row(name: str, kind: FieldClass) -> str:
+    meaning = kind.reason if isinstance(kind, Hint | Refused) else kind.meaning
+    if isinstance(kind, Hint | Refused) and kind.followed:
+        values = ", ".join(f"`{json.dumps(value)}`" for value in kind.followed)
+        meaning += f"; except {values}"
+    return f"| {name} | {kind.label} | {meaning} |".replace("||", "| |")
 
 
 def imports_between_packages() -> set[tuple[str, str]]:
@@ -163,7 +202,7 @@ def pages() -> dict[Path, str]:
     """Return the generated pages by their path."""
     architecture = ARCHITECTURE.read_text(encoding="utf-8")
     architecture = with_part(architecture, "modules", modules())
-    return {CLI: cli_reference(), ARCHITECTURE: architecture, DIAGRAM: diagram()}
+    return {CLI: cli_reference(), FIELDS: fields_reference(), ARCHITECTURE: architecture, DIAGRAM: diagram()}
 
 
 def main() -> int:

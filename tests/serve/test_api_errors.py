@@ -49,7 +49,6 @@ def request_error(
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", MISSING),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages[0].content[0].type", MISSING),
-        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood", "unknown_parameter"),
         ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id", MISSING),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls", "invalid_value"),
         ({"temperature": 2.1}, "temperature", "invalid_value"),
@@ -72,11 +71,6 @@ def request_error(
         ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "invalid_value"),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
-        (
-            {"stream": True, "stream_options": {"include_obfuscation": True}},
-            "stream_options.include_obfuscation", UNSUPPORTED,
-        ),
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", MISSING),
         (
@@ -88,7 +82,7 @@ def request_error(
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", UNSUPPORTED),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"no_such_field": 1}, "no_such_field", "unknown_parameter"),
-        ({"model": None}, "model", "invalid_type"),
+        ({"model": 3}, "model", "invalid_type"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_400_with_its_place(
@@ -106,10 +100,7 @@ def test_a_wrong_field_is_400_with_its_place(
         ("modalities", ["text", "audio"]),
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
-        ("web_search_options", {}),
         ("moderation", {"model": "m"}),
-        ("verbosity", "low"),
-        ("reasoning_effort", "high"),
     ],
 )
 def test_an_unsupported_field_that_would_change_the_answer_is_400(

@@ -21,6 +21,7 @@ TOOL: dict[str, Any] = {
     "description": "The weather",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
+SEARCH = {"type": "web_search_20250305", "name": "search"}
 KEY = "secret-key"
 
 
@@ -225,19 +226,18 @@ def test_tokens_are_counted_as_they_are_read(server: ScriptedServer, client: ant
     [
         ({"extra_body": {"temperature": 1.5}}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"extra_body": {"thread": {"type": "continue", "previous_message_id": "msg_1"}}}, "thread.type"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages.0.content.0.type"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages.1.role"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
-        ({"tools": [{"name": "f"}]}, "tools.0.input_schema"),
-        ({"tools": [TOOL, TOOL]}, "tools.1.name"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages[1].role"),
+        ({"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "search"}}, "tool_choice.name"),
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "any"}}, "tool_choice.type"),
         ({"tools": [TOOL | {"input_schema": {"not": {}}}], "tool_choice": {"type": "any"}}, "input_schema"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
-        ({"output_config": {"effort": "high"}}, "output_config.effort"),
         ({"extra_body": {"seed": 1}}, "seed"),
     ],
 )  # fmt: skip

@@ -49,6 +49,7 @@ def serve(requested: ServeSettings) -> None:
         allowed_origins=tuple(origin.rstrip("/") for origin in requested.allow_origin),
         max_body=int(requested.max_body * 2**20),
         request_timeout=requested.request_timeout,
+        strict=requested.strict,
     )
     address = address_of(listening)
     run(

@@ -12,6 +12,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tercet.serve.api.field_table import HEADER, ignored_header
+from tercet.serve.api.kept_items import KeptItems
 from tercet.serve.errors import ERRORS, add_error_handlers, api_error
 from tercet.serve.metrics import Metrics
 from tercet.serve.models import Models
@@ -56,6 +58,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
     metrics = Metrics(models)
     app.state.models, app.state.settings, app.state.store = models, settings, store
     app.state.metrics, app.state.hosted_clients = metrics, {}
+    app.state.kept_items = KeptItems()
     add_error_handlers(app)
     _add_routes(app)
     if store is not None:
@@ -70,7 +73,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
             allow_origins=list(settings.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=list(CORS_HEADERS),
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", HEADER],
         )
     app.add_middleware(Observed, metrics=metrics)
     return app
@@ -121,6 +124,8 @@ class Observed:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
+                if ignored := ignored_header(scope):
+                    message["headers"].append((HEADER.encode(), ignored.encode()))
             await send(message)
 
         try:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tercet.data.prompt_tokens import check_context, conversation_tokens
+from tercet.data.prompt_tokens import check_context
 from tercet.engine.request import Sampling
 from tercet.engine.sampling_defaults import FIELDS, SamplingChoice, chosen_defaults
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.errors import APIError, from_user_error
+from tercet.serve.errors import APIError, from_user_error, missing_parameter
+from tercet.serve.turns import arranged_tokens
 from tercet.serve.worker import Worker
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Served:
     ) -> list[int]:
         """Return the tokens of a conversation after the chat template, up to where the answer begins.
 
-        The arguments are those of `tercet.data.prompt_tokens.conversation_tokens`.
+        The arguments are those of `tercet.data.prompt_tokens.conversation_tokens`. Turns that the template
+        cannot show in their order are arranged (`tercet.serve.turns`).
 
         Raises:
             APIError: 400; no template, one that refuses the messages, or a prompt that is too long.
@@ -110,7 +112,7 @@ class Served:
                 code="unsupported_model",
             )
         try:
-            tokens = conversation_tokens(self.tokenizer, messages, tools, **template_variables)
+            tokens = arranged_tokens(self.tokenizer, messages, tools, **template_variables)
         except UserError as problem:
             raise from_user_error(problem, "messages") from problem
         self.check_length(tokens, "messages")
@@ -145,8 +147,16 @@ class Models:
         check_names([model.name for model in listed])
         self._by_name = {model.name: model for model in listed}
 
-    def get(self, name: str) -> Served:
-        """Return the model called ``name``. APIError 404 ``model_not_found`` names the nearest ones."""
+    def get(self, name: str | None) -> Served:
+        """Return the model called ``name``; None: the only one.
+
+        Raises:
+            APIError: 404 ``model_not_found``, which names the nearest ones; 400 for no name and several models.
+        """
+        if name is None:
+            if len(self) > 1:
+                raise missing_parameter("model")
+            return self.default
         model = self._by_name.get(name)
         if model is not None:
             return model

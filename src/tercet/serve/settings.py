@@ -93,6 +93,10 @@ class ServeSettings:
         type=list[str],
         help="Host name of this server, beside localhost and IP addresses; may be repeated.",
     )
+    strict: bool = setting(
+        default=False,
+        help="Refuse requests with fields that have no effect, instead of naming them in the header x-ignored.",
+    )
     no_page: bool = setting(default=False, help="Serve only the API, without the chat page.")
     data: Path | None = setting(
         default=None,
@@ -126,6 +130,7 @@ class Settings:
     keys: SHA-256 of each accepted API key; none: no key is required.
     allowed_hosts: names by which clients may call this server, beside loopback names and IP addresses.
     allowed_origins: origins of other web pages that may call it; "*" for all.
+    strict: whether fields that have no effect are refused; otherwise they are named in ``x-ignored``.
     """
 
     host: str = "127.0.0.1"
@@ -138,6 +143,7 @@ class Settings:
     request_timeout: float = 600.0  # seconds for one answer, including the time in the queue
     read_timeout: float = 30.0  # seconds for a client to send its headers, and again for its body
     drain_timeout: float = 60.0  # seconds that a shutdown waits for running requests
+    strict: bool = False
 
 
 def hash_key(key: str) -> bytes:

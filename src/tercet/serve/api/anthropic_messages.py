@@ -19,15 +19,20 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tercet.serve.api.anthropic_events import Json, MessageEvents, stopped_by
+from tercet.serve.api.anthropic_input import conversation
 from tercet.serve.api.anthropic_requests import CountRequest, MessageRequest
+from tercet.serve.api.anthropic_tools import tool_request
+from tercet.serve.api.field_table import Ignored, ignored_of
 from tercet.serve.api.fields import answer_limit
 from tercet.serve.api.generation import Step, chat_tokens, steps
 from tercet.serve.api.hosted_steps import chat_payload, hosted_steps
+from tercet.serve.api.reasoning import knows, reasoning_variables, thinking_variables
 from tercet.serve.api.typed_events import Events, discard, encode, encoded
 from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools.plan import ToolPlan, plan_tools
+from tercet.serve.tools.request import ToolRequest
 
 # https://docs.anthropic.com/en/api/errors
 _TYPES = {
@@ -92,13 +97,14 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
     models: Models = request.app.state.models
     served = models.get(body.model)
     stops = tuple(body.stop_sequences or ())
+    messages, tools, variables = _read(served, body, ignored_of(request))
     if served.hosted is not None:
-        answer, count = hosted_steps(request, served, _payload(served, body)), 0
+        answer, count = hosted_steps(request, served, _payload(served, body, messages, tools)), 0
     else:
-        plan, tokens = await _prompt(served, body)
+        plan, tokens = await _prompt(served, body, messages, tools, variables)
         sampling, count = body.sampling(served, answer_limit(served, tokens, body.max_tokens)), len(tokens)
         answer = steps(served, tokens, [sampling], plan, whole=not body.stream)
-    message = MessageEvents(body.model, count)
+    message = MessageEvents(served.name, count)
     events = _events(answer, message, served, stops)
     if body.stream:
         return await event_stream(request, encoded(events), _error_event)
@@ -110,19 +116,33 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
 async def count_tokens(request: Request, body: CountRequest) -> Response:
     """Return how many tokens the model would read."""
     models: Models = request.app.state.models
-    _, tokens = await _prompt(models.get(body.model), body)
+    served = models.get(body.model)
+    _, tokens = await _prompt(served, body, *_read(served, body, ignored_of(request)))
     return JSONResponse({"input_tokens": len(tokens)})
 
 
-async def _prompt(served: Served, body: CountRequest) -> tuple[ToolPlan, list[int]]:
+def _read(served: Served, body: CountRequest, ignored: Ignored) -> tuple[list[Json], ToolRequest, Json]:
+    """Return conversation, tools, and variables of the chat template. APIError 400 for a mistake in them."""
+    body.review(ignored)
+    messages = conversation(body, knows(served, "reasoning_content"), ignored)
+    variables: Json = {}
+    effort = body.output_config.effort if body.output_config else None
+    variables |= reasoning_variables(served, effort, "output_config.effort", ignored, levels_only=True)
+    if body.thinking is not None:
+        variables |= thinking_variables(served, body.thinking.type, "thinking", ignored)
+    return messages, tool_request(body, ignored), variables
+
+
+async def _prompt(
+    served: Served, body: CountRequest, messages: list[Json], tools: ToolRequest, variables: Json
+) -> tuple[ToolPlan, list[int]]:
     """Return the plan of the tools, and the tokens that a local model reads."""
     form = await body.form()
-    tools, messages = body.tool_request(), body.conversation()
     plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form, "output_config.format")
-    return plan, await asyncio.to_thread(chat_tokens, served, messages, plan)
+    return plan, await asyncio.to_thread(chat_tokens, served, messages, plan, **variables)
 
 
-def _payload(served: Served, body: MessageRequest) -> Json:
+def _payload(served: Served, body: MessageRequest, messages: list[Json], tools: ToolRequest) -> Json:
     """Return the request as the body of a chat completion."""
     schema = body.output_config and body.output_config.format and body.output_config.format.schema_
     form = {"name": "answer", "schema": schema, "strict": True}
@@ -133,7 +153,7 @@ def _payload(served: Served, body: MessageRequest) -> Json:
         "stop": body.stop_sequences,
         "response_format": schema and {"type": "json_schema", "json_schema": form},
     }
-    return chat_payload(served, body.conversation(), body.tool_request(), body.max_tokens, fields)
+    return chat_payload(served, messages, tools, body.max_tokens, fields)
 
 
 async def _events(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -16,16 +15,23 @@ from pydantic import Field
 
 from tercet.engine.request import Completion, Sampling
 from tercet.serve.api.chat_messages import Message, check_names, template_form
+from tercet.serve.api.field_table import Hint, Ignored, Refused, Used, WhereKnown, ignored_of
 from tercet.serve.api.fields import (
+    NO_CACHE_SETTINGS,
+    NO_TIERS,
+    NOT_STORED,
     SamplingBody,
+    TokenLimit,
+    User,
     answer_limit,
     new_id,
-    refuse,
     total_usage,
 )
 from tercet.serve.api.generation import Step, steps
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.logprobs import Aligned, Placed, chat_logprobs
+from tercet.serve.api.offered_tools import offered_tools
+from tercet.serve.api.reasoning import knows, reasoning_variables
 from tercet.serve.api.response_format import ResponseFormat, answer_grammar
 from tercet.serve.errors import invalid_value, unsupported
 from tercet.serve.models import Models, Served
@@ -37,49 +43,66 @@ from tercet.serve.tools.request import read_tools
 
 router = APIRouter()
 
-_REFUSED = {
-    "audio": "models of this server read and write text",
-    "functions": "it is deprecated; use tools",
-    "function_call": "it is deprecated; use tool_choice",
-    "moderation": "this server has no moderation",
-    "web_search_options": "this server does not search the web",
-}
 # Names that the renderer itself passes to a template or takes as arguments.
 _OWN = ("messages", "tools", "documents", "add_generation_prompt", "template", "special_tokens", "self")
 
 
 class ChatBody(SamplingBody):
-    """OpenAI's request. The fields below ``Without effect`` never change an output."""
+    """OpenAI's request."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text", "audio"]] | None = None
-    reasoning_effort: str | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    messages: Annotated[
+        Annotated[list[Message], Field(min_length=1)],
+        Used("the conversation; the roles are developer, system, user, assistant and tool"),
+    ]
+    max_tokens: Annotated[TokenLimit, Used("-1 or none: the answer may fill the context")] = None
+    max_completion_tokens: Annotated[TokenLimit, Used("takes precedence over `max_tokens`")] = None
+    logprobs: Annotated[
+        bool | None,
+        Used(
+            "the joined tokens are the text (joined `bytes`, where several tokens form one character); not "
+            "together with tools"
+        ),
+    ] = None
+    top_logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=20)] | None, Used("0 to 20, with `logprobs: true`")
+    ] = None
+    response_format: Annotated[
+        ResponseFormat | None,
+        Used("`json_object` and `json_schema` are enforced token by token, with or without `strict`"),
+    ] = None
+    tools: Annotated[
+        list[Any] | None,
+        Used("functions; tools of every other type are not offered to the model, and named in `x-ignored`"),
+    ] = None
+    tool_choice: Annotated[
+        str | dict[str, Any] | None, Used("`none`, `auto`, `required`, a function, or `allowed_tools`")
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Used("false: one call at most, enforced")] = None
+    modalities: Annotated[list[str] | None, Refused("models of this server write text", (["text"],))] = None
+    reasoning_effort: Annotated[str | None, WhereKnown("passed to a chat template that knows it")] = None
     # Not OpenAI's: variables for the chat template, as vLLM calls them.
-    chat_template_kwargs: dict[str, Any] | None = None
-    # Without effect
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None,
+        Used("variables of the chat template; one that the template does not mention is refused"),
+    ] = None
+    # Hints
+    verbosity: Annotated[
+        Any, Hint("no model of this server has this setting; describe the length in the prompt", ("medium",))
+    ] = None
+    metadata: Annotated[Any, NOT_STORED] = None
+    store: Annotated[Any, NOT_STORED] = None
+    service_tier: Annotated[Any, NO_TIERS] = None
+    safety_identifier: User = None
+    prompt_cache_key: Annotated[Any, NO_CACHE_SETTINGS] = None
+    prompt_cache_retention: Annotated[Any, NO_CACHE_SETTINGS] = None
+    prompt_cache_options: Annotated[Any, NO_CACHE_SETTINGS] = None
+    prediction: Annotated[Any, Hint("it changes the speed of an answer only")] = None
+    web_search_options: Annotated[Any, Hint("this server does not search the web")] = None
     # Refused
-    audio: Any = None
-    functions: Any = None
-    function_call: Any = None
-    moderation: Any = None
-    web_search_options: Any = None
+    audio: Annotated[Any, Refused("models of this server read and write text")] = None
+    functions: Annotated[Any, Refused("it is deprecated; use tools")] = None
+    function_call: Annotated[Any, Refused("it is deprecated; use tool_choice")] = None
+    moderation: Annotated[Any, Refused("this server has no moderation")] = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +131,9 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
     """Return the next message of a conversation."""
     models: Models = request.app.state.models
     served = models.get(body.model)
-    body.check_stream()
     if served.hosted is not None:
         return await pass_on(request, served, "/chat/completions", body)
-    chat = await prepare(served, body)
+    chat = await prepare(served, body, ignored_of(request))
     if body.stream:
         return await event_stream(request, _chunks(chat, body.usage_chunk))
     return JSONResponse(await while_connected(request, _whole(chat)))
@@ -120,20 +142,31 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
 # The request
 
 
-async def prepare(served: Served, body: ChatBody) -> Chat:
-    """Check the request and render its prompt. APIError 400 for everything that is not supported."""
-    refuse(body, _REFUSED)
-    _check_modes(body)
+async def prepare(served: Served, body: ChatBody, ignored: Ignored) -> Chat:
+    """Check the request and render its prompt. APIError 400 for everything that is not supported.
+
+    ignored: receives the fields that have no effect.
+    """
+    body.review(ignored)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid_value("top_logprobs", "needs logprobs: true")
     worker = served.worker
     form = await answer_grammar(body.response_format)
-    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
+    offered, choice = offered_tools(body.tools, body.tool_choice, ignored)
+    tools = read_tools(offered, choice, body.parallel_tool_calls)
     plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form)
     if body.logprobs and plan.form is not None:
         raise unsupported(
             "logprobs",
             "it cannot be combined with tools, because tool calls are not text; leave one of them out",
         )
-    variables = _template_variables(served, body)
+    variables = _template_variables(served, body, ignored)
+
+    if not knows(served, "reasoning_content"):
+        for number, message in enumerate(body.messages):
+            if message.reasoning_content:
+                where = f"messages[{number}].reasoning_content"
+                ignored.add(where, "this model's chat template does not show earlier reasoning")
 
     def render() -> list[int]:
         messages = template_messages(template_form(body.messages), served.tokenizer)
@@ -151,32 +184,15 @@ async def prepare(served: Served, body: ChatBody) -> Chat:
     return Chat(served, tokens, samplings, plan, new_id("chatcmpl"), int(time.time()))
 
 
-def _check_modes(body: ChatBody) -> None:
-    if body.modalities is not None and body.modalities != ["text"]:
-        raise unsupported("modalities", "models of this server write text")
-    if body.verbosity not in (None, "medium"):
-        raise unsupported(
-            "verbosity",
-            "no model of this server has this setting; describe the length of the answer in the prompt",
-        )
-    if body.top_logprobs is not None and not body.logprobs:
-        raise invalid_value("top_logprobs", "needs logprobs: true")
-
-
-def _template_variables(served: Served, body: ChatBody) -> dict[str, Any]:
+def _template_variables(served: Served, body: ChatBody, ignored: Ignored) -> dict[str, Any]:
     """Return the template's variables beside messages and tools. APIError for those that it never reads."""
     variables = dict(body.chat_template_kwargs or {})
-    templates = "\n".join(served.tokenizer.templates.values())
     for name in variables:
-        if name in _OWN or not re.search(rf"\b{re.escape(name)}\b", templates):
+        if name in _OWN or not knows(served, name):
             raise unsupported(
                 f"chat_template_kwargs.{name:.60}", "this model's chat template has no such variable"
             )
-    if body.reasoning_effort is not None:
-        if "reasoning_effort" not in templates:
-            raise unsupported("reasoning_effort", "this model's chat template has no such setting")
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
-    return variables
+    return reasoning_variables(served, body.reasoning_effort, "reasoning_effort", ignored) | variables
 
 
 # The answer

@@ -5,39 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from tercet.serve.api.fields import Body
-from tercet.serve.errors import invalid_value, missing_parameter, unknown_parameter, unsupported
+from tercet.serve.api.field_table import Hint, OpenBody, Refused, Used, WhereKnown
+from tercet.serve.errors import invalid_value, missing_parameter, unsupported
 from tercet.serve.models import Served
 
 # Between the text parts of one message, as in vLLM and llama.cpp.
 PART_SEPARATOR = "\n"
 
 
-class Part(Body):
+class Part(OpenBody):
     """A part of a message's content. Only text is supported; other types are named in the error."""
 
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
+    type: Annotated[str, Used("`text`, or `refusal` of the assistant; every other type is refused")]
+    text: Annotated[str | None, Used("the text; several are joined with line breaks")] = None
+    refusal: Annotated[str | None, Used("read as text")] = None
 
 
-class Message(Body):
+class Message(OpenBody):
     """One message of a conversation."""
 
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(min_length=1)] | None = None
-    name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    refusal: str | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None  # not OpenAI's: templates of reasoning models repeat it
-    annotations: list[dict[str, Any]] | None = None  # of an earlier answer; models do not read them
-    audio: dict[str, Any] | None = None
-    function_call: dict[str, Any] | None = None
+    role: Annotated[
+        Literal["developer", "system", "user", "assistant", "tool"],
+        Used("developer becomes system where the template does not know it"),
+    ]
+    content: Annotated[
+        str | Annotated[list[Part], Field(min_length=1)] | None, Used("a string, or a list of parts")
+    ] = None
+    name: Annotated[
+        Annotated[str, Field(min_length=1, max_length=256)] | None, Used("shown to the model")
+    ] = None
+    refusal: Annotated[str | None, Used("the assistant's text in place of content")] = None
+    tool_calls: Annotated[
+        Annotated[list[dict[str, Any]], Field(min_length=1)] | None, Used("earlier calls of the assistant")
+    ] = None
+    tool_call_id: Annotated[str | None, Used("which call a message of role tool answers")] = None
+    # Not OpenAI's: templates of reasoning models repeat it.
+    reasoning_content: Annotated[str | None, WhereKnown("the assistant's earlier reasoning")] = None
+    annotations: Annotated[Any, Hint("models do not read the annotations of earlier answers", ([],))] = None
+    audio: Annotated[Any, Refused("models of this server read and write text")] = None
+    function_call: Annotated[Any, Refused("it is deprecated; use tool_calls")] = None
 
 
 def template_form(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -46,10 +54,6 @@ def template_form(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:
-    if message.audio is not None:
-        raise unsupported(f"{where}.audio", "models of this server read and write text")
-    if message.function_call is not None:
-        raise unsupported(f"{where}.function_call", "it is deprecated; use tool_calls")
     for name, role in (("tool_calls", "assistant"), ("refusal", "assistant"), ("tool_call_id", "tool")):
         if getattr(message, name) is not None and message.role != role:
             raise invalid_value(f"{where}.{name}", f"is for messages of role {role}")
@@ -78,8 +82,6 @@ def _text(content: str | list[Part] | None, where: str, role: str) -> str | None
         known = part.type == "text" or (part.type == "refusal" and role == "assistant")
         if not known:
             raise unsupported(place, f"models of this server read text, not {part.type:.40}")
-        for name in part.model_extra or {}:
-            raise unknown_parameter(f"{place}.{name}")
         text = part.text if part.type == "text" else part.refusal
         if text is None:
             raise missing_parameter(f"{place}.{part.type}")

@@ -16,11 +16,12 @@ from tercet.engine.engine import Engine
 from tercet.engine.request import Completion, TokenLogprob, Usage
 from tercet.engine.request import Request as EngineRequest
 from tercet.serve.api.embeddings import parts
+from tercet.serve.api.field_table import Ignored, Refused, Used, ignored_of
 from tercet.serve.api.fields import SamplingBody, answer_limit, new_id, total_usage
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.logprobs import Aligned, CompletionLogprobs, Placed, token_offsets
 from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
-from tercet.serve.errors import invalid_value, unsupported
+from tercet.serve.errors import invalid_value
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
 
@@ -34,12 +35,22 @@ SCORE_TOKENS = 1024  # scored between two turns of the engine, so that streams c
 class CompletionsBody(SamplingBody):
     """OpenAI's request."""
 
-    prompt: Prompts | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
-    echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    suffix: str | None = None
+    prompt: Annotated[
+        Prompts | None, Used("a string, a list of strings, a list of token ids, or a list of such lists")
+    ] = None
+    max_tokens: Annotated[
+        Annotated[int, Field(ge=-1)] | None, Used("default 16; -1: up to the context; may be 0 with `echo`")
+    ] = None
+    best_of: Annotated[
+        Annotated[int, Field(ge=1, le=20)] | None,
+        Used("up to 20 answers, of which the `n` with the highest mean log-probability are returned"),
+    ] = None
+    echo: Annotated[bool | None, Used("the prompt before the answer; with `logprobs` it is scored")] = None
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, Used("0 to 5, as parallel arrays")] = None
+    suffix: Annotated[
+        str | None,
+        Refused("models of this server only continue texts; they cannot insert text before it", ("",)),
+    ] = None
 
 
 @dataclass
@@ -84,10 +95,9 @@ async def completions(request: Request, body: CompletionsBody) -> Response:
     """Return continuations of each prompt."""
     models: Models = request.app.state.models
     served = models.get(body.model)
-    body.check_stream()
     if served.hosted is not None:
         return await pass_on(request, served, "/completions", body)
-    job = await prepare(served, body)
+    job = await prepare(served, body, ignored_of(request))
     if body.stream:
         return await event_stream(request, _chunks(job))
     return JSONResponse(await while_connected(request, _whole(job)))
@@ -96,12 +106,12 @@ async def completions(request: Request, body: CompletionsBody) -> Response:
 # The request
 
 
-async def prepare(served: Served, body: CompletionsBody) -> Job:
-    """Check the request and encode its prompts. APIError 400 for everything that is not supported."""
-    if body.suffix:
-        raise unsupported(
-            "suffix", "models of this server only continue texts; they cannot insert text before a suffix"
-        )
+async def prepare(served: Served, body: CompletionsBody, ignored: Ignored) -> Job:
+    """Check the request and encode its prompts. APIError 400 for everything that is not supported.
+
+    ignored: receives the fields that have no effect.
+    """
+    body.review(ignored)
     n = body.n or 1
     drawn = body.best_of or n
     if drawn < n:
@@ -139,7 +149,12 @@ def _requests(
     return [
         EngineRequest(
             tuple(prompt.tokens),
-            body.sampling(served, answer_limit(served, prompt.tokens, max_tokens), logprobs, number),
+            body.sampling(
+                served,
+                answer_limit(served, prompt.tokens, None if max_tokens < 0 else max_tokens),
+                logprobs,
+                number,
+            ),
             adapter=served.adapter,
         )
         for prompt in prompts

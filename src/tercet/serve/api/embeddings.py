@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from tercet.engine.engine import Engine
-from tercet.serve.api.fields import Body
+from tercet.serve.api.field_table import Body, Used, ignored_of
+from tercet.serve.api.fields import ModelName, User
 from tercet.serve.api.hosted import pass_on
 from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
 from tercet.serve.errors import invalid_value
@@ -29,11 +30,18 @@ TURN_TOKENS = 2048  # read between two turns of the engine, so that streams cont
 class EmbeddingsBody(Body):
     """OpenAI's request."""
 
-    model: str
-    input: Prompts
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    user: str | None = None
+    model: ModelName = None
+    input: Annotated[
+        Prompts, Used("a string, a list of strings, a list of token ids, or a list of such lists")
+    ]
+    encoding_format: Annotated[
+        Literal["float", "base64"] | None, Used("a list of numbers, or the bytes of float32 in base64")
+    ] = None
+    dimensions: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Used("keeps the first components and scales them to length 1"),
+    ] = None
+    user: User = None
 
 
 @router.post("/v1/embeddings")
@@ -48,6 +56,7 @@ async def embeddings(request: Request, body: EmbeddingsBody) -> Response:
         if body.encoding_format is None:  # null means "float" here; the other server's default may differ
             body.encoding_format = "float"
         return await pass_on(request, served, "/embeddings", body)
+    body.review(ignored_of(request))
     prompts = prompt_list(body.input)
     if len(prompts) > MAX_INPUTS:
         raise invalid_value(

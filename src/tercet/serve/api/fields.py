@@ -1,7 +1,7 @@
 """Fields that several endpoints share, and their conversion to the engine's settings.
 
 Bodies are read strictly: strings are not converted to numbers, and unknown fields are refused. ``null`` means
-the default everywhere. `refuse` refuses unsupported fields that would change the output.
+the default everywhere. The classes of the fields are explained in `tercet.serve.api.field_table`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from tercet.engine.request import Sampling, Usage
 from tercet.engine.sampling_defaults import with_defaults
 from tercet.errors import UserError
-from tercet.serve.errors import from_user_error, invalid_value, missing_parameter, unsupported
+from tercet.serve.api.field_table import Body, Hint, Ignored, OpenBody, Used
+from tercet.serve.errors import from_user_error, invalid_value, missing_parameter
 from tercet.serve.models import Served
 
 CHOICES = 128  # answers to one prompt at most, as at OpenAI
@@ -26,48 +27,79 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1)]
 
 
-class Body(BaseModel):
-    """A request, or a part of a request."""
+def _no_limit(value: Any) -> Any:
+    """Return None for -1, which means "no limit" in llama.cpp and its clients."""
+    return None if type(value) is int and value == -1 else value
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=False)
+
+TokenLimit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_limit)]
+ModelName = Annotated[
+    str | None, Used("name of the model, as in `/v1/models`; may be left out where one model is served")
+]
+
+# Fields that change no answer, whatever they hold.
+NOT_STORED = Hint("this server stores no answers", (False,))
+NO_CACHE_SETTINGS = Hint("this server reuses the common beginning of prompts by itself")
+NO_TIERS = Hint("this server answers all requests alike", ("auto", "default", "standard", "standard_only"))
+NO_USERS = Hint("this server does not distinguish its users")
+User = Annotated[Any, NO_USERS]
 
 
-class StreamOptions(Body):
+class StreamOptions(OpenBody):
     """``include_usage``: a last chunk with the usage."""
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
+    include_usage: Annotated[bool | None, Used("a last chunk with the usage")] = None
+    include_obfuscation: Annotated[Any, Hint("this server does not pad streams", (False,))] = None
 
 
 class SamplingBody(Body):
-    """Sampling settings: OpenAI's fields, and four that OpenAI lacks."""
+    """Sampling settings: OpenAI's fields, and those that vLLM and llama.cpp add."""
 
-    model: str
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Bias] | None = None
-    seed: Int64 | None = None
-    stop: StopText | Annotated[list[StopText], Field(min_length=1, max_length=4)] | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    # Not OpenAI's: as vLLM calls them.
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    ignore_eos: bool | None = None
+    model: ModelName = None
+    temperature: Annotated[
+        Annotated[float, Field(ge=0, le=2)] | None, Used("0 to 2; 0 selects the most probable token")
+    ] = None
+    top_p: Annotated[Annotated[float, Field(ge=0, le=1)] | None, Used("0 to 1")] = None
+    presence_penalty: Annotated[Annotated[float, Field(ge=-2, le=2)] | None, Used("-2 to 2")] = None
+    frequency_penalty: Annotated[Annotated[float, Field(ge=-2, le=2)] | None, Used("-2 to 2")] = None
+    logit_bias: Annotated[
+        dict[str, Bias] | None,
+        Used("maps a token id to -100 … 100; added to the logits before the penalties"),
+    ] = None
+    seed: Annotated[
+        Int64 | None,
+        Used("the same request and seed give the same answer; the `n` choices differ from each other"),
+    ] = None
+    stop: Annotated[
+        StopText | Annotated[list[StopText], Field(min_length=1, max_length=4)] | None,
+        Used("one string, or up to four; the answer ends before them"),
+    ] = None
+    n: Annotated[
+        Annotated[int, Field(ge=1, le=CHOICES)] | None, Used("1 to 128 answers, sampled independently")
+    ] = None
+    stream: Annotated[bool | None, Used("send the answer while it is written")] = None
+    stream_options: Annotated[StreamOptions | None, Used("ignored without `stream`")] = None
+    user: User = None
+    # Not OpenAI's: as vLLM and llama.cpp call them.
+    top_k: Annotated[Annotated[int, Field(ge=-1)] | None, Used("0 or -1: off")] = None
+    min_p: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None,
+        Used("only tokens at least this fraction as likely as the best one"),
+    ] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Field(gt=0, le=10)] | None, Used("above 0 to 10; 1 is off")
+    ] = None
+    ignore_eos: Annotated[bool | None, Used("go on after the model's stop tokens")] = None
+    cache_prompt: Annotated[Any, Hint(NO_CACHE_SETTINGS.reason, (True,))] = None
+    id_slot: Annotated[Any, Hint("this server has no slots", (-1,))] = None
+    priority: Annotated[Any, Hint(NO_TIERS.reason, (0,))] = None
+    keep_alive: Annotated[Any, Hint("models of this server stay loaded")] = None
 
-    def check_stream(self) -> None:
-        """Raise APIError for stream options without a stream."""
-        if self.stream_options is None:
-            return
-        if not self.stream:
-            raise invalid_value("stream_options", "needs stream: true")
-        if self.stream_options.include_obfuscation:
-            raise unsupported("stream_options.include_obfuscation", "this server does not pad streams")
+    def review(self, ignored: Ignored, where: str = "") -> None:
+        """Apply the classes of the fields; options of a stream are ignored where there is none."""
+        super().review(ignored, where)
+        if self.stream_options is not None and not self.stream:
+            ignored.add("stream_options", "it has no effect without stream: true")
 
     @property
     def usage_chunk(self) -> bool:
@@ -149,13 +181,6 @@ def string_field(entry: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str):
         raise invalid_value(f"{where}.{key}", "must be a string", "invalid_type")
     return value
-
-
-def refuse(body: BaseModel, reasons: dict[str, str]) -> None:
-    """Raise APIError for the first field of ``reasons`` that is not null."""
-    for name, reason in reasons.items():
-        if getattr(body, name) is not None:
-            raise unsupported(name, reason)
 
 
 def new_id(prefix: str) -> str:

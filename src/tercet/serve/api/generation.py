@@ -30,9 +30,11 @@ class Step:
     completion: Completion | None = None
 
 
-def chat_tokens(served: Served, messages: Sequence[Mapping[str, Any]], plan: ToolPlan) -> list[int]:
+def chat_tokens(
+    served: Served, messages: Sequence[Mapping[str, Any]], plan: ToolPlan, **variables: Any
+) -> list[int]:
     """Return the tokens of a conversation with earlier calls and tools. APIError 400 as `prompt_tokens`."""
-    return served.prompt_tokens(template_messages(messages, served.tokenizer), plan.tools)
+    return served.prompt_tokens(template_messages(messages, served.tokenizer), plan.tools, **variables)
 
 
 def content(pieces: Sequence[Piece]) -> str:

@@ -8,24 +8,26 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tercet.engine.grammar import Grammar, GrammarError
-from tercet.serve.api.fields import Body
+from tercet.serve.api.field_table import Body, Hint, Used
 from tercet.serve.errors import APIError, invalid_value, missing_parameter
 
 
 class JsonSchema(Body):
     """A schema with its name. It is enforced with and without ``strict``."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$"), Used("1 to 64 letters, digits, _ and -")]
+    description: Annotated[Any, Hint("models do not read it")] = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema"), Used("the JSON Schema")] = None
+    strict: Annotated[Any, Hint("every schema is enforced", (True, False))] = None
 
 
 class ResponseFormat(Body):
     """Text, any JSON object, or JSON under a schema."""
 
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"], Used("`text`, `json_object` or `json_schema`")
+    ]
+    json_schema: Annotated[JsonSchema | None, Used("with type `json_schema`")] = None
 
 
 async def answer_grammar(response_format: ResponseFormat | None) -> Grammar | None:

@@ -12,7 +12,7 @@ from pydantic import Field
 from tercet.data.conversation import check_text
 from tercet.errors import UserError
 from tercet.serve.api.chat_messages import Message, template_form
-from tercet.serve.api.fields import Body
+from tercet.serve.api.field_table import Body, Used, ignored_of
 from tercet.serve.api.prompts import TokenId
 from tercet.serve.errors import APIError, from_user_error, invalid_value
 from tercet.serve.models import Models, Served
@@ -24,18 +24,20 @@ router = APIRouter()
 class TokenizeBody(Body):
     """A text or a conversation; ``model`` defaults to the first model of the server."""
 
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
+    model: Annotated[str | None, Used("name of the model; the first one by default")] = None
+    prompt: Annotated[str | None, Used("a text; either this or `messages`")] = None
+    messages: Annotated[
+        Annotated[list[Message], Field(min_length=1)] | None, Used("a conversation, which is rendered")
+    ] = None
+    add_special_tokens: Annotated[bool | None, Used("of a prompt; true by default")] = None
+    return_token_strs: Annotated[bool | None, Used("also return each token's text")] = None
 
 
 class DetokenizeBody(Body):
     """Tokens to decode."""
 
-    model: str | None = None
-    tokens: list[TokenId]
+    model: Annotated[str | None, Used("name of the model; the first one by default")] = None
+    tokens: Annotated[list[TokenId], Used("token ids")]
 
 
 def _served(request: Request, name: str | None) -> Served:
@@ -47,6 +49,7 @@ def _served(request: Request, name: str | None) -> Served:
 async def tokenize(request: Request, body: TokenizeBody) -> Response:
     """Return the token ids of a text, by default with special tokens, or of a rendered conversation."""
     served = _served(request, body.model)
+    body.review(ignored_of(request))
     if (body.prompt is None) == (body.messages is None):
         raise APIError(
             400, "send either prompt or messages", param="prompt", code="missing_required_parameter"

@@ -175,6 +175,8 @@ def _functions(tools: object, flat: bool) -> tuple[Function, ...]:
     functions = []
     for number, tool in enumerate(tools):
         where = f"tools[{number}]"
+        if tool is None:  # a tool that is not offered
+            continue
         if not isinstance(tool, dict):
             raise invalid_value(where, "must be an object")
         kind = tool.get("type")

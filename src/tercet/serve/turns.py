@@ -1,0 +1,87 @@
+"""Turns in an order that a chat template cannot show, arranged so that it can.
+
+Agents send several user messages in a row, and system messages in the middle of a conversation. Many
+templates take them as they are. Some refuse them ("roles must alternate"), and some leave every system
+message out but the first; for these the system messages move to the front, and consecutive turns are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tercet.data.prompt_tokens import conversation_text, conversation_tokens
+from tercet.errors import UserError
+from tercet.model.tokenizer import Tokenizer
+
+SEPARATOR = "\n\n"  # between turns that are joined
+_SYSTEM = ("system", "developer")
+
+
+def arranged_tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **variables: Any,
+) -> list[int]:
+    """Return the tokens of a conversation, in its own order where the template shows all of it.
+
+    The arguments are those of `tercet.data.prompt_tokens.conversation_tokens`.
+
+    Raises:
+        UserError: the template refuses the conversation in either order; the error is that of its own order.
+    """
+    arranged = arrange(messages)
+    if arranged == list(messages):
+        return conversation_tokens(tokenizer, messages, tools, **variables)
+    try:
+        late = _late_system_texts(messages)
+        text = conversation_text(tokenizer, messages, tools, **variables) if late else ""
+        if all(part in text for part in late):
+            return conversation_tokens(tokenizer, messages, tools, **variables)
+    except UserError:
+        try:
+            return conversation_tokens(tokenizer, arranged, tools, **variables)
+        except UserError:
+            pass
+        raise
+    return conversation_tokens(tokenizer, arranged, tools, **variables)
+
+
+def arrange(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the conversation with one system message, at its front, and consecutive turns of a role joined.
+
+    Results of tools and calls are never joined, and contents that are no strings neither.
+    """
+    system = [message for message in messages if message.get("role") in _SYSTEM]
+    others = [message for message in messages if message.get("role") not in _SYSTEM]
+    arranged: list[Mapping[str, Any]] = []
+    for message in [*system, *others]:
+        last = arranged[-1] if arranged else None
+        if last is not None and _joinable(last, message):
+            content = SEPARATOR.join(part for part in (last["content"], message["content"]) if part)
+            arranged[-1] = {**last, "content": content}
+        else:
+            arranged.append(message)
+    return arranged
+
+
+def _joinable(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    roles = {
+        "system" if message.get("role") in _SYSTEM else message.get("role") for message in (first, second)
+    }
+    if len(roles) > 1 or "tool" in roles:
+        return False
+    return all(
+        isinstance(message.get("content"), str) and message.keys() <= {"role", "content"}
+        for message in (first, second)
+    )
+
+
+def _late_system_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the texts of system messages that are not the first message."""
+    return [
+        message["content"].strip()
+        for message in messages[1:]
+        if message.get("role") in _SYSTEM and isinstance(message.get("content"), str)
+    ]
