@@ -199,7 +199,7 @@ def test_items_are_kept_for_their_time_and_within_their_space() -> None:
     assert kept.get("b", "input[0]") == {"id": "b"}
     with pytest.raises(APIError, match=r"input\[0\].id is 'a'"):
         kept.get("a", "input[0]")
-    kept.keep([{"id": "c", "text": "x" * 60}, {"id": "d", "text": "x" * 200}])
+    kept.keep([{"id": "c", "text": "x" * 70}, {"id": "d", "text": "x" * 200}])
     assert kept.get("c", "")["id"] == "c"
     for lost in "bd":
         with pytest.raises(APIError):
