@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score
 
+import forked
 from tercet.errors import UserError
 from tercet.evaluate.answer import Answerer, nearest_label
 from tercet.evaluate.evaluate import evaluate
@@ -232,19 +231,18 @@ def test_a_killed_climb_resumes_and_gives_the_same_numbers(
     files: Path, climbed: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-c", SCRIPT, str(files / "task.yaml"), str(MINUTES), str(out)]
+    arguments = (SCRIPT, str(files / "task.yaml"), str(MINUTES), str(out))
     for awaited in ("base/metrics.jsonl", "rungs/lora/run/metrics.jsonl"):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        process = forked.Program(*arguments)
         begun = time.monotonic()
-        while time.monotonic() - begun < 60 and process.poll() is None:
+        while time.monotonic() - begun < 60 and process.returncode is None:
             if (out / awaited).is_file():
                 time.sleep(0.1)
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.01)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"no {awaited} came"
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert process.wait() == -signal.SIGKILL, f"no {awaited} came"
+    finished = forked.run(*arguments)
     assert finished.returncode == 0, finished.stderr
     assert "already measured" in finished.stderr
     for name in LADDER:

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from toy_text import SMALL, text_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forked
 from tercet.compose import build
 from tercet.errors import UserError
 from tercet.model.loading import load_model
@@ -82,7 +81,7 @@ def test_a_killed_build_ends_bit_for_bit_as_one_that_was_not(
         "      batch_tokens=256)\n"
     )
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", script, str(corpus), str(out)], stderr=subprocess.PIPE)
+    process = forked.Program(script, str(corpus), str(out))
     begun = time.monotonic()
     while time.monotonic() - begun < 60:
         progressed = (

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forked
 from tercet.compose import build
 from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
@@ -108,15 +107,11 @@ def test_a_build_killed_in_the_chat_stage_resumes_with_the_same_weights(
         "state.save_state = slow\n"
         f"build(sys.argv[1], sys.argv[2], tokens=20_000, chat=sys.argv[3], chat_epochs=40, **{SMALL!r})"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(text), str(out), str(conversations)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert child.stdout is not None
+    child = forked.Program(code, str(text), str(out), str(conversations))
     deadline = time.monotonic() + 120
-    while child.stdout.readline().strip() != "saved":
-        assert time.monotonic() < deadline
+    while "saved" not in child.stdout:
+        assert time.monotonic() < deadline and child.returncode is None, child.stderr
+        time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     # The base model is not trained again.

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import forked
 from tercet.data.batches import IGNORED as IGNORE
 from tercet.errors import UserError
 from tercet.model.config import ModelConfig
@@ -102,6 +100,7 @@ from pathlib import Path
 from test_train_loop import batch_of, make_model, recipe, weights
 from tercet.train.loop import train
 from safetensors.torch import save_file
+torch.set_num_threads(1)
 kill_at = int(sys.argv[2])
 def batches(step):
     if step == kill_at:
@@ -116,12 +115,9 @@ save_file(final, sys.argv[1] + "/final.safetensors")
 """
 
 
-def run_script(directory: Path, kill_at: int, sign: str = "SIGKILL") -> subprocess.CompletedProcess[str]:
+def run_script(directory: Path, kill_at: int, sign: str = "SIGKILL") -> forked.Program:
     script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
-    return subprocess.run(
-        [sys.executable, "-c", script, str(directory), str(kill_at), sign],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    return forked.run(script, str(directory), str(kill_at), sign)
 
 
 @pytest.fixture(scope="module")

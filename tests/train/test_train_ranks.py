@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
+import forked
 from tercet.errors import UserError
 from tercet.model.transformer import Transformer
 from tercet.pretrain.plan import network
@@ -89,30 +88,25 @@ def port() -> str:
 def launch(count: int, directory: Path, parallel: str, kind: str, stop_at: int = 0) -> list[int]:
     """Run ``count`` processes like torchrun and return their exit codes."""
     directory.mkdir(exist_ok=True)
-    (directory.parent / "script.py").write_text(SCRIPT)
     common = {
         **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port(), "WORLD_SIZE": str(count),
     }  # fmt: skip
-    command = [
-        sys.executable,
-        str(directory.parent / "script.py"),
-        str(directory),
-        parallel,
-        kind,
-        str(stop_at),
-    ]
     children = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        forked.Program(
+            SCRIPT,
+            str(directory),
+            parallel,
+            kind,
+            str(stop_at),
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(count)
     ]
     codes = []
     for child in children:
-        _, errors = child.communicate(timeout=120)
-        codes.append(child.returncode)
-        if child.returncode and not stop_at:
-            raise AssertionError(errors.decode()[-3000:])
+        codes.append(child.wait())
+        if codes[-1] and not stop_at:
+            raise AssertionError(child.stderr[-3000:])
     return codes
 
 
