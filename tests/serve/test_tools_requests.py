@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tool_templates as templates
 
+from tercet.data.tool_format import GENERIC
 from tercet.engine.grammar import Grammar
 from tercet.serve.errors import APIError
 from tercet.serve.tools.messages import template_messages
@@ -188,10 +189,25 @@ def test_a_schema_that_is_only_a_hint_may_be_anything() -> None:
     assert plan_tools(request, HERMES).constraint is not None
 
 
-@pytest.mark.parametrize("template", [templates.PLAIN, None])
-def test_a_model_without_tools_refuses_them(template: str | None) -> None:
-    problem = refusal(plan_tools, read_tools([tool()]), templates.tokenizer_with(template))
-    assert (problem.param, problem.code) == ("tools", "unsupported_parameter")
+def test_a_template_without_a_format_gets_the_functions_as_text_and_holds_calls() -> None:
+    plain = templates.tokenizer_with(templates.PLAIN)
+    for choice in (None, "required", NAMED | {"function": {"name": "weather"}}):
+        plan = plan_tools(read_tools([tool()], choice), plain)
+        assert (plan.tools, plan.described, plan.form) == (None, [tool()], GENERIC)
+        assert plan.constraint is not None
+    system, *_ = template_messages([{"role": "user", "content": "Rain?"}], plain, plan.described)
+    assert system["role"] == "system" and json.dumps(SCHEMA) in system["content"]
+
+
+def test_a_schema_that_the_generic_format_cannot_hold_is_a_hint_where_the_choice_is_free() -> None:
+    plain = templates.tokenizer_with(templates.PLAIN)
+    hint = tool(parameters=UNENFORCEABLE)
+    assert plan_tools(read_tools([hint]), plain).constraint is not None
+    assert refusal(plan_tools, read_tools([hint], "required"), plain).code == "invalid_function_parameters"
+
+
+def test_without_a_tokenizer_there_are_no_tools() -> None:
+    assert refusal(plan_tools, read_tools([tool()]), None).param == "tools"
 
 
 def test_a_form_beside_tools_is_refused_where_calls_look_like_answers() -> None:
@@ -280,13 +296,28 @@ def test_a_malformed_call_is_refused_with_its_place(change: dict[str, Any], para
     assert refusal(template_messages, [message], HERMES).param == param
 
 
-def test_a_template_that_cannot_show_the_calls_is_refused() -> None:
-    plain = templates.tokenizer_with(templates.PLAIN)
-    assert refusal(template_messages, conversation(), plain).param == "messages[1]"
-    two = conversation()
-    two[1]["tool_calls"] *= 2
+def test_a_template_that_cannot_show_the_calls_gets_them_as_text() -> None:
+    messages = template_messages(conversation(), templates.tokenizer_with(templates.PLAIN))
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == '{"name": "weather", "arguments": {"city": "Köln"}}'
+    assert messages[2]["content"] == "Result of weather:\nyes"
+
+
+def test_several_calls_are_several_messages_where_the_template_takes_one() -> None:
+    before = conversation()
+    call = before[1]["tool_calls"][0]
+    before[1]["tool_calls"] = [call, {**call, "id": "call_2"}, {**call, "id": "call_3"}]
+    before[2:] = [
+        {"role": "tool", "tool_call_id": call_id, "content": f"of {call_id}"}
+        for call_id in ("call_3", "call_1", "call_2")
+    ]
     bare = templates.tokenizer_with(templates.BARE)
-    assert "one call per message" in refusal(template_messages, two, bare).message
+    messages = template_messages(before, bare)
+    assert [message["role"] for message in messages] == ["user", *["assistant", "tool"] * 3]
+    assert [message["content"] for message in messages[2::2]] == ["of call_1", "of call_2", "of call_3"]
+    text = bare.render(messages, tools=[tool()], add_generation_prompt=True)
+    assert text.count('{"name": "weather", "parameters": {"city"') == 3
+    assert len(template_messages(before, HERMES)) == 5
 
 
 def test_what_a_model_writes_comes_back_to_it_as_it_was() -> None:

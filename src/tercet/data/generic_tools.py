@@ -44,7 +44,7 @@ def generic_tools(
 
     Messages that stand beside each other and have one role are joined where one of them shows a call or a
     result, because many templates require that user and assistant alternate. Where the template shows no
-    system message, its text comes first in the user's first message.
+    system message, its text comes first in the user's first message. Other fields of a message stay with it.
 
     Args:
         tokenizer: holds the chat template.
@@ -66,6 +66,39 @@ def generic_tools(
             converted.append(plain)
             joined = shows
     return _with_system(tokenizer, converted, tools)
+
+
+def split_calls(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return the conversation with one call in each message, for templates that take no more.
+
+    Each call is followed by its result. Results without an identifier belong to the calls in their order.
+    """
+    split: list[Message] = []
+    place = 0
+    while place < len(messages):
+        message, place = dict(messages[place]), place + 1
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            split.append(message)
+            continue
+        end = place
+        while end < len(messages) and messages[end].get("role") == "tool":
+            end += 1
+        results, place = [dict(result) for result in messages[place:end]], end
+        for number, call in enumerate(calls):
+            content = {} if number == 0 else {"content": ""}
+            split.append({**message, **content, "tool_calls": [call]})
+            result = next((result for result in results if _answers(result, call)), None)
+            if result is not None:
+                results.remove(result)
+                split.append(result)
+        split += results
+    return split
+
+
+def _answers(result: Mapping[str, Any], call: object) -> bool:
+    identifier = result.get("tool_call_id")
+    return identifier is None or (isinstance(call, Mapping) and call.get("id") == identifier)
 
 
 def tools_text(tools: Sequence[Mapping[str, Any]]) -> str:

@@ -5,11 +5,13 @@ hermes     ``<tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>``     
 mistral    ``[TOOL_CALLS][{"name": "f", "arguments": {…}}, …]``                  Mistral 0.3, Nemo
 named      ``[TOOL_CALLS]f[ARGS]{…}``, ``[CALL_ID]`` between them                Mistral since 2025
 bare       ``{"name": "f", "parameters": {…}}``, ``<|python_tag|>`` before it    Llama 3.1 to 3.3
+lines      ``{"name": "f", "arguments": {…}}``, one call a line                  all others
 =========  ====================================================================  =====================
 
 A template is a program, so detection runs it: it renders a conversation that contains a call, and the result
 shows the format, whether arguments must be an object or a string, and whether several calls may stand side by
-side. Templates that lose the call, refuse it, or write it in another way have no format.
+side. Templates that lose the call, refuse it, or write it in another way have no format. Their models get `GENERIC`,
+which `tercet.data.generic_tools` describes to them.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tercet.data.reasoning import REASONING_MARKERS
 from tercet.errors import UserError
 from tercet.model.chat_template import render_template
 from tercet.model.tokenizer import Tokenizer
 
-Style = Literal["hermes", "mistral", "named", "bare"]
+Style = Literal["hermes", "mistral", "named", "bare", "lines"]
 
 # Markers of all formats. Decoded text lacks those that are special tokens of the tokenizer.
 MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
@@ -34,6 +37,7 @@ TRIGGERS: dict[Style, str] = {
     "mistral": "[TOOL_CALLS]",
     "named": "[TOOL_CALLS]",
     "bare": "",
+    "lines": "",
 }
 
 
@@ -60,10 +64,13 @@ class ToolFormat:
         return TRIGGERS[self.style]
 
 
+GENERIC = ToolFormat("lines")
+
+
 def special_markers(tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the markers that are special tokens of this tokenizer, by id."""
+    """Return the markers of calls and of reasoning that are special tokens of this tokenizer, by id."""
     special = set(tokenizer.special_tokens)
-    ids = {tokenizer.id_of(marker): marker for marker in MARKERS if marker in special}
+    ids = {tokenizer.id_of(marker): marker for marker in (*MARKERS, *REASONING_MARKERS) if marker in special}
     return {token: marker for token, marker in ids.items() if token is not None}
 
 

@@ -169,7 +169,7 @@ async def prepare(served: Served, body: ChatBody, ignored: Ignored) -> Chat:
                 ignored.add(where, "this model's chat template does not show earlier reasoning")
 
     def render() -> list[int]:
-        messages = template_messages(template_form(body.messages), served.tokenizer)
+        messages = template_messages(template_form(body.messages), served.tokenizer, plan.described)
         check_names(served, messages, plan.tools)
         return served.prompt_tokens(messages, plan.tools, **variables)
 

@@ -34,7 +34,8 @@ def chat_tokens(
     served: Served, messages: Sequence[Mapping[str, Any]], plan: ToolPlan, **variables: Any
 ) -> list[int]:
     """Return the tokens of a conversation with earlier calls and tools. APIError 400 as `prompt_tokens`."""
-    return served.prompt_tokens(template_messages(messages, served.tokenizer), plan.tools, **variables)
+    messages = template_messages(messages, served.tokenizer, plan.described)
+    return served.prompt_tokens(messages, plan.tools, **variables)
 
 
 def content(pieces: Sequence[Piece]) -> str:
@@ -63,6 +64,7 @@ async def steps(
         QueueFull: with the first step, as `Worker.stream`.
         UserError: likewise.
     """
+    plan = plan.after(tokens)
     requests = [
         Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings
     ]

@@ -8,44 +8,48 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tercet.data.tool_format import ToolFormat, tool_format
+from tercet.data.generic_tools import generic_tools, has_tools, split_calls
+from tercet.data.tool_format import GENERIC, ToolFormat, tool_format
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.errors import UNSUPPORTED, APIError, invalid_value
+from tercet.serve.errors import invalid_value
 
 
-def template_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def template_messages(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    described: Sequence[Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """Convert a conversation from OpenAI's shape to the one that the chat template needs.
 
     Arguments become objects where the template needs objects, calls without content get an empty content,
     results get the name of their function, and identifiers become nine letters and digits where the template
-    is one of Mistral's, which require that.
+    is one of Mistral's, which require that. A message with several calls becomes several messages where the template
+    takes one call. Where the template has no format for tools, functions, calls and results become text.
+
+    Args:
+        messages: the conversation.
+        tokenizer: holds the chat template.
+        described: `ToolPlan.described`.
 
     Raises:
-        APIError: 400; malformed calls, or a template that would leave them out.
+        APIError: 400; malformed calls.
     """
+    form = tool_format(tokenizer)
     converted: list[dict[str, Any]] = []
     names: dict[str, str] = {}  # function names by the id of the call
     for number, original in enumerate(messages):
         message, where = dict(original), f"messages[{number}]"
-        calls = message.get("tool_calls")
-        if calls is not None or message.get("role") == "tool":
-            form = tool_format(tokenizer)
-            if form is None:
-                raise APIError(
-                    400,
-                    f"{where} contains a tool call or its result, which this model's chat template cannot show",
-                    param=where,
-                    code=UNSUPPORTED,
-                )
-            if calls is not None:
-                message["tool_calls"] = _template_calls(calls, form, names, f"{where}.tool_calls")
-                message["content"] = message.get("content") or ""
-            if isinstance(call_id := message.get("tool_call_id"), str):
-                message["tool_call_id"] = _identifier(call_id, form)
-                if call_id in names:
-                    message = {"name": names[call_id], **message}
+        if (calls := message.get("tool_calls")) is not None:
+            message["tool_calls"] = _template_calls(calls, form or GENERIC, names, f"{where}.tool_calls")
+            message["content"] = message.get("content") or ""
+        if isinstance(call_id := message.get("tool_call_id"), str):
+            message["tool_call_id"] = _identifier(call_id, form or GENERIC)
+            if call_id in names:
+                message = {"name": names[call_id], **message}
         converted.append(message)
-    return converted
+    if form is None and has_tools(converted, described):
+        return generic_tools(tokenizer, converted, described)
+    return converted if form is None or form.several else split_calls(converted)
 
 
 def _template_calls(
@@ -53,8 +57,6 @@ def _template_calls(
 ) -> list[dict[str, Any]]:
     if not isinstance(calls, list) or not calls:
         raise invalid_value(where, "must be a list with at least one call")
-    if len(calls) > 1 and not form.several:
-        raise invalid_value(where, "has several calls; this model's chat template takes one call per message")
     converted = []
     for number, call in enumerate(calls):
         place = f"{where}[{number}]"

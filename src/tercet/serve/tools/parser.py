@@ -2,19 +2,28 @@
 
 A parser never fails: text that looks like a call and is none stays content. The pieces of a call come with
 the deltas of a stream: its id and name once, then its arguments as they are written.
+
+Reasoning is content, and nothing in it is a call, even where it does not end. It begins outside of calls, with a
+marker of `tercet.data.reasoning` that does not stand between quotation marks, or with the answer where the prompt
+has opened it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from typing import Literal
 
-from tercet.data.tool_format import ToolFormat
+from tercet.data.reasoning import REASONING, REASONING_MARKERS
+from tercet.data.tool_format import ToolFormat, special_markers
 from tercet.engine.request import Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.tools.answer import CallDelta, Piece, new_call_id
 from tercet.serve.tools.call_text import CallText, JsonCall, NamedCall, is_object
 from tercet.serve.tools.marked_text import MarkedText
+
+_TAG = "<|python_tag|>"
+_QUOTES = "`'\""
 
 
 class ToolParser:
@@ -24,6 +33,8 @@ class ToolParser:
         form: the format of calls; None: there are none, and all text is content.
         names: the functions that exist; a call of another name is content.
         tokenizer: of the model; None without tools.
+        reasoning: the marker that ends reasoning which the prompt has opened; None: it has opened none.
+        skip: text at the beginning of the answer that is left out.
         whole: return a call only once it is complete and valid, so that a malformed call is content to its
             last character. Otherwise return its arguments as they are written; a mistake in them ends it.
     """
@@ -34,14 +45,26 @@ class ToolParser:
         names: Collection[str],
         tokenizer: Tokenizer | None,
         *,
+        reasoning: str | None = None,
+        skip: str = "",
         whole: bool = False,
     ) -> None:
         self._form, self._names, self._whole = form or ToolFormat("bare"), frozenset(names), whole
         self._marked = None if form is None or tokenizer is None else MarkedText(tokenizer)
-        # start: only spaces so far, and a call may follow without a trigger; list: before "[";
-        # between: after a call; plain: no more calls can come.
-        self._state: Literal["start", "text", "list", "call", "between", "plain"]
-        self._state = "plain" if form is None else "text" if form.trigger else "start"
+        # start: only spaces and reasoning so far, and a call may follow without a trigger; thought: in reasoning;
+        # list: before "["; between: after a call; plain: no more calls can come.
+        self._behind: Literal["start", "text", "plain"]
+        self._behind = "plain" if form is None else "text" if form.trigger else "start"
+        self._state: Literal["start", "text", "thought", "list", "call", "between", "plain"] = self._behind
+        if form is not None and reasoning is not None:
+            self._state = "thought"
+        self._end = reasoning or ""  # of the reasoning; ``_behind`` is the state after it
+        self._marks = (*filter(None, [self._form.trigger]), *REASONING)
+        special = {} if form is None or tokenizer is None else special_markers(tokenizer)
+        # They add nothing to the text of an answer without tools either.
+        self._hidden = set(special.values()).intersection(REASONING_MARKERS)
+        self._skip = skip  # the rest of it
+        self._last = ""  # the last character of the content
         self._buffer = ""  # text that is not classified yet
         self._raw = ""  # in the states list and call: text before it, content if it is no call
         self._call: CallText = JsonCall(self._names)
@@ -51,6 +74,11 @@ class ToolParser:
     def push(self, delta: Delta) -> list[Piece]:
         """Return the pieces that are certain now."""
         self._buffer += delta.text if self._marked is None else self._marked.push(delta)
+        if self._skip:
+            begun = min(len(self._skip), len(self._buffer))
+            expected = self._skip.startswith(self._buffer[:begun])
+            self._buffer = self._buffer[begun if expected else 0 :]
+            self._skip = self._skip[begun:] if expected else ""
         return self._advance()
 
     def finish(self) -> list[Piece]:
@@ -62,7 +90,7 @@ class ToolParser:
         else:
             held = self._call.text if self._state == "call" else ""
             rest = self._raw + held + self._buffer
-            pieces = _content(rest if rest.strip() or not self._begun else "")
+            pieces = self._content(rest if rest.strip() or not self._begun else "")
         self._buffer, self._state = "", "plain"
         return pieces
 
@@ -70,6 +98,7 @@ class ToolParser:
         step = {
             "start": self._at_start,
             "text": self._in_text,
+            "thought": self._in_thought,
             "list": self._at_list,
             "call": self._in_call,
             "between": self._between_calls,
@@ -84,33 +113,62 @@ class ToolParser:
         return pieces
 
     def _at_start(self) -> list[Piece]:
-        tag, text = "<|python_tag|>", self._buffer.lstrip()
-        if text.startswith(tag):
-            self._raw, text = self._buffer[: -len(text)], text.removeprefix(tag)
-            self._buffer = text
-            self._open(self._raw)
+        text = self._buffer.lstrip()
+        blank = self._buffer[: len(self._buffer) - len(text)]
+        if begin := next((marker for marker in REASONING if text.startswith(marker)), None):
+            self._buffer = text.removeprefix(begin)
+            self._think(begin)
+            return self._content(blank + begin)
+        if text.startswith(_TAG):
+            self._buffer = text.removeprefix(_TAG)
+            self._open(blank)
         elif text.startswith("{"):
             self._open("")
-        elif text and not tag.startswith(text):
+        elif text and not any(marker.startswith(text) for marker in (_TAG, *REASONING)):
             self._state = "plain"
         return []
 
     def _in_plain(self) -> list[Piece]:
         text, self._buffer = self._buffer, ""
-        return _content(text)
+        return self._content(text)
 
     def _in_text(self) -> list[Piece]:
-        trigger = self._form.trigger
-        before, match, after = self._buffer.partition(trigger)
-        if match:
+        match = re.search("|".join(map(re.escape, self._marks)), self._buffer)
+        if match is None:
+            # A marker may begin with the last characters; spaces before a trigger are not content.
+            certain, self._buffer = _certain(self._buffer, self._marks)
+            return self._content(certain)
+        before, marker, after = self._buffer[: match.start()], match[0], self._buffer[match.end() :]
+        if marker == self._form.trigger:
             self._buffer = after
-            self._open(before[len(before.rstrip()) :] + trigger)
+            self._open(before[len(before.rstrip()) :] + marker)
             if self._form.style == "mistral":
                 self._state = "list"
-        else:
-            # A trigger may begin with the last characters; spaces before it are not content.
-            before, self._buffer = _certain(before, trigger)
-        return _content(before.rstrip() if match else before)
+            return self._content(before.rstrip())
+        quote = (before or self._last)[-1:]
+        if quote and quote in _QUOTES and marker not in self._hidden:
+            if not after:  # the next character decides
+                self._buffer = marker
+                return self._content(before)
+            if after[0] == quote:
+                self._buffer = after
+                return self._content(before + marker)
+        self._buffer = after
+        self._think(marker)
+        return self._content(before + marker)
+
+    def _think(self, begin: str) -> None:
+        """Expect reasoning from here on, which ``begin`` has begun."""
+        self._state, self._end = "thought", REASONING[begin]
+
+    def _in_thought(self) -> list[Piece]:
+        before, match, after = self._buffer.partition(self._end)
+        if match:
+            self._buffer, self._state = after, self._behind
+            return self._content(before + match)
+        length = _begun(self._buffer, [self._end])
+        certain, self._buffer = self._buffer[: len(before) - length], self._buffer[len(before) - length :]
+        return self._content(certain)
 
     def _open(self, raw: str) -> None:
         """Expect a call from here on; ``raw`` was written before it."""
@@ -149,7 +207,7 @@ class ToolParser:
     def _no_call(self) -> list[Piece]:
         """Treat the text so far as content; the text after the trigger may contain another call."""
         raw, self._raw, self._state = self._raw, "", self._outside
-        return _content(raw)
+        return self._content(raw)
 
     def _call_pieces(self) -> list[Piece]:
         call = self._call
@@ -177,6 +235,9 @@ class ToolParser:
             self._open(",")
         elif self._form.style == "mistral":
             self._buffer, self._state = text.removeprefix("]"), "text"
+        elif self._form.style == "lines" and text.startswith("{"):
+            self._buffer = text
+            self._open("\n")
         elif self._form.style == "bare" and self._form.several and text.startswith(";"):
             self._buffer = text[1:]
             self._open(";")
@@ -184,17 +245,21 @@ class ToolParser:
             self._buffer, self._state = text, self._outside
         return []
 
+    def _content(self, text: str) -> list[Piece]:
+        for marker in self._hidden:
+            text = text.replace(marker, "")
+        self._last = text[-1:] or self._last
+        return [text] if text else []
 
-def _content(text: str) -> list[Piece]:
-    return [text] if text else []
+
+def _begun(text: str, markers: Sequence[str]) -> int:
+    """Return how many of the last characters of ``text`` may begin a marker."""
+    longest = max(map(len, markers), default=1) - 1
+    lengths = range(min(len(text), longest), 0, -1)
+    return next((n for n in lengths if any(marker.startswith(text[-n:]) for marker in markers)), 0)
 
 
-def _certain(text: str, trigger: str) -> tuple[str, str]:
-    """Split ``text`` before its last characters that may be spaces and the beginning of ``trigger``."""
-    for length in range(min(len(text), len(trigger) - 1), 0, -1):
-        if trigger.startswith(text[-length:]):
-            break
-    else:
-        length = 0
-    certain = text[: len(text) - length].rstrip()
+def _certain(text: str, markers: Sequence[str]) -> tuple[str, str]:
+    """Split ``text`` before its last characters that may be spaces and the beginning of a marker."""
+    certain = text[: len(text) - _begun(text, markers)].rstrip()
     return certain, text[len(certain) :]

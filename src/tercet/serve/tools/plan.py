@@ -2,8 +2,9 @@
 
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)    # OpenAI's shapes
     plan = plan_tools(tools, tokenizer, form)          # form: response_format as a Grammar, or None
-    messages = template_messages(messages, tokenizer)  # earlier calls, as the template needs them
+    messages = template_messages(messages, tokenizer, plan.described)  # as the template needs them
     tokens = served.prompt_tokens(messages, plan.tools)
+    plan = plan.after(tokens)                  # the prompt may have opened the model's reasoning
     request = Request(tuple(tokens), sampling, plan.constraint)
 
     answer = plan.read(completion)             # a whole answer: .content (None beside calls), .calls
@@ -17,45 +18,76 @@ callers need not distinguish. Everything that is wrong raises APIError 400.
 
 Constrained decoding enforces ``tool_choice`` "required" and a named function, and, where the model is free to
 call or not, ``strict`` functions and ``parallel_tool_calls: false``. With "none" the model does not see the
-tools.
+tools. A model whose template has no format for tools gets the generic one, which is always enforced: an answer
+that begins as a call is one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tercet.data.tool_format import ToolFormat, tool_format
+from tercet.data.reasoning import open_reasoning
+from tercet.data.tool_format import GENERIC, ToolFormat, tool_format
 from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion, Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import BAD_SCHEMA, UNSUPPORTED, APIError, invalid_value
 from tercet.serve.tools.answer import Answer, gather
-from tercet.serve.tools.formats import call_grammar
+from tercet.serve.tools.formats import call_grammar, end_of_reasoning
 from tercet.serve.tools.parser import ToolParser
-from tercet.serve.tools.request import ToolRequest
+from tercet.serve.tools.request import Function, ToolRequest
 
 
 @dataclass(frozen=True)
 class ToolPlan:
     """How the tools of one request are shown, enforced and read.
 
-    tools: for the chat template; None where the model is to see none.
+    tools: for the chat template; None where the model is to see none, or the template has no format for them.
+    described: functions to describe in the conversation itself, where the template has no format.
     constraint: the grammar of the whole output, tools and ``response_format`` together.
     form: the format in which the model writes calls; None without tools.
     names: the functions that it may call.
     tokenizer: of the model; None without tools.
+    thoughts: whether the output may contain reasoning, in which no text is a call.
+    reasoning: the marker that ends reasoning which the prompt has opened; None: none, or the prompt is unknown.
+    grammar: returns ``constraint`` for such a marker; None where it does not depend on one.
     """
 
     tools: list[dict[str, Any]] | None
     constraint: Grammar | None
-    form: ToolFormat | None
-    names: frozenset[str]
-    tokenizer: Tokenizer | None
+    form: ToolFormat | None = None
+    names: frozenset[str] = frozenset()
+    tokenizer: Tokenizer | None = None
+    described: list[dict[str, Any]] | None = None
+    thoughts: bool = True
+    reasoning: str | None = None
+    grammar: Callable[[str | None], Grammar] | None = None
+
+    def after(self, prompt: Sequence[int]) -> ToolPlan:
+        """Return the plan for an answer to these tokens, which may have opened the model's reasoning."""
+        if self.form is None or self.tokenizer is None:
+            return self
+        reasoning = open_reasoning(self.tokenizer, prompt)
+        if reasoning is None:
+            return self
+        constraint = self.constraint if self.grammar is None else self.grammar(reasoning)
+        return replace(self, constraint=constraint, reasoning=reasoning)
 
     def parser(self, *, whole: bool = False) -> ToolParser:
         """Return a parser for one choice of a stream; ``whole`` as in `ToolParser`."""
-        return ToolParser(self.form, self.names, self.tokenizer, whole=whole)
+        ended = self.reasoning is not None and not self.thoughts
+        return ToolParser(
+            self.form,
+            self.names,
+            self.tokenizer,
+            reasoning=None if ended else self.reasoning,
+            skip=end_of_reasoning(self.reasoning) if self.reasoning is not None and ended else "",
+            whole=whole,
+        )
 
     def read(self, completion: Completion) -> Answer:
         """Return content and calls of a whole answer."""
@@ -74,50 +106,69 @@ def plan_tools(
 
     Args:
         request: the tools.
-        tokenizer: of the model; None: its chat template is unknown, and tools are refused.
+        tokenizer: of the model; None: it is unknown, and tools are refused.
         form: the grammar of content that is not a call; None: any text.
         form_param: the name of that form in the request, for errors.
 
     Raises:
-        APIError: 400; the template supports no tools, or a schema cannot be enforced.
+        APIError: 400; the model's tokenizer is unknown, or a schema cannot be enforced.
     """
     if not request.functions or request.mode == "none":
-        return ToolPlan(None, form, None, frozenset(), None)
-    call_format = None if tokenizer is None else tool_format(tokenizer)
-    if tokenizer is None or call_format is None:
-        raise APIError(
-            400,
-            "this model's chat template has none of the supported formats of tool calls (Hermes and Qwen, "
-            "Llama 3, Mistral); leave out tools, or use another model",
-            param="tools",
-            code=UNSUPPORTED,
-        )
+        return ToolPlan(None, form)
+    if tokenizer is None:
+        raise APIError(400, "this model takes no tools; leave them out", param="tools", code=UNSUPPORTED)
+    call_format = tool_format(tokenizer) or GENERIC
+    generic, required = call_format == GENERIC, request.mode == "required"
     functions = [function for function in request.functions if request.only in (None, function.name)]
-    required = request.mode == "required"
-    constraint = None
-    if required or form is not None or not request.parallel or any(function.strict for function in functions):
-        constraint = call_grammar(
+    grammar = None
+    strict = any(function.strict for function in functions)
+    if required or generic or form is not None or not request.parallel or strict:
+        grammar = functools.partial(
+            _constraint,
             call_format,
-            {
-                function.name: function.arguments(enforced=required or function.strict)
-                for function in functions
-            },
+            {function.name: _arguments(function, required, generic) for function in functions},
             tokenizer,
             required=required,
             several=request.parallel and request.only is None,
             otherwise=None if required else _otherwise(form, call_format, form_param),
         )
+    constraint = None if grammar is None else grammar(None)
+    if constraint is not None:
         try:
             constraint.check()
         except GrammarError as problem:
             raise invalid_value("tools", f"cannot be enforced together: {problem}", BAD_SCHEMA) from problem
+    shown = [function.for_template() for function in request.functions]
     return ToolPlan(
-        [function.for_template() for function in request.functions],
+        None if generic else shown,
         constraint,
         call_format,
         frozenset(function.name for function in functions),
         tokenizer,
+        shown if generic else None,
+        thoughts=not required and form is None,
+        grammar=grammar,
     )
+
+
+def _constraint(
+    call_format: ToolFormat,
+    functions: Mapping[str, Grammar],
+    tokenizer: Tokenizer,
+    reasoning: str | None,
+    **options: Any,
+) -> Grammar:
+    return call_grammar(call_format, functions, tokenizer, reasoning=reasoning, **options)
+
+
+def _arguments(function: Function, required: bool, generic: bool) -> Grammar:
+    """Return the grammar of a function's arguments; APIError 400 where the request enforces an impossible one."""
+    if required or function.strict:
+        return function.arguments(enforced=True)
+    if generic:  # models that were not trained to call write better arguments under the schema
+        with contextlib.suppress(APIError):
+            return function.arguments(enforced=True)
+    return function.arguments(enforced=False)
 
 
 def _otherwise(form: Grammar | None, call_format: ToolFormat, param: str) -> Grammar | None:
