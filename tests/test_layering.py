@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
@@ -15,15 +16,8 @@ import pytest
 import tercet
 
 PACKAGE = Path(tercet.__file__).parent
-# From the top. Packages of one layer never import each other.
-LAYERS = (
-    ("cli",),
-    ("serve", "ladder"),
-    ("prompt", "finetune", "pretrain", "curation", "evaluate"),
-    ("engine", "train"),
-    ("data",),
-    ("model",),
-)
+# From the top, as the documentation shows them. Packages of one layer never import each other.
+LAYERS = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "generate_docs.py"))["FLOORS"]
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 # These modules at the top of the package may import all others: they make its public functions.
 ENTRANCES = ("__init__", "__main__", "compose")

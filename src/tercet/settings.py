@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING
 from typing import Any, ParamSpec, TypeVar, cast, dataclass_transform
 
@@ -144,3 +144,24 @@ def check_choice(settings: object, name: str, choices: Iterable[str]) -> None:
     choices, value = list(choices), getattr(settings, name)
     if value not in choices:
         raise UserError(f"`{name}` is {value!r}; choose {', '.join(choices)}")
+
+
+def named_numbers(pairs: Sequence[str], setting: str, example: str) -> dict[str, float]:
+    """Return numbers by name, from texts such as ``NAME=NUMBER``.
+
+    Args:
+        pairs: the texts.
+        setting: the name of the setting, for the error.
+        example: a correct text, for the error.
+
+    Raises:
+        UserError: a text has no name or no number.
+    """
+    numbers = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            raise UserError(f"`{setting}` is given {pair!r}; write NAME=NUMBER, such as {example}") from None
+    return numbers

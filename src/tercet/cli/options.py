@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tercet.serve.settings import ServeSettings
+from tercet.settings import options_of
+
 if TYPE_CHECKING:
     from tercet.prompt.llm import LLM
 
@@ -13,6 +16,8 @@ REFERENCE_HELP = (
     "Checkpoint, adapter or run directory, org/name, transformers:REF, openai:NAME, anthropic:NAME or "
     "http://HOST/v1#NAME."
 )
+
+_SERVING = options_of(ServeSettings)  # the server has the same settings of its own
 
 System = Annotated[str | None, typer.Option("--system", metavar="S", help="System message.")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Stop after N tokens.")]
@@ -51,15 +56,11 @@ Stop = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option("--quantize", metavar="Q", help="Weights on a CPU: int8 (the default), int4, bf16 or none."),
+    typer.Option("--quantize", metavar="Q", help=_SERVING["quantize"].help),
 ]
 Speculation = Annotated[
     str | None,
-    typer.Option(
-        "--speculate",
-        metavar="HOW",
-        help="Speculative decoding: ngram (from the text so far), or the REF of a smaller draft model.",
-    ),
+    typer.Option("--speculate", metavar="HOW", help=_SERVING["speculation"].help),
 ]
 PriceOption = Annotated[
     str | None,

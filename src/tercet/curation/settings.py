@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from tercet.curation.weights import Weight, parse_weights
 from tercet.errors import UserError, check_seed
-from tercet.settings import check_choice, check_positive, setting, settings
+from tercet.settings import check_choice, check_positive, named_numbers, setting, settings
 
 Preset = Literal["none", "light", "web"]
 Engine = Literal["local", "ray"]
@@ -16,14 +16,7 @@ LARGEST_SHARD_MB = 1000
 
 def parse_rules(pairs: Sequence[str]) -> dict[str, float]:
     """Return numbers by the name of their rule, from texts such as ``min_words=20``."""
-    rules = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            rules[name] = float(value)
-        except ValueError:
-            raise UserError(f"`rules` is given {pair!r}; write NAME=NUMBER") from None
-    return rules
+    return named_numbers(pairs, "rules", "min_words=20")
 
 
 @settings

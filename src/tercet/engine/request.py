@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tercet.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "length"]
+# Where the values of unset sampling fields come from; see `tercet.engine.sampling_defaults`.
+SamplingChoice = Literal["default", "greedy", "neutral"]
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
-from tercet.engine.request import Sampling
+from tercet.engine.request import Sampling, SamplingChoice
 from tercet.errors import UserError
 from tercet.model.checkpoint import read_generation_config
 
-SamplingChoice = Literal["default", "greedy", "neutral"]
 CHOICES: tuple[SamplingChoice, ...] = get_args(SamplingChoice)
 FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SAMPLES = ("top_k", "top_p", "min_p")  # a file with one of these is meant for sampling

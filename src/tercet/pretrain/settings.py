@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from tercet.errors import UserError, check_seed
 from tercet.pretrain.hardware import HARDWARE
-from tercet.settings import check_choice, check_positive, setting, settings
+from tercet.settings import check_choice, check_positive, named_numbers, setting, settings
 
 Sources = str | Path | Sequence[str | Path]
 Optimizer = Literal["muon", "adamw"]
@@ -26,14 +26,7 @@ DEFAULT_MINUTES = 5.0
 
 def parse_prices(pairs: Sequence[str]) -> dict[str, float]:
     """Return dollars an hour by the name of the hardware, from texts such as ``h100=2.50``."""
-    prices = {}
-    for pair in pairs:
-        name, _, amount = pair.partition("=")
-        try:
-            prices[name.lower()] = float(amount)
-        except ValueError:
-            raise UserError(f"`prices` is given {pair!r}; write NAME=DOLLARS, such as h100=2.50") from None
-    return prices
+    return {name.lower(): amount for name, amount in named_numbers(pairs, "prices", "h100=2.50").items()}
 
 
 @settings

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Unpack
 
 from tercet.data.conversation import Message, check_messages, check_text
-from tercet.engine.request import Completion, Sampling
-from tercet.engine.sampling_defaults import SamplingChoice
+from tercet.engine.request import Completion, Sampling, SamplingChoice
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.files import read_json, write_atomic, write_json
 from tercet.prompt.llm import LLM, Prompt

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from tercet.data.conversation import Message, check_messages, check_text
-from tercet.engine.request import Completion, Sampling, Score
-from tercet.engine.sampling_defaults import SamplingChoice
+from tercet.engine.request import Completion, Sampling, SamplingChoice, Score
 from tercet.errors import UserError
 from tercet.model.reference import parse_reference
 from tercet.prompt.errors import BatchError

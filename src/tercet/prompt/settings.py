@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from tercet.engine.request import Sampling
-from tercet.engine.sampling_defaults import SamplingChoice, check_choice, chosen_defaults, with_defaults
+from tercet.engine.request import Sampling, SamplingChoice
+from tercet.engine.sampling_defaults import check_choice, chosen_defaults, with_defaults
 from tercet.errors import UserError, nearest
 from tercet.prompt.output import OPTIONS, Output, requested_output
 

@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tercet.engine.engine import Engine
-from tercet.engine.sampling_defaults import SamplingChoice
+from tercet.engine.request import SamplingChoice
 from tercet.errors import UserError
 from tercet.files import read_text
 from tercet.model.adapter_config import is_adapter, read_adapter_config

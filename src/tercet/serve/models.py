@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tercet.data.prompt_tokens import check_context
-from tercet.engine.request import Sampling
-from tercet.engine.sampling_defaults import FIELDS, SamplingChoice, chosen_defaults
+from tercet.engine.request import Sampling, SamplingChoice
+from tercet.engine.sampling_defaults import FIELDS, chosen_defaults
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError, from_user_error, missing_parameter

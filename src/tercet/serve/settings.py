@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tercet.engine.sampling_defaults import SamplingChoice
+from tercet.engine.request import SamplingChoice
 from tercet.errors import UserError
 from tercet.settings import check_positive, setting, settings
 
