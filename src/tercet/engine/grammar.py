@@ -15,13 +15,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.engine.guidance import error_line, first_line, parser_limits, refusal
-from tercet.engine.json_schema import (
-    JSON_LAYOUT,
-    close_objects,
-    json_source,
-    located_refusal,
-    schema_refusal,
-)
+from tercet.engine.json_schema import located_refusal, schema_grammar
+from tercet.engine.schema_check import violation
 from tercet.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,14 +100,26 @@ class Grammar:
         """Return a JSON Schema as part of a Lark rule: ``f'start: "answer: " {grammar.in_lark()}'``."""
         if self.kind != "json_schema":
             raise ValueError(f"a {self.kind} can't be a part of a Lark rule; a JSON Schema can")
-        return f"%json {json.dumps(self._schema() | {'x-guidance': JSON_LAYOUT})}"
+        return schema_grammar(self.text).in_lark()
+
+    def violation(self, text: str) -> str:
+        """Return why a whole output is not valid under the JSON Schema, or "" where it is.
+
+        A grammar can't hold all of a schema: `unheld` names the rest. Other grammars hold everything.
+        """
+        return violation(self.text, text) if self.kind == "json_schema" else ""
+
+    @property
+    def unheld(self) -> frozenset[str]:
+        """Keywords of the JSON Schema that the grammar does not hold."""
+        return schema_grammar(self.text).unheld if self.kind == "json_schema" else frozenset()
 
     def _source(self) -> str:
         """Return the source that llguidance compiles."""
         from llguidance import LLMatcher, regex_to_lark
 
         if self.kind == "json_schema":
-            return json_source(self._schema())
+            return schema_grammar(self.text).source()
         if self.kind == "regex":
             return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(self.text, 'd')}/")
         if self.kind == "choices":
@@ -120,12 +127,6 @@ class Grammar:
             alternatives = " | ".join(json.dumps(choice) for choice in json.loads(self.text))
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {alternatives}")
         return LLMatcher.grammar_from_lark(self.text)
-
-    def _schema(self) -> dict[str, Any]:
-        """Return the schema to compile: with its objects closed, where llguidance accepts that."""
-        schema: dict[str, Any] = json.loads(self.text)
-        closed: dict[str, Any] = close_objects(schema)
-        return schema if closed != schema and schema_refusal(closed) else closed
 
     def _describe(self, reason: str) -> str:
         """Return the error message for ``reason``, with the grammar it is about."""
@@ -141,7 +142,7 @@ class Grammar:
 def _check(grammar: Grammar) -> str:
     """Return what is wrong with a grammar and where, or "" when nothing is."""
     if grammar.kind == "json_schema":
-        return located_refusal(json.loads(grammar.text))
+        return located_refusal(grammar.text)
     reason = refusal(grammar._source())
     return reason and grammar._describe(reason)
 

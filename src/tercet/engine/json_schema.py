@@ -1,24 +1,105 @@
-"""JSON Schemas as llguidance compiles them: their layout, their closed objects, and what is wrong with them."""
+"""JSON Schemas as grammars: their layout, their closed objects, and what is wrong with them.
+
+llguidance reads a schema itself where it reads it correctly; otherwise `tercet.engine.schema_rules` writes
+it as rules of Lark.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from tercet.engine.guidance import first_line, refusal
+from tercet.engine.number_bounds import UnsatisfiableError
+from tercet.engine.schema_check import check_validator, malformed
+from tercet.engine.schema_merge import (
+    LISTS,
+    MAPS,
+    SINGLE,
+    RefusedError,
+    endless_references,
+    modernized,
+    parts,
+)
+from tercet.engine.schema_rules import SchemaRules, is_troubled
 
 # One layout, that of Python's json.dumps. With free whitespace a weak model writes blanks without end, and
 # no text between two values is certain, so none of it could be written without running the model.
 JSON_LAYOUT = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
-# Keywords whose values contain schemas: by name, in a list, and directly.
-_MAPS = ("$defs", "definitions", "properties", "patternProperties")
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_SINGLE = ("items", "additionalProperties")
 # Keywords beside ``properties`` that decide about further properties, or combine the object with others.
 _OPENING = ("additionalProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref", "minProperties")
 _UNSATISFIABLE = "Unsatisfiable schema"
+_COMPILED = 64  # schemas whose grammar is kept
+
+
+@dataclass(frozen=True)
+class SchemaGrammar:
+    """What became of a JSON Schema.
+
+    schema: as llguidance reads it; None where it is written as rules.
+    lark: the rules; "" where there are none.
+    unheld: keywords that the grammar does not hold, so that a text has to be validated.
+    refusal: why there is no grammar, or "".
+    """
+
+    schema: Any = None
+    lark: str = ""
+    unheld: frozenset[str] = frozenset()
+    refusal: str = ""
+
+    def source(self) -> str:
+        """Return the source that llguidance compiles."""
+        from llguidance import LLMatcher
+
+        return LLMatcher.grammar_from_lark(self.lark) if self.lark else json_source(self.schema)
+
+    def in_lark(self) -> str:
+        """Return the grammar as a part of a Lark rule."""
+        if self.lark:
+            return f"%lark {{\n{self.lark}\n}}"
+        return f"%json {json.dumps({'x-guidance': JSON_LAYOUT} | self.schema)}"
+
+
+@lru_cache(_COMPILED)
+def schema_grammar(text: str) -> SchemaGrammar:
+    """Return the grammar of a JSON Schema, which is given as JSON."""
+    schema = json.loads(text)
+    closed = close_objects(schema)
+    grammar = _grammar(closed)
+    if grammar.refusal and closed != schema:
+        grammar = _grammar(schema)
+    if grammar.unheld:
+        try:
+            check_validator(text)
+        except RefusedError as error:
+            return SchemaGrammar(refusal=str(error))
+    return grammar
+
+
+def _grammar(schema: Any) -> SchemaGrammar:
+    """Return the grammar of a schema whose objects are closed or not."""
+    if "x-guidance" in schema:  # another layout, of which llguidance alone knows all
+        return SchemaGrammar(schema, refusal=schema_refusal(schema))
+    reason = schema_refusal(schema)
+    modern = modernized(schema)
+    try:
+        if not reason and not is_troubled(modern) and not endless_references(modern):
+            return SchemaGrammar(schema)
+        if wrong := malformed(modern):
+            return SchemaGrammar(refusal=reason or wrong)
+        rules = SchemaRules(modern, schema_refusal, JSON_LAYOUT)
+    except UnsatisfiableError as error:
+        return SchemaGrammar(refusal=f"{_UNSATISFIABLE}: {error}")
+    except RefusedError as error:
+        return SchemaGrammar(refusal=str(error))
+    grammar = SchemaGrammar(lark=rules.lark(), unheld=frozenset(rules.unheld))
+    if reason := refusal(grammar.source()):
+        return SchemaGrammar(refusal=reason)
+    return grammar
 
 
 def json_source(schema: Any) -> str:
@@ -37,20 +118,23 @@ def schema_refusal(schema: Any) -> str:
         return first_line(error)
 
 
-def located_refusal(schema: Any) -> str:
-    """Return as `schema_refusal`, preceded by the path of the innermost part that causes the refusal."""
-    reason = schema_refusal(schema)
+def located_refusal(text: str) -> str:
+    """Return why a schema has no grammar, with the path of the innermost part that causes it, or ""."""
+    reason = schema_grammar(text).refusal
+    schema = json.loads(text)
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     return reason and _locate(schema, definitions, reason, "schema")
 
 
 def _locate(schema: dict[str, Any], definitions: dict[str, Any], reason: str, path: str) -> str:
-    """Return path and reason of the innermost part that llguidance refuses for the same ``reason``.
+    """Return path and reason of the innermost part that is refused for the same ``reason``.
 
     A part may refer to ``definitions`` of the whole schema.
     """
-    for name, part in _parts(schema):
-        part_reason = schema_refusal({**definitions, **part})
+    for name, part in parts(schema):
+        if not isinstance(part, dict):
+            continue
+        part_reason = schema_grammar(json.dumps({**definitions, **part})).refusal
         # llguidance words the error of an unsatisfiable part differently for the schema around it.
         unsatisfiable = part_reason.startswith(_UNSATISFIABLE) and reason.startswith(_UNSATISFIABLE)
         if part_reason == reason or unsatisfiable:
@@ -78,13 +162,13 @@ def _close(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     closed: dict[str, Any] = dict(schema)
-    for key in _MAPS:
+    for key in MAPS:
         if isinstance(schema.get(key), dict):
             closed[key] = {name: _close(part) for name, part in schema[key].items()}
-    for key in _LISTS:
+    for key in LISTS:
         if isinstance(schema.get(key), list):
             closed[key] = [_close(part) for part in schema[key]]
-    for key in _SINGLE:
+    for key in SINGLE:
         if key in schema:
             closed[key] = _close(schema[key])
     properties, required = schema.get("properties"), schema.get("required", [])
@@ -96,21 +180,8 @@ def _close(schema: Any) -> Any:
 
 
 def _all_parts(schema: Any) -> Iterator[dict[str, Any]]:
-    """Yield the schema and all schemas inside of it."""
-    yield schema
-    for _, part in _parts(schema):
-        yield from _all_parts(part)
-
-
-def _parts(schema: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the schemas directly inside of a schema, each with its path."""
-    for key in _MAPS:
-        if isinstance(schema.get(key), dict):
-            yield from (
-                (f"{key}.{name}", part) for name, part in schema[key].items() if isinstance(part, dict)
-            )
-    for key in _LISTS:
-        if isinstance(schema.get(key), list):
-            parts = enumerate(schema[key])
-            yield from ((f"{key}[{number}]", part) for number, part in parts if isinstance(part, dict))
-    yield from ((key, schema[key]) for key in _SINGLE if isinstance(schema.get(key), dict))
+    """Yield the schema and all schemas inside of it that are objects."""
+    if isinstance(schema, dict):
+        yield schema
+        for _, part in parts(schema):
+            yield from _all_parts(part)
