@@ -38,7 +38,7 @@ def zstandard(content: bytes) -> bytes:
     packed = pa.BufferOutputStream()
     with pa.CompressedOutputStream(packed, "zstd") as stream:
         stream.write(content)
-    return packed.getvalue().to_pybytes()
+    return bytes(packed.getvalue().to_pybytes())
 
 
 @pytest.fixture

@@ -92,15 +92,21 @@ def test_scores_are_transformers_loss(family: str, tmp_path: Path, byte_level: T
     assert -score.logprob / len(score.tokens) == pytest.approx(loss, abs=1e-4)
 
 
-def test_a_token_that_crosses_the_boundary_belongs_to_the_continuation(
+def test_a_prompt_that_ends_inside_a_token_has_the_tokens_that_it_has_for_generation(
     make_engine: Make, byte_level: Tokenizer
 ) -> None:
     engine = make_engine()
     the = byte_level.id_of("Ġthe")
     assert the is not None and byte_level.encode("over the") == [*byte_level.encode("over"), the]
-    crossing = engine.score([("over ", "the")])[0]
-    assert crossing.tokens == [the], "the space of the prompt is in the token of 'the'"
-    assert crossing.logprob == pytest.approx(engine.score([("over", " the")])[0].logprob, abs=1e-6)
+    for prompt, continuation in (("over ", "the"), ("ov", "er the"), ("the  ", "fox")):
+        before, after = byte_level.encode(prompt), byte_level.encode(continuation)
+        assert [*before, *after] != byte_level.encode(prompt + continuation)
+        score = engine.score([(prompt, continuation)])[0]
+        assert score.tokens == after
+        assert score.token_logprobs == pytest.approx(
+            by_hand(engine, [*before, *after], len(before)), abs=1e-5
+        )
+        assert engine.choose([prompt], [[continuation]])[0][0] == pytest.approx(score.logprob, abs=1e-5)
 
 
 def test_an_empty_prompt_conditions_on_bos_or_else_on_eos(

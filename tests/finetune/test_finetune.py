@@ -199,7 +199,10 @@ def test_every_row_is_accounted_for(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"question": "x"}, "row 1: needs messages, or prompt and completion, or text; it has question"),
+        (
+            {"question": "x"},
+            "row 1: needs messages, conversations, prompt and completion, instruction and output, or text; it has question",
+        ),
         ({"prompt": "x", "completion": 3}, "row 1: prompt and completion must both be strings"),
         ({"messages": "hello"}, "row 1: messages must be a list of objects with role and content"),
         ({"text": 5}, "row 1: text is a int, not a string"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tercet.data.batches import Encoded
-from tercet.data.chat_mask import Rendered, Span, encode_spans, mask_conversation
-from tercet.data.conversation import Message
+from tercet.data.chat_mask import Rendered, Span, mask_conversation
+from tercet.data.continuation import encode_rendered
+from tercet.data.row_forms import FIELD_OF_MESSAGE, TrainingRow, read_row
 from tercet.data.rows import OverLength
 from tercet.errors import UserError
+from tercet.model.chat_template import REASONING
 from tercet.model.tokenizer import Tokenizer
 
 # For a base model that has no template but has ChatML's markers as single tokens.
@@ -32,6 +34,10 @@ class Prepared:
     truncated_tokens: int = 0
     stops_cut: int = 0  # truncated examples that lost their stop token
     stops: set[str] = field(default_factory=set)  # the stop tokens of the supervised parts
+    unused: Counter[str] = field(default_factory=Counter)  # column that nothing reads -> rows
+    context: int = 0  # answers that are not trained on because their row says so
+    inside: int = 0  # prompts that end inside a token
+    inside_example: str = ""  # the text around the end of one of them
 
     @property
     def supervised(self) -> int:
@@ -46,6 +52,16 @@ class Prepared:
             f"{self.supervised:,} of them trained on"
         ]
         lines += [f"dropped {count:,} rows: {reason}" for reason, count in self.dropped.most_common()]
+        if self.context:
+            lines.append(f"{self.context:,} answers are context only, because their rows say so (weight 0)")
+        if self.inside:
+            lines.append(
+                f"{self.inside:,} prompts end inside a token (such as {self.inside_example}): trained on with the "
+                f"prompt's own tokens, as at inference"
+            )
+        if self.unused:
+            columns = ", ".join(f"{name} ({count:,} rows)" for name, count in self.unused.most_common())
+            lines.append(f"not used: {columns}")
         if self.truncated_rows:
             lines.append(
                 f"truncated {self.truncated_rows:,} examples by {self.truncated_tokens:,} tokens; "
@@ -60,7 +76,7 @@ def prepare(
     """Encode and mask every row.
 
     Args:
-        rows: rows in one of the forms that `render_row` lists.
+        rows: rows in one of the forms that `tercet.data.row_forms` describes.
         tokenizer: encodes the rows; its template renders conversations.
         max_tokens: the maximal length of an example.
         over_length: drop a longer example, truncate it, or raise an error.
@@ -73,37 +89,22 @@ def prepare(
     for number, row in enumerate(rows, start=1):
         prepared.rows += 1
         try:
-            texts = render_row(row, tokenizer)
+            read = read_row(row)
+            texts = [] if read.dropped else render_row(read, tokenizer)
+            prepared.unused.update(_unread(read, tokenizer))
         except UserError as problem:
             raise UserError(f"row {number}: {problem}") from problem
-        if isinstance(texts, str):
-            prepared.dropped[texts] += 1
-            continue
+        prepared.context += read.context
+        if read.dropped:
+            prepared.dropped[read.dropped] += 1
         for rendered in texts:
             prepared.stops.update(span.stop for span in rendered.spans)
-            example = encode_spans(
-                tokenizer,
-                rendered.text,
-                [(span.start, span.end) for span in rendered.spans],
-                special=rendered.special,
-            )
-            if len(example.ids) > max_tokens:
-                if over_length == "error":
-                    raise UserError(
-                        f"row {number} has {len(example.ids)} tokens, more than the {max_tokens} allowed; "
-                        f"raise `max_tokens` or choose `over_length=drop` or `over_length=truncate`"
-                    )
-                if over_length == "drop":
-                    prepared.dropped[f"longer than {max_tokens} tokens"] += 1
-                    continue
-                prepared.truncated_rows += 1
-                prepared.truncated_tokens += len(example.ids) - max_tokens
-                prepared.stops_cut += int(example.supervised[-1])
-                example = example.truncated(max_tokens)
-            if not example.count:
-                prepared.dropped["nothing left to train on"] += 1
-                continue
-            prepared.examples.append(example)
+            examples, places = encode_rendered(tokenizer, rendered)
+            prepared.inside += len(places)
+            if places and not prepared.inside_example:
+                prepared.inside_example = f"{places[0][0]!r} before {places[0][1]!r}"
+            for example in examples:
+                _add(prepared, example, number, max_tokens, over_length)
     if not prepared.examples:
         reasons = (
             "; ".join(f"{count} {reason}" for reason, count in prepared.dropped.items())
@@ -111,6 +112,27 @@ def prepare(
         )
         raise UserError(f"none of the {prepared.rows} rows became a training example ({reasons})")
     return prepared
+
+
+def _add(prepared: Prepared, example: Encoded, number: int, max_tokens: int, over_length: OverLength) -> None:
+    """Add an example of row ``number``, if it is short enough or may be truncated."""
+    if len(example.ids) > max_tokens:
+        if over_length == "error":
+            raise UserError(
+                f"row {number} has {len(example.ids)} tokens, more than the {max_tokens} allowed; "
+                f"raise `max_tokens` or choose `over_length=drop` or `over_length=truncate`"
+            )
+        if over_length == "drop":
+            prepared.dropped[f"longer than {max_tokens} tokens"] += 1
+            return
+        prepared.truncated_rows += 1
+        prepared.truncated_tokens += len(example.ids) - max_tokens
+        prepared.stops_cut += int(example.supervised[-1])
+        example = example.truncated(max_tokens)
+    if example.count:
+        prepared.examples.append(example)
+    else:
+        prepared.dropped["nothing left to train on"] += 1
 
 
 def check_embedding(examples: Iterable[Encoded], tokenizer: Tokenizer, rows: int) -> None:
@@ -127,51 +149,32 @@ def check_embedding(examples: Iterable[Encoded], tokenizer: Tokenizer, rows: int
             )
 
 
-def render_row(row: dict[str, Any], tokenizer: Tokenizer) -> list[Rendered] | str:
-    """Return the training texts of a row with their supervised spans, or the reason to drop the row.
-
-    A row has one of three forms:
-
-    - ``messages``: a conversation [{role, content}, ...], optionally with ``tools``; the assistant's turns
-      are supervised.
-    - ``prompt`` and ``completion``: strings that are concatenated; the completion and a stop token after it
-      are supervised. Or lists of messages.
-    - ``text``: the whole text and a stop token after it are supervised.
+def render_row(row: TrainingRow, tokenizer: Tokenizer) -> list[Rendered]:
+    """Return the training texts of a row with their supervised spans, and the stop token that ends each span.
 
     Raises:
-        UserError: the row has none of these fields, or a field has the wrong type.
+        UserError: the chat template can't be trained on, or can't show the conversation.
     """
-    if "messages" in row:
-        return _conversation(row["messages"], tokenizer, row.get("tools"))
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return _conversation([*prompt, *completion], tokenizer, row.get("tools"), first=len(prompt))
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise UserError("prompt and completion must both be strings or both be lists of messages")
-        if not completion.strip():
-            return "empty completion"
-        return [_stopped(tokenizer, prompt + completion, len(prompt))]
-    if "text" in row:
-        if not isinstance(row["text"], str):
-            raise UserError(f"text is a {type(row['text']).__name__}, not a string")
-        return [_stopped(tokenizer, row["text"], 0)] if row["text"].strip() else "empty text"
-    raise UserError(
-        f"needs messages, or prompt and completion, or text; it has {', '.join(row) or 'nothing'}"
+    if row.messages is None:
+        return [_stopped(tokenizer, row.prompt + row.completion, len(row.prompt))]
+    return mask_conversation(
+        tokenizer, row.messages, tools=row.tools, supervised=row.supervised, **row.variables
     )
 
 
-def _conversation(
-    messages: Any, tokenizer: Tokenizer, tools: Any = None, first: int = 0
-) -> list[Rendered] | str:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise UserError("messages must be a list of objects with role and content")
-    if not messages:
-        return "empty conversation"
-    if all(message["role"] != "assistant" for message in messages[first:]):
-        return "no assistant message"
-    typed: Sequence[Message] = messages
-    return mask_conversation(tokenizer, typed, tools=tools, supervised=range(first, len(typed)))
+def _unread(row: TrainingRow, tokenizer: Tokenizer) -> list[str]:
+    """Return the row's columns that nothing reads, without fields of messages that the template names."""
+    template = "" if row.messages is None or row.dropped else tokenizer.template_text(tools=bool(row.tools))
+
+    def is_read(name: str) -> bool:
+        names = REASONING if name in REASONING else (name,)
+        return any(name in template for name in names)
+
+    return [
+        name
+        for name in row.unused
+        if not (name.startswith(FIELD_OF_MESSAGE) and is_read(name.removeprefix(FIELD_OF_MESSAGE)))
+    ]
 
 
 def _stopped(tokenizer: Tokenizer, text: str, start: int) -> Rendered:

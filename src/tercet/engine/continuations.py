@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tercet.data.continuation import continued
 from tercet.engine.backend import Backend, Chunk, split_calls
 from tercet.engine.cache import PagedSequence, PagePool
 from tercet.errors import UserError
@@ -41,7 +42,7 @@ class Continuation:
 def encode(
     tokenizer: Tokenizer, group: int, prompt: str, continuation: str, special: bool, end: bool
 ) -> Continuation:
-    """Encode ``prompt`` and ``continuation`` together.
+    """Return the tokens of ``prompt``, then those of ``continuation``, as `tercet.data.continuation` describes.
 
     Args:
         tokenizer: the model's.
@@ -54,13 +55,8 @@ def encode(
     Raises:
         UserError: the continuation is empty, or a required special token does not exist.
     """
-    tokens, offsets = tokenizer.encode_with_offsets(prompt + continuation, special=special)
-    begin = len(tokens)
-    while begin > 1 and offsets[begin - 1] == (0, 0):
-        begin -= 1  # a token that encoding adds at the end is not part of the continuation
-    tokens = list(tokens[:begin])
-    while begin and offsets[begin - 1][1] > len(prompt):
-        begin -= 1
+    encoded = continued(tokenizer, prompt + continuation, len(prompt), special=special)
+    tokens, begin = [*encoded.prompt, *encoded.continuation], len(encoded.prompt)
     if end:
         if tokenizer.eos_id is None:
             raise UserError(

@@ -107,9 +107,10 @@ class Scorer:
     ) -> list[Score]:
         """Return the log-probability of each continuation in (prompt, continuation) ``pairs``.
 
-        Prompt and continuation are encoded together, as the model would have read them; a token that
-        crosses the boundary belongs to the continuation. After an empty prompt the first token is
-        conditioned on the tokenizer's BOS, or on its EOS where it has no BOS (as lm-eval does).
+        The prompt has its own tokens, as for generation; those of the continuation follow, also where both
+        encoded together would share a token (as after a prompt that ends in a space). After an empty prompt
+        the first token is conditioned on the tokenizer's BOS, or on its EOS where it has no BOS (as lm-eval
+        does).
 
         Args:
             pairs: any number, of any lengths.

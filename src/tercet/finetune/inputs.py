@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.data.examples import CHATML
+from tercet.data.row_forms import is_conversation
 from tercet.data.rows import read_rows
 from tercet.errors import UserError
 from tercet.files import fingerprint, read_text
@@ -105,8 +106,7 @@ def load_tokenizer(
     tokenizer = Tokenizer.load(checkpoint)
     if chat_template is not None:
         return tokenizer.with_template(read_text(chat_template))
-    conversational = any("messages" in row or isinstance(row.get("prompt"), list) for row in rows)
-    if conversational and not tokenizer.chat_template:
+    if not tokenizer.chat_template and any(is_conversation(row) for row in rows):
         if tokenizer.id_of("<|im_start|>") is None or tokenizer.id_of("<|im_end|>") is None:
             raise UserError(
                 f"{checkpoint} has no chat template; set `chat_template`, or replace messages by prompt and "

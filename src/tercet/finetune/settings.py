@@ -32,7 +32,7 @@ class TuneSettings:
         metavar="PATH",
         type=Path,
         kw_only=False,
-        help="File of examples: rows with messages, with prompt and completion, or with text.",
+        help="File of examples: rows of messages, prompt and completion, instruction and output, or text.",
     )
     out: str | Path = setting(
         metavar="DIR", type=Path, kw_only=False, help="Run directory; the result is written to DIR/model."

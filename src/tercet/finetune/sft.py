@@ -40,8 +40,8 @@ def learning_rate_for(parameters: int, method: str) -> float:
 def tune_with(settings: TuneSettings) -> Tuned:
     """Fine-tune a model on rows of examples and write the result to ``out/model``.
 
-    The parameters are the fields of `TuneSettings`. `tercet.data.examples.render_row` lists the forms of a
-    row. Without ``dev`` a twentieth of the examples is held out. The result has the weights with the lowest
+    The parameters are the fields of `TuneSettings`. `tercet.data.row_forms` describes the forms of
+    a row. Without ``dev`` a twentieth of the examples is held out. The result has the weights with the lowest
     held-out loss. An interrupted run resumes with the same call.
 
     Returns:

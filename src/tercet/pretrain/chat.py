@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tercet.data.examples import CHATML, Prepared, prepare
+from tercet.data.row_forms import is_conversation, read_row
 from tercet.data.rows import read_rows
 from tercet.errors import UserError
 from tercet.files import atomic_directory
@@ -45,24 +46,26 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
     """Read the rows of a file of conversations.
 
     Raises:
-        UserError: There is no such file, or a row has no ``messages``.
+        UserError: There is no such file, or a row is no conversation.
     """
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
         # A completion without turns would teach the base to continue a text, not to answer.
-        if not isinstance(row.get("messages"), list):
+        if not is_conversation(row):
             raise UserError(
                 f"{path}, row {number}: a conversation needs messages, a list of {{role, content}}; "
                 f"it has {', '.join(row) or 'nothing'}"
             )
+        try:
+            read_row(row)
+        except UserError as problem:
+            raise UserError(f"{path}, row {number}: {problem}") from problem
     return rows
 
 
 def conversation_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the contents of all messages: the tokenizer is trained on their words too."""
-    contents = (
-        message.get("content") for row in rows for message in row["messages"] if isinstance(message, dict)
-    )
+    contents = (message.get("content") for row in rows for message in read_row(row).messages or ())
     return [content for content in contents if isinstance(content, str)]
 
 
@@ -150,7 +153,8 @@ def _answers(model_directory: Path, rows: Sequence[dict[str, Any]]) -> list[dict
     limit = read_config(model_directory).max_positions
     prompts: list[tuple[str, list[int]]] = []
     for row in rows:
-        message = row["messages"][0] if row["messages"] else {}
+        messages = read_row(row).messages
+        message = messages[0] if messages else {}
         content = message.get("content")
         if message.get("role") != "user" or not isinstance(content, str):
             continue
