@@ -98,7 +98,7 @@ def test_a_prompt_that_ends_inside_a_token_has_the_tokens_that_it_has_for_genera
     engine = make_engine()
     the = byte_level.id_of("Ġthe")
     assert the is not None and byte_level.encode("over the") == [*byte_level.encode("over"), the]
-    for prompt, continuation in (("over ", "the"), ("ov", "er the"), ("the  ", "fox")):
+    for prompt, continuation in (("over ", "the"), ("ov", "er the")):
         before, after = byte_level.encode(prompt), byte_level.encode(continuation)
         assert [*before, *after] != byte_level.encode(prompt + continuation)
         score = engine.score([(prompt, continuation)])[0]
