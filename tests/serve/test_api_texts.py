@@ -179,7 +179,7 @@ def test_a_request_without_a_prompt_begins_a_new_document(tiny_url: str) -> None
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [4000]}, "prompt"),
         ({"prompt": ["a"] * 2000}, "prompt"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -2}, "max_tokens"),
         ({"prompt": "a", "messages": []}, "messages"),
     ],
 )

@@ -189,6 +189,13 @@ class Engine(Scorer):
             self._remove(generation)
         return generation is not None
 
+    def read_tokens(self, handle: int) -> int | None:
+        """Return how many tokens of a request's prompt have been computed; None for one that has ended."""
+        generation = self._generations.get(handle)
+        if generation is None:
+            return None
+        return min(generation.pages.computed, generation.prompt_length)
+
     def step(self) -> list[Delta]:
         """Compute one turn; return the deltas of submitted requests since the last step.
 

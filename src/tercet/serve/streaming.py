@@ -2,6 +2,11 @@
 
 An answer is computed in a task of its own, beside a task that waits for the client to disconnect. The first
 of them to end cancels the other; so does the deadline.
+
+A stream begins as soon as its request is known to be good, before the model reads the prompt. Where nothing
+else is sent for a while it sends comments, which say how far the prompt is read: proxies and clients end
+connections on which they hear nothing. Comments are lines that begin with a colon, which every reader of
+server-sent events skips (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from tercet.serve.errors import APIError, Disconnected, api_error
 from tercet.serve.settings import Settings
+from tercet.serve.worker import Reading
 
 T = TypeVar("T")
 
@@ -26,11 +32,18 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
 _DEADLINE = "tercet.deadline"
+SILENCE = 3.0  # seconds without an event before a comment; proxies wait for 30 seconds or more
+PATIENCE = 5.0  # seconds for a first event, in which an error still becomes an HTTP error
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """Encode one event; text is UTF-8 without escapes."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def comment(text: object) -> bytes:
+    """Encode a comment, which readers skip; the text is one line."""
+    return f": {text}\n\n".encode()
 
 
 def error_event(problem: APIError) -> bytes:
@@ -80,19 +93,37 @@ async def event_stream(
     request: Request,
     chunks: AsyncGenerator[bytes, None],
     error: Callable[[APIError], bytes] = error_event,
+    reading: Reading | None = None,
 ) -> Response:
     """Return a response that streams ``chunks``.
 
-    It waits for the first chunk, so that a failure before it becomes an HTTP error.
+    It waits `PATIENCE` for the first chunk, so that a failure before it becomes an HTTP error.
 
-    error: encodes an error after the first chunk.
+    Args:
+        request: its client may disconnect.
+        chunks: encoded events.
+        error: encodes an error after the first chunk.
+        reading: how far the prompt is read, for comments.
     """
-    first = await while_connected(request, _next(chunks))
-    return _EventStream(request, first, chunks, error)
+    first = asyncio.ensure_future(anext(chunks, b""))
+    try:
+        await while_connected(request, _early(first))
+    except BaseException:
+        await _cancelled(first)
+        raise
+    return _EventStream(request, first, chunks, error, reading)
 
 
-async def _next(chunks: AsyncGenerator[bytes, None]) -> bytes:
-    return await anext(chunks, b"")
+async def _early(first: asyncio.Future[bytes]) -> None:
+    """Wait for the first chunk, not too long. Raises what happened instead of it."""
+    done, _ = await asyncio.wait({first}, timeout=PATIENCE)
+    if done:
+        first.result()
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 class _EventStream(Response):
@@ -101,12 +132,15 @@ class _EventStream(Response):
     def __init__(
         self,
         request: Request,
-        first: bytes,
+        first: asyncio.Future[bytes],
         chunks: AsyncGenerator[bytes, None],
         error: Callable[[APIError], bytes],
+        reading: Reading | None,
     ) -> None:
         super().__init__()
         self._request, self._first, self._chunks, self._error = request, first, chunks, error
+        self._reading = reading
+        self._sent = 0.0  # when the last piece was sent, by the loop's clock
         # No content-length; x-accel-buffering keeps a proxy (nginx) from collecting the pieces.
         self.raw_headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -124,6 +158,7 @@ class _EventStream(Response):
         except Exception as problem:
             last = self._error(api_error(problem))
         finally:
+            await _cancelled(self._first)
             await self._chunks.aclose()
         # A client that reads nothing must not hold its connection for ever.
         with contextlib.suppress(TimeoutError):
@@ -131,6 +166,30 @@ class _EventStream(Response):
                 await send({"type": "http.response.body", "body": last})
 
     async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        async for chunk in self._chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        comments = asyncio.ensure_future(self._comments(send))
+        try:
+            await self._send(send, await self._first)
+            async for chunk in self._chunks:
+                await self._send(send, chunk)
+        finally:
+            await _cancelled(comments)
+
+    async def _comments(self, send: Send) -> None:
+        """Send a comment whenever nothing has been sent for a while."""
+        loop = asyncio.get_running_loop()
+        if not self._first.done():
+            await self._send(send, comment(self._progress))
+        while True:
+            quiet = loop.time() - self._sent
+            if quiet >= SILENCE:
+                await self._send(send, comment(self._progress))
+            else:
+                await asyncio.sleep(SILENCE - quiet)
+
+    @property
+    def _progress(self) -> str:
+        return "waiting for the model's server" if self._reading is None else str(self._reading)
+
+    async def _send(self, send: Send, piece: bytes) -> None:
+        self._sent = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": piece, "more_body": True})

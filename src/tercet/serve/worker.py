@@ -57,11 +57,31 @@ class EngineStopped(APIError):
 
 
 @dataclass(eq=False)
+class Reading:
+    """How far the engine has read the prompts of one call. The engine's thread writes it, and others read it.
+
+    total: tokens of all prompts.
+    read: tokens that are computed, those of the prefix cache included.
+    """
+
+    total: int = 0
+    read: int = 0
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "waiting for the model"
+        if self.read >= self.total:
+            return "the model writes"
+        return f"{self.read} of {self.total} tokens of the prompt are read"
+
+
+@dataclass(eq=False)
 class _Ticket:
     """Requests of one call, and the queue for their deltas."""
 
     requests: Sequence[Request]
     loop: asyncio.AbstractEventLoop
+    reading: Reading | None = None
     inbox: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
     handles: list[int] = field(default_factory=list)  # used by the engine's thread only
     over: bool = False  # the caller reads the inbox no longer
@@ -81,6 +101,7 @@ class Worker:
         self._owners: dict[
             int, tuple[_Ticket, int]
         ] = {}  # by handle: the ticket, and the place in its requests
+        self._reading: set[_Ticket] = set()  # whose prompts are not read yet; for the engine's thread only
         self._closed = False
         self._load = Load(0, 0)
         self._pending = 0  # functions given to `run` that are not done
@@ -90,8 +111,13 @@ class Worker:
 
     # For coroutines
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[Delta, None]:
+    async def stream(
+        self, requests: Sequence[Request], reading: Reading | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """Yield the requests' deltas as they come; ``index`` is a request's place in ``requests``.
+
+        With ``reading``, which is kept up to date, the first delta is empty and comes as soon as the requests
+        are queued, before the engine reads their prompts.
 
         Deltas of one request that came between two reads are joined, so that a busy server sends fewer
         and longer pieces.
@@ -103,7 +129,7 @@ class Worker:
             QueueFull: the queue has no room for them now.
             UserError: one of them can never be answered.
         """
-        ticket = _Ticket(requests, asyncio.get_running_loop())
+        ticket = _Ticket(requests, asyncio.get_running_loop(), reading=reading)
         waiting = set(range(len(requests)))  # for their first token
         left, began = len(requests), time.perf_counter()
         self._put(lambda: self._submit(ticket))
@@ -114,8 +140,9 @@ class Worker:
                         raise delta
                     if delta.error is not None:
                         raise delta.error
-                    self._measure(requests[delta.index], delta, began if delta.index in waiting else None)
-                    waiting.discard(delta.index)
+                    if delta.tokens or delta.completion is not None:
+                        self._measure(requests[delta.index], delta, began if delta.index in waiting else None)
+                        waiting.discard(delta.index)
                     left -= delta.completion is not None
                     yield delta
         finally:
@@ -240,6 +267,19 @@ class Worker:
             self._abort(problem)
             return
         self._deliver(deltas)
+        for ticket in [*self._reading]:
+            self._follow(ticket)
+
+    def _follow(self, ticket: _Ticket) -> None:
+        """Count the tokens of a ticket's prompts that have been read."""
+        assert ticket.reading is not None
+        counts = [self.engine.read_tokens(handle) for handle in ticket.handles]
+        ticket.reading.read = sum(
+            len(request.tokens) if count is None else count
+            for request, count in zip(ticket.requests, counts, strict=True)
+        )
+        if ticket.over or ticket.reading.read >= ticket.reading.total:
+            self._reading.discard(ticket)
 
     def _counted(self) -> Load:
         running = self.engine.running
@@ -274,8 +314,14 @@ class Worker:
         except Exception as problem:
             self._cancel(ticket)
             _call_soon(ticket.loop, ticket.inbox.put_nowait, problem)
+            return
+        if ticket.reading is not None:
+            ticket.reading.total = sum(len(request.tokens) for request in ticket.requests)
+            self._reading.add(ticket)
+            _call_soon(ticket.loop, ticket.inbox.put_nowait, Delta(0, "", [], None))
 
     def _cancel(self, ticket: _Ticket) -> None:
+        self._reading.discard(ticket)
         for handle in ticket.handles:
             if self._owners.pop(handle, None) is not None:
                 self.engine.cancel(handle)

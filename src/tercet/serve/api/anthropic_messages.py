@@ -33,6 +33,7 @@ from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools.plan import ToolPlan, plan_tools
 from tercet.serve.tools.request import ToolRequest
+from tercet.serve.worker import Reading
 
 # https://docs.anthropic.com/en/api/errors
 _TYPES = {
@@ -98,16 +99,17 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
     served = models.get(body.model)
     stops = tuple(body.stop_sequences or ())
     messages, tools, variables = _read(served, body, ignored_of(request))
+    reading = Reading() if body.stream else None
     if served.hosted is not None:
         answer, count = hosted_steps(request, served, _payload(served, body, messages, tools)), 0
     else:
         plan, tokens = await _prompt(served, body, messages, tools, variables)
         sampling, count = body.sampling(served, answer_limit(served, tokens, body.max_tokens)), len(tokens)
-        answer = steps(served, tokens, [sampling], plan, whole=not body.stream)
+        answer = steps(served, tokens, [sampling], plan, whole=not body.stream, reading=reading)
     message = MessageEvents(served.name, count)
     events = _events(answer, message, served, stops)
     if body.stream:
-        return await event_stream(request, encoded(events), _error_event)
+        return await event_stream(request, encoded(events), _error_event, reading)
     await while_connected(request, discard(events))
     return JSONResponse(message.message)
 

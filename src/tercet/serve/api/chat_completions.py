@@ -40,6 +40,7 @@ from tercet.serve.tools.answer import CallDelta, Piece, gather
 from tercet.serve.tools.messages import template_messages
 from tercet.serve.tools.plan import ToolPlan, plan_tools
 from tercet.serve.tools.request import read_tools
+from tercet.serve.worker import Reading
 
 router = APIRouter()
 
@@ -135,7 +136,8 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
         return await pass_on(request, served, "/chat/completions", body)
     chat = await prepare(served, body, ignored_of(request))
     if body.stream:
-        return await event_stream(request, _chunks(chat, body.usage_chunk))
+        reading = Reading()
+        return await event_stream(request, _chunks(chat, body.usage_chunk, reading), reading=reading)
     return JSONResponse(await while_connected(request, _whole(chat)))
 
 
@@ -247,8 +249,8 @@ async def _whole(chat: Chat) -> dict[str, Any]:
     }
 
 
-async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
-    """Yield the events of a stream: for each choice its role, its pieces, its end."""
+async def _chunks(chat: Chat, usage_chunk: bool, reading: Reading) -> AsyncGenerator[bytes, None]:
+    """Yield the events of a stream: for each choice its role, at once, then its pieces and its end."""
     aligned = [Aligned() for _ in chat.samplings]
     called = [False] * len(chat.samplings)
     done: dict[int, Completion] = {}
@@ -261,7 +263,7 @@ async def _chunks(chat: Chat, usage_chunk: bool) -> AsyncGenerator[bytes, None]:
         chunk(index, {"role": "assistant", "content": ""}) for index in range(len(chat.samplings))
     )
     async with aclosing(
-        steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=False)
+        steps(chat.served, chat.tokens, chat.samplings, chat.plan, whole=False, reading=reading)
     ) as answer_steps:
         async for step in answer_steps:
             parts, opening = [opening] if opening else [], b""

@@ -23,7 +23,8 @@ from tercet.serve.api.logprobs import Aligned, CompletionLogprobs, Placed, token
 from tercet.serve.api.prompts import Prompts, encode_prompts, prompt_list
 from tercet.serve.errors import invalid_value
 from tercet.serve.models import Models, Served
-from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
+from tercet.serve.streaming import DONE, STREAMED, comment, event, event_stream, while_connected
+from tercet.serve.worker import Reading
 
 router = APIRouter()
 
@@ -99,7 +100,8 @@ async def completions(request: Request, body: CompletionsBody) -> Response:
         return await pass_on(request, served, "/completions", body)
     job = await prepare(served, body, ignored_of(request))
     if body.stream:
-        return await event_stream(request, _chunks(job))
+        reading = Reading()
+        return await event_stream(request, _chunks(job, reading), reading=reading)
     return JSONResponse(await while_connected(request, _whole(job)))
 
 
@@ -268,7 +270,7 @@ def _add(job: Job, logprobs: CompletionLogprobs, tokens: Sequence[Placed], begin
         logprobs.add_token(placed.token, job.served.tokenizer, begin + placed.start, job.body.logprobs)
 
 
-async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
+async def _chunks(job: Job, reading: Reading) -> AsyncGenerator[bytes, None]:
     await _score(job)
     echoed = [_echo(job, prompt) for prompt in job.prompts for _ in range(job.n)]
     usage_chunk = job.body.usage_chunk
@@ -293,8 +295,12 @@ async def _chunks(job: Job) -> AsyncGenerator[bytes, None]:
         yield opening
     else:
         aligned = [Aligned(silent=True) for _ in echoed]
-        async with aclosing(job.served.worker.stream(job.requests)) as deltas:
+        async with aclosing(job.served.worker.stream(job.requests, reading)) as deltas:
             async for delta in deltas:
+                if not delta.tokens and delta.completion is None:  # the requests are queued
+                    yield opening or comment("the request is queued")
+                    opening = b""
+                    continue
                 ended = delta.completion is not None
                 logprobs = None
                 if job.body.logprobs is not None:

@@ -12,6 +12,7 @@ from tercet.serve.models import Served
 from tercet.serve.tools.answer import Piece
 from tercet.serve.tools.messages import template_messages
 from tercet.serve.tools.plan import ToolPlan
+from tercet.serve.worker import Reading
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ async def steps(
     plan: ToolPlan,
     *,
     whole: bool,
+    reading: Reading | None = None,
 ) -> AsyncGenerator[Step, None]:
     """Yield one answer for each of ``samplings`` as they come; closing the iterator ends them in the engine.
 
@@ -59,6 +61,7 @@ async def steps(
         samplings: the settings of each choice.
         plan: the tools.
         whole: the answer is sent at its end, so that a malformed call can be content to its last character.
+        reading: kept up to date; with it the first step is empty, and comes before the prompt is read.
 
     Raises:
         QueueFull: with the first step, as `Worker.stream`.
@@ -69,8 +72,12 @@ async def steps(
         Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings
     ]
     parsers = [plan.parser(whole=whole) for _ in requests]
-    async with aclosing(served.worker.stream(requests)) as deltas:
+    begun = reading is None
+    async with aclosing(served.worker.stream(requests, reading)) as deltas:
         async for delta in deltas:
+            if not begun:
+                begun = True
+                yield Step(delta.index, [], None)
             parser = parsers[delta.index]
             pieces = parser.push(delta)
             if delta.completion is not None:

@@ -52,11 +52,13 @@ def chat_payload(
 async def hosted_steps(request: Request, served: Served, payload: Json) -> AsyncGenerator[Step, None]:
     """Yield the answer as it comes; the last step has a completion without text or tokens.
 
+    The first step comes with the other server's first chunk, which may be empty.
+
     Raises:
         APIError: the other server's error, or 502 where its answer cannot be understood.
     """
     began = time.perf_counter()
-    usage, reason = Usage(0, 0), None
+    usage, reason, answered = Usage(0, 0), None, False
     begun: set[int] = set()  # indices of calls
     async with aclosing(chat_chunks(request, served, payload)) as chunks:
         async for chunk in chunks:
@@ -69,7 +71,8 @@ async def hosted_steps(request: Request, served: Served, payload: Json) -> Async
                 )
             except (AttributeError, KeyError, TypeError) as problem:
                 raise bad_gateway("the model's server did not answer in OpenAI's protocol") from problem
-            if pieces:
+            if pieces or not answered:
+                answered = True
                 yield Step(0, pieces, None)
     if reason is None:
         raise bad_gateway("the model's server ended in the middle of the answer")

@@ -33,6 +33,7 @@ from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools.plan import ToolPlan, plan_tools
 from tercet.serve.tools.request import ToolRequest, read_tools
+from tercet.serve.worker import Reading
 
 router = APIRouter()
 
@@ -45,13 +46,14 @@ async def create_response(request: Request, body: ResponseRequest) -> Response:
     body.review(ignored)
     asked = _read(request, served, body, ignored)
     check_logprobs(body, bool(asked.tools.functions))
-    answer = await _steps(request, served, body, asked)
+    reading = Reading() if body.stream else None
+    answer = await _steps(request, served, body, asked, reading)
     response = ResponseEvents(_start(served, body, asked.tools))
     kept: KeptItems = request.app.state.kept_items
     events = _events(answer, response, served, kept)
     if body.stream:
         return await event_stream(
-            request, encoded(events), lambda problem: encode(response.fail(problem.message))
+            request, encoded(events), lambda problem: encode(response.fail(problem.message)), reading
         )
     await while_connected(request, discard(events))
     return JSONResponse(response.response)
@@ -145,14 +147,14 @@ def _start(served: Served, body: ResponseRequest, tools: ToolRequest) -> Json:
 
 
 async def _steps(
-    request: Request, served: Served, body: ResponseRequest, asked: Asked
+    request: Request, served: Served, body: ResponseRequest, asked: Asked, reading: Reading | None
 ) -> AsyncGenerator[Step, None]:
     """Return the steps of the answer of a local or a hosted model. APIError for mistakes in the request."""
     if served.hosted is not None:
         return hosted_steps(request, served, _payload(served, body, asked))
     plan, tokens = await _prompt(served, body, asked)
     sampling = body.sampling(served, answer_limit(served, tokens, body.max_output_tokens))
-    return steps(served, tokens, [sampling], plan, whole=not body.stream)
+    return steps(served, tokens, [sampling], plan, whole=not body.stream, reading=reading)
 
 
 async def _prompt(served: Served, body: InputRequest, asked: Asked) -> tuple[ToolPlan, list[int]]:
