@@ -75,7 +75,7 @@ def test_every_template_shows_functions_calls_and_results_in_their_order(templat
         '{"name": "tide", "description": "the height of the tide", "parameters": ',
         "How high",
         '{"name": "tide", "arguments": {"port": "Brest"}}\n{"name": "tide", "arguments": {"port": "Malo"}}',
-        "Result of tide:\n3 m\nResult of tide:\n5 m",
+        "tide returned:\n3 m\ntide returned:\n5 m\n\nNow answer in words",
         "5 m and 3 m",
         "And tomorrow?",
     ]
@@ -101,7 +101,7 @@ def test_calls_and_results_keep_the_order_of_user_and_assistant() -> None:
 def test_a_question_after_a_result_is_the_same_message() -> None:
     conversation = [*CONVERSATION[:5], {"role": "user", "content": "In feet?"}]
     messages = generic_tools(tokenizer_with(ALTERNATE), conversation, [TIDE])
-    assert messages[-1]["content"] == "Result of tide:\n3 m\nResult of tide:\n5 m\nIn feet?"
+    assert messages[-1]["content"] == "tide returned:\n3 m\ntide returned:\n5 m\nIn feet?"
 
 
 def test_a_call_after_text_stands_on_its_own_line() -> None:

@@ -26,6 +26,8 @@ _HEAD = "You can call these functions:"
 _TAIL = """To call a function, answer with one JSON object and nothing else:
 {"name": "the function", "arguments": {"an argument": "its value"}}
 For several calls, write one object on each line. The results follow in the next message."""
+# Without it, small models repeat the call that they see above.
+_NEXT = "\n\nNow answer in words, if this is enough."
 
 
 def has_tools(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> bool:
@@ -57,8 +59,15 @@ def generic_tools(
     names = _names(messages)
     converted: list[Message] = []
     joined = False  # whether the last message shows a call or a result
+    results = {number for number, message in enumerate(messages) if message.get("role") == "tool"}
     for number, message in enumerate(messages):
         plain, shows = _plain(message, names, f"messages[{number}]")
+        if (
+            number in results
+            and number + 1 not in results
+            and not _is_user(messages[number + 1 : number + 2])
+        ):
+            plain["content"] += _NEXT
         if converted and converted[-1]["role"] == plain["role"] != "system" and (shows or joined):
             converted[-1] = _join(converted[-1], plain)
             joined = True
@@ -133,8 +142,7 @@ def _plain(message: Mapping[str, Any], names: Mapping[object, str], where: str) 
     if message.get("role") == "tool":
         call_id = message.get("tool_call_id")
         name = message.get("name") or (names.get(call_id) if isinstance(call_id, str) else None)
-        source = f"Result of {name}" if name else "Result"
-        return {"role": "user", "content": f"{source}:\n{_content(message)}"}, True
+        return {"role": "user", "content": f"{name or 'The function'} returned:\n{_content(message)}"}, True
     calls = message.get("tool_calls")
     plain = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
     if not calls:
@@ -142,6 +150,10 @@ def _plain(message: Mapping[str, Any], names: Mapping[object, str], where: str) 
     lines = [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
     text = _content(message)
     return {**plain, "content": "\n".join([*([text] if text else []), *lines])}, True
+
+
+def _is_user(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(messages) and messages[0].get("role") == "user"
 
 
 def _call(call: object, where: str) -> str:

@@ -33,7 +33,8 @@ def tool_request(body: CountRequest, ignored: Ignored) -> ToolRequest:
     choice = body.tool_choice
     if choice is None:
         return ToolRequest(tuple(functions))
-    parallel = not choice.disable_parallel_tool_use
+    disabled = choice.disable_parallel_tool_use
+    parallel = None if disabled is None else not disabled
     if choice.type == "tool":
         only = check_named(choice.name, functions, "tool_choice.name")
         return ToolRequest(tuple(functions), "required", only, parallel)

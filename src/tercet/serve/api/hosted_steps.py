@@ -44,7 +44,7 @@ def chat_payload(
         payload["tool_choice"] = (
             tools.mode if tools.only is None else {"type": "function", "function": {"name": tools.only}}
         )
-        if not tools.parallel:
+        if tools.parallel is False:
             payload["parallel_tool_calls"] = False
     return {name: value for name, value in payload.items() if value is not None}
 

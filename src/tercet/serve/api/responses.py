@@ -120,7 +120,7 @@ def _start(served: Served, body: ResponseRequest, tools: ToolRequest) -> Json:
         "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
         "model": served.name,
-        "parallel_tool_calls": tools.parallel,
+        "parallel_tool_calls": tools.parallel is not False,
         "previous_response_id": None,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": body.effort, "summary": None},

@@ -120,16 +120,18 @@ def plan_tools(
     call_format = tool_format(tokenizer) or GENERIC
     generic, required = call_format == GENERIC, request.mode == "required"
     functions = [function for function in request.functions if request.only in (None, function.name)]
+    # A model that was not trained to call and must do so repeats its call until the answer is cut off.
+    several = request.parallel is not False if not (generic and required) else bool(request.parallel)
     grammar = None
     strict = any(function.strict for function in functions)
-    if required or generic or form is not None or not request.parallel or strict:
+    if required or generic or form is not None or request.parallel is False or strict:
         grammar = functools.partial(
             _constraint,
             call_format,
             {function.name: _arguments(function, required, generic) for function in functions},
             tokenizer,
             required=required,
-            several=request.parallel and request.only is None,
+            several=several and request.only is None,
             otherwise=None if required else _otherwise(form, call_format, form_param),
         )
     constraint = None if grammar is None else grammar(None)

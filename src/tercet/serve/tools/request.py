@@ -74,13 +74,13 @@ class ToolRequest:
     functions: the functions that the model sees.
     mode: whether it must not, may or must call one.
     only: the function that it must call, with mode required; None: any.
-    parallel: whether an answer may contain several calls.
+    parallel: whether an answer may contain several calls; None: the request does not say, and it may.
     """
 
     functions: tuple[Function, ...] = ()
     mode: Literal["none", "auto", "required"] = "auto"
     only: str | None = None
-    parallel: bool = True
+    parallel: bool | None = None
 
 
 def read_tools(
@@ -98,7 +98,7 @@ def read_tools(
         APIError: 400, with the place of the mistake.
     """
     functions = _functions(tools, flat)
-    return replace(_choice(tool_choice, functions, flat), parallel=parallel is not False)
+    return replace(_choice(tool_choice, functions, flat), parallel=parallel)
 
 
 def make_function(
