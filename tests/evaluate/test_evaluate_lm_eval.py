@@ -190,7 +190,7 @@ def test_a_template_that_trims_messages_trims_a_begun_answer(ours: TercetLM) -> 
     trims = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}[end]{% endfor %}"
     lm = TercetLM(ours.engine)
     lm.tokenizer = ours.tokenizer.with_template(trims)
-    assert lm.apply_chat_template([{"role": "a", "content": "Well, "}], False) == "[a]Well,"
+    assert lm.apply_chat_template([{"role": "assistant", "content": "Well, "}], False) == "[assistant]Well,"
 
 
 def test_a_limit_and_a_conversation(ours: TercetLM, tasks: Path) -> None:

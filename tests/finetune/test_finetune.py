@@ -204,7 +204,7 @@ def test_every_row_is_accounted_for(tokenizer: Tokenizer) -> None:
             "row 1: needs messages, conversations, prompt and completion, instruction and output, or text; it has question",
         ),
         ({"prompt": "x", "completion": 3}, "row 1: prompt and completion must both be strings"),
-        ({"messages": "hello"}, "row 1: messages must be a list of objects with role and content"),
+        ({"messages": "hello"}, "row 1: messages must be a list such as"),
         ({"text": 5}, "row 1: text is a int, not a string"),
         ({"text": " "}, r"none of the 1 rows became a training example \(1 empty text\)"),
     ],
@@ -258,13 +258,19 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
         "learning_rate": {"learning_rate": 1e-3}, "weight_decay": {"weight_decay": 5.0}, "rank": {"rank": 4},
         "alpha": {"alpha": 3}, "rank_stabilised": {"rank_stabilised": True}, "max_tokens": {"max_tokens": 6},
         "over_length": {"over_length": "truncate", "max_tokens": 5}, "minutes": {"minutes": 1e-9},
-        "merge": {"merge": True}, "device": {"device": "cuda:9"}, "seed": {"seed": 1},
+        "merge": {"merge": True}, "control_tokens": {"control_tokens": "control"},
+        "device": {"device": "cuda:9"}, "seed": {"seed": 1},
     }  # fmt: skip
     inputs = {"model", "data", "out", "dev", "chat_template"}
     assert set(changed) == set(options_of(TuneSettings)) - inputs, "add a line here for a new setting"
 
     def product(settings: dict[str, Any], name: str) -> bytes:
-        rows = [*ROWS[:23], {"prompt": "12 green is", "completion": " green green green"}]
+        spelling = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "red"}]
+        rows = [
+            *ROWS[:22],
+            {"messages": spelling},
+            {"prompt": "12 green is", "completion": " green green green"},
+        ]
         try:
             tuned = tune(base, rows, tmp_path / name, **{**plain, **settings})
         except UserError as problem:

@@ -452,7 +452,7 @@ def test_an_unknown_setting_names_the_nearest(server: FakeServer, llm: LLM) -> N
         ("hi", "must be a list"),
         ([{"role": "user"}], r"messages\[0\] has no content"),
         ([{"role": "usr", "content": "x"}], "'usr'"),
-        ([*HELLO, {"role": "assistant", "content": None}], r"messages\[1\] content is a NoneType"),
+        ([*HELLO, {"role": "assistant", "content": None}], r"messages\[1\] has no content"),
         (["hi"], r"messages\[0\] is a str"),
         ([{"role": "user", "content": "a\udcff"}], "not valid Unicode"),
     ],
@@ -464,9 +464,12 @@ def test_a_malformed_conversation_is_refused(llm: LLM, messages: Any, part: str)
 
 def test_options_that_would_do_nothing_are_refused(server: FakeServer) -> None:
     with pytest.raises(
-        UserError, match="`dtype`, `device`, `quantize`, `threads` and `speculation` are for local models"
+        UserError,
+        match="`dtype`, `device`, `quantize`, `threads`, `speculation` and `control_tokens` are for local models",
     ):
         LLM(server.reference, device="cpu")
+    with pytest.raises(UserError, match="are for local models"):
+        LLM(server.reference, control_tokens="control")
     with pytest.raises(UserError, match="timeout"):
         LLM(server.reference, timeout=0)
     with pytest.raises(UserError, match="price"):

@@ -24,9 +24,13 @@ class ScriptedServer:
         """Set the answer to every later prompt."""
         self._backend.says = text
 
+    def read(self) -> str:
+        """Return all that the model has read for the last answer: the prompt and the answer without its end."""
+        return self._tokenizer.decode(self._backend.last, skip_special=False)
+
     def prompt(self) -> str:
         """Return the prompt of the last answer."""
-        text = self._tokenizer.decode(self._backend.last, skip_special=False)
+        text = self.read()
         return text[: text.rindex("<|assistant|>") + len("<|assistant|>")]
 
 

@@ -62,6 +62,18 @@ def test_a_message_is_answered_with_text(server: ScriptedServer, client: anthrop
     assert message.usage.output_tokens == len("Hello, wörld.".encode()) + 1
 
 
+def test_a_last_message_of_the_assistant_is_continued(
+    server: ScriptedServer, client: anthropic.Anthropic
+) -> None:
+    server.says("The colour is red.")
+    talk = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The colour is"}]
+    message = ask(client, messages=talk)
+    assert message.content[0].text == " red."
+    assert server.read() == "<|user|>Which?<|end|><|assistant|>The colour is red."
+    counted = client.messages.count_tokens(model="scripted", messages=talk)
+    assert counted.input_tokens == message.usage.input_tokens
+
+
 def test_system_and_blocks_are_the_conversation(server: ScriptedServer, client: anthropic.Anthropic) -> None:
     server.says("ok")
     text = {"type": "text", "text": "one", "cache_control": {"type": "ephemeral"}}
@@ -230,7 +242,11 @@ def test_tokens_are_counted_as_they_are_read(server: ScriptedServer, client: ant
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages[1].role"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [
+                {"type": "tool_use", "id": "1", "name": "f", "input": {}}]}]},
+            "messages[1]",
+        ),
         ({"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "search"}}, "tool_choice.name"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name"),

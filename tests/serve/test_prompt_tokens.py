@@ -56,7 +56,8 @@ def test_python_and_the_server_read_a_conversation_alike(
 ) -> None:
     tokens = model.encode(messages)
     answer = http.post("/tokenize", json={"messages": messages})
-    counted = http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "max_tokens": 1})
+    body = {"model": "tiny", "messages": messages, "max_tokens": 1, "add_generation_prompt": True}
+    counted = http.post("/v1/chat/completions", json=body)
     if len(tokens) <= CONTEXT:
         assert answer.json()["tokens"] == tokens
         assert counted.json()["usage"]["prompt_tokens"] == len(tokens)

@@ -44,6 +44,7 @@ def chat(
     stop: options.Stop = None,
     quantize: options.Quantize = None,
     speculation: options.Speculation = None,
+    control_tokens: options.ControlTokens = None,
     price: options.PriceOption = None,
 ) -> None:
     """Chat with a model.
@@ -52,7 +53,7 @@ def chat(
     """
     from tercet.prompt.chat import ChatSession
 
-    llm = options.load_llm(ref or _newest(), quantize, speculation, price)
+    llm = options.load_llm(ref or _newest(), quantize, speculation, price, control_tokens)
     if max_tokens is None and llm.is_local and llm.has_chat_template:
         max_tokens = CHAT_TOKENS
     fields = options.sampling_fields(

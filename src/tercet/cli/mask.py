@@ -20,7 +20,7 @@ def print_masks(settings: TuneSettings) -> None:
     rows = read_examples(settings.data)
     tokenizer = load_tokenizer(checkpoint, settings.chat_template, rows)
     limit = token_limit(checkpoint, settings.max_tokens)
-    prepared = prepare(rows, tokenizer, limit, settings.over_length)
+    prepared = prepare(rows, tokenizer, limit, settings.over_length, control_tokens=settings.control_tokens)
     colour = sys.stdout.isatty()
     for number, example in enumerate(prepared.examples[:SHOWN], start=1):
         print(f"--- example {number}: {len(example.ids)} tokens, {example.count} trained on")

@@ -62,6 +62,14 @@ Speculation = Annotated[
     str | None,
     typer.Option("--speculate", metavar="HOW", help=_SERVING["speculation"].help),
 ]
+ControlTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--control-tokens",
+        metavar="text|control",
+        help="What control tokens that messages spell become: ordinary text (the default), or these tokens.",
+    ),
+]
 PriceOption = Annotated[
     str | None,
     typer.Option(
@@ -71,9 +79,14 @@ PriceOption = Annotated[
 
 
 def load_llm(
-    ref: str, quantize: str | None = None, speculation: str | None = None, price: str | None = None
+    ref: str,
+    quantize: str | None = None,
+    speculation: str | None = None,
+    price: str | None = None,
+    control_tokens: str | None = None,
 ) -> LLM:
     """Return the model that the options describe."""
+    from tercet.model.control_text import check_mode
     from tercet.prompt.llm import LLM
     from tercet.prompt.prices import parse_price
 
@@ -81,7 +94,8 @@ def load_llm(
     if speculation is not None:
         draft = "ngram" if speculation == "ngram" else LLM(speculation)
     dollars = parse_price(price) if price is not None else None
-    return LLM(ref, quantize=quantize, speculation=draft, price=dollars)
+    mode = None if control_tokens is None else check_mode(control_tokens)
+    return LLM(ref, quantize=quantize, speculation=draft, price=dollars, control_tokens=mode)
 
 
 def sampling_fields(**fields: Any) -> dict[str, Any]:

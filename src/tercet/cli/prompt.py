@@ -61,6 +61,7 @@ def prompt(
     ] = None,
     quantize: options.Quantize = None,
     speculation: options.Speculation = None,
+    control_tokens: options.ControlTokens = None,
     price: options.PriceOption = None,
     json: Json = False,
 ) -> None:
@@ -82,7 +83,7 @@ def prompt(
         seed=seed,
         stop=stop,
     ) | _form(schema, regex, choices, grammar)
-    llm = options.load_llm(ref, quantize, speculation, price)
+    llm = options.load_llm(ref, quantize, speculation, price, control_tokens)
     if llm.has_chat_template:
         message: Prompt = conversation(filled, None if system is None else check_text(system, "`system`"))
     elif system is not None:

@@ -35,6 +35,7 @@ def serve(requested: ServeSettings) -> None:
             requested.max_batch,
             requested.max_waiting,
             requested.sampling,
+            requested.control_tokens,
         )
         models = load_models(requested.refs, requested.adapter, loading, _note)
         store = None if requested.no_page else _store(models, requested.data)

@@ -1,6 +1,6 @@
 """Loss masks of conversations: training covers exactly the assistant's answers, with their stop tokens.
 
-The conversation is rendered and encoded once, as at inference, and character positions decide which tokens
+The conversation is prepared, rendered and encoded once, as at inference, and character positions decide which tokens
 are supervised. Three properties of each assistant turn are verified on the rendered text. A template that
 violates one of them is refused with the reason:
 
@@ -22,8 +22,9 @@ from typing import Any
 
 from tercet.data.batches import Encoded
 from tercet.data.conversation import Message
-from tercet.data.prompt_tokens import with_known_roles
+from tercet.data.prompt_tokens import ChatInput, prepare_conversation, with_text
 from tercet.errors import UserError
+from tercet.model.control_text import ControlTokenMode
 from tercet.model.tokenizer import Tokenizer
 
 SENTINEL = "Qx7sentinel7xQ"  # letters and digits only, so that no template escapes or strips it
@@ -40,7 +41,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A training text and its supervised spans."""
+    """A training text and its supervised spans. A `ControlText` says which spelled control tokens are text."""
 
     text: str
     spans: tuple[Span, ...]
@@ -53,16 +54,18 @@ def mask_conversation(
     *,
     tools: list[Any] | None = None,
     supervised: Collection[int] | None = None,
+    control_tokens: ControlTokenMode = "text",
     **variables: Any,
 ) -> list[Rendered]:
     """Return the training texts of a conversation: one, or one per turn if the template requires it.
 
     Args:
         tokenizer: holds the chat template.
-        messages: the conversation.
-        tools: function descriptions for the template.
+        messages: the conversation, as `read_messages` returns it.
+        tools: function descriptions for the template, as `read_tools` returns them.
         supervised: indices of the messages to train on; assistant messages elsewhere are context only. None:
             every assistant message. Indices of other messages have no effect.
+        control_tokens: as for `prepare_conversation`.
         variables: further variables of the template.
 
     Raises:
@@ -76,21 +79,28 @@ def mask_conversation(
     if not turns:
         raise UserError("the conversation has no assistant message, so there is nothing to train on")
 
-    messages = [dict(message) for message in with_known_roles(tokenizer, messages, tools)]
-
-    def render(upto: int, prompt: bool = False) -> str:
-        return tokenizer.render(messages[:upto], add_generation_prompt=prompt, tools=tools, **variables)
-
+    prepared = prepare_conversation(tokenizer, messages, tools, control_tokens=control_tokens, **variables)
     alone = []
     for turn in turns:
-        text, prompt = render(turn + 1), render(turn, prompt=True)
-        start = _checked_start(text, prompt, turn)
-        alone.append(Rendered(text, (_span(tokenizer, messages, turn, text, start, tools, variables),)))
-    whole = alone[-1].text
+        text = prepared.render(prepared.messages[: turn + 1])
+        prompt = prepared.render(prepared.messages[:turn], add_generation_prompt=True)
+        alone.append((text, _span(prepared, turn, text, _checked_start(text, prompt, turn))))
+    whole = alone[-1][0]
     # A single text serves all turns only if each turn's own text is a prefix of the last turn's.
-    if all(whole.startswith(rendered.text) for rendered in alone):
-        return [Rendered(whole, tuple(rendered.spans[0] for rendered in alone))]
-    return alone
+    if all(whole.startswith(text) for text, _ in alone):
+        return [_rendered(prepared, whole, [span for _, span in alone])]
+    return [_rendered(prepared, text, [span]) for text, span in alone]
+
+
+def _rendered(prepared: ChatInput, text: str, spans: Sequence[Span]) -> Rendered:
+    """Return a training text without marks, with its spans at their places there."""
+    finished = prepared.finish(text)
+    if finished.literal:
+        spans = [
+            Span(len(prepared.finish(text[: span.start])), len(prepared.finish(text[: span.end])), span.stop)
+            for span in spans
+        ]
+    return Rendered(finished, tuple(spans))
 
 
 def _checked_start(text: str, prompt: str, turn: int) -> int:
@@ -107,19 +117,11 @@ def _checked_start(text: str, prompt: str, turn: int) -> int:
     )
 
 
-def _span(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    turn: int,
-    text: str,
-    start: int,
-    tools: list[Any] | None,
-    variables: dict[str, Any],
-) -> Span:
+def _span(prepared: ChatInput, turn: int, text: str, start: int) -> Span:
     """Return the supervised span of a turn; check that it holds nothing else and ends with a stop token."""
-    probe = {**messages[turn], "content": SENTINEL}
+    probe = with_text(prepared.messages[turn], SENTINEL)
     probe.pop("tool_calls", None)
-    marked = tokenizer.render([*messages[:turn], probe], tools=tools, **variables)
+    marked = prepared.render([*prepared.messages[:turn], probe])
     if marked.count(SENTINEL) != 1:
         raise UserError(
             f"the chat template can't be trained on: it renders the assistant's message {turn + 1} "
@@ -132,7 +134,9 @@ def _span(
             f"depends on its content"
         )
     stops = [
-        (ending.find(token), -len(token), token) for token in tokenizer.special_tokens if token in ending
+        (ending.find(token), -len(token), token)
+        for token in prepared.tokenizer.special_tokens
+        if token in ending
     ]
     if not stops:
         raise UserError(

@@ -10,10 +10,12 @@ from typing import Any
 from tercet.data.batches import Encoded
 from tercet.data.chat_mask import Rendered, Span, mask_conversation
 from tercet.data.continuation import encode_rendered
+from tercet.data.conversation import read_messages, read_tools
 from tercet.data.row_forms import FIELD_OF_MESSAGE, TrainingRow, read_row
 from tercet.data.rows import OverLength
 from tercet.errors import UserError
 from tercet.model.chat_template import REASONING
+from tercet.model.control_text import ControlText, ControlTokenMode
 from tercet.model.tokenizer import Tokenizer
 
 # For a base model that has no template but has ChatML's markers as single tokens.
@@ -36,6 +38,7 @@ class Prepared:
     stops: set[str] = field(default_factory=set)  # the stop tokens of the supervised parts
     unused: Counter[str] = field(default_factory=Counter)  # column that nothing reads -> rows
     context: int = 0  # answers that are not trained on because their row says so
+    spelling: int = 0  # training texts whose messages spell control tokens, which are ordinary text there
     inside: int = 0  # prompts that end inside a token
     inside_example: str = ""  # the text around the end of one of them
 
@@ -54,6 +57,11 @@ class Prepared:
         lines += [f"dropped {count:,} rows: {reason}" for reason, count in self.dropped.most_common()]
         if self.context:
             lines.append(f"{self.context:,} answers are context only, because their rows say so (weight 0)")
+        if self.spelling:
+            lines.append(
+                f"{self.spelling:,} training texts spell control tokens in their messages, which are trained on as "
+                f"ordinary text (`control_tokens=control` makes them control tokens)"
+            )
         if self.inside:
             lines.append(
                 f"{self.inside:,} prompts end inside a token (such as {self.inside_example}): trained on with the "
@@ -71,7 +79,12 @@ class Prepared:
 
 
 def prepare(
-    rows: Iterable[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int, over_length: OverLength = "drop"
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    over_length: OverLength = "drop",
+    *,
+    control_tokens: ControlTokenMode = "text",
 ) -> Prepared:
     """Encode and mask every row.
 
@@ -80,6 +93,7 @@ def prepare(
         tokenizer: encodes the rows; its template renders conversations.
         max_tokens: the maximal length of an example.
         over_length: drop a longer example, truncate it, or raise an error.
+        control_tokens: what control tokens that messages spell become: ordinary text, or these tokens.
 
     Raises:
         UserError: a row has no known form (its number is given), the template can't be trained on,
@@ -90,7 +104,7 @@ def prepare(
         prepared.rows += 1
         try:
             read = read_row(row)
-            texts = [] if read.dropped else render_row(read, tokenizer)
+            texts = [] if read.dropped else render_row(read, tokenizer, control_tokens)
             prepared.unused.update(_unread(read, tokenizer))
         except UserError as problem:
             raise UserError(f"row {number}: {problem}") from problem
@@ -99,6 +113,7 @@ def prepare(
             prepared.dropped[read.dropped] += 1
         for rendered in texts:
             prepared.stops.update(span.stop for span in rendered.spans)
+            prepared.spelling += isinstance(rendered.text, ControlText) and bool(rendered.text.literal)
             examples, places = encode_rendered(tokenizer, rendered)
             prepared.inside += len(places)
             if places and not prepared.inside_example:
@@ -149,7 +164,9 @@ def check_embedding(examples: Iterable[Encoded], tokenizer: Tokenizer, rows: int
             )
 
 
-def render_row(row: TrainingRow, tokenizer: Tokenizer) -> list[Rendered]:
+def render_row(
+    row: TrainingRow, tokenizer: Tokenizer, control_tokens: ControlTokenMode = "text"
+) -> list[Rendered]:
     """Return the training texts of a row with their supervised spans, and the stop token that ends each span.
 
     Raises:
@@ -157,8 +174,15 @@ def render_row(row: TrainingRow, tokenizer: Tokenizer) -> list[Rendered]:
     """
     if row.messages is None:
         return [_stopped(tokenizer, row.prompt + row.completion, len(row.prompt))]
+    tools = read_tools(row.tools)
+    template = tokenizer.template_text(tools=tools is not None)
     return mask_conversation(
-        tokenizer, row.messages, tools=row.tools, supervised=row.supervised, **row.variables
+        tokenizer,
+        read_messages(row.messages, template=template),
+        tools=tools,
+        supervised=row.supervised,
+        control_tokens=control_tokens,
+        **row.variables,
     )
 
 

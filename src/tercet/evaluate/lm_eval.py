@@ -33,6 +33,8 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from tercet.data.conversation import read_messages
+from tercet.data.prompt_tokens import PromptEnding, conversation_text
 from tercet.engine.continuations import Continuation, score_continuations
 from tercet.engine.engine import Engine
 from tercet.engine.load import load_reference
@@ -44,7 +46,6 @@ from tercet.progress import Progress
 
 CALL = 512  # continuations in one call of the engine: fills its batches, and the progress bar still moves
 MAX_GEN_TOKS = 256  # the harness's default if a task names no length
-END_OF_MESSAGE = "<<continued>>"  # marks the end of the last message in a rendered conversation
 # The parts of the harness's results that are returned.
 RESULTS = ("results", "groups", "n-samples", "n-shot", "versions")
 
@@ -206,16 +207,11 @@ class TercetLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Render a conversation; without a generation prompt the text stops at the end of the last message."""
-        if add_generation_prompt:
-            return self.tokenizer.render(chat_history, add_generation_prompt=True)
-        last = chat_history[-1]
-        marked = {**last, "content": f"{last['content']}{END_OF_MESSAGE} "}
-        text = self.tokenizer.render([*chat_history[:-1], marked])
-        before, mark, after = text.rpartition(END_OF_MESSAGE)
-        if not mark:
-            raise UserError("the chat template omits the last message, so an answer cannot begin with it")
-        # A template that trims messages has cut the space after the mark, and would cut the end of the message too.
-        return before if after.startswith(" ") else before.rstrip()
+        return conversation_text(
+            self.tokenizer,
+            read_messages(chat_history, "chat_history"),
+            ending=PromptEnding(continue_final_message=not add_generation_prompt),
+        )
 
 
 def _load(reference: str, **options: Any) -> Engine:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from tercet.data.rows import OverLength
 from tercet.errors import UserError, check_seed
+from tercet.model.control_text import CONTROL_TOKEN_MODES, ControlTokenMode
 from tercet.settings import check_choice, check_positive, setting, settings
 
 Method = Literal["lora", "full"]
@@ -79,6 +80,11 @@ class TuneSettings:
     chat_template: str | Path | None = setting(
         default=None, metavar="FILE", type=Path, help="Jinja template for rows with messages."
     )
+    control_tokens: ControlTokenMode = setting(
+        default="text",
+        metavar="text|control",
+        help="What control tokens that messages spell become: ordinary text, or these tokens.",
+    )
     device: str | None = setting(
         default=None, metavar="D", help="cuda, cuda:1, mps or cpu; default: a GPU if the machine has one."
     )
@@ -87,6 +93,7 @@ class TuneSettings:
     def __post_init__(self) -> None:
         check_choice(self, "method", get_args(Method))
         check_choice(self, "over_length", get_args(OverLength))
+        check_choice(self, "control_tokens", CONTROL_TOKEN_MODES)
         check_positive(
             self, "epochs", "batch_size", "learning_rate", "rank", "alpha", "max_tokens", "minutes"
         )

@@ -68,13 +68,17 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
     tokenizer = inputs.tokenizer
     model = load_model(inputs.checkpoint, dtype=torch.float32, trainable=True)
     limit = token_limit(inputs.checkpoint, settings.max_tokens)
-    prepared = prepare(inputs.rows, tokenizer, limit, settings.over_length)
+    prepared = prepare(
+        inputs.rows, tokenizer, limit, settings.over_length, control_tokens=settings.control_tokens
+    )
     if inputs.dev_rows is None:
         examples, held_out = hold_out(prepared.examples, settings.seed)
     else:
         examples, held_out = (
             prepared.examples,
-            prepare(inputs.dev_rows, tokenizer, limit, "truncate").examples,
+            prepare(
+                inputs.dev_rows, tokenizer, limit, "truncate", control_tokens=settings.control_tokens
+            ).examples,
         )
     check_embedding([*examples, *held_out], tokenizer, model.config.vocab_size)
     for line in prepared.account():

@@ -84,8 +84,8 @@ def _raise(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-@functools.lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
+@functools.lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -96,7 +96,12 @@ def _compile(template: str) -> jinja2.Template:
         dict=_dict,
         namespace=_Namespace,
     )
-    return environment.from_string(template)
+    return environment
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -110,12 +115,14 @@ def _plain(value: Any, where: str) -> Any:
     raise UserError(f"{where} contains a {type(value).__name__}; it must consist of JSON values")
 
 
-def _message(message: Any, number: int) -> dict[str, Any]:
+def _message(message: Any, number: int, null_content: bool) -> dict[str, Any]:
     where = f"message {number}"
     if not isinstance(message, Mapping):
         raise UserError(f"{where} is a {type(message).__name__}; it must be an object with role and content")
     # Servers write null for absent fields; templates would print it as None.
     plain = {key: _plain(value, where) for key, value in message.items() if value is not None}
+    if null_content:
+        plain.setdefault("content", None)
     reasoning = next((plain[name] for name in REASONING if name in plain), None)
     if reasoning is None:
         return plain
@@ -128,6 +135,7 @@ def render_template(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     special_tokens: Mapping[str, str] | None = None,
+    null_content: bool = False,
     **variables: Any,
 ) -> str:
     """Return the text of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` does.
@@ -138,6 +146,7 @@ def render_template(
         tools: JSON schemas of the tools that the assistant can call.
         add_generation_prompt: end with the beginning of an assistant's answer.
         special_tokens: ``bos_token`` and the like, visible to the template.
+        null_content: messages without content have the content null; otherwise they have none.
         **variables: more variables for the template, which take precedence over special tokens.
 
     Raises:
@@ -149,7 +158,9 @@ def render_template(
     context = {
         **(special_tokens or {}),
         **{name: _plain(value, f"template variable {name!r}") for name, value in variables.items()},
-        "messages": [_message(message, number) for number, message in enumerate(messages, start=1)],
+        "messages": [
+            _message(message, number, null_content) for number, message in enumerate(messages, start=1)
+        ],
         "tools": None if tools is None else _plain(list(tools), "tools"),
         "documents": _plain(documents, "documents"),
         "add_generation_prompt": add_generation_prompt,
@@ -162,6 +173,21 @@ def render_template(
         raise UserError(f"the chat template refuses this conversation: {_line(problem)}") from problem
     except Exception as problem:  # a template is a program from a checkpoint: it may raise anything
         raise UserError(f"the chat template fails: {type(problem).__name__}: {_line(problem)}") from problem
+
+
+@functools.lru_cache(maxsize=32)
+def literal_text(template: str) -> str:
+    """Return the texts that a template itself can write: the text around its tags, and its string constants.
+
+    They are joined by null characters. The text of a template with a mistake is empty.
+    """
+    try:
+        tree = _environment().parse(template)
+    except jinja2.TemplateSyntaxError:
+        return ""
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(texts)
 
 
 def _line(problem: Exception) -> str:

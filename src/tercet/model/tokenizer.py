@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tercet.errors import UserError
 from tercet.files import read_json, read_text, write_atomic, write_json
+from tercet.model.control_text import ControlText, ControlTokenMode, encode_pieces
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from tercet.model.control_tokens import ControlTokens
+    from tercet.model.template_needs import TemplateNeeds
 
 TOKENIZER, CONFIG, LEGACY_SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -199,11 +203,19 @@ class Tokenizer:
     # Text
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Return the token ids of ``text``; ``special`` adds the tokenizer's special tokens (such as BOS)."""
+        """Return the token ids of ``text``; ``special`` adds the tokenizer's special tokens (such as BOS).
+
+        Every special token that the text spells becomes that token, except where a `ControlText` says that it is
+        ordinary text. A template writes its own special tokens, so none can be added to such a text.
+        """
+        if isinstance(text, ControlText) and text.literal:
+            return encode_pieces(self.backend, text)[0]
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Encode each text as `encode` does, on all cores."""
+        if any(isinstance(text, ControlText) and text.literal for text in texts):
+            return [self.encode(text, special) for text in texts]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in encodings]
 
@@ -214,10 +226,15 @@ class Tokenizer:
         next token, or to the last token at the end. Tokens that share a character all cover it.
         Special tokens that were added to the text have (0, 0).
         """
-        encoding = self.backend.encode(text, add_special_tokens=special)
+        if isinstance(text, ControlText) and text.literal:
+            ids, places = encode_pieces(self.backend, text)
+            added_mask = [0] * len(ids)
+        else:
+            encoding = self.backend.encode(text, add_special_tokens=special)
+            ids, places, added_mask = encoding.ids, encoding.offsets, encoding.special_tokens_mask
         offsets: list[tuple[int, int]] = []
         reached, last = 0, None
-        for (start, end), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+        for (start, end), added in zip(places, added_mask, strict=True):
             if added:
                 offsets.append((0, 0))
                 continue
@@ -225,7 +242,7 @@ class Tokenizer:
             reached, last = max(reached, end), len(offsets) - 1
         if last is not None:
             offsets[last] = (offsets[last][0], len(text))
-        return encoding.ids, offsets
+        return ids, offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of token ids; incomplete UTF-8 becomes replacement characters."""
@@ -285,9 +302,50 @@ class Tokenizer:
             "the tokenizer has no chat template, so it can't render messages; pass plain text or a template"
         )
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Return the token ids of `render`. No BOS is added, because the template writes it if needed."""
-        return self.encode(self.render(messages, **options), special=False)
+    def control_tokens(self, template: str | None = None, *, tools: bool = False) -> ControlTokens:
+        """Return the control tokens with the chat template that `render` uses for the same arguments.
+
+        Raises:
+            UserError: there is no template.
+        """
+        from tercet.model.control_tokens import ControlTokens
+
+        text = self.template_text(template, tools=tools)
+        if text not in self._control:
+            self._control[text] = ControlTokens(list(self._added.values()), text, self.named_tokens)
+        return self._control[text]
+
+    def needs(self, *, tools: bool = False) -> TemplateNeeds:
+        """Return what the chat template that `render` uses needs. UserError where there is none."""
+        from tercet.model.template_needs import template_needs
+
+        return template_needs(self.template_text(tools=tools), self.named_tokens)
+
+    @cached_property
+    def _control(self) -> dict[str, ControlTokens]:
+        return {}
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        control_tokens: ControlTokenMode = "text",
+        **options: Any,
+    ) -> list[int]:
+        """Return the token ids of `render`. No BOS is added, because the template writes it if needed.
+
+        Args:
+            messages: the conversation.
+            tools: as for `render`.
+            control_tokens: what control tokens that the messages spell become: ordinary text, or these tokens.
+            **options: as for `render`.
+        """
+        if control_tokens == "control":
+            return self.encode(self.render(messages, tools=tools, **options), special=False)
+        control = self.control_tokens(options.get("template"), tools=tools is not None)
+        text = self.render(control.mark(messages), tools=control.mark_value(tools), **options)
+        return self.encode(control.unmark(text), special=False)
 
 
 def _byte_alphabet() -> dict[str, bytes]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from tercet.data.conversation import Message, read_messages, text_of
 from tercet.data.examples import CHATML, Prepared, prepare
+from tercet.data.prompt_tokens import conversation_tokens
 from tercet.data.row_forms import is_conversation, read_row
 from tercet.data.rows import read_rows
 from tercet.errors import UserError
@@ -57,7 +59,7 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
                 f"it has {', '.join(row) or 'nothing'}"
             )
         try:
-            read_row(row)
+            _messages(row)
         except UserError as problem:
             raise UserError(f"{path}, row {number}: {problem}") from problem
     return rows
@@ -65,8 +67,13 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
 
 def conversation_texts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the contents of all messages: the tokenizer is trained on their words too."""
-    contents = (message.get("content") for row in rows for message in read_row(row).messages or ())
-    return [content for content in contents if isinstance(content, str)]
+    return [text_of(message) for row in rows for message in _messages(row)]
+
+
+def _messages(row: dict[str, Any]) -> list[Message]:
+    """Return the messages of a row, as all conversations are read; none for a row that is dropped."""
+    read = read_row(row)
+    return [] if read.messages is None or read.dropped else read_messages(read.messages)
 
 
 def learn_to_chat(
@@ -153,12 +160,10 @@ def _answers(model_directory: Path, rows: Sequence[dict[str, Any]]) -> list[dict
     limit = read_config(model_directory).max_positions
     prompts: list[tuple[str, list[int]]] = []
     for row in rows:
-        messages = read_row(row).messages
-        message = messages[0] if messages else {}
-        content = message.get("content")
-        if message.get("role") != "user" or not isinstance(content, str):
+        message = next(iter(_messages(row)), {})
+        if message.get("role") != "user":
             continue
-        ids = tokenizer.encode_chat([{"role": "user", "content": content}], add_generation_prompt=True)
+        content, ids = text_of(message), conversation_tokens(tokenizer, [message])
         if len(ids) < limit // 2:
             prompts.append((content, ids))
         if len(prompts) == SAMPLES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
-from tercet.data.conversation import Message, check_messages, check_text
+from tercet.data.conversation import Message, check_text, read_messages, text_of
 from tercet.engine.request import Completion, Sampling, SamplingChoice
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.files import read_json, write_atomic, write_json
@@ -84,7 +84,7 @@ class ChatSession:
     def system(self) -> str | None:
         """The system message."""
         first = self.messages[0] if self.messages else None
-        return str(first["content"]) if first and first["role"] == "system" else None
+        return text_of(first) if first and first["role"] == "system" else None
 
     def say(self, text: str) -> Iterator[str]:
         """Send ``text`` and yield the answer as it comes.
@@ -175,7 +175,7 @@ class ChatSession:
         place = self._last_user()
         if place is None:
             raise UserError("there is nothing to undo")
-        undone = self.messages[place]["content"]
+        undone = text_of(self.messages[place])
         del self.messages[place:]
         self._unanswered = None
         return Reply(f"removed: {_short(undone)}")
@@ -188,7 +188,7 @@ class ChatSession:
 
     def _again(self, place: int) -> Iterator[str]:
         """Answer the message at ``place`` again; the old answer stays when no text comes."""
-        before, text = list(self.messages), self.messages[place]["content"]
+        before, text = list(self.messages), text_of(self.messages[place])
         del self.messages[place:]
         try:
             yield from self.say(text)
@@ -199,7 +199,7 @@ class ChatSession:
     def _command_history(self, _: str) -> Reply:
         if not self.messages:
             return Reply("the conversation is empty")
-        return Reply("\n\n".join(f"{message['role']}: {message['content']}" for message in self.messages))
+        return Reply("\n\n".join(f"{message['role']}: {text_of(message)}" for message in self.messages))
 
     def _command_clear(self, _: str) -> Reply:
         self.messages = self.messages[:1] if self.system is not None else []
@@ -215,7 +215,7 @@ class ChatSession:
         if path.suffix == ".json":
             write_json(path, {"messages": self.messages})
         else:
-            parts = [f"## {message['role']}\n\n{message['content']}\n" for message in self.messages]
+            parts = [f"## {message['role']}\n\n{text_of(message)}\n" for message in self.messages]
             write_atomic(path, "\n".join([f"# Chat with {self.llm.name}\n", *parts]))
         self._files.add(path.resolve())
         return Reply(f"saved {len(self.messages)} messages to {path}")
@@ -225,7 +225,7 @@ class ChatSession:
         content = read_json(path)
         if not isinstance(content, dict) or "messages" not in content:
             raise UserError(f'{path} is not a saved chat; it must be {{"messages": [...]}}')
-        messages = check_messages(content["messages"], f"{path}: messages")
+        messages = read_messages(content["messages"], f"{path}: messages")
         if self.is_base and any(message["role"] == "system" for message in messages):
             raise UserError(f"{path} has a system message, but {self.llm.name} has no chat template")
         self.messages = messages

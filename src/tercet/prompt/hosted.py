@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from tercet.data.conversation import Message, conversation
+from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding
 from tercet.engine.request import Completion, Score, TokenLogprob, Usage
 from tercet.errors import UserError
 from tercet.model.reference import Reference
@@ -231,11 +232,11 @@ class HostedModel:
             )
         if kind == "anthropic" and settings.sent.get("temperature", 0) > 1:
             raise UserError(f"`temperature` is {settings.sent['temperature']}; {name} takes 0 to 1")
+        extra = self._ending(settings.ending)
         messages: list[Message] = conversation(prompt) if isinstance(prompt, str) else list(prompt)
         body: dict[str, Any] = {"model": self._client.model, "messages": messages}
         if settings.output is not None:
             body["response_format"] = self._response_format(settings.output)
-        extra: dict[str, Any] = {}
         for field, value in settings.sent.items():
             if field == "max_tokens":
                 body[self.max_tokens_field] = value
@@ -248,6 +249,20 @@ class HostedModel:
             else:
                 body[field] = value
         return body | ({"extra_body": extra} if extra else {})
+
+    def _ending(self, ending: PromptEnding) -> dict[str, Any]:
+        """The fields for a conversation that does not end with a new message, which vLLM and others know."""
+        if ending == NEW_MESSAGE:
+            return {}
+        if self.reference.kind != "http":
+            raise UserError(
+                f"{self.reference.text} has neither `continue_final_message` nor `add_generation_prompt`; leave "
+                "them out, or use another model"
+            )
+        return {
+            "continue_final_message": ending.continue_final_message,
+            "add_generation_prompt": ending.begins_message,
+        }
 
     def _response_format(self, output: Output) -> dict[str, Any]:
         name = self.reference.text

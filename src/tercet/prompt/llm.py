@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
-from tercet.data.conversation import Message, check_messages, check_text
+from tercet.data.conversation import Message, check_text, read_messages
+from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding
 from tercet.engine.request import Completion, Sampling, SamplingChoice, Score
 from tercet.errors import UserError
+from tercet.model.control_text import ControlTokenMode
 from tercet.model.reference import parse_reference
 from tercet.prompt.errors import BatchError
 from tercet.prompt.loading import load_model
@@ -48,6 +50,9 @@ class LLM:
         price: US dollars per million tokens (read, written); None: from the user's prices file.
         timeout: seconds to wait for a hosted model (60), each try.
         retries: how often a hosted model is tried again (2).
+        control_tokens: what control tokens (``<|im_end|>``) that messages spell become, for a local model:
+            "text" (the default) makes them ordinary text, so that no message can end its turn; "control" makes
+            them control tokens. In a prompt of ``generate`` they are always control tokens.
 
     Every call takes the fields of :class:`~tercet.engine.request.Sampling` as keywords, or
     ``sampling=Sampling(...)``, or both (keywords win). A local model uses its publisher's values
@@ -69,6 +74,10 @@ class LLM:
     - ``choices``: a list of texts, one of which is the answer.
     - ``grammar``: a grammar in llguidance's Lark syntax.
 
+    ``chat``, ``stream`` and ``batch`` answer a conversation with a new message. With
+    ``continue_final_message=True`` the answer continues the last message, which is usually the assistant's;
+    ``add_generation_prompt=True`` begins a new one even after an assistant's message, and False begins none.
+
     A local model can only choose tokens that keep the answer in this form. A hosted model supports only a
     schema, which its server enforces. The prompt is not changed, and the model does not
     see the schema: describe the form in the prompt.
@@ -89,6 +98,7 @@ class LLM:
         price: Price | tuple[float, float] | None = None,
         timeout: float | None = None,
         retries: int | None = None,
+        control_tokens: ControlTokenMode | None = None,
     ) -> None:
         self.reference = parse_reference(str(reference))
         if price is None:
@@ -104,6 +114,7 @@ class LLM:
             speculation=speculation._model if isinstance(speculation, LLM) else speculation,
             timeout=timeout,
             retries=retries,
+            control_tokens=control_tokens,
         )
 
     @property
@@ -180,19 +191,30 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Completion:
         """Return the assistant's next message in a conversation.
+
+        The content of a message is a string or a list of text parts.
 
         Raises:
             UserError: a local model without a chat template (``generate`` continues text instead).
             ContextOverflow: the conversation is longer than the model's context.
             OutputError: with a schema, an answer that does not match it.
         """
+        ending = PromptEnding(continue_final_message, add_generation_prompt)
         settings = call_settings(
-            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+            sampling,
+            fields,
+            schema=schema,
+            regex=regex,
+            choices=choices,
+            grammar=grammar,
+            ending=ending,
         )
-        return self._complete(check_messages(messages), settings)
+        return self._complete(_answerable(read_messages(messages), ending), settings)
 
     def stream(
         self,
@@ -203,16 +225,27 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool | None = None,
         **fields: Unpack[SamplingFields],
     ) -> Stream:
         """Do as ``generate`` for a string and as ``chat`` for messages, piece by piece.
 
         Pieces are whole characters and never part of a stop string.
         """
+        ending = PromptEnding(continue_final_message, add_generation_prompt)
         settings = call_settings(
-            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+            sampling,
+            fields,
+            schema=schema,
+            regex=regex,
+            choices=choices,
+            grammar=grammar,
+            ending=ending,
         )
-        return Stream(self._model.stream(_checked(prompt), settings), self.price, settings.output)
+        return Stream(
+            self._model.stream(_answerable(_checked(prompt), ending), settings), self.price, settings.output
+        )
 
     def batch(
         self,
@@ -223,6 +256,8 @@ class LLM:
         regex: str | None = None,
         choices: Sequence[str] | None = None,
         grammar: str | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool | None = None,
         **fields: Unpack[SamplingFields],
     ) -> list[Completion]:
         """Return one completion for each prompt or conversation, in order, equal to those of single calls.
@@ -233,10 +268,20 @@ class LLM:
         """
         if isinstance(prompts, str):
             raise UserError("batch takes a list of prompts; use generate for a single prompt")
-        checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
+        ending = PromptEnding(continue_final_message, add_generation_prompt)
         settings = call_settings(
-            sampling, fields, schema=schema, regex=regex, choices=choices, grammar=grammar
+            sampling,
+            fields,
+            schema=schema,
+            regex=regex,
+            choices=choices,
+            grammar=grammar,
+            ending=ending,
         )
+        checked = [
+            _answerable(_checked(prompt, name), ending, name)
+            for name, prompt in ((f"prompts[{number}]", prompt) for number, prompt in enumerate(prompts))
+        ]
         if not checked:
             return []
         completions: list[Completion | None] = []
@@ -317,7 +362,18 @@ class LLM:
 
 
 def _checked(prompt: Prompt, name: str = "prompt") -> CheckedPrompt:
-    return check_text(prompt, name) if isinstance(prompt, str) else check_messages(prompt, name)
+    return check_text(prompt, name) if isinstance(prompt, str) else read_messages(prompt, name)
+
+
+def _answerable(prompt: CheckedPrompt, ending: PromptEnding, name: str = "messages") -> CheckedPrompt:
+    """Return the prompt of a call whose settings say how it ends; UserError where they don't fit it."""
+    if not isinstance(prompt, str):
+        ending.check(prompt, name)
+    elif ending != NEW_MESSAGE:
+        raise UserError(
+            "`continue_final_message` and `add_generation_prompt` are for conversations; a text is always continued"
+        )
+    return prompt
 
 
 def _choice_rows(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from tercet.errors import UserError
+from tercet.model.control_text import ControlTokenMode
 from tercet.model.reference import Reference
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def load_model(
     quantize: str | None = None,
     threads: int | None = None,
     speculation: Literal["ngram"] | Model | None = None,
+    control_tokens: ControlTokenMode | None = None,
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Model:
@@ -35,10 +37,23 @@ def load_model(
         from tercet.prompt.local import LocalModel
 
         drafter = speculation if speculation is None or speculation == "ngram" else speculation.draft_engine()
-        return LocalModel(reference, dtype, device, quantize=quantize, threads=threads, speculation=drafter)
-    if any(option is not None for option in (dtype, device, quantize, threads, speculation)):
+        model = LocalModel(
+            reference,
+            dtype,
+            device,
+            quantize=quantize,
+            threads=threads,
+            speculation=drafter,
+            control_tokens=control_tokens or "text",
+        )
+        if control_tokens is not None and not model.has_chat_template:
+            raise UserError(
+                f"`control_tokens` is for conversations; {reference.text} has no chat template, so it continues text"
+            )
+        return model
+    if any(option is not None for option in (dtype, device, quantize, threads, speculation, control_tokens)):
         raise UserError(
-            "`dtype`, `device`, `quantize`, `threads` and `speculation` are for local models; "
+            "`dtype`, `device`, `quantize`, `threads`, `speculation` and `control_tokens` are for local models; "
             f"{reference.text} runs on its server"
         )
     from tercet.prompt.hosted import RETRIES, TIMEOUT, HostedModel

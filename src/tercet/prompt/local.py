@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from tercet.data.prompt_tokens import check_context, conversation_text
+from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding, check_context, conversation_text
 from tercet.engine.engine import Engine
 from tercet.engine.grammar import Grammar
 from tercet.engine.load import load_reference
 from tercet.engine.request import Completion, Request, Sampling, Score
 from tercet.errors import UserError
+from tercet.model.control_text import ControlTokenMode, check_mode
 from tercet.model.reference import Reference
 from tercet.model.source import directory_of
 from tercet.prompt.explain import Step, steps_read
@@ -28,6 +29,7 @@ class LocalModel:
         quantize: form of the weights on a CPU.
         threads: threads on a CPU.
         speculation: "ngram", or the engine of a smaller model that drafts tokens.
+        control_tokens: what control tokens that messages spell become: ordinary text, or these tokens.
 
     Raises:
         UserError: the directory contains no model that can be loaded.
@@ -44,7 +46,9 @@ class LocalModel:
         quantize: str | None = None,
         threads: int | None = None,
         speculation: Literal["ngram"] | Engine | None = None,
+        control_tokens: ControlTokenMode = "text",
     ) -> None:
+        self.control_tokens = check_mode(control_tokens)
         self.reference = reference
         self.directory = directory_of(reference)
         self.engine: Engine = load_reference(
@@ -81,17 +85,19 @@ class LocalModel:
         """Answer all prompts in one batch of the engine."""
         grammar = _grammar(settings)
         sampling = settings.for_local(self.sampling_defaults)
-        return self.engine.generate([self._request(prompt, sampling, grammar) for prompt in prompts])
+        return self.engine.generate(
+            [self._request(prompt, sampling, grammar, settings.ending) for prompt in prompts]
+        )
 
     def stream(self, prompt: CheckedPrompt, settings: CallSettings) -> Iterator[str | Completion]:
         """Yield pieces of text, then the Completion. Closing the iterator stops the engine."""
         sampling = settings.for_local(self.sampling_defaults)
-        return self._pieces(prompt, sampling, _grammar(settings))
+        return self._pieces(prompt, sampling, _grammar(settings), settings.ending)
 
     def _pieces(
-        self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None
+        self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None, ending: PromptEnding
     ) -> Iterator[str | Completion]:
-        for delta in self.engine.stream([self._request(prompt, sampling, grammar)]):
+        for delta in self.engine.stream([self._request(prompt, sampling, grammar, ending)]):
             if delta.text:
                 yield delta.text
             if delta.completion is not None:
@@ -129,16 +135,16 @@ class LocalModel:
         """Return how many tokens the model reads for a prompt, special tokens included."""
         return len(self.encode(prompt))
 
-    def encode(self, prompt: CheckedPrompt) -> list[int]:
+    def encode(self, prompt: CheckedPrompt, ending: PromptEnding | None = None) -> list[int]:
         """Return the token ids that the model reads for a prompt."""
-        text, special = self._text(prompt)
+        text, special = self._text(prompt, ending)
         return self.tokenizer.encode(text, special=special)
 
     def draft_engine(self) -> Engine:
         """Return the engine, which drafts tokens for a larger model."""
         return self.engine
 
-    def _text(self, prompt: CheckedPrompt) -> tuple[str, bool]:
+    def _text(self, prompt: CheckedPrompt, ending: PromptEnding | None = None) -> tuple[str, bool]:
         """The prompt as text, and whether encoding adds special tokens: a template writes its own."""
         if isinstance(prompt, str):
             return prompt, True
@@ -147,14 +153,19 @@ class LocalModel:
                 f"{self.reference.text} has no chat template (it is a base model), so it cannot chat; "
                 "use generate to continue text, or tune it on conversations"
             )
-        return conversation_text(self.tokenizer, prompt), False
+        text = conversation_text(
+            self.tokenizer, prompt, control_tokens=self.control_tokens, ending=ending or NEW_MESSAGE
+        )
+        return text, False
 
-    def _request(self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None) -> Request:
-        return Request(tuple(self._fitting_tokens(prompt)), sampling, grammar)
+    def _request(
+        self, prompt: CheckedPrompt, sampling: Sampling, grammar: Grammar | None, ending: PromptEnding
+    ) -> Request:
+        return Request(tuple(self._fitting_tokens(prompt, ending)), sampling, grammar)
 
-    def _fitting_tokens(self, prompt: CheckedPrompt) -> list[int]:
+    def _fitting_tokens(self, prompt: CheckedPrompt, ending: PromptEnding | None = None) -> list[int]:
         """The prompt's tokens. UserError where there are none, ContextOverflow where they do not fit."""
-        tokens = self.encode(prompt)
+        tokens = self.encode(prompt, ending)
         if not tokens:
             raise UserError(
                 "the prompt is empty, and this model has no beginning-of-text token; give a prompt with text"

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding
 from tercet.engine.request import Sampling, SamplingChoice
 from tercet.engine.sampling_defaults import check_choice, chosen_defaults, with_defaults
 from tercet.errors import UserError, nearest
@@ -44,12 +45,14 @@ class CallSettings:
         sent: the fields that the caller set. A hosted model is sent only these, so its own defaults hold.
         output: the form of the answer; None: any text.
         fields: the fields for a local model, whose own defaults hold for the others; None: ``sampling`` is whole.
+        ending: how the prompt of a conversation ends.
     """
 
     sampling: Sampling
     sent: dict[str, Any]
     output: Output | None = None
     fields: Mapping[str, Any] | None = None
+    ending: PromptEnding = NEW_MESSAGE
 
     def for_local(self, defaults: Mapping[str, float]) -> Sampling:
         """Return the settings for a local model with these published defaults."""
@@ -64,6 +67,7 @@ def call_settings(
     regex: str | None = None,
     choices: Sequence[str] | None = None,
     grammar: str | None = None,
+    ending: PromptEnding = NEW_MESSAGE,
 ) -> CallSettings:
     """Combine the keywords of a call; ``fields`` take precedence over ``sampling``.
 
@@ -84,13 +88,13 @@ def call_settings(
     output = requested_output(schema, regex, choices, grammar)
     if isinstance(sampling, Sampling):
         merged = dataclasses.replace(sampling, **fields)
-        return CallSettings(merged, _sent(merged, sampling, fields), output)
+        return CallSettings(merged, _sent(merged, sampling, fields), output, ending=ending)
     choice = check_choice("default" if sampling is None else sampling)
     whole = {**chosen_defaults(choice, {}), **fields}
     merged = Sampling(**whole)
     # The other fields of "neutral" are off, which is what servers do where they are not sent.
     sent = {name: value for name, value in whole.items() if name in {*fields, "temperature", "top_p"}}
-    return CallSettings(merged, _sent(merged, None, sent), output, whole)
+    return CallSettings(merged, _sent(merged, None, sent), output, whole, ending)
 
 
 def _sent(merged: Sampling, sampling: Sampling | None, fields: Mapping[str, Any]) -> dict[str, Any]:

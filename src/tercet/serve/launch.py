@@ -23,6 +23,7 @@ from tercet.engine.request import SamplingChoice
 from tercet.errors import UserError
 from tercet.files import read_text
 from tercet.model.adapter_config import is_adapter, read_adapter_config
+from tercet.model.control_text import ControlTokenMode
 from tercet.model.reference import Reference, parse_reference
 from tercet.model.source import base_directories
 from tercet.prompt.hosted import HostedModel
@@ -55,6 +56,7 @@ class LoadOptions:
     max_batch: largest number of requests in a batch.
     max_waiting: largest number of waiting requests.
     sampling: what chooses the next token where a request does not say.
+    control_tokens: what control tokens that messages spell become.
     """
 
     quantize: str | None = None
@@ -62,6 +64,7 @@ class LoadOptions:
     max_batch: int | None = None
     max_waiting: int | None = None
     sampling: SamplingChoice | None = None
+    control_tokens: ControlTokenMode | None = None
 
 
 def load_models(
@@ -87,6 +90,7 @@ def load_models(
     if not any(reference.is_local for _, reference in named):
         _refuse_local_options(options, named_adapters)
     sampling: SamplingChoice = options.sampling or "default"
+    control_tokens: ControlTokenMode = options.control_tokens or "text"
     served: list[Served] = []
     local: list[tuple[LocalModel, Worker]] = []
     try:
@@ -98,11 +102,13 @@ def load_models(
             model = _load(reference, options)
             worker = Worker(model.engine)
             local.append((model, worker))
-            served.append(Served(name, local=worker, sampling=sampling))
+            served.append(Served(name, local=worker, sampling=sampling, control_tokens=control_tokens))
         for name, directory in named_adapters:
             worker = _base_of(directory, local)
             worker.engine.add_adapter(name, directory)
-            served.append(Served(name, local=worker, adapter=name, sampling=sampling))
+            served.append(
+                Served(name, local=worker, adapter=name, sampling=sampling, control_tokens=control_tokens)
+            )
         return Models(served)
     except BaseException:
         for _, worker in local:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from tercet.data.conversation import ConversationError
 from tercet.data.prompt_tokens import check_context
 from tercet.engine.request import Sampling, SamplingChoice
 from tercet.engine.sampling_defaults import FIELDS, chosen_defaults
 from tercet.errors import ContextOverflow, UserError, nearest
+from tercet.model.control_text import ControlTokenMode
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.errors import APIError, from_user_error, missing_parameter
+from tercet.serve.errors import APIError, from_user_error, invalid_value, missing_parameter
 from tercet.serve.turns import arranged_tokens
 from tercet.serve.worker import Worker
 
@@ -31,6 +33,7 @@ class Served:
     adapter: the engine's name of the adapter (``Request.adapter``); None for the model itself.
     hosted: the model that requests are passed on to; None for a local model.
     sampling: what chooses the next token where a request does not say: the publisher's settings, or others.
+    control_tokens: what control tokens that messages spell become.
     created: when it was loaded, in seconds since 1970.
     """
 
@@ -39,6 +42,7 @@ class Served:
     adapter: str | None = None
     hosted: HostedModel | None = None
     sampling: SamplingChoice = "default"
+    control_tokens: ControlTokenMode = "text"
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -94,11 +98,11 @@ class Served:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **template_variables: Any,
+        **options: Any,
     ) -> list[int]:
         """Return the tokens of a conversation after the chat template, up to where the answer begins.
 
-        The arguments are those of `tercet.data.prompt_tokens.conversation_tokens`. Turns that the template
+        The arguments are those of `tercet.data.prompt_tokens.conversation_text`. Turns that the template
         cannot show in their order are arranged (`tercet.serve.turns`).
 
         Raises:
@@ -112,7 +116,11 @@ class Served:
                 code="unsupported_model",
             )
         try:
-            tokens = arranged_tokens(self.tokenizer, messages, tools, **template_variables)
+            tokens = arranged_tokens(
+                self.tokenizer, messages, tools, control_tokens=self.control_tokens, **options
+            )
+        except ConversationError as problem:
+            raise invalid_value(problem.place, problem.problem) from problem
         except UserError as problem:
             raise from_user_error(problem, "messages") from problem
         self.check_length(tokens, "messages")

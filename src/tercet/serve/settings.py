@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tercet.engine.request import SamplingChoice
 from tercet.errors import UserError
-from tercet.settings import check_positive, setting, settings
+from tercet.model.control_text import CONTROL_TOKEN_MODES, ControlTokenMode
+from tercet.settings import check_choice, check_positive, setting, settings
 
 SMALLEST_BODY = 0.001  # MiB
 SHORTEST_TIMEOUT = 0.1  # seconds
@@ -81,6 +82,11 @@ class ServeSettings:
         metavar="HOW",
         help="Sampling where a request does not say: default (the publisher's settings), greedy or neutral.",
     )
+    control_tokens: ControlTokenMode | None = setting(
+        default=None,
+        metavar="text|control",
+        help="What control tokens that messages spell become: ordinary text (the default), or these tokens.",
+    )
     allow_origin: Sequence[str] = setting(
         default=(),
         metavar="ORIGIN",
@@ -109,6 +115,8 @@ class ServeSettings:
         if not 0 <= self.port <= 65535:
             raise UserError(f"`port` is {self.port}; it must be from 0 to 65535")
         check_positive(self, "max_batch", "max_waiting")
+        if self.control_tokens is not None:
+            check_choice(self, "control_tokens", CONTROL_TOKEN_MODES)
         if not SMALLEST_BODY <= self.max_body < math.inf:
             raise UserError(f"`max_body` is {self.max_body}; it must be a number of at least {SMALLEST_BODY}")
         if not self.request_timeout >= SHORTEST_TIMEOUT:

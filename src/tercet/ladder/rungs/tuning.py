@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tercet.data.fewshot import few_shot_text, separator
+from tercet.data.prompt_tokens import conversation_tokens
 from tercet.errors import UserError
 from tercet.evaluate.answer import Answer, Answerer
 from tercet.evaluate.shorten import prompt_room, shorten_input
@@ -49,7 +50,7 @@ def training_rows(
         rendered = prompt(text)
         if isinstance(rendered, str):
             return len(tokenizer.encode(rendered))
-        return len(tokenizer.encode_chat(rendered, add_generation_prompt=True))
+        return len(conversation_tokens(tokenizer, rendered))
 
     room = prompt_room(task, limit, lambda text: len(tokenizer.encode(text)), labels_scored=True)
     rows: list[dict[str, Any]] = []

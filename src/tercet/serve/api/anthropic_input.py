@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tercet.data.conversation import PART_SEPARATOR
+from tercet.data.prompt_tokens import PromptEnding
 from tercet.serve.api.anthropic_requests import CountRequest, InputMessage
-from tercet.serve.api.chat_messages import PART_SEPARATOR
 from tercet.serve.api.field_table import Hint, Ignored, Kinds, Refused, Used, WhereKnown, check_kind
 from tercet.serve.api.fields import string_field
 from tercet.serve.errors import invalid_value
@@ -83,14 +84,17 @@ def conversation(body: CountRequest, shows_reasoning: bool, ignored: Ignored) ->
             continue
         for turn in _turns(message, f"messages[{number}]", shows_reasoning, ignored):
             _join(turn, messages)
-    if messages[-1]["role"] == "assistant":
-        # Generating after it would be another answer, not the rest of this one.
+    if messages[-1].get("tool_calls"):
         raise invalid_value(
-            f"messages[{len(body.messages) - 1}].role",
-            "is assistant; this server does not continue a prefilled answer, so the last message must be the "
-            "user's",
+            f"messages[{len(body.messages) - 1}]",
+            "has calls, so results must follow it, or a text to continue",
         )
     return messages
+
+
+def ending_of(messages: Sequence[Mapping[str, Any]]) -> PromptEnding:
+    """Return how the prompt ends: Anthropic's API continues a last message of the assistant."""
+    return PromptEnding(continue_final_message=messages[-1]["role"] == "assistant")
 
 
 def _turns(message: InputMessage, where: str, shows_reasoning: bool, ignored: Ignored) -> list[Json]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from tercet.serve.api.anthropic_events import Json, MessageEvents, stopped_by
-from tercet.serve.api.anthropic_input import conversation
+from tercet.serve.api.anthropic_input import conversation, ending_of
 from tercet.serve.api.anthropic_requests import CountRequest, MessageRequest
 from tercet.serve.api.anthropic_tools import tool_request
 from tercet.serve.api.field_table import Ignored, ignored_of
@@ -28,7 +28,7 @@ from tercet.serve.api.generation import Step, chat_tokens, steps
 from tercet.serve.api.hosted_steps import chat_payload, hosted_steps
 from tercet.serve.api.reasoning import knows, reasoning_variables, thinking_variables
 from tercet.serve.api.typed_events import Events, discard, encode, encoded
-from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation
+from tercet.serve.errors import APIError, Disconnected, ErrorBody, api_error, from_validation, invalid_value
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import STREAMED, event_stream, while_connected
 from tercet.serve.tools.plan import ToolPlan, plan_tools
@@ -141,7 +141,9 @@ async def _prompt(
     """Return the plan of the tools, and the tokens that a local model reads."""
     form = await body.form()
     plan = await asyncio.to_thread(plan_tools, tools, served.tokenizer, form, "output_config.format")
-    return plan, await asyncio.to_thread(chat_tokens, served, messages, plan, **variables)
+    return plan, await asyncio.to_thread(
+        chat_tokens, served, messages, plan, ending=ending_of(messages), **variables
+    )
 
 
 def _payload(served: Served, body: MessageRequest, messages: list[Json], tools: ToolRequest) -> Json:
@@ -155,6 +157,14 @@ def _payload(served: Served, body: MessageRequest, messages: list[Json], tools: 
         "stop": body.stop_sequences,
         "response_format": schema and {"type": "json_schema", "json_schema": form},
     }
+    if messages[-1]["role"] == "assistant":
+        if served.hosted is None or served.hosted.reference.kind != "http":
+            raise invalid_value(
+                f"messages[{len(body.messages) - 1}].role",
+                "is assistant; this model's server does not continue a prefilled answer, so the last message must "
+                "be the user's",
+            )
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
     return chat_payload(served, messages, tools, body.max_tokens, fields)
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from tercet.engine.request import Completion, Sampling
-from tercet.serve.api.chat_messages import Message, check_names, template_form
+from tercet.serve.api.chat_messages import Message, note_names, prompt_ending, template_form
 from tercet.serve.api.field_table import Hint, Ignored, Refused, Used, WhereKnown, ignored_of
 from tercet.serve.api.fields import (
     NO_CACHE_SETTINGS,
@@ -45,7 +45,18 @@ from tercet.serve.worker import Reading
 router = APIRouter()
 
 # Names that the renderer itself passes to a template or takes as arguments.
-_OWN = ("messages", "tools", "documents", "add_generation_prompt", "template", "special_tokens", "self")
+_OWN = (
+    *(
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "template",
+        "special_tokens",
+        "null_content",
+    ),
+    *("self", "ending", "control_tokens", "continue_final_message"),
+)
 
 
 class ChatBody(SamplingBody):
@@ -82,6 +93,17 @@ class ChatBody(SamplingBody):
     modalities: Annotated[list[str] | None, Refused("models of this server write text", (["text"],))] = None
     reasoning_effort: Annotated[str | None, WhereKnown("passed to a chat template that knows it")] = None
     # Not OpenAI's: variables for the chat template, as vLLM calls them.
+    continue_final_message: Annotated[
+        bool | None, Used("the answer continues the last message, which is usually the assistant's")
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None,
+        Used(
+            "true: the prompt ends with the beginning of a message, even after an assistant's message; false: it "
+            "ends with the last message; a conversation that ends with an assistant's message needs this or "
+            "`continue_final_message`"
+        ),
+    ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any] | None,
         Used("variables of the chat template; one that the template does not mention is refused"),
@@ -163,6 +185,7 @@ async def prepare(served: Served, body: ChatBody, ignored: Ignored) -> Chat:
             "it cannot be combined with tools, because tool calls are not text; leave one of them out",
         )
     variables = _template_variables(served, body, ignored)
+    ending = prompt_ending(body.messages, body.continue_final_message, body.add_generation_prompt)
 
     if not knows(served, "reasoning_content"):
         for number, message in enumerate(body.messages):
@@ -172,8 +195,8 @@ async def prepare(served: Served, body: ChatBody, ignored: Ignored) -> Chat:
 
     def render() -> list[int]:
         messages = template_messages(template_form(body.messages), served.tokenizer, plan.described)
-        check_names(served, messages, plan.tools)
-        return served.prompt_tokens(messages, plan.tools, **variables)
+        note_names(served, messages, plan.tools, ignored)
+        return served.prompt_tokens(messages, plan.tools, ending=ending, **variables)
 
     # Rendering and encoding a long conversation takes a while; other requests do not wait for it.
     tokens = await asyncio.to_thread(render)

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tercet.serve.api.field_table import Hint, OpenBody, Refused, Used, WhereKnown
+from tercet.data.conversation import ConversationError
+from tercet.data.prompt_tokens import PromptEnding, hidden_names
+from tercet.serve.api.field_table import Hint, Ignored, OpenBody, Refused, Used, WhereKnown
 from tercet.serve.errors import invalid_value, missing_parameter, unsupported
 from tercet.serve.models import Served
-
-# Between the text parts of one message, as in vLLM and llama.cpp.
-PART_SEPARATOR = "\n"
 
 
 class Part(OpenBody):
@@ -34,7 +33,11 @@ class Message(OpenBody):
         str | Annotated[list[Part], Field(min_length=1)] | None, Used("a string, or a list of parts")
     ] = None
     name: Annotated[
-        Annotated[str, Field(min_length=1, max_length=256)] | None, Used("shown to the model")
+        Annotated[str, Field(max_length=256)] | None,
+        WhereKnown(
+            "shown as the chat template shows it; where it does not, before the text of messages of a role that "
+            "have several names"
+        ),
     ] = None
     refusal: Annotated[str | None, Used("the assistant's text in place of content")] = None
     tool_calls: Annotated[
@@ -49,7 +52,7 @@ class Message(OpenBody):
 
 
 def template_form(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return the messages with their contents as strings. APIError 400 names the place of a mistake."""
+    """Return the messages as `tercet.data.conversation` has them. APIError 400 names the place of a mistake."""
     return [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 
@@ -61,19 +64,19 @@ def _message(message: Message, where: str) -> dict[str, Any]:
         raise invalid_value(f"{where}.reasoning_content", "is for messages of role assistant")
     if message.role == "tool" and message.tool_call_id is None:
         raise missing_parameter(f"{where}.tool_call_id")
-    content = _text(message.content, f"{where}.content", message.role)
+    content = _content(message.content, f"{where}.content", message.role)
     if content is None:
         content = message.refusal  # the assistant's text in place of content
     if content is None and message.tool_calls is None:
         raise missing_parameter(f"{where}.content")
     converted: dict[str, Any] = {"role": message.role, "content": content}
     for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, name)) is not None:
+        if (value := getattr(message, name)) is not None and (name, value) != ("name", ""):
             converted[name] = value
     return converted
 
 
-def _text(content: str | list[Part] | None, where: str, role: str) -> str | None:
+def _content(content: str | list[Part] | None, where: str, role: str) -> str | list[dict[str, str]] | None:
     if not isinstance(content, list):
         return content
     texts = []
@@ -86,24 +89,29 @@ def _text(content: str | list[Part] | None, where: str, role: str) -> str | None
         if text is None:
             raise missing_parameter(f"{place}.{part.type}")
         texts.append(text)
-    return PART_SEPARATOR.join(texts)
+    return [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else texts[0]
 
 
-def check_names(
-    served: Served, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+def prompt_ending(messages: Sequence[Message], continued: bool | None, begun: bool | None) -> PromptEnding:
+    """Return how the prompt ends, from the request's ``continue_final_message`` and ``add_generation_prompt``.
+
+    Raises:
+        APIError: 400; they contradict each other, or neither is set after an assistant's message.
+    """
+    try:
+        ending = PromptEnding(bool(continued), begun)
+        ending.check([{"role": message.role} for message in messages])
+    except ConversationError as problem:
+        raise invalid_value(problem.place, problem.problem) from problem
+    return ending
+
+
+def note_names(
+    served: Served,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    ignored: Ignored,
 ) -> None:
-    """Raise APIError 400 where a message has a ``name`` that the chat template would leave out."""
-    named = [
-        number for number, message in enumerate(messages) if "name" in message and message["role"] != "tool"
-    ]
-    if not named:
-        return
-    plain = [
-        {key: value for key, value in message.items() if key != "name" or message["role"] == "tool"}
-        for message in messages
-    ]
-    if served.prompt_tokens(messages, tools) == served.prompt_tokens(plain, tools):
-        where = f"messages[{named[0]}].name"
-        raise unsupported(
-            where, "this model's chat template does not show names; put the name into the content"
-        )
+    """Note the names of messages that the model is not shown."""
+    for number in hidden_names(served.tokenizer, messages, tools):
+        ignored.add(f"messages[{number}].name", "this model's chat template does not show names")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tercet.serve.api.chat_messages import PART_SEPARATOR
+from tercet.data.conversation import PART_SEPARATOR
 from tercet.serve.api.field_table import Hint, Ignored, Kinds, Refused, Used, WhereKnown, check_kind
 from tercet.serve.api.fields import string_field
 from tercet.serve.api.kept_items import KeptItems
