@@ -204,7 +204,7 @@ def test_every_row_is_accounted_for(tokenizer: Tokenizer) -> None:
             "row 1: needs messages, conversations, prompt and completion, instruction and output, or text; it has question",
         ),
         ({"prompt": "x", "completion": 3}, "row 1: prompt and completion must both be strings"),
-        ({"messages": "hello"}, "row 1: messages must be a list such as"),
+        ({"messages": "hello"}, "row 1: messages must be a list of objects"),
         ({"text": 5}, "row 1: text is a int, not a string"),
         ({"text": " "}, r"none of the 1 rows became a training example \(1 empty text\)"),
     ],
