@@ -373,6 +373,26 @@ def test_malformed_streams_are_one_line(server: FakeServer, llm: LLM, wire: byte
     assert server.reference in one_line(caught)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": "no free worker", "code": 503}},
+        {"error": "no free worker"},
+        {"detail": "no free worker"},
+        {"choices": None, "error": {"message": "no free worker"}},
+        {"object": "error", "message": "no free worker"},
+    ],
+)
+def test_an_error_with_status_200_gives_the_servers_own_reason(
+    server: FakeServer, llm: LLM, body: dict[str, Any]
+) -> None:
+    server.script += [Answer(body=json.dumps(body).encode())] * 2
+    with pytest.raises(UserError, match="no free worker"):
+        llm.generate("x")
+    with pytest.raises(UserError, match="no free worker"):
+        list(llm.stream("x"))
+
+
 def test_a_server_that_cannot_be_reached() -> None:
     with pytest.raises(
         UserError, match=r"cannot reach http://127.0.0.1:9/v1.*is the server running"

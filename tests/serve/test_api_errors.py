@@ -79,7 +79,6 @@ def request_error(
         ),
         (form(name="a b", schema={}), "response_format.json_schema.name", "invalid_value"),
         (form(name="a"), "response_format.json_schema.schema", MISSING),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", UNSUPPORTED),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"no_such_field": 1}, "no_such_field", "unknown_parameter"),
         ({"model": 3}, "model", "invalid_type"),
@@ -222,3 +221,31 @@ def test_unknown_routes_and_methods_have_the_errors_shape(tiny_url: str) -> None
         answer = httpx.request(method, tiny_url + path)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/openai/v1/embeddings", "/v1/embeddings"),
+        ("/api/responses", "/v1/responses"),
+        ("/v1/tokenize", "/tokenize"),
+        ("/models", "/v1/models"),
+    ],
+)
+def test_a_path_that_is_nearly_right_is_answered_with_the_right_one(
+    tiny_url: str, path: str, right: str
+) -> None:
+    answer = httpx.post(tiny_url + path, json={"model": "tiny"})
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "unknown_url"
+    assert answer.json()["error"]["message"].endswith(f"POST {path}; send it to {right}")
+    assert "send it to" not in httpx.post(f"{tiny_url}/v1/audio/speech").text
+
+
+def test_a_head_request_gets_the_headers_of_get(tiny_url: str) -> None:
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/nothing", 404)):
+        head, get = httpx.head(tiny_url + path), httpx.get(tiny_url + path)
+        assert (head.status_code, head.content) == (status, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert head.headers["content-length"] == get.headers["content-length"]

@@ -154,3 +154,24 @@ def test_anthropics_endpoint_gets_nothing_that_it_would_ignore(monkeypatch: pyte
         ):
             with pytest.raises(openai.BadRequestError, match="would ignore it"):
                 running.client().chat.completions.create(model="c", messages=HI, extra_body=extra)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"error": {"message": "no free worker", "code": 429}}, 429),
+        ({"error": {"message": "no free worker"}}, 502),
+        ({"error": "no free worker"}, 502),
+        ({"detail": "no free worker"}, 502),
+    ],
+)
+def test_an_error_with_status_200_gives_the_other_servers_reason(
+    running: Running, upstream: FakeServer, body: dict[str, Any], status: int, stream: bool
+) -> None:
+    upstream.script += [Answer(body=json.dumps(body).encode())] * 2
+    with pytest.raises(openai.APIStatusError, match="no free worker") as problem:
+        running.client().chat.completions.create(model="far", messages=HI, stream=stream)
+    assert problem.value.status_code == status
+    with pytest.raises(openai.APIStatusError, match="no free worker"):
+        running.client().responses.create(model="far", input="hi", stream=stream)

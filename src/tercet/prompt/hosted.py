@@ -278,7 +278,9 @@ class HostedModel:
         return output.response_format()
 
     def _open_stream(self, body: dict[str, Any]) -> Any:
-        create = self._client.openai.chat.completions.create
+        def create(**fields: Any) -> Any:
+            return self._client.checked_stream(self._client.openai.chat.completions.create(**fields))
+
         if self._usage_in_streams:
             try:
                 return self._client.call(
@@ -297,9 +299,7 @@ class HostedModel:
         choices = self._client.call(partial(choices_of, answer))
         message = getattr(choices[0], "message", None) if choices else None
         if message is None:
-            raise HostedError(
-                f"{name}: the answer contains no message; check the address {self.reference.base_url}"
-            )
+            raise self._client.no_answer(answer)
         text = text_of(message, name)
         logprobs = self._client.call(lambda: logprobs_of(choices[0]))
         checked = self._checked_logprobs(logprobs, settings, bool(text))

@@ -12,6 +12,22 @@ from tercet.errors import UserError
 from tercet.prompt.errors import HostedError
 
 
+def reason_in(body: object) -> str | None:
+    """Return the reason in a body of JSON that reports an error; None where it reports none.
+
+    Some servers send errors with status 200. The reason stands in ``error`` (an object with ``message``, or a
+    string), or in ``detail`` or ``message`` where the body has no answer.
+    """
+    if not isinstance(body, dict):
+        return None
+    error = body.get("error")
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("code") or error.get("type") or "an error without a message"
+    if not error and not any(name in body for name in ("choices", "data", "output", "content")):
+        error = body.get("detail") or body.get("message")
+    return str(error) if error else None
+
+
 def choices_of(answer: Any) -> list[Any]:
     """Return the choices of an answer or of a chunk of a stream."""
     return list(getattr(answer, "choices", None) or [])

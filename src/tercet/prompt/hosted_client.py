@@ -6,6 +6,7 @@ work.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.reference import Reference
 from tercet.prompt.errors import HostedError
+from tercet.prompt.hosted_answer import reason_in
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -144,6 +146,25 @@ class HostedClient:
             return RequestRefused(f"{name}: the request was refused ({status}: {message})")
         return HostedError(f"{name}: the server failed{self._tries} ({status}: {message})")
 
+    def no_answer(self, answer: Any) -> HostedError:
+        """Return the error for an answer with status 200 that holds none: the server's own reason, if it gives one."""
+        body = {**(getattr(answer, "model_extra", None) or {})}
+        reason = reason_in(body)
+        if reason is not None:
+            return HostedError(f"{self.reference.text}: the server failed ({self._without_key(reason)})")
+        return HostedError(
+            f"{self.reference.text}: the answer contains no message; check the address {self.reference.base_url}"
+        )
+
+    def checked_stream(self, stream: Any) -> Any:
+        """Return a stream. HostedError where its body is one of JSON that reports an error."""
+        if "json" in stream.response.headers.get("content-type", ""):
+            reason = reason_in(json.loads(stream.response.read()))
+            if reason is not None:
+                stream.close()
+                raise HostedError(f"{self.reference.text}: the server failed ({self._without_key(reason)})")
+        return stream
+
     @property
     def _tries(self) -> str:
         return f", tried {self.retries + 1} times" if self.retries else ""
@@ -152,7 +173,10 @@ class HostedClient:
         """The server's message, without the key, which some servers repeat."""
         body = problem.body
         text = body.get("message") if isinstance(body, dict) else None
-        line = one_line(text or problem.message)
+        return self._without_key(text or problem.message)
+
+    def _without_key(self, text: str) -> str:
+        line = one_line(text)
         return line.replace(self._key, "(key)") if self._key else line
 
     # The server's models

@@ -128,6 +128,10 @@ class Observed:
                     message["headers"].append((HEADER.encode(), ignored.encode()))
             await send(message)
 
+        if (
+            scope["method"] == "HEAD"
+        ):  # the protocol class sends the headers of the answer to GET, and no body
+            scope = {**scope, "method": "GET"}
         try:
             await self.app(scope, receive, tagged)
         except Exception as problem:

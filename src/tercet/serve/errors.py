@@ -178,7 +178,9 @@ def _of_framework(request: Request, problem: HTTPException) -> APIError:
     """Return the APIError for an exception of the router or of the parser of bodies."""
     method, path = request.method, request.url.path
     if problem.status_code == 404:
-        return APIError(404, f"this server has no route {method} {path}", code="unknown_url")
+        near = right_route(path, list(request.app.openapi()["paths"]))
+        hint = "" if near is None else f"; send it to {near}"
+        return APIError(404, f"this server has no route {method} {path}{hint}", code="unknown_url")
     if problem.status_code == 405:
         allowed = (problem.headers or {}).get("Allow", "")
         return APIError(
@@ -191,6 +193,17 @@ def _of_framework(request: Request, problem: HTTPException) -> APIError:
     if problem.status_code == 400:  # nested too deeply, a number too long, not UTF-8
         message = "the body is not valid JSON"
     return APIError(problem.status_code, message, code="invalid_json", headers=problem.headers)
+
+
+def right_route(path: str, routes: Sequence[str]) -> str | None:
+    """Return the route that a path without ``/v1``, or with too much before it, means; None for no such route."""
+    steps = [step for step in path.split("/") if step]
+    for begin in range(len(steps)):
+        rest = "/".join(steps[begin:])
+        for candidate in (f"/v1/{rest}", f"/{rest}"):
+            if candidate in routes and candidate != path:
+                return candidate
+    return None
 
 
 # Errors of pydantic

@@ -7,6 +7,7 @@ are refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -74,9 +75,24 @@ async def _answer(client: AsyncOpenAI, path: str, payload: Json) -> Json:
         answer = await client.post(path, body=payload, cast_to=object)
     except Exception as problem:
         raise _translated(problem) from problem
+    _raise_reason(answer)
     if not isinstance(answer, dict):
         raise bad_gateway("the model's server did not answer in OpenAI's protocol")
     return answer
+
+
+def _raise_reason(body: object) -> None:
+    """Raise APIError for an error that the other server sent with status 200."""
+    from tercet.prompt.hosted_answer import reason_in
+
+    reason = reason_in(body)
+    if reason is None:
+        return
+    error = body.get("error") if isinstance(body, dict) else None
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, int) and 400 <= code < 600:  # OpenRouter puts the status there
+        raise _of_status(code, {"message": reason})
+    raise bad_gateway(reason)
 
 
 async def _chunks(request: Request, served: Served, path: str, payload: Json) -> AsyncGenerator[bytes, None]:
@@ -95,10 +111,14 @@ async def _received(request: Request, served: Served, path: str, payload: Json) 
             path, body=payload, cast_to=object, stream=True, stream_cls=AsyncStream[object]
         )
         async with stream:
+            if "json" in stream.response.headers.get("content-type", ""):
+                _raise_reason(json.loads(await stream.response.aread()))
             async for chunk in stream:
                 if isinstance(chunk, dict):
                     _count(request, served, chunk.get("usage"))
                     yield chunk
+    except APIError:
+        raise
     except Exception as problem:
         raise _translated(problem) from problem
 
