@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tool_templates as templates
 
+from tercet.data import prompt_tokens
 from tercet.data.tool_format import GENERIC
 from tercet.engine.grammar import Grammar
 from tercet.serve.errors import APIError
-from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.messages import checked_messages
 from tercet.serve.tools.plan import plan_tools
 from tercet.serve.tools.request import MAX_TOOLS, ToolRequest, read_tools
 
@@ -21,6 +22,11 @@ HERMES = templates.tokenizer_with(templates.HERMES)
 
 def tool(name: str = "weather", **fields: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": SCHEMA, **fields}}
+
+
+def template_messages(messages: Any, tokenizer: Any, tools: Any = None) -> list[dict[str, Any]]:
+    """Return a request's messages as the template gets them."""
+    return prompt_tokens.template_messages(tokenizer, checked_messages(messages), tools)[0]
 
 
 def refusal(call: Any, *args: Any, **options: Any) -> APIError:
@@ -193,9 +199,9 @@ def test_a_template_without_a_format_gets_the_functions_as_text_and_holds_calls(
     plain = templates.tokenizer_with(templates.PLAIN)
     for choice in (None, "required", NAMED | {"function": {"name": "weather"}}):
         plan = plan_tools(read_tools([tool()], choice), plain)
-        assert (plan.tools, plan.described, plan.form) == (None, [tool()], GENERIC)
+        assert (plan.tools, plan.form) == ([tool()], GENERIC)
         assert plan.constraint is not None
-    system, *_ = template_messages([{"role": "user", "content": "Rain?"}], plain, plan.described)
+    system, *_ = template_messages([{"role": "user", "content": "Rain?"}], plain, plan.tools)
     assert system["role"] == "system" and json.dumps(SCHEMA) in system["content"]
 
 
@@ -293,7 +299,7 @@ def test_a_conversation_without_calls_needs_no_format() -> None:
 )
 def test_a_malformed_call_is_refused_with_its_place(change: dict[str, Any], param: str) -> None:
     message = {"role": "assistant", "content": None} | change
-    assert refusal(template_messages, [message], HERMES).param == param
+    assert refusal(checked_messages, [message]).param == param
 
 
 def test_a_template_that_cannot_show_the_calls_gets_them_as_text() -> None:

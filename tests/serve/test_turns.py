@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import tool_templates as templates
 
+from tercet.data.prompt_tokens import conversation_tokens
+from tercet.data.turns import arrange
 from tercet.errors import UserError
-from tercet.serve.turns import arrange, arranged_tokens
 
 # As Mistral's and Gemma's: the roles must alternate, and only the first message may be of the system.
 ALTERNATING = (
@@ -30,7 +31,7 @@ def conversation(*turns: tuple[str, str]) -> list[dict[str, Any]]:
 
 def rendered(template: str, *turns: tuple[str, str]) -> str:
     tokenizer = templates.tokenizer_with(template)
-    return tokenizer.decode(arranged_tokens(tokenizer, conversation(*turns)), skip_special=False)
+    return tokenizer.decode(conversation_tokens(tokenizer, conversation(*turns)), skip_special=False)
 
 
 def test_a_template_that_shows_every_turn_gets_the_conversation_as_it_is() -> None:
@@ -66,4 +67,4 @@ def test_what_a_template_refuses_in_either_order_is_refused_for_its_own_order() 
     template = "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no ' ~ m.role) }}{% endif %}{% endfor %}"
     tokenizer = templates.tokenizer_with(template)
     with pytest.raises(UserError, match="no assistant"):
-        arranged_tokens(tokenizer, conversation(("user", "a"), ("assistant", "b"), ("system", "c")))
+        conversation_tokens(tokenizer, conversation(("user", "a"), ("assistant", "b"), ("system", "c")))

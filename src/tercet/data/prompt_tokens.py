@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tercet.data.conversation import ConversationError, Message, check_text, text_of
-from tercet.data.generic_tools import generic_tools, has_tools
+from tercet.data.generic_tools import generic_tools, has_tools, split_calls
 from tercet.data.tool_format import tool_format
-from tercet.errors import ContextOverflow
+from tercet.data.turns import arrange, late_system_texts
+from tercet.errors import ContextOverflow, UserError
 from tercet.model.control_text import ControlText, ControlTokenMode
 from tercet.model.tokenizer import Tokenizer
 
@@ -160,9 +161,36 @@ def conversation_text(
         ending: where the text ends; by default with the beginning of an assistant's message.
         variables: further variables of the template.
 
+    Turns that the template refuses or leaves out are arranged (`tercet.data.turns`).
+
     Raises:
         UserError: there is no template, it refuses the conversation, or the text is not valid Unicode.
     """
+    options = {"control_tokens": control_tokens, "ending": ending, **variables}
+    arranged = arrange(messages)
+    if arranged == list(messages):
+        return _text(tokenizer, messages, tools, **options)
+    try:
+        text = _text(tokenizer, messages, tools, **options)
+    except UserError as problem:
+        try:
+            return _text(tokenizer, arranged, tools, **options)
+        except UserError:
+            raise problem from None
+    shown = all(part in text for part in late_system_texts(messages))
+    return text if shown else _text(tokenizer, arranged, tools, **options)
+
+
+def _text(
+    tokenizer: Tokenizer,
+    messages: Messages,
+    tools: Tools | None,
+    *,
+    control_tokens: ControlTokenMode,
+    ending: PromptEnding,
+    **variables: Any,
+) -> ControlText:
+    """Render a conversation in its own order."""
     prepared = prepare_conversation(tokenizer, messages, tools, control_tokens=control_tokens, **variables)
     if ending.continue_final_message:
         text = _open_text(prepared)
@@ -228,6 +256,7 @@ def template_messages(
     - Content is a list of parts where the template reads nothing else, and a string otherwise.
     - A name that the template does not show stands before the text, as "NAME: text", where messages of this
       role have several names; a single name is left out.
+    - A message with several calls becomes several messages where the template takes one call.
     - Arguments of calls are objects or strings of JSON, calls without text have the content that the template
       expects, results have the name of their function, and identifiers are nine letters and digits for
       templates that require this.
@@ -240,16 +269,18 @@ def template_messages(
         tools: function descriptions for the template; they may select another template.
 
     Raises:
-        UserError: there is no template, or it can't show several calls of one message.
+        UserError: there is no template.
     """
     messages = [dict(message) for message in messages]
     shown = None if not tools else [dict(tool) for tool in tools]
     form = tool_format(tokenizer) if has_tools(messages, shown) else None
     if form is None and has_tools(messages, shown):
         messages, shown = generic_tools(tokenizer, messages, shown), None
+    elif form is not None and not form.several:
+        messages = split_calls(messages)
     needs = tokenizer.needs(tools=shown is not None)
     if form is not None and not needs.calls:
-        needs = replace(needs, objects=form.objects, several=form.several)
+        needs = replace(needs, objects=form.objects)
     return _adapted(tokenizer, messages, shown, needs), shown
 
 
@@ -261,8 +292,8 @@ def _adapted(
     names: dict[str, str] = {}  # function names by the identifier of the call
     waiting: list[str] = []  # identifiers of calls that have had no result yet
     adapted = []
-    for number, original in enumerate(messages):
-        message, place = dict(original), f"messages[{number}]"
+    for original in messages:
+        message = dict(original)
         if message["role"] == "developer" and not knows_developer:
             message["role"] = "system"
         if message["role"] != "tool":
@@ -272,7 +303,7 @@ def _adapted(
                 if message["role"] in named:
                     message = with_text(message, f"{name}: {text_of(message)}")
         if message.get("tool_calls") or message["role"] == "tool":
-            message = _with_calls(message, needs, names, waiting, place)
+            message = _with_calls(message, needs, names, waiting)
         adapted.append(_with_content(message, needs))
     return adapted
 
@@ -322,20 +353,13 @@ def _with_content(message: Message, needs: TemplateNeeds) -> Message:
     return message
 
 
-def _with_calls(
-    message: Message, needs: TemplateNeeds, names: dict[str, str], waiting: list[str], place: str
-) -> Message:
+def _with_calls(message: Message, needs: TemplateNeeds, names: dict[str, str], waiting: list[str]) -> Message:
     """Return a message with calls, or with the result of one, in the form that the template needs.
 
     names: receives the names of the functions by the identifiers of the calls.
     waiting: receives the identifiers of calls, and loses those that have a result.
     """
-    calls = message.get("tool_calls", [])
-    if len(calls) > 1 and not needs.several:
-        raise ConversationError(
-            f"{place}.tool_calls", "has several calls; this model's chat template takes one call per message"
-        )
-    if calls:
+    if calls := message.get("tool_calls", []):
         converted = []
         for call in calls:
             function, given = call["function"], call.get("id")

@@ -39,7 +39,6 @@ class TemplateNeeds:
     names: roles whose ``name`` it shows.
     calls: whether it shows calls and their results.
     objects: whether it needs the arguments of calls as objects, or as strings of JSON.
-    several: whether a message may have more than one call.
     short_ids: whether it accepts identifiers of nine letters and digits only, as Mistral's do.
     empty: what stands in place of the content in a message that has only calls: an empty text, null or nothing.
     """
@@ -48,7 +47,6 @@ class TemplateNeeds:
     names: frozenset[str] = frozenset()
     calls: bool = False
     objects: bool = True
-    several: bool = True
     short_ids: bool = False
     empty: Empty = "text"
 
@@ -122,36 +120,27 @@ class _Probe:
         """Return further needs if calls and results are shown with such contents and arguments."""
         arguments: Any = {_KEY: _VALUE} if objects else json.dumps({_KEY: _VALUE})
 
-        def conversation(call_id: str, count: int, parts: bool) -> str:
+        def conversation(call_id: str, parts: bool) -> str:
             function = {"name": _FUNCTION, "arguments": arguments}
-            calls = [
-                {"id": call_id[:-1] + str(number), "type": "function", "function": function}
-                for number in range(count)
-            ]
-            message = {**self.message("assistant", ""), "tool_calls": calls}
+            call = {"id": call_id, "type": "function", "function": function}
+            message = {**self.message("assistant", ""), "tool_calls": [call]}
             if empty != "text":
                 message["content"] = None
-            results = [
-                {
-                    "role": "tool",
-                    "tool_call_id": call["id"],
-                    "name": _FUNCTION,
-                    "content": as_parts(_TEXT) if parts else _TEXT,
-                }
-                for call in calls
-            ]
-            return self.text(
-                self.message("user"), message, *results, tools=True, null_content=empty == "null"
-            )
+            result = {
+                "role": "tool",
+                "tool_call_id": call_id,
+                "name": _FUNCTION,
+                "content": as_parts(_TEXT) if parts else _TEXT,
+            }
+            return self.text(self.message("user"), message, result, tools=True, null_content=empty == "null")
 
         nulls = _nulls(self.text(self.message("user"), tools=True))
         for parts in (False, True):
-            one = conversation(_SHORT_ID, 1, parts)
+            one = conversation(_SHORT_ID, parts)
             if _TEXT in one and _shows_call(one) and _nulls(one) == nulls:
-                short = not _shows_call(conversation(_LONG_ID, 1, parts)) or "[TOOL_CALLS]" in self.template
-                several = conversation(_SHORT_ID, 2, parts).count(_VALUE) > one.count(_VALUE)
+                short = not _shows_call(conversation(_LONG_ID, parts)) or "[TOOL_CALLS]" in self.template
                 roles = self.parts | ({"tool"} if parts else frozenset())
-                return {"parts": roles, "several": several, "short_ids": short}
+                return {"parts": roles, "short_ids": short}
         return None
 
 

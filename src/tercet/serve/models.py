@@ -10,14 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tercet.data.conversation import ConversationError
-from tercet.data.prompt_tokens import check_context
+from tercet.data.prompt_tokens import check_context, conversation_tokens
 from tercet.engine.request import Sampling, SamplingChoice
 from tercet.engine.sampling_defaults import FIELDS, chosen_defaults
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.control_text import ControlTokenMode
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError, from_user_error, invalid_value, missing_parameter
-from tercet.serve.turns import arranged_tokens
 from tercet.serve.worker import Worker
 
 if TYPE_CHECKING:
@@ -102,8 +101,7 @@ class Served:
     ) -> list[int]:
         """Return the tokens of a conversation after the chat template, up to where the answer begins.
 
-        The arguments are those of `tercet.data.prompt_tokens.conversation_text`. Turns that the template
-        cannot show in their order are arranged (`tercet.serve.turns`).
+        The arguments are those of `tercet.data.prompt_tokens.conversation_text`.
 
         Raises:
             APIError: 400; no template, one that refuses the messages, or a prompt that is too long.
@@ -116,7 +114,7 @@ class Served:
                 code="unsupported_model",
             )
         try:
-            tokens = arranged_tokens(
+            tokens = conversation_tokens(
                 self.tokenizer, messages, tools, control_tokens=self.control_tokens, **options
             )
         except ConversationError as problem:

@@ -37,7 +37,7 @@ from tercet.serve.errors import invalid_value, unsupported
 from tercet.serve.models import Models, Served
 from tercet.serve.streaming import DONE, STREAMED, event, event_stream, while_connected
 from tercet.serve.tools.answer import CallDelta, Piece, gather
-from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.messages import checked_messages
 from tercet.serve.tools.plan import ToolPlan, plan_tools
 from tercet.serve.tools.request import read_tools
 from tercet.serve.worker import Reading
@@ -194,7 +194,7 @@ async def prepare(served: Served, body: ChatBody, ignored: Ignored) -> Chat:
                 ignored.add(where, "this model's chat template does not show earlier reasoning")
 
     def render() -> list[int]:
-        messages = template_messages(template_form(body.messages), served.tokenizer, plan.described)
+        messages = checked_messages(template_form(body.messages))
         note_names(served, messages, plan.tools, ignored)
         return served.prompt_tokens(messages, plan.tools, ending=ending, **variables)
 

@@ -10,7 +10,7 @@ from typing import Any
 from tercet.engine.request import Completion, Request, Sampling, TokenLogprob
 from tercet.serve.models import Served
 from tercet.serve.tools.answer import Piece
-from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.messages import checked_messages
 from tercet.serve.tools.plan import ToolPlan
 from tercet.serve.worker import Reading
 
@@ -35,8 +35,7 @@ def chat_tokens(
     served: Served, messages: Sequence[Mapping[str, Any]], plan: ToolPlan, **variables: Any
 ) -> list[int]:
     """Return the tokens of a conversation with earlier calls and tools. APIError 400 as `prompt_tokens`."""
-    messages = template_messages(messages, served.tokenizer, plan.described)
-    return served.prompt_tokens(messages, plan.tools, **variables)
+    return served.prompt_tokens(checked_messages(messages), plan.tools, **variables)
 
 
 def content(pieces: Sequence[Piece]) -> str:

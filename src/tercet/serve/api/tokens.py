@@ -16,7 +16,7 @@ from tercet.serve.api.field_table import Body, Used, ignored_of
 from tercet.serve.api.prompts import TokenId
 from tercet.serve.errors import APIError, from_user_error, invalid_value
 from tercet.serve.models import Models, Served
-from tercet.serve.tools.messages import template_messages
+from tercet.serve.tools.messages import checked_messages
 
 router = APIRouter()
 
@@ -72,7 +72,7 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
 
 def _encode(served: Served, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
-        return served.prompt_tokens(template_messages(template_form(body.messages), served.tokenizer))
+        return served.prompt_tokens(checked_messages(template_form(body.messages)))
     try:
         text = check_text(body.prompt, "prompt")
     except UserError as problem:

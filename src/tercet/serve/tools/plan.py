@@ -2,7 +2,6 @@
 
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)    # OpenAI's shapes
     plan = plan_tools(tools, tokenizer, form)          # form: response_format as a Grammar, or None
-    messages = template_messages(messages, tokenizer, plan.described)  # as the template needs them
     tokens = served.prompt_tokens(messages, plan.tools)
     plan = plan.after(tokens)                  # the prompt may have opened the model's reasoning
     request = Request(tuple(tokens), sampling, plan.constraint)
@@ -46,8 +45,7 @@ from tercet.serve.tools.request import Function, ToolRequest
 class ToolPlan:
     """How the tools of one request are shown, enforced and read.
 
-    tools: for the chat template; None where the model is to see none, or the template has no format for them.
-    described: functions to describe in the conversation itself, where the template has no format.
+    tools: for `Served.prompt_tokens`; None where the model is to see none.
     constraint: the grammar of the whole output, tools and ``response_format`` together.
     form: the format in which the model writes calls; None without tools.
     names: the functions that it may call.
@@ -62,7 +60,6 @@ class ToolPlan:
     form: ToolFormat | None = None
     names: frozenset[str] = frozenset()
     tokenizer: Tokenizer | None = None
-    described: list[dict[str, Any]] | None = None
     thoughts: bool = True
     reasoning: str | None = None
     grammar: Callable[[str | None], Grammar] | None = None
@@ -140,14 +137,12 @@ def plan_tools(
             constraint.check()
         except GrammarError as problem:
             raise invalid_value("tools", f"cannot be enforced together: {problem}", BAD_SCHEMA) from problem
-    shown = [function.for_template() for function in request.functions]
     return ToolPlan(
-        None if generic else shown,
+        [function.for_template() for function in request.functions],
         constraint,
         call_format,
         frozenset(function.name for function in functions),
         tokenizer,
-        shown if generic else None,
         thoughts=not required and form is None,
         grammar=grammar,
     )

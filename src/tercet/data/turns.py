@@ -10,42 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tercet.data.prompt_tokens import conversation_text, conversation_tokens
-from tercet.errors import UserError
-from tercet.model.tokenizer import Tokenizer
-
 SEPARATOR = "\n\n"  # between turns that are joined
 _SYSTEM = ("system", "developer")
-
-
-def arranged_tokens(
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    **variables: Any,
-) -> list[int]:
-    """Return the tokens of a conversation, in its own order where the template shows all of it.
-
-    The arguments are those of `tercet.data.prompt_tokens.conversation_tokens`.
-
-    Raises:
-        UserError: the template refuses the conversation in either order; the error is that of its own order.
-    """
-    arranged = arrange(messages)
-    if arranged == list(messages):
-        return conversation_tokens(tokenizer, messages, tools, **variables)
-    try:
-        late = _late_system_texts(messages)
-        text = conversation_text(tokenizer, messages, tools, **variables) if late else ""
-        if all(part in text for part in late):
-            return conversation_tokens(tokenizer, messages, tools, **variables)
-    except UserError:
-        try:
-            return conversation_tokens(tokenizer, arranged, tools, **variables)
-        except UserError:
-            pass
-        raise
-    return conversation_tokens(tokenizer, arranged, tools, **variables)
 
 
 def arrange(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -78,7 +44,7 @@ def _joinable(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     )
 
 
-def _late_system_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def late_system_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the texts of system messages that are not the first message."""
     return [
         message["content"].strip()
