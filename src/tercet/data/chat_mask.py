@@ -27,6 +27,7 @@ from tercet.errors import UserError
 from tercet.model.control_text import ControlTokenMode
 from tercet.model.tokenizer import Tokenizer
 
+_TRAINED = "trained on"  # the mark of such a message
 SENTINEL = "Qx7sentinel7xQ"  # letters and digits only, so that no template escapes or strips it
 
 
@@ -71,20 +72,27 @@ def mask_conversation(
     Raises:
         UserError: there is no assistant message to train on, or the template violates one of the three properties.
     """
-    turns = [
-        index
-        for index, message in enumerate(messages)
+    # The template may need more messages or fewer than the conversation has, so each carries its own mark.
+    marked = [
+        {**message, _TRAINED: True}
         if message.get("role") == "assistant" and (supervised is None or index in supervised)
+        else message
+        for index, message in enumerate(messages)
     ]
-    if not turns:
+    if not any(_TRAINED in message for message in marked):
         raise UserError("the conversation has no assistant message, so there is nothing to train on")
 
-    prepared = prepare_conversation(tokenizer, messages, tools, control_tokens=control_tokens, **variables)
+    prepared = prepare_conversation(tokenizer, marked, tools, control_tokens=control_tokens, **variables)
+    turns = [
+        turn
+        for turn, message in enumerate(prepared.messages)
+        if message.pop(_TRAINED, False) and message["role"] == "assistant"
+    ]
     alone = []
     for turn in turns:
         text = prepared.render(prepared.messages[: turn + 1])
         prompt = prepared.render(prepared.messages[:turn], add_generation_prompt=True)
-        alone.append((text, _span(prepared, turn, text, _checked_start(text, prompt, turn))))
+        alone.append((text, _span(prepared, turn, text, _checked_start(prepared, text, prompt, turn))))
     whole = alone[-1][0]
     # A single text serves all turns only if each turn's own text is a prefix of the last turn's.
     if all(whole.startswith(text) for text, _ in alone):
@@ -103,17 +111,19 @@ def _rendered(prepared: ChatInput, text: str, spans: Sequence[Span]) -> Rendered
     return Rendered(finished, tuple(spans))
 
 
-def _checked_start(text: str, prompt: str, turn: int) -> int:
+def _checked_start(prepared: ChatInput, text: str, prompt: str, turn: int) -> int:
     """Return where the answer begins; check that the prompt at inference is a prefix of the training text."""
     if text.startswith(prompt):
         return len(prompt)
     differs = next(
         (i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), min(len(text), len(prompt))
     )
+    at_inference, in_conversation = (
+        str(prepared.finish(part[max(0, differs - 12) : differs + 24])) for part in (prompt, text)
+    )
     raise UserError(
-        f"the chat template can't be trained on: message {turn + 1} is prompted with "
-        f"{prompt[max(0, differs - 12) : differs + 24]!r} at inference but rendered as "
-        f"{text[max(0, differs - 12) : differs + 24]!r} in a conversation (character {differs})"
+        f"the chat template can't be trained on: message {turn + 1} is prompted with {at_inference!r} at inference "
+        f"but rendered as {in_conversation!r} in a conversation (character {differs})"
     )
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from tercet.data.reasoning import REASONING_MARKERS
 from tercet.errors import UserError
 from tercet.model.chat_template import render_template
+from tercet.model.template_needs import TemplateNeeds, as_parts, template_needs
 from tercet.model.tokenizer import Tokenizer
 
 Style = Literal["hermes", "mistral", "named", "bare", "lines"]
@@ -171,6 +172,12 @@ def _calls(count: int, objects: bool) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
+def _shaped(message: Mapping[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
+    """Return a message with its content in the form that the template needs."""
+    content = as_parts(message["content"]) if message["role"] in needs.parts else message["content"]
+    return {**message, "content": None if "tool_calls" in message and needs.empty != "text" else content}
+
+
 def _rendered(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -186,7 +193,11 @@ def _rendered(
         "type": "function",
         "function": {"name": _NAME, "description": "a function", "parameters": parameters},
     }
+    needs = template_needs(template, special)
+    shaped = [_shaped(message, needs) for message in messages]
     try:
-        return render_template(template, messages, [tool], add_generation_prompt, special)
+        return render_template(
+            template, shaped, [tool], add_generation_prompt, special, null_content=needs.empty == "null"
+        )
     except UserError:
         return None
