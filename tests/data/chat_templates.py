@@ -67,7 +67,17 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = [
-    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>", "<|turn|>", "<|/turn|>"),
+    *(
+        "<s>",
+        "</s>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|head|>",
+        "<|/head|>",
+        "<|eot|>",
+        "<|turn|>",
+        "<|/turn|>",
+    ),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "[INST]", "[/INST]", "[TOOL_CALLS]"),
     *("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
 ]
