@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install test lint docs docs-generated release-check clean
+.PHONY: demo install test test-clients lint docs docs-generated release-check clean
 
 demo: install
 	$(BIN)/tercet climb builtin:docs-routing --out runs/demo
@@ -24,6 +24,11 @@ $(STAMP): pyproject.toml
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore-glob='*test_page_browser*'
 	$(BIN)/python -m pytest tests/serve/test_page_browser*.py
+
+# Real clients (Claude Code, Codex, litellm and others), each in an environment of its own; needs a network the
+# first time. Writes the table of docs/reference/clients.md.
+test-clients: install
+	$(BIN)/python scripts/test-clients --write
 
 lint: install
 	$(BIN)/ruff check .
