@@ -69,3 +69,33 @@ def test_a_class_without_the_calls_is_no_language_model() -> None:
         name = "incomplete"
 
     assert not isinstance(Incomplete(), LanguageModel)
+
+
+def test_a_space_that_ends_a_prompt_belongs_to_the_answer_unless_the_model_was_tuned_on_it(
+    tmp_path: Path,
+) -> None:
+    llm = LLM(str(write_model(tmp_path / "model", chat=False)))
+    calls: list[tuple[object, object]] = []
+
+    class Recording:
+        def __getattr__(self, name: str) -> object:
+            return getattr(llm, name)
+
+        def choose(
+            self, prompts: list[str], choices: list[list[str]], end: bool = False
+        ) -> list[list[float]]:
+            calls.append((list(prompts), choices))
+            return llm.choose(prompts, choices, end=end)
+
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(20) for word in ("ham", "eggs")]
+    for ending, stem in ((": ", ":"), (":", ":"), (":\n", ":\n")):
+        task = Task.from_rows("closed", rows, prompt="{text}" + ending, target="label", labels="auto")
+        text = str(task.test[0].fields["text"])
+        for tuned, prompt in ((False, text + stem), (True, text + ending)):
+            Answerer(Recording(), task, tuned=tuned).answer(task.test[:1])  # type: ignore[arg-type]
+            prompts, [choices] = calls.pop()  # type: ignore[misc]
+            assert prompts == [prompt]
+            space = "" if ending == ":\n" or prompt.endswith(" ") else " "
+            assert [choice.rstrip("\n") for choice in choices] == [
+                space + label for label in task.labels or ()
+            ]

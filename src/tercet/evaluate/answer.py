@@ -106,11 +106,8 @@ class Answerer:
     def _choose(self, prompts: Sequence[Prompt]) -> list[Answer]:
         labels = self.task.labels
         assert labels is not None
-        # In a conversation the answer is a message of its own; in plain text a space separates it from the prompt.
-        choices = [
-            [(separator(prompt) if isinstance(prompt, str) else "") + label + self.ending for label in labels]
-            for prompt in prompts
-        ]
+        prompts, openings = zip(*(self._opened(prompt) for prompt in prompts), strict=True)
+        choices = [[opening + label + self.ending for label in labels] for opening in openings]
         scores = self.llm.choose(prompts, choices, end=self.tuned and not self.llm.has_chat_template)
         longest = max(self.llm.count_tokens(choice) for choice in choices[0])
         answers = []
@@ -118,6 +115,18 @@ class Answerer:
             best = max(range(len(labels)), key=row.__getitem__)
             answers.append(Answer(labels[best], self.llm.count_tokens(prompt), longest))
         return answers
+
+    def _opened(self, prompt: Prompt) -> tuple[Prompt, str]:
+        """Return a prompt and the text between it and the answer, which is scored with the answer.
+
+        In a conversation the answer is a message of its own; in plain text a space separates it from the prompt. A
+        space that ends the prompt of a task is moved to the answer, since most vocabularies join it to the next
+        word; but a tuned model has learned to answer the prompt as it is.
+        """
+        if not isinstance(prompt, str):
+            return prompt, ""
+        stem = prompt if self.tuned else prompt.rstrip(" ")
+        return (stem, prompt[len(stem) :]) if stem and stem != prompt else (prompt, separator(prompt))
 
     def _read(self, completion: Completion) -> Answer:
         usage = completion.usage

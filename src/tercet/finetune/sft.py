@@ -68,20 +68,17 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
     tokenizer = inputs.tokenizer
     model = load_model(inputs.checkpoint, dtype=torch.float32, trainable=True)
     limit = token_limit(inputs.checkpoint, settings.max_tokens)
-    prepared = prepare(
-        inputs.rows, tokenizer, limit, settings.over_length, control_tokens=settings.control_tokens
-    )
+    control = settings.control_tokens
+    prepared = prepare(inputs.rows, tokenizer, limit, settings.over_length, control_tokens=control)
+    account = prepared.account()
     if inputs.dev_rows is None:
         examples, held_out = hold_out(prepared.examples, settings.seed)
     else:
-        examples, held_out = (
-            prepared.examples,
-            prepare(
-                inputs.dev_rows, tokenizer, limit, "truncate", control_tokens=settings.control_tokens
-            ).examples,
-        )
+        prepared_dev = prepare(inputs.dev_rows, tokenizer, limit, "truncate", control_tokens=control)
+        examples, held_out = prepared.examples, prepared_dev.examples
+        account += [f"held out: {line}" for line in prepared_dev.account()]
     check_embedding([*examples, *held_out], tokenizer, model.config.vocab_size)
-    for line in prepared.account():
+    for line in account:
         say(line)
 
     adapter = _add_adapter(model, inputs.base_model, settings) if settings.method == "lora" else None
@@ -119,7 +116,7 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
         trainable_parameters=trainable_parameters,
         shortened=trained.shortened,
         examples=len(examples),
-        account=prepared.account(),
+        account=account,
     )
     write_report(out, tuned, trained, inputs.checkpoint, rate, parameters)
     write_json(out / "result.json", asdict(tuned))

@@ -112,7 +112,8 @@ def learn_to_chat(
     limit = read_config(base).max_positions
     rows, held_out_rows = hold_out(list(rows), seed)
     prepared, held_out = (prepare(part, tokenizer, limit) for part in (rows, held_out_rows))
-    for line in prepared.account():
+    account = [*prepared.account(), *(f"held out: {line}" for line in held_out.account())]
+    for line in account:
         say(f"chat: {line}")
     model = load_model(base, dtype=torch.float32, device=device, trainable=True)
     rate = full_rate(sum(parameter.numel() for parameter in model.parameters()))
@@ -134,7 +135,7 @@ def learn_to_chat(
         seconds=round(trained.seconds, 2),
         loss=trained.best if trained.best is not None else math.nan,
         shortened=trained.shortened,
-        account=prepared.account(),
+        account=account,
         samples=_answers(model_directory, held_out_rows),
     )
     (directory / STATE).unlink(missing_ok=True)  # the stage is finished: nothing can resume from it
