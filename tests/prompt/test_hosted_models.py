@@ -510,3 +510,24 @@ def test_a_server_that_answers_404_to_everything_is_asked_twice(server: FakeServ
         llm.chat(HELLO)
     one_line(caught)
     assert [seen.path for seen in server.seen] == ["/v1/chat/completions", "/v1/models"]
+
+
+def test_a_conversation_is_sent_in_the_protocols_form(server: FakeServer, llm: LLM) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": "é"}}}
+    llm.chat([{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call]},
+              {"role": "tool", "tool_call_id": "1", "content": "y"}])  # fmt: skip
+    user, assistant, _ = server.bodies()[0]["messages"]
+    assert user["content"] == parts
+    assert assistant["tool_calls"][0]["function"]["arguments"] == '{"x": "é"}'
+
+
+def test_a_last_message_is_continued_by_servers_that_can(server: FakeServer, llm: LLM) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Well"}]
+    llm.chat(begun, continue_final_message=True)
+    body = server.bodies()[0]
+    assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
+    with pytest.raises(UserError, match="`continue_final_message`"):
+        llm.chat(begun)
+    llm.chat(HELLO)
+    assert "continue_final_message" not in server.bodies()[1]

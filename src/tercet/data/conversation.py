@@ -92,6 +92,27 @@ def text_of(message: Mapping[str, Any]) -> str:
     return content or ""
 
 
+def for_protocol(messages: Sequence[Message]) -> list[Message]:
+    """Return messages that were read, with the arguments of calls as JSON text, as OpenAI's protocol has them."""
+    sent = []
+    for message in messages:
+        if "tool_calls" in message:
+            calls = [
+                {
+                    **call,
+                    "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])},
+                }
+                for call in message["tool_calls"]
+            ]
+            message = {**message, "tool_calls": calls}
+        sent.append(message)
+    return sent
+
+
+def _as_json(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
 def conversation(prompt: str, system: str | None = None) -> list[Message]:
     """Return a conversation of one user message, preceded by the system message if there is one."""
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]

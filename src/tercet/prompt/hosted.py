@@ -13,7 +13,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from tercet.data.conversation import Message, conversation
+from tercet.data.conversation import Message, conversation, for_protocol
 from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding
 from tercet.engine.request import Completion, Score, TokenLogprob, Usage
 from tercet.errors import UserError
@@ -233,7 +233,7 @@ class HostedModel:
         if kind == "anthropic" and settings.sent.get("temperature", 0) > 1:
             raise UserError(f"`temperature` is {settings.sent['temperature']}; {name} takes 0 to 1")
         extra = self._ending(settings.ending)
-        messages: list[Message] = conversation(prompt) if isinstance(prompt, str) else list(prompt)
+        messages: list[Message] = conversation(prompt) if isinstance(prompt, str) else for_protocol(prompt)
         body: dict[str, Any] = {"model": self._client.model, "messages": messages}
         if settings.output is not None:
             body["response_format"] = self._response_format(settings.output)
