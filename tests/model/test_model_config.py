@@ -224,6 +224,7 @@ def test_a_choice_that_the_family_cannot_express_raises() -> None:
             "'num_experts' and 'num_local_experts' differ",
         ),
         (new("qwen3_moe", mlp_only_layers=3), "'mlp_only_layers' is 3"),
+        (new("qwen3_moe", mlp_only_layers=0), "'mlp_only_layers' is 0"),
         (new("qwen3_moe", decoder_sparse_step=0), "'decoder_sparse_step' is 0"),
         (new("olmo2", partial_rotary_factor=0.5), "'partial_rotary_factor' is 0.5"),
     ],

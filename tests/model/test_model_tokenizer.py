@@ -114,6 +114,11 @@ def test_config_json_names_the_ids_where_the_tokenizer_does_not(tmp_path: Path) 
     )
     ours = Tokenizer.load(tmp_path)
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (0, 3, None)
+    (tmp_path / "config.json").write_text(
+        '{"bos_token_id": false, "eos_token_id": [false], "pad_token_id": 0}'
+    )
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, None, 0), "false is no token id"
 
 
 def test_transformers_reads_a_saved_tokenizer_alike(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tercet.engine.load import load_engine
 from tercet.engine.request import Request, Sampling
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
+from tercet.pretrain.chat import conversation_texts, read_conversations
 
 SMALL = {"layers": 2, "width": 64, "vocab_size": 300, "context": 64, "batch_tokens": 512}
 QUESTIONS = {"colour": "red", "animal": "cat", "number": "two"}
@@ -131,6 +132,20 @@ def test_rows_without_conversations_are_refused(text: Path, tmp_path: Path) -> N
         build(text, tmp_path / "run", tokens=20_000, chat=path, **SMALL)
     with pytest.raises(UserError, match="`chat_epochs` needs `chat`"):
         build(text, tmp_path / "run", tokens=20_000, chat_epochs=2, **SMALL)
+
+
+def test_conversations_may_have_any_form_of_a_training_row(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+        {"conversations": [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]},
+        {"instruction": "e", "input": "f", "output": "g", "id": 1},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert conversation_texts(read_conversations(path)) == ["c", "d", "e\nf", "g"], "the first row is dropped"
+    path.write_text(json.dumps({"conversations": [{"from": "narrator", "value": "c"}]}))
+    with pytest.raises(UserError, match=r"rows\.json, row 1: messages\[0\]\.from is 'narrator'"):
+        read_conversations(path)
 
 
 def test_a_build_can_clean_its_data_first(tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ def read_qwen3_moe(hf: HF) -> ModelConfig:
     """Read the configuration of a Qwen3 MoE model."""
     hf = QWEN3_MOE | hf
     layers = integer(hf, "num_hidden_layers")
-    every, dense = integer(hf, "decoder_sparse_step"), hf["mlp_only_layers"] or []
+    every, dense = integer(hf, "decoder_sparse_step"), hf["mlp_only_layers"]
+    dense = [] if dense is None else dense
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         raise wrong("mlp_only_layers", dense, "a list of layer numbers")
     if every < 1:

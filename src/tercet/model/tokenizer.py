@@ -74,7 +74,7 @@ class Tokenizer:
             return self.id_of(token)
         value = ids.get(f"{kind}_token_id")
         first = value[0] if isinstance(value, list) and value else value
-        if not isinstance(first, int) or not 0 <= first < 2**32 or self.backend.id_to_token(first) is None:
+        if type(first) is not int or not 0 <= first < 2**32 or self.backend.id_to_token(first) is None:
             return None
         return first
 
