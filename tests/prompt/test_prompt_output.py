@@ -317,3 +317,49 @@ def test_a_server_that_ignores_schemas_is_not_asked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ANTHROPIC_API_KEY", "k")
     with pytest.raises(UserError, match="its OpenAI-compatible endpoint ignores schemas; leave out `schema`"):
         LLM("anthropic:x", retries=0).chat(HELLO, schema=Pet)
+
+
+# What a grammar can't hold, and answers without end
+
+
+class Fixed:
+    """An engine whose answer is given."""
+
+    def __init__(self, text: str, reason: FinishReason = "stop") -> None:
+        self.text, self.reason = text, reason
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        usage = Usage(1, 9)
+        return [Completion(self.text, [], None, usage, self.reason, 0.0) for _ in requests]
+
+
+def answering(directory: Path, text: str, reason: FinishReason = "stop") -> LLM:
+    llm = LLM(directory, device="cpu")
+    assert isinstance(llm._model, LocalModel)
+    fixed: Any = Fixed(text, reason)
+    engine = llm._model.engine
+    fixed.tokenizer, fixed.context_length = engine.tokenizer, engine.context_length
+    fixed.sampling_defaults = engine.sampling_defaults
+    llm._model.engine = fixed
+    return llm
+
+
+def test_what_the_grammar_cannot_hold_is_validated(directory: Path) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    assert answering(directory, "[2, 1]").generate("a", schema=schema).parsed == [2, 1]
+    with pytest.raises(
+        OutputError, match=r"not valid under the schema: \[1,1\] has non-unique elements"
+    ) as problem:
+        answering(directory, "[1, 1]").generate("a", schema=schema)
+    one_line(problem)
+    assert problem.value.completion.parsed is None
+
+
+def test_an_answer_that_repeats_itself_is_not_told_to_be_longer(directory: Path) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]}
+    for tail, unit in (("0" * 60, "0"), ("ha " * 20, "ha ")):
+        with pytest.raises(OutputError, match=f"repeats '{unit}' without end.*maxLength") as problem:
+            answering(directory, '{"x": "' + tail, "length").generate("a", schema=schema)
+        assert "raise `max_tokens`" not in one_line(problem)
+    with pytest.raises(OutputError, match="raise `max_tokens`"):
+        answering(directory, '{"x": "once there was 0000', "length").generate("a", schema=schema)

@@ -56,7 +56,15 @@ class Constraints:
             if len(self._compiled) >= COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled[grammar] = compiled
-        return Matcher(compiled.deep_copy(), self.vocab_size, self._stops)
+        return Matcher(compiled.deep_copy(), self.vocab_size, self._stops, self._has_all_bytes)
+
+    @cached_property
+    def _has_all_bytes(self) -> bool:
+        """Whether the vocabulary can write any text."""
+        bytes_of = TokenBytes(self.tokenizer)
+        known = range(min(self.vocab_size, self.tokenizer.vocab_size))
+        single = {data for data in map(bytes_of, known) if len(data) == 1}
+        return len(single) == 256
 
     @cached_property
     def _table(self) -> LLTokenizer:
@@ -71,10 +79,14 @@ class Matcher:
     """The state of one output under a grammar.
 
     Methods raise GrammarError when no token can follow: the tokenizer lacks characters that the grammar
-    requires (a tokenizer without all bytes), or the grammar grew beyond llguidance's limits.
+    requires (a tokenizer without all bytes), the grammar leads to a dead end, or it grew beyond llguidance's
+    limits.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, stops: NDArray[np.intp]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocab_size: int, stops: NDArray[np.intp], has_all_bytes: bool = False
+    ) -> None:
+        self._has_all_bytes = has_all_bytes
         self._matcher, self._vocab_size, self._stops = matcher, vocab_size, stops
         self._stop_set = frozenset(stops.tolist())
         self._mask: NDArray[np.bool_] | None = None
@@ -152,6 +164,11 @@ class Matcher:
         if not self._matcher.is_error():
             return
         reason = error_line(self._matcher.get_error())
+        if reason.startswith("NoExtension") and self._has_all_bytes:
+            raise GrammarError(
+                "the output can't go on: the grammar allows what it has begun, and nothing behind it; "
+                "simplify the schema or the grammar there"
+            )
         if reason.startswith("NoExtension"):
             raise GrammarError(
                 "the output can't go on: the tokenizer has no tokens for characters that the grammar requires"

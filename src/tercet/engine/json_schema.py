@@ -145,6 +145,8 @@ def _locate(schema: dict[str, Any], definitions: dict[str, Any], reason: str, pa
 def close_objects(schema: Any) -> Any:
     """Return the schema with ``additionalProperties: false`` in objects that do not mention it.
 
+    These are objects with ``properties`` or ``patternProperties``.
+
     The schema is returned unchanged where that could change more: under oneOf, not and if, a narrower
     part can make the whole wider (except where a discriminator tells the alternatives apart), and allOf
     is meant to add properties.
@@ -172,6 +174,8 @@ def _close(schema: Any) -> Any:
         if key in schema:
             closed[key] = _close(schema[key])
     properties, required = schema.get("properties"), schema.get("required", [])
+    if properties is None and isinstance(schema.get("patternProperties"), dict):
+        properties = {}
     if not isinstance(properties, dict) or not isinstance(required, list):
         return closed
     if not any(key in schema for key in _OPENING) and all(name in properties for name in required):

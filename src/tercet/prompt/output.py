@@ -59,8 +59,7 @@ class Output:
     def parse(self, completion: Completion) -> None:
         """Set ``completion.parsed``; without a schema do nothing.
 
-        A class validates the whole answer. For a dict only the JSON is parsed: a local model is held to the
-        schema token by token, and a server has promised to enforce it.
+        A class validates the whole answer, and so does a dict: a grammar can't hold all of a JSON Schema.
 
         Raises:
             OutputError: the text does not match the schema, for example because it was cut off.
@@ -68,17 +67,17 @@ class Output:
         if self.schema is None:
             return
         try:
-            completion.parsed = self._parsed(completion.text)
+            parsed = self._parsed(completion.text)
         except (ValueError, RecursionError) as problem:
             if completion.finish_reason == "length":
-                message = (
-                    f"the answer was cut off after {completion.usage.completion_tokens} tokens, before its JSON "
-                    "was complete; raise `max_tokens` (or shorten the prompt, where the context is full)"
-                )
+                message = _cut_off(completion)
             else:
                 form = f"a {self.model.__name__}" if self.model else "JSON"
                 message = f"the answer is not {form}: {_reason(problem)}; it begins {completion.text[:60]!r}"
             raise OutputError(message, completion) from problem
+        if self.model is None and (reason := self.grammar.violation(completion.text)):
+            raise OutputError(f"the answer is not valid under the schema: {reason}", completion)
+        completion.parsed = parsed
 
     def _parsed(self, text: str) -> Any:
         if self.model is not None:
@@ -134,10 +133,58 @@ def _schema_output(schema: object) -> Output:
             f"`schema` is the class {schema.__name__}; it must be a subclass of pydantic's BaseModel"
         )
     try:
-        json_schema = schema.model_json_schema()
+        json_schema = _class_schema(schema)
     except PydanticUserError as problem:  # a field of a type that JSON cannot express
         raise GrammarError(f"{schema.__name__} has no JSON schema: {_reason(problem)}") from problem
     return Output("schema", Grammar.json_schema(json_schema), json_schema, schema)
+
+
+def _class_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON Schema of a class.
+
+    pydantic allows a Decimal as a number or as any string, of which few are decimals; here it is a number,
+    which pydantic reads from its text and so does not round.
+    """
+    from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+    from pydantic_core import core_schema
+
+    class Generator(GenerateJsonSchema):
+        def decimal_schema(self, schema: core_schema.DecimalSchema) -> JsonSchemaValue:
+            general = super().decimal_schema(schema)
+            numbers = [part for part in general.get("anyOf", []) if part.get("type") == "number"]
+            if not numbers:
+                return general
+            places = schema.get("decimal_places")
+            step = {} if places is None or "multipleOf" in numbers[0] else {"multipleOf": 10.0**-places}
+            return numbers[0] | step
+
+    schema: dict[str, Any] = model.model_json_schema(schema_generator=Generator)
+    return schema
+
+
+def _cut_off(completion: Completion) -> str:
+    """Return the message about an answer that reached its limit before its JSON was complete."""
+    count = completion.usage.completion_tokens
+    if unit := repeated(completion.text):
+        return (
+            f"the answer repeats {unit[:40]!r} without end, and was cut off after {count} tokens; more tokens would "
+            "not complete its JSON: bound the schema (maxLength, maxItems, maximum), raise `repetition_penalty`, "
+            "or use another model"
+        )
+    return (
+        f"the answer was cut off after {count} tokens, before its JSON was complete; raise `max_tokens` (or "
+        "shorten the prompt, where the context is full)"
+    )
+
+
+def repeated(text: str) -> str:
+    """Return the text that is repeated at the end of ``text``, eight times or more in 40 characters; or ""."""
+    for length in range(1, len(text) // 8 + 1):
+        unit = text[-length:]
+        times = max(8, -(-40 // length))
+        if text.endswith(unit * times):
+            return unit
+    return ""
 
 
 def _reason(problem: Exception) -> str:

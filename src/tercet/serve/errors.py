@@ -129,6 +129,15 @@ def from_user_error(problem: UserError, param: str | None = None) -> APIError:
     return APIError(400, message, param=param, code="context_length_exceeded")
 
 
+def invalid_answer(reason: str) -> APIError:
+    """Return the 400 for an answer that violates its schema in a way that no grammar can prevent."""
+    return APIError(
+        400,
+        f"{reason}; no grammar can hold this part of the schema, so send the request again, or change the schema",
+        code="json_validate_failed",
+    )
+
+
 def queue_full(message: str) -> APIError:
     """Return the 429 that invites the client to try again in a moment."""
     headers = {"retry-after": str(RETRY_AFTER)}

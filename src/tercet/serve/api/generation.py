@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tercet.engine.request import Completion, Request, Sampling, TokenLogprob
+from tercet.serve.errors import invalid_answer
 from tercet.serve.models import Served
 from tercet.serve.tools.answer import Piece
 from tercet.serve.tools.messages import checked_messages
@@ -65,12 +66,14 @@ async def steps(
     Raises:
         QueueFull: with the first step, as `Worker.stream`.
         UserError: likewise.
+        APIError: 400, with the last step of an answer that is not valid under its schema.
     """
     plan = plan.after(tokens)
     requests = [
         Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings
     ]
     parsers = [plan.parser(whole=whole) for _ in requests]
+    written: list[list[Piece]] = [[] for _ in requests]
     begun = reading is None
     async with aclosing(served.worker.stream(requests, reading)) as deltas:
         async for delta in deltas:
@@ -81,5 +84,9 @@ async def steps(
             pieces = parser.push(delta)
             if delta.completion is not None:
                 pieces += parser.finish()
+            written[delta.index] += pieces
+            ended = delta.completion is not None and delta.completion.finish_reason == "stop"
+            if ended and (reason := plan.violation(written[delta.index])):
+                raise invalid_answer(reason)
             if pieces or delta.logprobs or delta.completion is not None:
                 yield Step(delta.index, pieces, delta.logprobs, delta.completion)

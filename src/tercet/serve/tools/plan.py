@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tercet.data.reasoning import open_reasoning
@@ -35,7 +35,7 @@ from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion, Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import BAD_SCHEMA, UNSUPPORTED, APIError, invalid_value
-from tercet.serve.tools.answer import Answer, gather
+from tercet.serve.tools.answer import Answer, Piece, gather
 from tercet.serve.tools.formats import call_grammar, end_of_reasoning
 from tercet.serve.tools.parser import ToolParser
 from tercet.serve.tools.request import Function, ToolRequest
@@ -53,6 +53,8 @@ class ToolPlan:
     thoughts: whether the output may contain reasoning, in which no text is a call.
     reasoning: the marker that ends reasoning which the prompt has opened; None: none, or the prompt is unknown.
     grammar: returns ``constraint`` for such a marker; None where it does not depend on one.
+    content: the form of content that is not a call; None: any text.
+    arguments: the enforced forms of arguments, by function.
     """
 
     tools: list[dict[str, Any]] | None
@@ -63,6 +65,8 @@ class ToolPlan:
     thoughts: bool = True
     reasoning: str | None = None
     grammar: Callable[[str | None], Grammar] | None = None
+    content: Grammar | None = None
+    arguments: Mapping[str, Grammar] = field(default_factory=dict)
 
     def after(self, prompt: Sequence[int]) -> ToolPlan:
         """Return the plan for an answer to these tokens, which may have opened the model's reasoning."""
@@ -92,6 +96,22 @@ class ToolPlan:
         pieces = parser.push(Delta(0, completion.text, completion.tokens, None))
         return gather([*pieces, *parser.finish()])
 
+    def violation(self, pieces: Sequence[Piece]) -> str:
+        """Return what in a whole answer is not valid under its schema, or "".
+
+        A grammar can't hold all keywords of JSON Schema, so a whole answer is validated too.
+        """
+        answer = gather(pieces)
+        for call in answer.calls:
+            if call.name in self.arguments and (
+                reason := self.arguments[call.name].violation(call.arguments)
+            ):
+                return f"the arguments of {call.name} are not valid under its schema: {reason}"
+        content = answer.content or ""
+        if self.content is not None and (reason := self.content.violation(content)):
+            return f"the answer is not valid under its schema: {reason}"
+        return ""
+
 
 def plan_tools(
     request: ToolRequest,
@@ -111,7 +131,7 @@ def plan_tools(
         APIError: 400; the model's tokenizer is unknown, or a schema cannot be enforced.
     """
     if not request.functions or request.mode == "none":
-        return ToolPlan(None, form)
+        return ToolPlan(None, form, content=form)
     if tokenizer is None:
         raise APIError(400, "this model takes no tools; leave them out", param="tools", code=UNSUPPORTED)
     call_format = tool_format(tokenizer) or GENERIC
@@ -145,6 +165,12 @@ def plan_tools(
         tokenizer,
         thoughts=not required and form is None,
         grammar=grammar,
+        content=None if required else form,
+        arguments={
+            function.name: function.arguments(enforced=True)
+            for function in functions
+            if required or function.strict
+        },
     )
 
 
