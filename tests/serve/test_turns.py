@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tool_templates as templates
 
-from tercet.data.prompt_tokens import conversation_tokens
+from tercet.data.chat_mask import mask_conversation
+from tercet.data.prompt_tokens import conversation_text, conversation_tokens
 from tercet.data.turns import arrange
 from tercet.errors import UserError
 
@@ -68,3 +69,22 @@ def test_what_a_template_refuses_in_either_order_is_refused_for_its_own_order() 
     tokenizer = templates.tokenizer_with(template)
     with pytest.raises(UserError, match="no assistant"):
         conversation_tokens(tokenizer, conversation(("user", "a"), ("assistant", "b"), ("system", "c")))
+
+
+@pytest.mark.parametrize("template", [ALTERNATING, FIRST_SYSTEM])
+def test_a_training_row_is_arranged_as_a_prompt_is(template: str) -> None:
+    asked = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    template = template.replace("{{ m.content }}{%", "{{ m.content }}<|end|>{%").replace(
+        "<|assistant|>", asked
+    )
+    tokenizer = templates.tokenizer_with(template)
+    messages = conversation(*AGENT, ("assistant", "c"), ("system", "Now."), ("user", "d"), ("assistant", "e"))
+    texts = mask_conversation(tokenizer, messages)
+    pairs = [
+        (text.text[: span.start], text.text[span.start : span.end]) for text in texts for span in text.spans
+    ]
+    assert pairs == [
+        (conversation_text(tokenizer, messages[:4]), "c<|end|>"),
+        (conversation_text(tokenizer, messages[:7]), "e<|end|>"),
+    ]
+    assert "Monday." in pairs[0][0] and "Now." in pairs[1][0] and "Now." not in pairs[0][0]

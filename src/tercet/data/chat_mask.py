@@ -90,9 +90,10 @@ def mask_conversation(
     ]
     alone = []
     for turn in turns:
-        text = prepared.render(prepared.messages[: turn + 1])
-        prompt = prepared.render(prepared.messages[:turn], add_generation_prompt=True)
-        alone.append((text, _span(prepared, turn, text, _checked_start(prepared, text, prompt, turn))))
+        shown = prepared.ordered(prepared.messages[: turn + 1])
+        text = prepared.render(shown)
+        prompt = prepared.render(prepared.ordered(prepared.messages[:turn], True), True)
+        alone.append((text, _span(prepared, shown, text, _checked_start(prepared, text, prompt, turn))))
     whole = alone[-1][0]
     # A single text serves all turns only if each turn's own text is a prefix of the last turn's.
     if all(whole.startswith(text) for text, _ in alone):
@@ -127,20 +128,21 @@ def _checked_start(prepared: ChatInput, text: str, prompt: str, turn: int) -> in
     )
 
 
-def _span(prepared: ChatInput, turn: int, text: str, start: int) -> Span:
-    """Return the supervised span of a turn; check that it holds nothing else and ends with a stop token."""
-    probe = with_text(prepared.messages[turn], SENTINEL)
+def _span(prepared: ChatInput, messages: list[Message], text: str, start: int) -> Span:
+    """Return the span of the last message's answer; check that it holds nothing else and ends with a stop token."""
+    turn = len(messages)
+    probe = with_text(messages[-1], SENTINEL)
     probe.pop("tool_calls", None)
-    marked = prepared.render([*prepared.messages[:turn], probe])
+    marked = prepared.render([*messages[:-1], probe])
     if marked.count(SENTINEL) != 1:
         raise UserError(
-            f"the chat template can't be trained on: it renders the assistant's message {turn + 1} "
+            f"the chat template can't be trained on: it renders the assistant's message {turn} "
             f"{marked.count(SENTINEL)} times"
         )
     before, _, ending = marked.partition(SENTINEL)
     if not before.startswith(text[:start]) or not text.endswith(ending):
         raise UserError(
-            f"the chat template can't be trained on: the text around the assistant's message {turn + 1} "
+            f"the chat template can't be trained on: the text around the assistant's message {turn} "
             f"depends on its content"
         )
     stops = [

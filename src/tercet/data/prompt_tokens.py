@@ -106,6 +106,25 @@ class ChatInput:
             **self.variables,
         )
 
+    def ordered(self, messages: list[Message], add_generation_prompt: bool = False) -> list[Message]:
+        """Return the messages in an order that the template shows whole (`tercet.data.turns`).
+
+        Raises:
+            UserError: the template refuses them in either order; the error is that of their own.
+        """
+        arranged = arrange(messages)
+        if arranged == messages:
+            return messages
+        try:
+            text = self.render(messages, add_generation_prompt)
+        except UserError as problem:
+            try:
+                self.render(arranged, add_generation_prompt)
+            except UserError:
+                raise problem from None
+            return arranged
+        return messages if all(part in text for part in late_system_texts(messages)) else arranged
+
     def finish(self, text: str) -> ControlText:
         """Return a rendered text without marks, in which spelled control tokens are ordinary text."""
         if self.control_tokens == "control":
@@ -166,36 +185,12 @@ def conversation_text(
     Raises:
         UserError: there is no template, it refuses the conversation, or the text is not valid Unicode.
     """
-    options = {"control_tokens": control_tokens, "ending": ending, **variables}
-    arranged = arrange(messages)
-    if arranged == list(messages):
-        return _text(tokenizer, messages, tools, **options)
-    try:
-        text = _text(tokenizer, messages, tools, **options)
-    except UserError as problem:
-        try:
-            return _text(tokenizer, arranged, tools, **options)
-        except UserError:
-            raise problem from None
-    shown = all(part in text for part in late_system_texts(messages))
-    return text if shown else _text(tokenizer, arranged, tools, **options)
-
-
-def _text(
-    tokenizer: Tokenizer,
-    messages: Messages,
-    tools: Tools | None,
-    *,
-    control_tokens: ControlTokenMode,
-    ending: PromptEnding,
-    **variables: Any,
-) -> ControlText:
-    """Render a conversation in its own order."""
     prepared = prepare_conversation(tokenizer, messages, tools, control_tokens=control_tokens, **variables)
+    ordered = prepared.ordered(prepared.messages, ending.begins_message)
     if ending.continue_final_message:
-        text = _open_text(prepared)
+        text = _open_text(prepared, ordered)
     else:
-        text = prepared.render(prepared.messages, ending.begins_message)
+        text = prepared.render(ordered, ending.begins_message)
     check_text(text, "the conversation")
     return prepared.finish(text)
 
@@ -224,17 +219,16 @@ def check_context(tokens: Sequence[int], limit: int | None, prompt: str, model: 
         )
 
 
-def _open_text(prepared: ChatInput) -> str:
+def _open_text(prepared: ChatInput, messages: list[Message]) -> str:
     """Render a conversation up to the end of its last message's text, as transformers does."""
-    last = prepared.messages[-1]
-    place = f"messages[{len(prepared.messages) - 1}]"
+    last, place = messages[-1], f"messages[{len(messages) - 1}]"
     if last.get("tool_calls"):
         raise ConversationError(
             place, "has calls, so it can't be continued; leave out `continue_final_message`"
         )
     content = text_of(last)
     marked = with_text(last, f"{content}{_END} ")
-    text = prepared.render([*prepared.messages[:-1], marked])
+    text = prepared.render([*messages[:-1], marked])
     before, mark, after = text.rpartition(_END)
     if not mark or content.strip() not in before:
         raise ConversationError(

@@ -10,26 +10,33 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tercet.data.conversation import Message
+
 SEPARATOR = "\n\n"  # between turns that are joined
 _SYSTEM = ("system", "developer")
 
 
-def arrange(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def arrange(messages: Sequence[Message]) -> list[Message]:
     """Return the conversation with one system message, at its front, and consecutive turns of a role joined.
 
-    Results of tools and calls are never joined, and contents that are no strings neither.
+    Results of tools and calls are never joined, and messages with other fields neither.
     """
     system = [message for message in messages if message.get("role") in _SYSTEM]
     others = [message for message in messages if message.get("role") not in _SYSTEM]
-    arranged: list[Mapping[str, Any]] = []
+    arranged: list[Message] = []
     for message in [*system, *others]:
         last = arranged[-1] if arranged else None
         if last is not None and _joinable(last, message):
-            content = SEPARATOR.join(part for part in (last["content"], message["content"]) if part)
-            arranged[-1] = {**last, "content": content}
+            arranged[-1] = {**last, "content": _joined(last["content"], message["content"])}
         else:
             arranged.append(message)
     return arranged
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if isinstance(first, list):
+        return [*first, *second]
+    return SEPARATOR.join(text for text in (first, second) if text)
 
 
 def _joinable(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -38,10 +45,9 @@ def _joinable(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     }
     if len(roles) > 1 or "tool" in roles:
         return False
-    return all(
-        isinstance(message.get("content"), str) and message.keys() <= {"role", "content"}
-        for message in (first, second)
-    )
+    kinds = {type(message.get("content")) for message in (first, second)}
+    plain = all(message.keys() <= {"role", "content"} for message in (first, second))
+    return plain and kinds in ({str}, {list})
 
 
 def late_system_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
