@@ -408,6 +408,38 @@ def test_json_object_is_held_to_json(scripted: ScriptedServer) -> None:
     assert json.loads(answer.choices[0].message.content or "") == {"a": [1, 2]}
 
 
+def test_bounds_hold_in_an_answer(scripted: ScriptedServer) -> None:
+    rate = {"type": "number", "exclusiveMinimum": 0, "maximum": 0.1}
+    schema = {
+        "type": "object",
+        "properties": {"rate": rate},
+        "required": ["rate"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    for said, expected in (('{"rate": 0}', 0.0), ('{"rate": 0.050}', 0.05), ('{"rate": 0.2}', 0.0)):
+        scripted.says(said)
+        answer = client_of(scripted.url).chat.completions.create(
+            model="scripted", messages=HI, response_format=form, temperature=0, max_tokens=60
+        )
+        value = json.loads(answer.choices[0].message.content or "")["rate"]
+        assert 0 < value <= 0.1
+        assert not expected or value == expected
+
+
+def test_an_answer_that_no_grammar_can_hold_is_validated(scripted: ScriptedServer) -> None:
+    schema = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    scripted.says('["a", "b"]')
+    client = client_of(scripted.url)
+    answer = client.chat.completions.create(model="scripted", messages=HI, response_format=form)
+    assert json.loads(answer.choices[0].message.content or "") == ["a", "b"]
+    scripted.says('["a", "a"]')
+    with pytest.raises(openai.BadRequestError, match=r"not valid under its schema: .*unique") as problem:
+        client.chat.completions.create(model="scripted", messages=HI, response_format=form)
+    assert problem.value.code == "json_validate_failed"
+
+
 # Tools
 
 WEATHER: Any = {

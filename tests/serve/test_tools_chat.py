@@ -10,7 +10,7 @@ import openai
 import pytest
 import tool_templates as templates
 from openai.lib.streaming.chat import ChatCompletionStreamState
-from pydantic import BaseModel
+from pydantic import BaseModel, PositiveFloat, conint
 from scripted_server import ScriptedServer, serve_script
 
 SPECIAL = {
@@ -149,3 +149,51 @@ def test_without_tools_their_format_is_text(
     answer = ask(client, tool_choice="none").choices[0]
     assert answer.message.content == "Weather: sun" and answer.message.tool_calls is None
     assert "<|tools|>" not in server.prompt()
+
+
+class Dose(BaseModel):
+    grams: PositiveFloat
+    times: conint(ge=1, le=4)  # type: ignore[valid-type]
+
+
+class Color(BaseModel):
+    names: set[str]
+
+
+def test_bounded_arguments_of_several_functions_are_kept(
+    server: ScriptedServer, client: openai.OpenAI, style: str
+) -> None:
+    said = SAYS[style].removeprefix("<|python_tag|>").replace("Weather", "Dose")
+    said = said.replace('{"city": "Köln", "days": 2}', '{"grams": 0.50, "times": 9}')
+    server.says(said)
+    completion = client.chat.completions.parse(
+        model="scripted",
+        messages=[{"role": "user", "content": "How much?"}],
+        tools=[openai.pydantic_function_tool(Dose), openai.pydantic_function_tool(Weather)],
+        temperature=0,
+        max_tokens=300,
+    )
+    (call, *_) = completion.choices[0].message.tool_calls or ()
+    dose = call.function.parsed_arguments
+    assert isinstance(dose, Dose)
+    assert (dose.grams, call.function.arguments[:14]) == (0.5, '{"grams": 0.50')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arguments_that_no_grammar_can_hold_are_validated(
+    server: ScriptedServer, client: openai.OpenAI, style: str, stream: bool
+) -> None:
+    said = SAYS[style].removeprefix("<|python_tag|>").replace("Weather", "Color")
+    server.says(said.replace('{"city": "Köln", "days": 2}', '{"names": ["red", "red"]}'))
+    tool: Any = {
+        "type": "function",
+        "function": {"name": "Color", "parameters": Color.model_json_schema(), "strict": True},
+    }
+    with pytest.raises(
+        openai.APIError, match=r"arguments of Color are not valid under its schema: names: .*unique"
+    ) as problem:
+        answer = client.chat.completions.create(
+            **fields_with({"tools": [tool], "stream": stream, "max_tokens": 200})
+        )
+        list(answer)
+    assert problem.value.code == "json_validate_failed"
