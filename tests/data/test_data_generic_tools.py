@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from tercet.data.generic_tools import call_text, generic_tools, has_tools, tools_text
-from tercet.data.tool_format import ShownCalls, shown_calls, tool_format
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
@@ -149,15 +148,3 @@ def test_a_description_of_functions_is_json_of_each_on_a_line() -> None:
 def test_a_call_that_cannot_be_shown_is_refused_with_its_place(wrong: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         generic_tools(tokenizer_with(PLAIN), [{"role": "assistant", "tool_calls": [wrong]}], None)
-
-
-def test_a_template_may_show_calls_in_a_format_that_is_not_read() -> None:
-    tags = (
-        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}"
-        "{% for c in m.tool_calls or [] %}<invoke {{ c.function.name }}>"
-        "{% for key, value in c.function.arguments.items() %}<{{ key }}>{{ value }}{% endfor %}{% endfor %}{% endfor %}"
-    )
-    tokenizer = tokenizer_with(tags)
-    assert tool_format(tokenizer) is None
-    assert shown_calls(tokenizer) == ShownCalls(objects=True, several=True)
-    assert shown_calls(tokenizer_with(PLAIN)) is None

@@ -9,7 +9,7 @@ import pytest
 import tool_templates as templates
 from pydantic import BaseModel, Field
 
-from tercet.data.tool_format import ToolFormat, tool_format
+from tercet.data.tool_format import GENERIC, ToolFormat, tool_format
 from tercet.engine.constraint import Constraints
 from tercet.engine.grammar import Grammar
 from tercet.engine.request import Delta
@@ -100,8 +100,10 @@ class Writer:
         self.random = random.Random(seed)
         self.markers = {self.tokenizer.id_of(marker) for marker in templates.MARKERS}
 
-    def tokens(self, grammar: Grammar, limit: int = 3000) -> list[int]:
-        matcher, tokens = self.constraints.matcher(grammar), list[int]()
+    def tokens(self, grammar: Grammar, limit: int = 3000, begin: list[int] | None = None) -> list[int]:
+        matcher, tokens = self.constraints.matcher(grammar), list(begin or [])
+        for token in tokens:
+            matcher.accept(token)
         while not matcher.ended and len(tokens) < limit:
             if forced := matcher.forced():
                 new = forced
@@ -226,3 +228,62 @@ def test_text_that_breaks_off_is_read_all_the_same() -> None:
             pieces += parser.push(Delta(0, stream.push(bytes_of(token)), [token], None))
         answer = gather([*pieces, *parser.finish()])
         assert all(call.name in FUNCTIONS for call in answer.calls)
+
+
+# The generic format
+
+
+class Item(BaseModel):
+    sort: Annotated[str, Field(max_length=3)]
+
+
+class Order(BaseModel):
+    items: Annotated[list[Item], Field(min_length=1, max_length=2)]
+
+
+class Report(BaseModel):
+    name: Annotated[str, Field(max_length=4)]
+    items: Annotated[list[Item], Field(max_length=1)]
+
+
+@pytest.mark.parametrize("opening", ["", '{"name": "order", "arg', '{"name": "w'])
+def test_a_form_and_calls_in_the_generic_format_are_told_apart(opening: str) -> None:
+    tokenizer = templates.tokenizer_with(templates.PLAIN)
+    writer = Writer("hermes", special=False)
+    functions = {"order": Grammar.json_schema(Order.model_json_schema()), "weather": FUNCTIONS["weather"]}
+    form = Grammar.json_schema(Report.model_json_schema())
+    grammar = call_grammar(GENERIC, functions, tokenizer, required=False, several=True, otherwise=form)
+    kinds = set()
+    for _ in range(20):
+        text = writer.text(writer.tokens(grammar, begin=tokenizer.encode(opening, special=False)))
+        parser = ToolParser(GENERIC, functions, tokenizer, whole=True, exact=True)
+        answer = gather([*parser.push(Delta(0, text, [], None)), *parser.finish()])
+        for call in answer.calls:
+            (Order if call.name == "order" else Weather).model_validate_json(call.arguments)
+        if not answer.calls:
+            Report.model_validate_json(answer.content or "")
+        kinds.add(bool(answer.calls))
+    assert kinds == {True} if "arg" in opening else False in kinds
+
+
+def test_an_answer_of_the_form_that_names_a_function_is_no_call() -> None:
+    text = '{"name": "order"}'
+    for exact, count in ((True, 0), (False, 1)):
+        parser = ToolParser(GENERIC, {"order"}, templates.tokenizer_with(None), whole=True, exact=exact)
+        assert len(gather([*parser.push(Delta(0, text, [], None)), *parser.finish()]).calls) == count
+
+
+def test_text_that_begins_as_a_generic_call_is_one_and_other_json_is_text() -> None:
+    tokenizer = templates.tokenizer_with(templates.PLAIN)
+    constraints = Constraints(tokenizer, tokenizer.vocab_size, [tokenizer.eos_id or 0])
+    grammar = call_grammar(GENERIC, FUNCTIONS, tokenizer, required=False, several=True)
+
+    def allows(text: str) -> bool:
+        matcher = constraints.matcher(grammar)
+        tokens = tokenizer.encode(text, special=False)
+        return matcher.valid(tokens) == len(tokens)
+
+    assert allows('{"name": "other", "age": 3}') and allows('[{"name": "any"}]') and allows("Say {}")
+    assert allows('{"name": "any", "arguments": {}}\n{"name": "any", "arguments": {}}')
+    assert not allows('{"name": "any", "x') and not allows('{"name": "weather", "arguments": {"x')
+    assert not allows('{"name": "any", "arguments": {}} and text')

@@ -222,7 +222,8 @@ def test_a_form_beside_tools_is_refused_where_calls_look_like_answers() -> None:
     problem = refusal(plan_tools, read_tools([tool()]), bare, form, "text.format")
     assert problem.param == "text.format"
     assert plan_tools(read_tools([tool()], "required"), bare, form).constraint is not None
-    assert plan_tools(read_tools([tool()]), HERMES, form).constraint is not None
+    for other in (HERMES, templates.tokenizer_with(templates.PLAIN)):
+        assert plan_tools(read_tools([tool()]), other, form).constraint is not None
 
 
 # Earlier calls

@@ -90,31 +90,8 @@ _WRITTEN: dict[Style, str] = {
 }
 
 
-@dataclass(frozen=True)
-class ShownCalls:
-    """How a template itself shows calls, in whatever format.
-
-    objects: whether it needs the arguments as objects, or as strings of JSON.
-    several: whether it shows more than one call of a message.
-    """
-
-    objects: bool
-    several: bool
-
-
 def tool_format(tokenizer: Tokenizer) -> ToolFormat | None:
     """Return the format of this tokenizer's chat template; None where it has no supported format."""
-    detected = _detect(tokenizer)
-    return detected and detected[1]
-
-
-def shown_calls(tokenizer: Tokenizer) -> ShownCalls | None:
-    """Return how this tokenizer's chat template shows calls; None where it leaves out functions or calls."""
-    detected = _detect(tokenizer)
-    return detected and detected[0]
-
-
-def _detect(tokenizer: Tokenizer) -> tuple[ShownCalls, ToolFormat | None] | None:
     template = tokenizer.templates.get("tool_use", tokenizer.chat_template)
     if template is None:
         return None
@@ -122,32 +99,26 @@ def _detect(tokenizer: Tokenizer) -> tuple[ShownCalls, ToolFormat | None] | None
 
 
 @functools.lru_cache(maxsize=32)
-def _detected(
-    template: str, named_tokens: tuple[tuple[str, str], ...]
-) -> tuple[ShownCalls, ToolFormat | None] | None:
+def _detected(template: str, named_tokens: tuple[tuple[str, str], ...]) -> ToolFormat | None:
     special = dict(named_tokens)
     # The template must also show the tools to the model.
     question = _rendered(template, [_user()], special, add_generation_prompt=True)
     if question is None or _NAME not in question:
         return None
     opening = _after_user(question)
-    shown: ShownCalls | None = None
     for objects in (True, False):
         whole = _rendered(template, [_user(), _calls(1, objects)], special)
-        answer = _after_user(whole or "").removeprefix(opening)
-        if whole is None or _NAME not in answer or _VALUE not in answer:
+        if whole is None:
             continue
-        two = _rendered(template, [_user(), _calls(2, objects)], special)
-        several = two is not None and two.count(_NAME) > whole.count(_NAME)
+        answer = _after_user(whole).removeprefix(opening)
         for style, pattern in _WRITTEN.items():
             if match := re.search(pattern, answer):
+                two = _rendered(template, [_user(), _calls(2, objects)], special)
+                several = two is not None and two.count(_NAME) > whole.count(_NAME)
                 groups = match.groupdict()
                 key = groups.get("key") or "arguments"
-                identified = groups.get("id") is not None
-                return ShownCalls(objects, several), ToolFormat(style, key, objects, several, identified)
-        # Most templates write a string of JSON as an object; those that encode it again need objects.
-        shown = shown or ShownCalls(objects, several)
-    return None if shown is None else (shown, None)
+                return ToolFormat(style, key, objects, several, groups.get("id") is not None)
+    return None
 
 
 def _after_user(text: str) -> str:

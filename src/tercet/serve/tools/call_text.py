@@ -66,8 +66,9 @@ class CallText:
 class JsonCall(CallText):
     """``{"name": "f", "arguments": {…}}``; the keys may come in any order."""
 
-    def __init__(self, names: frozenset[str]) -> None:
+    def __init__(self, names: frozenset[str], exact: bool = False) -> None:
         super().__init__(names)
+        self._exact = exact  # there must be arguments
         self._outer = _Brackets()
 
     def _read(self) -> None:
@@ -98,6 +99,8 @@ class JsonCall(CallText):
             raise _Malformed from problem
         self._check_name(call.get("name"))
         arguments = call.get("arguments", call.get("parameters"))
+        if arguments is None and self._exact:
+            raise _Malformed
         if not isinstance(arguments, str):
             arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
         if not is_object(arguments):

@@ -15,6 +15,7 @@ from tercet.data.reasoning import reasoning_of
 from tercet.data.tool_format import ToolFormat, special_markers
 from tercet.engine.grammar import Grammar
 from tercet.model.tokenizer import Tokenizer
+from tercet.serve.tools.any_schema import form_or_call
 
 _ANY_TEXT = r"(.|\n)*"
 Literal = Callable[[str], str]
@@ -58,6 +59,10 @@ def call_grammar(
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
     more = f" ({literal(between)} call)*" if several and form.several else ""
     rules.append(f"calls: {literal(before)} call{more} {literal(after)}")
+    if otherwise is not None and not form.trigger:
+        # Both begin with the same characters, which only one schema can keep apart.
+        ended = literal(end_of_reasoning(reasoning)) if reasoning else ""
+        return Grammar.lark(f"start: {ended} {form_or_call(otherwise, functions, form.arguments).in_lark()}")
     if not free:
         ended = literal(end_of_reasoning(reasoning)) if reasoning else ""
         choice = "" if required else "otherwise | "

@@ -35,6 +35,7 @@ class ToolParser:
         tokenizer: of the model; None without tools.
         reasoning: the marker that ends reasoning which the prompt has opened; None: it has opened none.
         skip: text at the beginning of the answer that is left out.
+        exact: JSON that names a function and has no arguments is no call.
         whole: return a call only once it is complete and valid, so that a malformed call is content to its
             last character. Otherwise return its arguments as they are written; a mistake in them ends it.
     """
@@ -47,6 +48,7 @@ class ToolParser:
         *,
         reasoning: str | None = None,
         skip: str = "",
+        exact: bool = False,
         whole: bool = False,
     ) -> None:
         self._form, self._names, self._whole = form or ToolFormat("bare"), frozenset(names), whole
@@ -65,9 +67,10 @@ class ToolParser:
         self._hidden = set(special.values()).intersection(REASONING_MARKERS)
         self._skip = skip  # the rest of it
         self._last = ""  # the last character of the content
+        self._exact = exact
         self._buffer = ""  # text that is not classified yet
         self._raw = ""  # in the states list and call: text before it, content if it is no call
-        self._call: CallText = JsonCall(self._names)
+        self._call: CallText = JsonCall(self._names, exact)
         self._sent = 0  # characters of its arguments that were returned
         self._begun = 0  # calls that have begun
 
@@ -173,7 +176,8 @@ class ToolParser:
     def _open(self, raw: str) -> None:
         """Expect a call from here on; ``raw`` was written before it."""
         self._state, self._raw, self._sent = "call", raw, 0
-        self._call = (NamedCall if self._form.style == "named" else JsonCall)(self._names)
+        named = self._form.style == "named"
+        self._call = NamedCall(self._names) if named else JsonCall(self._names, self._exact)
 
     def _at_list(self) -> list[Piece]:
         blank = len(self._buffer) - len(self._buffer.lstrip())

@@ -51,6 +51,7 @@ class ToolPlan:
     names: the functions that it may call.
     tokenizer: of the model; None without tools.
     thoughts: whether the output may contain reasoning, in which no text is a call.
+    exact: whether JSON without arguments is an answer in the request's form, and no call.
     reasoning: the marker that ends reasoning which the prompt has opened; None: none, or the prompt is unknown.
     grammar: returns ``constraint`` for such a marker; None where it does not depend on one.
     content: the form of content that is not a call; None: any text.
@@ -64,6 +65,7 @@ class ToolPlan:
     tokenizer: Tokenizer | None = None
     thoughts: bool = True
     reasoning: str | None = None
+    exact: bool = False
     grammar: Callable[[str | None], Grammar] | None = None
     content: Grammar | None = None
     arguments: Mapping[str, Grammar] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class ToolPlan:
             self.tokenizer,
             reasoning=None if ended else self.reasoning,
             skip=end_of_reasoning(self.reasoning) if self.reasoning is not None and ended else "",
+            exact=self.exact,
             whole=whole,
         )
 
@@ -151,12 +154,12 @@ def plan_tools(
             several=several and request.only is None,
             otherwise=None if required else _otherwise(form, call_format, form_param),
         )
-    constraint = None if grammar is None else grammar(None)
-    if constraint is not None:
-        try:
+    try:
+        constraint = None if grammar is None else grammar(None)
+        if constraint is not None:
             constraint.check()
-        except GrammarError as problem:
-            raise invalid_value("tools", f"cannot be enforced together: {problem}", BAD_SCHEMA) from problem
+    except GrammarError as problem:
+        raise invalid_value("tools", f"cannot be enforced together: {problem}", BAD_SCHEMA) from problem
     return ToolPlan(
         [function.for_template() for function in request.functions],
         constraint,
@@ -164,6 +167,7 @@ def plan_tools(
         frozenset(function.name for function in functions),
         tokenizer,
         thoughts=not required and form is None,
+        exact=form is not None,
         grammar=grammar,
         content=None if required else form,
         arguments={
@@ -200,7 +204,7 @@ def _otherwise(form: Grammar | None, call_format: ToolFormat, param: str) -> Gra
         return None
     if form.kind != "json_schema":
         raise invalid_value(param, "must be JSON when there are tools", UNSUPPORTED)
-    if not call_format.trigger:
+    if call_format.style == "bare":
         raise invalid_value(
             param,
             "and tools can be combined only with tool_choice required or none: this model's calls are JSON "
