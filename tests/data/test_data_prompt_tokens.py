@@ -261,3 +261,9 @@ def test_tools_calls_results_and_variables_spell_text() -> None:
     counted = marks(tokenizer, messages, "<|im_start|>", tools=[tool], extra=forged)
     assert counted == marks(tokenizer, plain[0], "<|im_start|>", tools=[plain[1]], extra="") == 6
     assert conversation_text(tokenizer, messages, [tool], extra=forged).count("<|im_start|>") > 6
+
+
+def test_a_row_cannot_set_what_the_renderer_sets() -> None:
+    row = {"messages": BEGUN, "chat_template_kwargs": {"add_generation_prompt": True}}
+    with pytest.raises(UserError, match=r"chat_template_kwargs\.add_generation_prompt is no variable"):
+        trained(row, templates.CHATML)

@@ -11,6 +11,7 @@ from tercet.data.batches import Encoded
 from tercet.data.chat_mask import Rendered, Span, mask_conversation
 from tercet.data.continuation import encode_rendered
 from tercet.data.conversation import read_messages, read_tools
+from tercet.data.prompt_tokens import RESERVED
 from tercet.data.row_forms import FIELD_OF_MESSAGE, TrainingRow, read_row
 from tercet.data.rows import OverLength
 from tercet.errors import UserError
@@ -175,6 +176,8 @@ def render_row(
     if row.messages is None:
         return [_stopped(tokenizer, row.prompt + row.completion, len(row.prompt))]
     tools = read_tools(row.tools)
+    if own := sorted(RESERVED & row.variables.keys()):
+        raise UserError(f"chat_template_kwargs.{own[0]} is no variable of a template; it is set from the row")
     template = tokenizer.template_text(tools=tools is not None)
     return mask_conversation(
         tokenizer,

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
+# Names of the renderer's own arguments, which no variable of a template can have.
+RESERVED = frozenset(
+    [
+        *("self", "tokenizer", "messages", "tools", "template", "special_tokens", "null_content"),
+        *("supervised", "control_tokens", "ending", "add_generation_prompt", "continue_final_message"),
+    ]
+)
 # Stands at the end of a message that the answer continues; letters and digits, so that no template escapes it.
 _END = "Qx7endofmessagex7Q"
 

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from tercet.data.prompt_tokens import RESERVED
 from tercet.engine.request import Completion, Sampling
-from tercet.serve.api.chat_messages import Message, note_names, prompt_ending, template_form
+from tercet.serve.api.chat_messages import Message, answer_ending, note_names, template_form
 from tercet.serve.api.field_table import Hint, Ignored, Refused, Used, WhereKnown, ignored_of
 from tercet.serve.api.fields import (
     NO_CACHE_SETTINGS,
@@ -43,20 +44,6 @@ from tercet.serve.tools.request import read_tools
 from tercet.serve.worker import Reading
 
 router = APIRouter()
-
-# Names that the renderer itself passes to a template or takes as arguments.
-_OWN = (
-    *(
-        "messages",
-        "tools",
-        "documents",
-        "add_generation_prompt",
-        "template",
-        "special_tokens",
-        "null_content",
-    ),
-    *("self", "ending", "control_tokens", "continue_final_message"),
-)
 
 
 class ChatBody(SamplingBody):
@@ -185,7 +172,7 @@ async def prepare(served: Served, body: ChatBody, ignored: Ignored) -> Chat:
             "it cannot be combined with tools, because tool calls are not text; leave one of them out",
         )
     variables = _template_variables(served, body, ignored)
-    ending = prompt_ending(body.messages, body.continue_final_message, body.add_generation_prompt)
+    ending = answer_ending(body.messages, body.continue_final_message, body.add_generation_prompt)
 
     if not knows(served, "reasoning_content"):
         for number, message in enumerate(body.messages):
@@ -213,7 +200,7 @@ def _template_variables(served: Served, body: ChatBody, ignored: Ignored) -> dic
     """Return the template's variables beside messages and tools. APIError for those that it never reads."""
     variables = dict(body.chat_template_kwargs or {})
     for name in variables:
-        if name in _OWN or not knows(served, name):
+        if name in (*RESERVED, "documents") or not knows(served, name):
             raise unsupported(
                 f"chat_template_kwargs.{name:.60}", "this model's chat template has no such variable"
             )

@@ -92,14 +92,26 @@ def _content(content: str | list[Part] | None, where: str, role: str) -> str | l
     return [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else texts[0]
 
 
-def prompt_ending(messages: Sequence[Message], continued: bool | None, begun: bool | None) -> PromptEnding:
-    """Return how the prompt ends, from the request's ``continue_final_message`` and ``add_generation_prompt``.
+def read_ending(continued: bool | None, begun: bool | None) -> PromptEnding:
+    """Return how a prompt ends, from ``continue_final_message`` and ``add_generation_prompt`` of a request.
 
     Raises:
-        APIError: 400; they contradict each other, or neither is set after an assistant's message.
+        APIError: 400; they contradict each other.
     """
     try:
-        ending = PromptEnding(bool(continued), begun)
+        return PromptEnding(bool(continued), begun)
+    except ConversationError as problem:
+        raise invalid_value(problem.place, problem.problem) from problem
+
+
+def answer_ending(messages: Sequence[Message], continued: bool | None, begun: bool | None) -> PromptEnding:
+    """Return how the prompt of an answer ends, as `read_ending`.
+
+    Raises:
+        APIError: 400; as `read_ending`, or neither is set after an assistant's message.
+    """
+    ending = read_ending(continued, begun)
+    try:
         ending.check([{"role": message.role} for message in messages])
     except ConversationError as problem:
         raise invalid_value(problem.place, problem.problem) from problem

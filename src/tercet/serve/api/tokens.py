@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tercet.data.conversation import check_text
 from tercet.errors import UserError
-from tercet.serve.api.chat_messages import Message, template_form
+from tercet.serve.api.chat_messages import Message, read_ending, template_form
 from tercet.serve.api.field_table import Body, Used, ignored_of
 from tercet.serve.api.prompts import TokenId
 from tercet.serve.errors import APIError, from_user_error, invalid_value
@@ -30,6 +30,13 @@ class TokenizeBody(Body):
         Annotated[list[Message], Field(min_length=1)] | None, Used("a conversation, which is rendered")
     ] = None
     add_special_tokens: Annotated[bool | None, Used("of a prompt; true by default")] = None
+    continue_final_message: Annotated[
+        bool | None,
+        Used("of a conversation: end within the last message, as for an answer that continues it"),
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None, Used("of a conversation: end with the beginning of a message; true by default")
+    ] = None
     return_token_strs: Annotated[bool | None, Used("also return each token's text")] = None
 
 
@@ -54,6 +61,9 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
         raise APIError(
             400, "send either prompt or messages", param="prompt", code="missing_required_parameter"
         )
+    if body.messages is None and (body.continue_final_message or body.add_generation_prompt is not None):
+        name = "continue_final_message" if body.continue_final_message else "add_generation_prompt"
+        raise invalid_value(name, "applies to messages only; a text is tokenized as it is")
     if body.messages is not None and body.add_special_tokens is not None:
         raise invalid_value(
             "add_special_tokens", "applies to a prompt only; a chat template writes its own special tokens"
@@ -72,7 +82,8 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
 
 def _encode(served: Served, body: TokenizeBody) -> list[int]:
     if body.messages is not None:
-        return served.prompt_tokens(checked_messages(template_form(body.messages)))
+        ending = read_ending(body.continue_final_message, body.add_generation_prompt)
+        return served.prompt_tokens(checked_messages(template_form(body.messages)), ending=ending)
     try:
         text = check_text(body.prompt, "prompt")
     except UserError as problem:
