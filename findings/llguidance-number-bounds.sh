@@ -5,7 +5,6 @@
 #   exclusiveMinimum 0            0.5 is allowed and 0.50 refused (minimum 0 allows both)
 #   multipleOf 0.25               0.5 is refused and 0.50 allowed
 #   exclusiveMinimum 0, maximum 0.1   0 is allowed, although 0 is excluded
-#   multipleOf 3                  6 is allowed and -6 refused
 #   any bound                     1e3 is refused, which the same schema without a bound allows
 # We guessed that every spelling of a value within the bounds is allowed.
 # A model that has written "0.7" must go on to "0.70"; one that has written "0.50" can't stop there.
@@ -37,12 +36,11 @@ for bounds, texts in (
     ({"minimum": 0}, ("0.5", "0.50", "1e3")),
     ({"multipleOf": 0.25}, ("0.5", "0.50")),
     ({"exclusiveMinimum": 0, "maximum": 0.1}, ("0", "0.1")),
-    ({"multipleOf": 3}, ("6", "-6")),
     ({}, ("0.50", "1e3")),
 ):
     for text in texts:
         seen[json.dumps(bounds), text] = allowed({"type": "number"} | bounds, text)
         print(f"{json.dumps(bounds):40} {text:6} {'allowed' if seen[json.dumps(bounds), text] else 'refused'}")
-expected = [False, True, True, False, True, False, False, True, True, False, False, True, True, True, True, False, True, True]
+expected = [False, True, True, False, True, False, False, True, True, False, False, True, True, True, True, True]
 assert list(seen.values()) == expected, "the behaviour has changed"
 PYTHON
