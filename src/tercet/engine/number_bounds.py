@@ -8,6 +8,8 @@ Every beginning of an allowed text can be completed, and the length of a text is
 can neither reach a dead end nor write digits without end:
 
 - At most `WHOLE_DIGITS` digits before the point, or one more than the bounds have where these are longer.
+- Next to zero, values from 1e-9 (or a thousandth of the last digit of a smaller bound), so that a model
+  that means zero, where zero is excluded, does not write zeros to the limit.
 - As many digits after the point as a double can tell apart from the bounds (15 significant digits in all),
   or one more than the bounds have where these are longer. So a value within an exclusive bound is still
   within it when it is read as a double.
@@ -26,6 +28,7 @@ from typing import Any
 
 WHOLE_DIGITS = 19  # those of the largest int64
 SIGNIFICANT_DIGITS = 15  # decimal digits that every double keeps
+ZEROS = 8  # the most zeros behind the point of a value that is not zero
 # Far from a bound with many digits before the point, values have at least this many digits after it.
 FAR_PLACES = 8
 _FAR = 10**6  # whole parts below this leave a double more than FAR_PLACES digits
@@ -214,10 +217,13 @@ def _places(bounds: Bounds) -> int:
 
 
 def _positive(bounds: Bounds) -> Bounds:
-    """Return the bounds of the values above zero."""
-    if bounds.low is None or bounds.low <= 0:
-        return replace(bounds, low=Fraction(0), low_included=False)
-    return bounds
+    """Return the bounds of the values above zero that are written."""
+    if bounds.low is not None and bounds.low > 0:
+        return bounds
+    if bounds.whole or bounds.step is not None:
+        return replace(bounds, low=bounds.step or Fraction(1), low_included=True)
+    digits = ZEROS + 1 if bounds.high is None else max(ZEROS + 1, _decimals(bounds.high) + 3)
+    return replace(bounds, low=Fraction(1, 10**digits), low_included=True)
 
 
 def _magnitude(bounds: Bounds) -> str | None:
