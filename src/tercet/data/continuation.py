@@ -7,8 +7,12 @@ tokens would concern a prompt that the model is never given, so both use the tok
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from tercet.data.batches import Encoded
 from tercet.data.chat_mask import Rendered, encode_spans
@@ -16,6 +20,7 @@ from tercet.model.tokenizer import Tokenizer
 
 # A text is encoded after one of these, whose own tokens then are cut off: the first that shares no token with it.
 _OPENINGS = ("\n", "=", "a")
+_NEAR = 200  # characters before an answer in which most templates have a special token
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,16 @@ def continued(tokenizer: Tokenizer, text: str, start: int, *, special: bool) -> 
 
 
 def _encoded(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
-    ids, offsets = tokenizer.encode_with_offsets(text, special=special)
-    end = len(ids)
-    while special and end > 1 and offsets[end - 1] == (0, 0):
-        end -= 1  # a stop token that the tokenizer adds is not part of the text
-    return list(ids[:end])
+    ids = tokenizer.encode(text, special=special)
+    # A stop token that the tokenizer adds is not part of the text.
+    return ids[: max(1, len(ids) - _added_at_end(tokenizer))] if special else ids
+
+
+@functools.lru_cache(maxsize=4)
+def _added_at_end(tokenizer: Tokenizer) -> int:
+    """Return how many tokens the tokenizer adds after a text."""
+    _, offsets = tokenizer.encode_with_offsets("a")
+    return next((count for count, place in enumerate(reversed(offsets)) if place != (0, 0)), 0)
 
 
 def _alone(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
@@ -93,22 +103,46 @@ def encode_rendered(tokenizer: Tokenizer, rendered: Rendered) -> tuple[list[Enco
     Returns:
         The examples; and for each prompt that ends inside a token its last characters and the next ones.
     """
-    text = rendered.text
-    parts = [continued(tokenizer, part(text, 0, span.end), span.start, special=rendered.special)
-             for span in rendered.spans]  # fmt: skip
-    places = [
-        (text[max(0, span.start - 12) : span.start], text[span.start : span.start + 12])
-        for span, tokens in zip(rendered.spans, parts, strict=True)
-        if tokens.apart
-    ]
-    if not places:
-        spans = [(span.start, span.end) for span in rendered.spans]
-        return [encode_spans(tokenizer, text, spans, special=rendered.special)], []
-    examples = [
-        Encoded.of(
-            [*tokens.prompt, *tokens.continuation],
-            [*([False] * len(tokens.prompt)), *([True] * len(tokens.continuation))],
-        )
-        for tokens in parts
-    ]
+    text, special = rendered.text, rendered.special
+    spans = [(span.start, span.end) for span in rendered.spans]
+    whole = encode_spans(tokenizer, text, spans, special=special)
+    if _begins_as_prompted(tokenizer, rendered, whole):
+        return [whole], []
+    examples, places = [], []
+    for start, end in spans:
+        tokens = continued(tokenizer, part(text, 0, end), start, special=special)
+        ids = [*tokens.prompt, *tokens.continuation]
+        examples.append(Encoded.of(ids, [index >= len(tokens.prompt) for index in range(len(ids))]))
+        if tokens.apart:
+            places.append((text[max(0, start - 12) : start], text[start : start + 12]))
     return examples, places
+
+
+def _begins_as_prompted(tokenizer: Tokenizer, rendered: Rendered, whole: Encoded) -> bool:
+    """Return whether before each answer the tokens of the whole text are those of the prompt alone."""
+    text, on = rendered.text, whole.supervised
+    begins = np.flatnonzero(on & ~np.concatenate([[False], on[:-1]])).tolist()
+    if len(begins) != len(rendered.spans):
+        return False
+    # Control tokens that are text, and added tokens, make the parts of a text depend on each other.
+    has_no_parts = rendered.special or bool(getattr(text, "literal", ()))
+    for span, begin in zip(rendered.spans, begins, strict=True):
+        # A special token divides the text, so only what follows the last one can depend on the answer.
+        tail = part(text, max(0, span.start - _NEAR), span.start)
+        matches = [] if has_no_parts else list(_special(tokenizer).finditer(tail))
+        if matches:
+            tokens = tokenizer.encode(tail[matches[-1].start() :], special=False)
+            if tokens and tokenizer.token_text(tokens[0]) == matches[-1].group():
+                if whole.ids[max(0, begin - len(tokens)) : begin].tolist() != tokens:
+                    return False
+                continue
+        if whole.ids[:begin].tolist() != _encoded(tokenizer, part(text, 0, span.start), rendered.special):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=4)
+def _special(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Return a pattern of the special tokens."""
+    longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
