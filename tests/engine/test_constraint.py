@@ -356,6 +356,14 @@ def test_characters_without_a_token_are_an_error() -> None:
         matcher.mask()
 
 
+def test_a_dead_end_is_not_blamed_on_a_tokenizer_that_has_all_bytes(byte_level: Tokenizer) -> None:
+    constraints = Constraints(byte_level, byte_level.vocab_size, [])
+    matcher = constraints.matcher(Grammar.lark('start: "a" B\nB: /x/ & /y/'))
+    with pytest.raises(GrammarError, match="the grammar allows what it has begun, and nothing behind it"):
+        matcher.accept(byte_level.encode("a")[0])
+        matcher.mask()
+
+
 def test_a_grammar_beyond_the_parsers_limits_is_reported_as_such(byte_level: Tokenizer) -> None:
     many = " | ".join(f'"a{number}"' for number in range(3000))
     matcher = Constraints(byte_level, byte_level.vocab_size, []).matcher(Grammar.lark(f"start: {many}"))

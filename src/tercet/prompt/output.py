@@ -156,7 +156,8 @@ def _class_schema(model: type[BaseModel]) -> dict[str, Any]:
                 return general
             places = schema.get("decimal_places")
             step = {} if places is None or "multipleOf" in numbers[0] else {"multipleOf": 10.0**-places}
-            return numbers[0] | step
+            bounded: JsonSchemaValue = numbers[0] | step
+            return bounded
 
     schema: dict[str, Any] = model.model_json_schema(schema_generator=Generator)
     return schema
