@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tercet.data.conversation import ConversationError, read_messages
-from tercet.data.examples import render_row
+from tercet.data.examples import prepare, render_row
 from tercet.data.prompt_tokens import PromptEnding, conversation_text, conversation_tokens, hidden_names
 from tercet.data.row_forms import read_row
 from tercet.errors import UserError
@@ -220,8 +220,6 @@ def marks(tokenizer: Any, messages: list[Mapping[str, Any]], token: str, **optio
 
 
 def test_a_row_trains_spelled_control_tokens_as_text_and_says_so() -> None:
-    from tercet.data.examples import prepare
-
     tokenizer = templates.byte_tokenizer(templates.QWEN)
     row = {
         "messages": [
@@ -267,3 +265,10 @@ def test_a_row_cannot_set_what_the_renderer_sets() -> None:
     row = {"messages": BEGUN, "chat_template_kwargs": {"add_generation_prompt": True}}
     with pytest.raises(UserError, match=r"chat_template_kwargs\.add_generation_prompt is no variable"):
         trained(row, templates.CHATML)
+
+
+@pytest.mark.parametrize(("name", "described"), [("qwen", False), ("command_r", True)])
+def test_the_account_names_conversations_whose_tools_are_text(name: str, described: bool) -> None:
+    row = {"messages": conversation(ARGUMENTS), "tools": [TOOL]}
+    account = prepare([row], templates.byte_tokenizer(WITH_TOOLS[name]), 4000).account()
+    assert any("1 conversations have tools" in line for line in account) == described

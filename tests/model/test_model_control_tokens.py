@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from tercet.model.control_text import ControlText
+from tercet.model.control_tokens import token_pattern
 from tercet.model.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
@@ -210,3 +211,15 @@ def test_a_conversation_without_spelled_tokens_is_encoded_as_before() -> None:
     talk = [{"role": "user", "content": "the quick <fox>"}, {"role": "assistant", "content": "née"}]
     assert rendered(tokenizer, talk).literal == ()
     assert tokenizer.encode_chat(talk) == tokenizer.encode(tokenizer.render(talk), special=False)
+
+
+def test_the_longest_token_is_found_at_each_place() -> None:
+    import re
+
+    draw = random.Random(0)
+    known = ["ab", "abc", "b", "a", "<|x|>", "<|x|>y", "|>", "(.*)"]
+    for _ in range(2000):
+        text, tokens = "".join(draw.choices("abc<|x>y(.*)", k=12)), draw.sample(known, draw.randint(1, 8))
+        longest = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        assert token_pattern(tokens).findall(text) == longest.findall(text)
+    assert token_pattern([]).search("a") is None

@@ -11,9 +11,11 @@ from tercet.data.batches import Encoded
 from tercet.data.chat_mask import Rendered, Span, mask_conversation
 from tercet.data.continuation import encode_rendered
 from tercet.data.conversation import read_messages, read_tools
+from tercet.data.generic_tools import has_tools
 from tercet.data.prompt_tokens import RESERVED
 from tercet.data.row_forms import FIELD_OF_MESSAGE, TrainingRow, read_row
 from tercet.data.rows import OverLength
+from tercet.data.tool_format import tool_format
 from tercet.errors import UserError
 from tercet.model.chat_template import REASONING
 from tercet.model.control_text import ControlText, ControlTokenMode
@@ -39,6 +41,7 @@ class Prepared:
     stops: set[str] = field(default_factory=set)  # the stop tokens of the supervised parts
     unused: Counter[str] = field(default_factory=Counter)  # column that nothing reads -> rows
     context: int = 0  # answers that are not trained on because their row says so
+    described: int = 0  # conversations whose tools, calls and results are text
     spelling: int = 0  # training texts whose messages spell control tokens, which are ordinary text there
     inside: int = 0  # prompts that end inside a token
     inside_example: str = ""  # the text around the end of one of them
@@ -58,6 +61,11 @@ class Prepared:
         lines += [f"dropped {count:,} rows: {reason}" for reason, count in self.dropped.most_common()]
         if self.context:
             lines.append(f"{self.context:,} answers are context only, because their rows say so (weight 0)")
+        if self.described:
+            lines.append(
+                f"{self.described:,} conversations have tools, for which the chat template has no format that is read: "
+                f"functions, calls and results are trained on as text, as the server shows them"
+            )
         if self.spelling:
             lines.append(
                 f"{self.spelling:,} training texts spell control tokens in their messages, which are trained on as "
@@ -110,6 +118,7 @@ def prepare(
         except UserError as problem:
             raise UserError(f"row {number}: {problem}") from problem
         prepared.context += read.context
+        prepared.described += bool(texts) and _is_described(read, tokenizer)
         if read.dropped:
             prepared.dropped[read.dropped] += 1
         for rendered in texts:
@@ -187,6 +196,11 @@ def render_row(
         control_tokens=control_tokens,
         **row.variables,
     )
+
+
+def _is_described(row: TrainingRow, tokenizer: Tokenizer) -> bool:
+    """Whether the tools of a row become text, because the template has no format that is read."""
+    return row.messages is not None and has_tools(row.messages, row.tools) and tool_format(tokenizer) is None
 
 
 def _unread(row: TrainingRow, tokenizer: Tokenizer) -> list[str]:
