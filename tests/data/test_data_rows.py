@@ -77,6 +77,13 @@ def test_the_layout_of_json_is_read_from_its_content(tmp_path: Path, name: str, 
     assert read_rows(tmp_path / name) == ROWS
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize("new", ["train", "rows.txt", "rows.json"])
+def test_json_and_parquet_are_recognized_without_a_suffix(tmp_path: Path, name: str, new: str) -> None:
+    (tmp_path / new).write_bytes(CONTENT[name])
+    assert read_rows(tmp_path / new) == ROWS
+
+
 def test_an_array_with_a_single_row_and_a_line_separator_in_a_string(tmp_path: Path) -> None:
     for content in (
         '[\n{"a": "x\u2028y"}\n]',
@@ -160,8 +167,9 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(UserError, match=r"there is no file .*trian\.jsonl; did you mean train\.jsonl\?"):
         read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(UserError, match="cannot read"):
-        read_rows(tmp_path, format="csv")
+    for options in ({}, {"format": "csv"}):
+        with pytest.raises(UserError, match="is a directory; name a file"):
+            read_rows(tmp_path, **options)  # type: ignore[arg-type]
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:

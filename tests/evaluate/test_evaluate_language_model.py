@@ -75,7 +75,7 @@ def test_a_space_that_ends_a_prompt_belongs_to_the_answer_unless_the_model_was_t
     tmp_path: Path,
 ) -> None:
     llm = LLM(str(write_model(tmp_path / "model", chat=False)))
-    calls: list[tuple[object, object]] = []
+    calls: list[tuple[list[str], list[list[str]]]] = []
 
     class Recording:
         def __getattr__(self, name: str) -> object:
@@ -93,7 +93,7 @@ def test_a_space_that_ends_a_prompt_belongs_to_the_answer_unless_the_model_was_t
         text = str(task.test[0].fields["text"])
         for tuned, prompt in ((False, text + stem), (True, text + ending)):
             Answerer(Recording(), task, tuned=tuned).answer(task.test[:1])  # type: ignore[arg-type]
-            prompts, [choices] = calls.pop()  # type: ignore[misc]
+            prompts, [choices] = calls.pop()
             assert prompts == [prompt]
             space = "" if ending == ":\n" or prompt.endswith(" ") else " "
             assert [choice.rstrip("\n") for choice in choices] == [

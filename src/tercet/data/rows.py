@@ -34,7 +34,8 @@ def read_rows(
 
     Args:
         path: the file; it may be compressed with gzip, zstandard, bzip2 or xz.
-        format: one of ``FORMATS``; by default that of the suffix. The content distinguishes jsonl from json.
+        format: one of ``FORMATS``; by default that of the suffix, or without a known suffix that of the content.
+            The content distinguishes jsonl from json.
         columns: names for a csv or tsv file without a header line.
         encoding: of the text formats. A byte order mark is not part of the text.
         quoting: whether ``"`` quotes a value. By default it does in csv (RFC 4180) but not in tsv,
@@ -44,13 +45,13 @@ def read_rows(
         UserError: the file can't be read; the error names the file and, if there is one, the line.
     """
     path = Path(path)
-    format = format or _format_of(path)
-    if format not in FORMATS:
+    if format is not None and format not in FORMATS:
         raise UserError(f"{path}: format {format!r} is not one of {', '.join(FORMATS)}")
+    content = _content(path)
+    format = format or _format_of(path, content)
     if format not in ("csv", "tsv") and (columns is not None or quoting is not None):
         setting = "columns" if columns is not None else "quoting"
         raise UserError(f"{path}: `{setting}` is for csv and tsv files; this one is {format}")
-    content = _content(path)
     if format == "parquet" or (format in ("json", "jsonl") and content.startswith(b"PAR1")):
         return _parquet(path, content)
     text = _decode(path, content, encoding)
@@ -61,18 +62,27 @@ def read_rows(
     )
 
 
-def _format_of(path: Path) -> str:
+def _format_of(path: Path, content: bytes) -> str:
+    """Return the format that the suffix names, or else the one that the content begins like."""
     suffix = Path(unpacked_name(path.name)).suffix.removeprefix(".")
     format = _SUFFIXES.get(suffix, suffix)
     if format not in FORMATS:
+        if content.startswith(b"PAR1"):
+            return "parquet"
+        if content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+            return "json"
         reason = f"the suffix .{suffix} is not that of a known format" if suffix else "its name has no suffix"
-        raise UserError(f"{path}: {reason}; set `format` to one of {', '.join(FORMATS)}")
+        raise UserError(
+            f"{path}: {reason}; rename it to one ({', '.join(FORMATS)}), or set `format` in a task file"
+        )
     return format
 
 
 def _content(path: Path) -> bytes:
     if not path.exists():
         raise UserError(f"there is no file {path}{nearest_file(path)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; name a file")
     with file_origin(path).opened() as stream:
         return stream.read()
 
