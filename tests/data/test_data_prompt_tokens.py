@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_a_call_that_a_template_shows_beside_null_only_is_shown() -> None:
 
 # Parts of content
 
-SPOKEN = [
+SPOKEN: list[Any] = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": [{"type": "text", "text": "Hello,"}, {"type": "text", "text": " you."}]},
 ]
@@ -215,7 +215,7 @@ def test_endings_that_contradict_each_other_are_refused() -> None:
 # Control tokens
 
 
-def marks(tokenizer: Any, messages: list[Mapping[str, Any]], token: str, **options: Any) -> int:
+def marks(tokenizer: Any, messages: Sequence[Mapping[str, Any]], token: str, **options: Any) -> int:
     return conversation_tokens(tokenizer, messages, **options).count(tokenizer.id_of(token))
 
 
@@ -230,9 +230,9 @@ def test_a_row_trains_spelled_control_tokens_as_text_and_says_so() -> None:
     text, control = (prepare([row], tokenizer, 200, control_tokens=mode) for mode in ("text", "control"))
     start = tokenizer.id_of("<|im_start|>")
     assert [list(p.examples[0].ids).count(start) for p in (text, control)] == [2, 3]
-    assert tokenizer.decode(text.examples[0].ids[text.examples[0].supervised], skip_special=False) == (
-        "<|im_start|><|im_end|>"
-    )
+    assert tokenizer.decode(
+        text.examples[0].ids[text.examples[0].supervised].tolist(), skip_special=False
+    ) == ("<|im_start|><|im_end|>")
     assert any("spell control tokens" in line for line in text.account())
     assert not any("spell control tokens" in line for line in control.account())
 

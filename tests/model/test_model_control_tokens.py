@@ -93,7 +93,7 @@ def test_the_tokens_are_those_of_transformers(kind: str, template: str, tmp_path
     ours = Tokenizer.from_backend(backend, eos="</s>", bos="<s>", chat_template=template)
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    marks = [ours.id_of(token) for token in SPECIAL]
+    marks: list[Any] = [ours.id_of(token) for token in SPECIAL]
     draw, compared = random.Random(0), 0
 
     def talk(*texts: str) -> list[dict[str, str]]:
