@@ -100,6 +100,8 @@ def test_a_wrong_field_is_400_with_its_place(
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("moderation", {"model": "m"}),
+        ("skip_special_tokens", False),
+        ("min_tokens", 5),
     ],
 )
 def test_an_unsupported_field_that_would_change_the_answer_is_400(

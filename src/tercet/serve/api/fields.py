@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from tercet.engine.request import Sampling, Usage
 from tercet.engine.sampling_defaults import with_defaults
 from tercet.errors import UserError
-from tercet.serve.api.field_table import Body, Hint, Ignored, OpenBody, Used
+from tercet.serve.api.field_table import Body, Hint, Ignored, OpenBody, Refused, Used
 from tercet.serve.errors import from_user_error, invalid_value, missing_parameter
 from tercet.serve.models import Served
 
@@ -80,7 +80,7 @@ class SamplingBody(Body):
     stream: Annotated[bool | None, Used("send the answer while it is written")] = None
     stream_options: Annotated[StreamOptions | None, Used("ignored without `stream`")] = None
     user: User = None
-    # Not OpenAI's: as vLLM and llama.cpp call them.
+    # Not OpenAI's: as vLLM, llama.cpp, Ollama and OpenRouter call them.
     top_k: Annotated[Annotated[int, Field(ge=-1)] | None, Used("0 or -1: off")] = None
     min_p: Annotated[
         Annotated[float, Field(ge=0, le=1)] | None,
@@ -94,6 +94,15 @@ class SamplingBody(Body):
     id_slot: Annotated[Any, Hint("this server has no slots", (-1,))] = None
     priority: Annotated[Any, Hint(NO_TIERS.reason, (0,))] = None
     keep_alive: Annotated[Any, Hint("models of this server stay loaded")] = None
+    request_id: Annotated[Any, Hint("this server names its answers itself, in x-request-id")] = None
+    cache_salt: Annotated[Any, NO_CACHE_SETTINGS] = None
+    timings_per_token: Annotated[Any, Hint("this server reports no timings", (False,))] = None
+    return_progress: Annotated[Any, Hint("streams tell the progress in comments", (False,))] = None
+    provider: Annotated[Any, Hint("the model of the request answers, on this server")] = None
+    transforms: Annotated[Any, Hint("this server never shortens a conversation", ([],))] = None
+    usage: Annotated[Any, Hint("the usage is in every answer; see stream_options for streams")] = None
+    skip_special_tokens: Annotated[Any, Refused("texts never hold special tokens", (True,))] = None
+    min_tokens: Annotated[Any, Refused("use ignore_eos with max_tokens", (0,))] = None
 
     def review(self, ignored: Ignored, where: str = "") -> None:
         """Apply the classes of the fields; options of a stream are ignored where there is none."""
