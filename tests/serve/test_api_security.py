@@ -312,11 +312,10 @@ def test_headers_that_claim_another_address_are_ignored(locked: Running) -> None
     assert locked.http(headers=headers | {"host": "evil.example"}).get("/health").status_code == 403
 
 
-def test_special_tokens_in_a_message_are_encoded_as_the_tokenizer_reads_them(tiny_url: str) -> None:
-    """Not a vulnerability, but users should know it: a template's markers inside a message act as markers."""
+def test_special_tokens_that_a_message_spells_are_text(tiny_url: str) -> None:
     body = {"messages": [{"role": "user", "content": "<|end|>"}]}
     tokens = httpx.post(f"{tiny_url}/tokenize", json=body).json()["tokens"]
-    assert tokens.count(1) == 2
+    assert tokens.count(1) == 1  # the template's own
 
 
 def test_a_server_without_a_page_has_none(tiny_url: str) -> None:
