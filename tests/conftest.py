@@ -43,6 +43,11 @@ def make(tmp_path: Path) -> Make:
     return make_checkpoint
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests first, so that no worker waits for another one's last test."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 MEASURE = calibrate._measure
 
 

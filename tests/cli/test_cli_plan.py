@@ -17,6 +17,8 @@ from tercet.compose import build, build_with
 from tercet.pretrain.scaling import Law
 from tercet.pretrain.settings import BuildSettings
 
+pytestmark = pytest.mark.long
+
 SHAPE = ["--layers", "1", "--width", "32", "--vocab-size", "300", "--context", "32"]
 
 
@@ -61,11 +63,11 @@ def test_tiny_runs_predict_the_loss_of_a_larger_one(
     corpus.write_text("".join(json.dumps({"text": source}) + "\n" for source in sources))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("tercet.pretrain.plan.LADDER", ((1, 32), (2, 32)))
-    arguments = ["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32"]
+    arguments = ["plan", "build", "--data", str(corpus), "--flops", "1e11", "--context", "32"]
     assert main([*arguments, "--fit", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert 0 < plan["bits_per_byte"] < 8 and plan["law"]["exponent"] > 0
-    made = build(corpus, tmp_path / "run", flops=3e11, context=32)
+    made = build(corpus, tmp_path / "run", flops=1e11, context=32)
     assert made.predicted["bits_per_byte"] == pytest.approx(plan["bits_per_byte"])
     assert made.bits_per_byte == pytest.approx(plan["bits_per_byte"], rel=0.25)
 
@@ -93,7 +95,7 @@ def test_tiny_runs_are_measured_on_the_same_text(
 
     monkeypatch.setattr("tercet.pretrain.estimate.pretrain", watched)
     monkeypatch.setattr("tercet.pretrain.estimate.fit", lambda points: Law(0.0, 1.0, 0.1, tuple(points)))
-    assert main(["plan", "build", "--data", str(corpus), "--flops", "3e11", "--context", "32", "--fit"]) == 0
+    assert main(["plan", "build", "--data", str(corpus), "--flops", "1e11", "--context", "32", "--fit"]) == 0
     assert len(texts) == 4 and len(set(texts)) == 1
 
 

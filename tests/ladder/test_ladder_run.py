@@ -26,6 +26,8 @@ from tercet.ladder.settings import LADDER
 from tercet.model.tokenizer import Tokenizer
 from tercet.prompt.llm import LLM
 
+pytestmark = pytest.mark.long
+
 KINDS = {
     "fruit": ["apple", "pear", "plum"],
     "tool": ["saw", "hammer", "drill"],

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
+import forked
 from tercet.compose import build
 from tercet.errors import UserError
 
@@ -37,6 +38,7 @@ def run(path: Path, count: int, arguments: list[str]) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.long
 def test_two_processes_build_the_same_model_as_a_single_process(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = ["the", "small", "red", "cat", "dog", "runs", "sleeps", "under", "tree", "house"]
@@ -62,7 +64,16 @@ def test_two_processes_build_the_same_model_as_a_single_process(tmp_path: Path) 
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
         path.name for path in (tmp_path / "alone").iterdir()
     }
-    wrong = run(tmp_path, 2, [*common[:2], "--tokens", "-1", "--out", str(tmp_path / "three")])
-    assert wrong.returncode != 0 and "--tokens is -1" in wrong.stderr
+    wrong = [
+        forked.Program(
+            START,
+            "build",
+            *[*common[:2], "--tokens", "-1", "--out", str(tmp_path / "three")],
+            environment={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    assert all(program.wait() == 2 for program in wrong)
+    assert "--tokens is -1" in wrong[0].stderr
     with pytest.raises(UserError, match="`parallel` needs several processes"):
         build(text, tmp_path / "four", tokens=20_000, parallel="ddp")
