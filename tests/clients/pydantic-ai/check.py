@@ -30,23 +30,24 @@ def population(city: str) -> int:
     return len(city) * 100_000
 
 
-def main(base_url: str, model_name: str) -> None:
+async def main(base_url: str, model_name: str) -> None:
     provider = OpenAIProvider(base_url=f"{base_url}/v1", api_key="none")
     settings = {"max_tokens": 60, "temperature": 0.0}
     checked = []
     for kind in (OpenAIChatModel, OpenAIResponsesModel):
         model = kind(model_name, provider=provider)
         agent = Agent(model, output_type=City, model_settings=settings, retries=0)
-        city = agent.run_sync("The capital of France.").output
+        city = (await agent.run("The capital of France.")).output
         assert isinstance(city, City), city
-        city = asyncio.run(streamed(agent))
+        city = await streamed(agent)
         assert isinstance(city, City), city
         talker = Agent(model, tools=[population], model_settings=settings)
-        text = talker.run_sync("Say hello.").output
+        text = (await talker.run("Say hello.")).output
         assert isinstance(text, str), text
         checked += [f"{kind.__name__}: {part}" for part in ("tool output", "streamed", "free choice")]
     print(json.dumps({"client": "pydantic-ai", "version": version("pydantic-ai-slim"), "checked": checked}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    # The client of the provider belongs to one event loop.
+    asyncio.run(main(*sys.argv[1:3]))
