@@ -20,13 +20,7 @@ CHOICES: tuple[SamplingChoice, ...] = get_args(SamplingChoice)
 FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SAMPLES = ("top_k", "top_p", "min_p")  # a file with one of these is meant for sampling
 _GREEDY: dict[str, float] = {"temperature": 0.0}
-_NEUTRAL: dict[str, float] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-}
+_NEUTRAL: dict[str, float] = {name: getattr(Sampling(temperature=1.0), name) for name in FIELDS}
 
 
 def read_sampling_defaults(directory: str | Path) -> dict[str, float]:

@@ -21,8 +21,11 @@ from tercet.serve.api.fields import (
     NO_CACHE_SETTINGS,
     NO_TIERS,
     NOT_STORED,
+    ParallelCalls,
     SamplingBody,
     TokenLimit,
+    ToolChoice,
+    Tools,
     User,
     answer_limit,
     new_id,
@@ -69,17 +72,12 @@ class ChatBody(SamplingBody):
         ResponseFormat | None,
         Used("`json_object` and `json_schema` are enforced token by token, with or without `strict`"),
     ] = None
-    tools: Annotated[
-        list[Any] | None,
-        Used("functions; tools of every other type are not offered to the model, and named in `x-ignored`"),
-    ] = None
-    tool_choice: Annotated[
-        str | dict[str, Any] | None, Used("`none`, `auto`, `required`, a function, or `allowed_tools`")
-    ] = None
-    parallel_tool_calls: Annotated[bool | None, Used("false: one call at most, enforced")] = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: ParallelCalls = None
     modalities: Annotated[list[str] | None, Refused("models of this server write text", (["text"],))] = None
     reasoning_effort: Annotated[str | None, WhereKnown("passed to a chat template that knows it")] = None
-    # Not OpenAI's: variables for the chat template, as vLLM calls them.
+    # Not OpenAI's: as vLLM calls them.
     continue_final_message: Annotated[
         bool | None, Used("the answer continues the last message, which is usually the assistant's")
     ] = None

@@ -1,7 +1,7 @@
 """The class of each field of a request: what is used, what is only a hint, what is refused.
 
 Every field of a body carries its class as an annotation. `Body.review` applies them to a request, and
-scripts/generate_docs.py writes the table of docs/serve-fields.md from them, so that the two cannot differ.
+scripts/generate_docs.py writes docs/reference/fields.md from them, so that the two cannot differ.
 
 What would change the answer and cannot be honoured is refused. What is a hint, or without meaning for the
 model, is taken and named in the response header ``x-ignored``; with `Settings.strict` it is refused too.

@@ -36,6 +36,15 @@ TokenLimit = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_no_l
 ModelName = Annotated[
     str | None, Used("name of the model, as in `/v1/models`; may be left out where one model is served")
 ]
+# The tools of chat completions and of responses.
+Tools = Annotated[
+    list[Any] | None,
+    Used("functions; tools of every other type are not offered to the model, and named in `x-ignored`"),
+]
+ToolChoice = Annotated[
+    str | dict[str, Any] | None, Used("`none`, `auto`, `required`, a function, or `allowed_tools`")
+]
+ParallelCalls = Annotated[bool | None, Used("false: one call at most, enforced")]
 
 # Fields that change no answer, whatever they hold.
 NOT_STORED = Hint("this server stores no answers", (False,))

@@ -19,7 +19,10 @@ from tercet.serve.api.fields import (
     NO_USERS,
     NOT_STORED,
     ModelName,
+    ParallelCalls,
     TokenLimit,
+    ToolChoice,
+    Tools,
     User,
     sampling_values,
 )
@@ -80,14 +83,9 @@ class InputRequest(Body):
     ]
     instructions: Annotated[str | None, Used("a system message before the input")] = None
     text: Annotated[TextConfig | None, Used("the form of the answer")] = None
-    tools: Annotated[
-        list[Any] | None,
-        Used("functions; tools of every other type are not offered to the model, and named in `x-ignored`"),
-    ] = None
-    tool_choice: Annotated[
-        str | dict[str, Any] | None, Used("`none`, `auto`, `required`, a function, or `allowed_tools`")
-    ] = None
-    parallel_tool_calls: Annotated[bool | None, Used("false: one call at most, enforced")] = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: ParallelCalls = None
     reasoning: Annotated[Reasoning | None, Used("settings of models that reason")] = None
     truncation: Annotated[
         Any, Hint("this server never shortens an input; one that is too long is refused", ("disabled",))
