@@ -15,6 +15,7 @@ from tercet.errors import UserError
 from tercet.files import read_json, write_json
 from tercet.model.config import ModelConfig
 from tercet.model.families import config_from_hf
+from tercet.model.gguf_index import holds_gguf, source_files
 from tercet.model.safetensors_file import (
     Item,
     StoredTensor,
@@ -224,5 +225,7 @@ def _write_index(directory: Path, names: Sequence[str], shards: Sequence[Sequenc
 
 def weights_identity(directory: str | Path) -> list[tuple[str, int, int]]:
     """Return names, sizes and times of a directory's weight files, which reveal a change without reading them."""
+    if holds_gguf(directory):
+        return [(str(file.path), file.size, file.mtime_ns) for file in source_files(directory)]
     files = sorted(Path(directory).glob("*.safetensors"))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

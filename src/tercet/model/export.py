@@ -21,7 +21,7 @@ from tercet.model.safetensors_file import TensorSpec
 from tercet.model.source import Source, directory_of, source_in
 from tercet.model.tensor_names import TensorRule
 from tercet.model.tokenizer import TOKENIZER, Tokenizer
-from tercet.model.weights import Weights, matched_tensors
+from tercet.model.weights import Weights
 from tercet.progress import Progress
 
 FORMATS = ("hf", "gguf")
@@ -138,9 +138,9 @@ def find_source(reference: Reference) -> Source:
     Raises:
         UserError: the model is not a checkpoint or adapter, or it or its base cannot be found.
     """
-    if reference.kind not in ("checkpoint", "adapter", "hub"):
+    if reference.kind not in ("checkpoint", "adapter", "gguf", "hub"):
         raise UserError(
-            f"{reference.text} can't be exported; only checkpoints and adapters, here or on the Hub, can be"
+            f"{reference.text} can't be exported; only checkpoints, adapters and GGUF files, here or on the Hub, can be"
         )
     return source_in(directory_of(reference))
 
@@ -167,12 +167,11 @@ def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | No
         UserError: a value does not fit ``type``, or the directory can't be written to.
     """
     config, notes = weights.config, list[str]()
-    stored = {rule.name: tensor.dtype for rule, tensor in matched_tensors(config, source.base)}
     keep_types = type is None and source.adapter is None
     dtype, config_dtype = HF_TYPES[type or _short(weights.dtype)]
     rules = FAMILIES[config.family].tensors(config)
     specs = [
-        TensorSpec(rule.name, HF_TYPES[_short(stored[rule.name])][0] if keep_types else dtype, rule.shape)
+        TensorSpec(rule.name, _stored_type(weights, rule) if keep_types else dtype, rule.shape)
         for rule in rules
     ]
     hf = config_to_hf(config, config_dtype)
@@ -197,6 +196,12 @@ def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | No
         )
         write_json(temporary / "config.json", hf)
     return notes
+
+
+def _stored_type(weights: Weights, rule: TensorRule) -> str:
+    """Return the type that keeps the stored values of a tensor's parts."""
+    types = {HF_TYPES[_short(weights.dtype_of(part.name))][0] for part in rule.parts}
+    return types.pop() if len(types) == 1 else "F32"
 
 
 def _joined(weights: Weights, rule: TensorRule) -> NDArray[np.float32]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from tercet.errors import UserError
 from tercet.model.config import Activation, ModelConfig, RopeScaling
+from tercet.model.gguf_values import Floats
 from tercet.model.rope import rope_frequencies
 from tercet.model.tensor_names import network_tensors
-from tercet.model.weights import Floats, Weights
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,8 @@ class Target:
     scale: float = 1.0
     offset: float = 0.0
 
-    def read(self, weights: Weights) -> Iterator[Floats]:
-        """Yield the values of each part."""
+    def read(self, weights: Callable[[str], Floats]) -> Iterator[Floats]:
+        """Yield the values of each part; ``weights`` returns those of a tensor of the network."""
         for number, name in enumerate(self.parts):
             values = weights(name)
             if self.heads and self.heads[number]:
@@ -208,6 +209,12 @@ def interleave(rows: Floats, heads: int) -> Floats:
     rest = rows.shape[1:]
     pairs = rows.reshape(heads, 2, -1, *rest).swapaxes(1, 2)
     return pairs.reshape(-1, *rest)
+
+
+def separate(rows: Any, heads: int) -> Any:
+    """Return rows in the order before `interleave`; ``rows`` may be values or blocks."""
+    rest = rows.shape[1:]
+    return rows.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
 
 
 _NAMES = {

@@ -13,9 +13,12 @@ from torch.overrides import TorchFunctionMode
 
 from tercet.files import write_json
 from tercet.model.checkpoint import MAX_SHARD_BYTES, read_config, write_tensors
+from tercet.model.config import ModelConfig
 from tercet.model.families import FAMILIES, config_to_hf
+from tercet.model.gguf_index import holds_gguf
+from tercet.model.gguf_tensors import GGUFTensors
 from tercet.model.safetensors_file import Item, StoredTensor
-from tercet.model.tensor_names import split_rows
+from tercet.model.tensor_names import network_tensors, split_rows
 from tercet.model.transformer import Transformer
 from tercet.model.weights import matched_tensors
 
@@ -33,7 +36,8 @@ def load_model(
 
     Args:
         directory: the checkpoint directory.
-        dtype: type of the weights; None: the stored type of each tensor.
+        dtype: type of the weights; None: the stored type of each tensor, or for a GGUF file that of its
+            matrices, float32 if they are quantised.
         device: where the weights are put.
         trainable: give every weight its own memory. Otherwise weights that need no conversion stay
             mapped to the file, which costs no time or memory, but must not be overwritten in place.
@@ -43,9 +47,29 @@ def load_model(
     """
     directory = Path(directory)
     config = read_config(directory)
-    stored = matched_tensors(config, directory)
+    if holds_gguf(directory):
+        state = _dequantised(directory, config, dtype, device, trainable)
+    else:
+        state = _stored(directory, config, dtype, device, trainable)
+    with torch.device("meta"), _WithoutInitialisation():  # the weights are replaced at once
+        model = Transformer(config)
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie()
+    return model.eval()
+
+
+def _stored(
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    trainable: bool,
+) -> dict[str, Tensor]:
+    """Return the weights of safetensors files."""
     state: dict[str, Tensor] = {}
-    for rule, tensor in stored:
+    for rule, tensor in matched_tensors(config, directory):
         mapped = tensor_from(tensor)
         joined = mapped.to(device=device, dtype=dtype or mapped.dtype, copy=trainable)
         if rule.transpose:
@@ -54,13 +78,25 @@ def load_model(
             # Pieces of a tensor share its memory, but an optimizer updates them separately.
             shared = trainable and len(rule.parts) > 1 and piece.is_contiguous()
             state[part.name] = piece.clone() if shared else piece.contiguous()
-    with torch.device("meta"), _WithoutInitialisation():  # the weights are replaced at once
-        model = Transformer(config)
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.tie()
-    return model.eval()
+    return state
+
+
+def _dequantised(
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    trainable: bool,
+) -> dict[str, Tensor]:
+    """Return the weights of a GGUF file, all in the type of its matrices if ``dtype`` is None."""
+    tensors = GGUFTensors(directory, config)
+    kind = dtype or DTYPES[tensors.dtype]  # norms are always stored as float32
+    return {
+        part.name: torch.from_numpy(np.ascontiguousarray(tensors.values(part.name))).to(
+            device=device, dtype=kind, copy=trainable
+        )
+        for part in network_tensors(config)
+    }
 
 
 def join_rows(parts: list[Tensor], groups: int = 1) -> Tensor:

@@ -4,6 +4,7 @@
 ``runs/mine/model``        a Hugging Face checkpoint directory
 ``runs/tuned/model``       an adapter directory (PEFT); its configuration names its base
 ``runs/mine``              a run directory of Tercet; the model is its ``model/``
+``models/mine.gguf``       a GGUF file; of a split file any part
 ``org/name[@revision]``    a model on the Hugging Face Hub
 ``openai:NAME``            OPENAI_API_KEY, and OPENAI_BASE_URL if it is set
 ``anthropic:NAME``         ANTHROPIC_API_KEY
@@ -24,10 +25,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from tercet.errors import UserError, nearest
+from tercet.model.gguf_file import is_gguf
 
-Kind = Literal["checkpoint", "adapter", "hub", "openai", "anthropic", "http", "transformers"]
+Kind = Literal["checkpoint", "adapter", "gguf", "hub", "openai", "anthropic", "http", "transformers"]
 GRAMMAR = (
-    "a checkpoint or adapter directory, org/name on the Hub, openai:NAME, anthropic:NAME, "
+    "a checkpoint or adapter directory, a GGUF file, org/name on the Hub, openai:NAME, anthropic:NAME, "
     "http://HOST/v1#NAME or transformers:REF"
 )
 # Anthropic documents this endpoint for clients of OpenAI's protocol.
@@ -46,14 +48,14 @@ class Reference:
     kind: Kind
     text: str
     name: str = ""  # the model's name on its server or on the Hub
-    path: Path | None = None  # checkpoint, adapter, transformers
+    path: Path | None = None  # checkpoint, adapter, gguf (the file), transformers
     revision: str | None = None  # hub, transformers
     base_url: str = ""  # openai, anthropic, http
 
     @property
     def is_local(self) -> bool:
         """Whether the model's weights run in this process."""
-        return self.kind in ("checkpoint", "adapter", "hub", "transformers")
+        return self.kind in ("checkpoint", "adapter", "gguf", "hub", "transformers")
 
 
 def directory_kind(directory: Path) -> Literal["checkpoint", "adapter"] | None:
@@ -112,6 +114,8 @@ def parse_reference(text: str) -> Reference:
 
 def _local(text: str, path: Path) -> Reference:
     if path.is_file():
+        if is_gguf(path):
+            return Reference("gguf", text, name=text, path=path)
         if directory_kind(path.parent):
             raise UserError(f"{text} is a file, not a model; name its directory, {path.parent}")
         raise UserError(f"{text} is a file, not a model; a model is {GRAMMAR}")

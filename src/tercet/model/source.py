@@ -8,6 +8,7 @@ from pathlib import Path
 from tercet.errors import UserError
 from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from tercet.model.adapter_config import AdapterConfig, is_adapter, read_adapter_config
+from tercet.model.gguf_directory import gguf_directory
 from tercet.model.hub import fetch, fetch_tokenizer
 from tercet.model.reference import HUB_NAME, Reference
 from tercet.model.tokenizer import TOKENIZER
@@ -61,6 +62,8 @@ def directory_of(reference: Reference) -> Path:
     """
     if not reference.is_local:
         raise _hosted(reference)
+    if reference.kind == "gguf" and reference.path is not None:
+        return gguf_directory(reference.path)
     return reference.path if reference.path is not None else fetch(reference.name, reference.revision)
 
 
@@ -72,6 +75,8 @@ def tokenizer_directory_of(reference: Reference) -> Path:
     """
     if not reference.is_local:
         raise _hosted(reference)
+    if reference.kind == "gguf":
+        return directory_of(reference)
     return (
         reference.path if reference.path is not None else fetch_tokenizer(reference.name, reference.revision)
     )

@@ -19,6 +19,9 @@ from tercet.model.adapter_config import CONFIG, WEIGHTS, AdapterConfig, adapted_
 from tercet.model.checkpoint import open_tensors, read_config
 from tercet.model.config import ModelConfig
 from tercet.model.families import FAMILIES
+from tercet.model.gguf_index import holds_gguf
+from tercet.model.gguf_tensors import GGUFTensors
+from tercet.model.gguf_values import Blocks
 from tercet.model.safetensors_file import StoredTensor, read_safetensors
 from tercet.model.tensor_names import TensorRule, split_rows
 
@@ -99,28 +102,29 @@ class Update:
     scaling: float
 
 
-class Weights:
-    """The weights of a checkpoint directory, with an adapter merged if there is one.
+class SafetensorsTensors:
+    """The tensors of a checkpoint directory by the network's names.
+
+    Attributes:
+        dtype: safetensors' name of the embedding's type.
+        parameters: number of weights.
 
     Raises:
-        UserError: a file is missing or damaged, or does not fit the others.
+        UserError: as `matched_tensors`.
     """
 
-    def __init__(self, directory: str | Path, adapter: str | Path | None = None) -> None:
-        self.config = read_config(directory)
-        matched = matched_tensors(self.config, directory)
+    def __init__(self, directory: str | Path, config: ModelConfig) -> None:
+        matched = matched_tensors(config, directory)
         self._places = {
             part.name: (rule, tensor, number)
             for rule, tensor in matched
             for number, part in enumerate(rule.parts)
         }
-        # Safetensors' name of the embedding's type; an adapter's change must not be rounded away.
-        self.dtype = matched[0][1].dtype if adapter is None else "F32"
+        self.dtype = matched[0][1].dtype
         self.parameters = sum(math.prod(rule.shape) for rule, _ in matched)
-        self._updates = {} if adapter is None else read_adapter(adapter, self.config)[1]
         self._last: tuple[str, list[Floats]] = ("", [])  # parts of a tensor are requested in a row
 
-    def __call__(self, name: str) -> Floats:
+    def values(self, name: str) -> Floats:
         """Return the tensor of that name in ``Transformer.state_dict()``, as float32."""
         rule, tensor, number = self._places[name]
         if self._last[0] != rule.name:
@@ -129,11 +133,65 @@ class Weights:
                 rule.name,
                 split_rows(joined.T if rule.transpose else joined, rule.heights, rule.groups),
             )
-        values = self._last[1][number]
+        return self._last[1][number]
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Return None: safetensors files have no quantised blocks."""
+        return None
+
+    def dtype_of(self, name: str) -> str:
+        """Return safetensors' name of a tensor's type."""
+        return self._places[name][1].dtype
+
+
+def open_weights(directory: str | Path, config: ModelConfig) -> SafetensorsTensors | GGUFTensors:
+    """Return the tensors of a checkpoint directory, in safetensors files or in a GGUF file.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit ``config``.
+    """
+    if holds_gguf(directory):
+        return GGUFTensors(directory, config)
+    return SafetensorsTensors(directory, config)
+
+
+class Weights:
+    """The weights of a checkpoint directory, with an adapter merged if there is one.
+
+    Attributes:
+        config: the network's configuration.
+        dtype: safetensors' name of the matrices' type; "F32" if they are quantised or an adapter is merged.
+        parameters: number of weights.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the others.
+    """
+
+    def __init__(self, directory: str | Path, adapter: str | Path | None = None) -> None:
+        self.config = read_config(directory)
+        self._tensors = open_weights(directory, self.config)
+        # An adapter's change must not be rounded away.
+        self.dtype = self._tensors.dtype if adapter is None else "F32"
+        self.parameters = self._tensors.parameters
+        self._updates = {} if adapter is None else read_adapter(adapter, self.config)[1]
+
+    def __call__(self, name: str) -> Floats:
+        """Return the tensor of that name in ``Transformer.state_dict()``, as float32."""
+        values = self._tensors.values(name)
         update = self._updates.get(name.removesuffix(".weight"))
         if update is not None:
             values = values + update.scaling * (update.b @ update.a)
         return values
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Return a matrix as the quantised rows of a GGUF file; None if it is not stored so, or is changed."""
+        if name.removesuffix(".weight") in self._updates:
+            return None
+        return self._tensors.blocks(name)
+
+    def dtype_of(self, name: str) -> str:
+        """Return safetensors' name of a stored tensor's type; "F32" if it is quantised."""
+        return self._tensors.dtype_of(name)
 
 
 def read_adapter(directory: str | Path, config: ModelConfig) -> tuple[AdapterConfig, dict[str, Update]]:
