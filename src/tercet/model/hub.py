@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import glob
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from tercet.errors import UserError
+from tercet.model.quantization_names import choose_files, models_in, quantizations_in
 
 # Weights, configuration and templates. Pickled weights and Python files are never fetched, nor are
 # subdirectories (other formats of the same weights) and Mistral's second copy of its weights.
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")
 EXCLUDED_FILES = ("*/*", "consolidated*")
+LIST_SECONDS = 10.0  # in which the Hub must list a repository's files
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.jinja")
 
 
@@ -30,11 +34,85 @@ def fetch(name: str, revision: str | None = None) -> Path:
     """
     directory = _snapshot(name, revision, "model", MODEL_FILES, EXCLUDED_FILES)
     if not any(directory.glob("*.safetensors")):
+        with contextlib.suppress(UserError):
+            if models := models_in(repository_files(name, revision)):
+                full_name = _with_revision(name, revision)
+                raise UserError(
+                    f"{full_name} contains GGUF files, so add a quantisation to its name: "
+                    f"{quantizations_in(full_name, list(models))}"
+                ) from None
         raise UserError(
             f"{_with_revision(name, revision)} holds no .safetensors file; Tercet reads no other weights "
             "(never pickles), so choose a model that has one"
         )
     return directory
+
+
+def fetch_gguf(name: str, quantization: str, revision: str | None = None) -> Path:
+    """Return a GGUF file of the repository ``name`` ("org/name"), downloaded if it is not in the cache.
+
+    If the Hub can't be reached, a file in the cache is used.
+
+    Args:
+        name: the repository's name on the Hub.
+        quantization: ``Q4_K_M``, in any case, or the path of a file in the repository.
+        revision: branch, tag or commit; None: the default branch.
+
+    Returns:
+        The file; of a split one the first part, beside the others.
+
+    Raises:
+        UserError: no such repository, revision or quantisation (the message lists those that there are), no
+            permission, no connection.
+    """
+    full_name = _with_revision(name, revision)
+    files = choose_files(full_name, repository_files(name, revision), quantization)
+    directory = _snapshot(name, revision, "model", [glob.escape(file) for file in files], ())
+    if missing := [file for file in files if not (directory / file).is_file()]:
+        raise UserError(f"{full_name}: {missing[0]} is not in the cache, and the Hub cannot be reached")
+    return directory / files[0]
+
+
+def repository_files(name: str, revision: str | None = None) -> list[str]:
+    """Return the paths of all files of a repository; of those in the cache where the Hub can't be reached.
+
+    Raises:
+        UserError: no such repository or revision, no permission, no connection and nothing in the cache.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    full_name = _with_revision(name, revision)
+    with _explained(name, revision, "model"):
+        try:
+            siblings = HfApi().model_info(name, revision=revision, timeout=LIST_SECONDS).siblings or []
+            return [sibling.rfilename for sibling in siblings]
+        except errors.HFValidationError:
+            raise
+        except Exception as problem:  # httpx's errors of connections have no class in common with the others
+            if getattr(getattr(problem, "response", None), "status_code", 500) < 500:
+                raise
+            reason = problem
+    if (directory := cached_snapshot(name, revision)) is not None:
+        return [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+    if constants.is_offline_mode():
+        raise UserError(
+            f"{full_name} is not in the cache, and HF_HUB_OFFLINE forbids downloading it"
+        ) from reason
+    raise UserError(
+        f"{full_name} is not in the cache, and {constants.ENDPOINT} cannot be reached: {_line(reason)}"
+    ) from reason
+
+
+def cached_snapshot(name: str, revision: str | None = None) -> Path | None:
+    """Return the directory in the Hub's cache with what has been fetched of a model; None if nothing has.
+
+    The network is not used.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    return None
 
 
 def fetch_tokenizer(name: str, revision: str | None = None) -> Path:
@@ -73,12 +151,9 @@ def _snapshot(
     name: str, revision: str | None, kind: str, patterns: Sequence[str], excluded: Sequence[str]
 ) -> Path:
     """Return the snapshot directory of a model or data set, with the files that match ``patterns``."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    full_name = _with_revision(name, revision)
-    hub = constants.ENDPOINT
-    page = name if kind == "model" else f"datasets/{name}"
-    try:
+    with _explained(name, revision, kind):
         return Path(
             snapshot_download(
                 name,
@@ -88,6 +163,18 @@ def _snapshot(
                 ignore_patterns=list(excluded),
             )
         )
+
+
+@contextlib.contextmanager
+def _explained(name: str, revision: str | None, kind: str) -> Iterator[None]:
+    """Raise UserError, in one line, for the errors of huggingface_hub."""
+    from huggingface_hub import constants, errors
+
+    full_name = _with_revision(name, revision)
+    hub = constants.ENDPOINT
+    page = name if kind == "model" else f"datasets/{name}"
+    try:
+        yield
     except errors.GatedRepoError as problem:
         raise UserError(
             f"{full_name} is gated: accept its terms at {hub}/{page}, then set HF_TOKEN to your token"
