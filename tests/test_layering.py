@@ -26,12 +26,28 @@ SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rgl
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 90
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-# Options of other programs (the Hugging Face command line, llama.cpp, torchrun), and of commands that the
+# Options of other programs (the Hugging Face command line, llama.cpp, pip, uv, torchrun), and of commands that the
 # report of a climb suggests to run.
 ALLOWED_OPTIONS = {
     "evaluate/task.py": {"--repo-type", "--local-dir"},
     "ladder/conclusions.py": {"--model", "--temperature"},
     "model/gguf_architecture.py": {"--ctx-size"},
+    "model/wheels.py": {
+        "--dest",
+        "--disable-pip-version-check",
+        "--hash",
+        "--no-cache",
+        "--no-cache-dir",
+        "--no-deps",
+        "--no-input",
+        "--only-binary",
+        "--python",
+        "--quiet",
+        "--require-hashes",
+        "--retries",
+        "--target",
+        "--timeout",
+    },
     "pretrain/pretrain.py": {"--nproc-per-node"},
 }
 

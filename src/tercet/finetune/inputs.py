@@ -49,8 +49,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     rows = read_examples(settings.data)
     dev_rows = None if settings.dev is None else read_examples(settings.dev)
     tokenizer = load_tokenizer(checkpoint, settings.chat_template, rows)
-    on_hub = parse_reference(str(settings.model)).kind == "hub"
-    base_model = str(settings.model) if on_hub else str(checkpoint.resolve())
+    base_model = parse_reference(str(settings.model)).lasting_name
     return Inputs(checkpoint, base_model, tokenizer, rows, dev_rows)
 
 

@@ -158,11 +158,11 @@ def _answers(repository: str) -> bool:
     answers: list[bool] = []
 
     def ask() -> None:
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import get_session, get_token, hf_hub_url
 
         # The Hub's address may answer and the store of its large files not, so the first byte is fetched.
-        headers = {**build_hf_headers(), "Range": "bytes=0-0"}
+        token = get_token()
+        headers = {"Range": "bytes=0-0"} | ({"Authorization": f"Bearer {token}"} if token else {})
         url = hf_hub_url(repository, "model.safetensors")
         with (
             contextlib.suppress(Exception),

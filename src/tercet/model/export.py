@@ -122,7 +122,7 @@ def _fallback_note(tensors: Sequence[str]) -> list[str]:
 
 def _name(reference: Reference) -> str:
     """Return the model's name for other programs to show: "mine" for runs/mine/model."""
-    if reference.path is None:
+    if reference.path is None or reference.kind == "gguf":
         return reference.name
     parts = [part for part in Path(reference.text).resolve().parts if part not in ("/", "model")]
     return parts[-1] if parts else "model"
@@ -138,7 +138,7 @@ def find_source(reference: Reference) -> Source:
     Raises:
         UserError: the model is not a checkpoint or adapter, or it or its base cannot be found.
     """
-    if reference.kind not in ("checkpoint", "adapter", "gguf", "hub"):
+    if not reference.is_local or reference.kind == "transformers":
         raise UserError(
             f"{reference.text} can't be exported; only checkpoints, adapters and GGUF files, here or on the Hub, can be"
         )

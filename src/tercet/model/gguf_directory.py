@@ -34,7 +34,8 @@ def gguf_directory(path: str | Path) -> Path:
         UserError: the file is missing or damaged, or its architecture, tokenizer or types are not supported; the
             cache can't be written to.
     """
-    path = Path(path).expanduser().resolve()
+    # Not resolved: in the Hub's cache the name, which tells the parts of a split file, is a link's.
+    path = Path(path).expanduser().absolute()
     source = source_file(path)
     name = fingerprint([FORMAT, str(source.path), source.size, source.mtime_ns])
     directory = cache_directory() / "gguf" / f"{path.stem}-{name}"

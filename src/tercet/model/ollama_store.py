@@ -87,7 +87,7 @@ def ollama_model(name: str) -> OllamaModel:
 
 def ollama_models() -> list[OllamaModel]:
     """Return all models that can be read; others (of other formats, or incomplete) are left out."""
-    models = {}
+    models: dict[str, OllamaModel] = {}
     for directory in ollama_directories():
         for full, path in _manifests(directory).items():
             with contextlib.suppress(UserError):

