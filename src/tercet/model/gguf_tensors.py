@@ -69,7 +69,8 @@ class GGUFTensors:
             values = to_float32(info.type, self._rows(place), info.shape[-1])
         if target.scale != 1:
             values = values / np.float32(target.scale)
-        return values - np.float32(target.offset) if target.offset else values
+        with np.errstate(invalid="ignore"):
+            return values - np.float32(target.offset) if target.offset else values
 
     def blocks(self, name: str) -> Blocks | None:
         """Return the quantised rows of a matrix; None for float types and where values have to be changed."""

@@ -67,7 +67,8 @@ def to_float32(type_name: str, rows: Bytes, columns: int) -> Floats:
     values = np.empty((len(flat), columns), np.float32)
     step = max(1, _CHUNK // columns)
     for start in range(0, len(flat), step):
-        values[start : start + step] = dequantize(flat[start : start + step], kind)
+        with np.errstate(all="ignore"):  # a damaged file's scales may be infinite; the values then are, too
+            values[start : start + step] = dequantize(flat[start : start + step], kind)
     return values.reshape(shape)
 
 
