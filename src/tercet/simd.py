@@ -3,7 +3,7 @@
 A kernel's inner loop is written as LLVM instructions on vectors of 16 lanes, through numba's ``@intrinsic``.
 LLVM maps such a vector to the registers that the processor has: one of AVX-512, two of AVX2, four of NEON.
 So one source serves every machine, and the speed does not depend on how well a compiler vectorises a scalar
-loop. Only `dot4`, `dot2` and `narrow` have two forms each, because some processors have one instruction for
+loop. Only `dot2` and `narrow` have two forms each, because some processors have one instruction for
 what otherwise takes ten.
 
 Addresses pass between Python and kernels as 64-bit integers.
@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tercet.host import has_bfloat_dot, has_vnni
+from tercet.host import has_bfloat_dot, has_half
 
 LANES = 16
 
@@ -67,7 +67,14 @@ class Vectors:
 
     def halves(self, address: ir.Value) -> ir.Value:
         """Load 16 float16 as float32."""
-        return self.b.fpext(self.load(address, ir.VectorType(F16, LANES), 2), VECTOR)
+        if has_half():
+            return self.b.fpext(self.load(address, ir.VectorType(F16, LANES), 2), VECTOR)
+        b, raw = self.b, self.b.zext(self.load(address, ir.VectorType(I16, LANES), 2), INTEGERS)
+        # The bits of a float32 that is 2**112 times too small, also where the float16 is subnormal; finite values only.
+        size = b.bitcast(b.shl(b.and_(raw, self.integers(0x7FFF)), self.integers(13)), VECTOR)
+        exact = b.bitcast(b.fmul(size, self.constant(2.0**112)), INTEGERS)
+        sign = b.shl(b.and_(raw, self.integers(0x8000)), self.integers(16))
+        return b.bitcast(b.or_(exact, sign), VECTOR)
 
     def bfloats(self, address: ir.Value) -> ir.Value:
         """Load 16 bfloat16 as float32, whose upper halves they are."""
@@ -154,20 +161,6 @@ class Vectors:
         power = self.exp(self.b.fadd(x, x))
         two, unit = self.constant(2.0), self.constant(1.0)
         return self.b.fsub(unit, self.b.fdiv(two, self.b.fadd(power, unit)))
-
-    def dot4(self, sums: ir.Value, unsigned: ir.Value, signed: ir.Value, vnni: bool) -> ir.Value:
-        """Add to each 32-bit lane of ``sums`` the dot product of the lane's 4 bytes in the other two.
-
-        With ``vnni`` this is one instruction where the machine has it; the integers are the same either way.
-        """
-        if vnni and has_vnni():
-            return self.call("llvm.x86.avx512.vpdpbusd.512", INTEGERS, sums, unsigned, signed)
-        for byte in range(4):
-            shift = self.integers(8 * byte)
-            left = self.b.and_(self.b.lshr(unsigned, shift), self.integers(255))
-            right = self.b.ashr(self.b.shl(signed, self.integers(24 - 8 * byte)), self.integers(24))
-            sums = self.b.add(sums, self.b.mul(left, right))
-        return sums
 
     def dot2(self, sums: ir.Value, left: ir.Value, right: ir.Value, native: bool = True) -> ir.Value:
         """Add to each lane of ``sums`` the products of the lane's two bfloat16 in the other two.

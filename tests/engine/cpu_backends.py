@@ -13,6 +13,7 @@ from tercet.engine.backend import Chunk
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu.backend import CPUBackend
 from tercet.engine.cpu.pack import pack
+from tercet.engine.cpu.types import weight_types
 from tercet.model.weights import Weights
 
 Logits = NDArray[np.float32]
@@ -28,7 +29,8 @@ def load(
 ) -> CPUBackend:
     """Load a backend with less memory for keys and values than usual; with ``exact`` they are float32."""
     weights = Weights(directory)
-    places, memory = pack(weights.config, quantization, weights.dtype, weights)
+    types = weight_types(weights.config, quantization, weights)
+    places, memory = pack(weights.config, types, weights, weights.blocks)
     return CPUBackend(
         weights.config,
         places,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.engine.cpu.backend import LOGIT_ROWS, MAX_CHUNKS, CPUBackend
+from tercet.engine.cpu.formats import FORMATS
+from tercet.engine.cpu.pack import encode, pack
 from tercet.engine.cpu.pool import Crew
 from tercet.engine.cpu.table import PAGE
+from tercet.model.gguf_values import Blocks
+from tercet.model.weights import Weights
 from tiny_checkpoints import GEMMA3_ROPE, LONGROPE, TWO_WINDOWS, YARN, Make, reload, save_random
 
 LENGTH = 210  # three pages and a part
@@ -315,14 +320,13 @@ def test_more_tokens_or_chunks_are_refused(checkpoints: dict[str, Path]) -> None
 
 
 def int8_values(w: torch.Tensor) -> torch.Tensor:
-    """Round each 64 weights of a row to 255 steps, whose size is a bfloat16."""
-    groups = w.reshape(len(w), -1, 64)
-    steps = (groups.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
-    return ((groups / steps).round().clamp(-127, 127) * steps).reshape(w.shape)
+    """Round each 32 weights of a row to 255 steps, whose size is a float16."""
+    raw = encode(w.numpy(), "Q8_0")
+    return torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q8_0))
 
 
 def int8_activations(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    groups = inputs[0].unflatten(-1, (-1, 64))
+    groups = inputs[0].unflatten(-1, (-1, 32))
     steps = groups.abs().amax(-1, keepdim=True) / 127
     return (((groups / steps).round() * steps).flatten(-2),)
 
@@ -353,6 +357,55 @@ def test_int8_equals_torch_with_the_same_roundings(make: Make) -> None:
     assert np.quantile(off, 0.7) < 1e-5 and off.max() < 0.1
     assert np.sqrt(np.square(result - weights_only).mean()) < 0.03 * size
     assert np.sqrt(np.square(result - exact).mean()) < 0.04 * size
+
+
+MIXED = {
+    "q_proj": "Q4_0", "k_proj": "Q8_0", "v_proj": "Q6_K", "o_proj": "Q4_K", "gate_proj": "Q5_0", "up_proj": "Q4_1",
+    "down_proj": "Q5_K", "embed_tokens": "Q5_1", "lm_head": "Q6_K",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_files_own_blocks_are_computed_with_whatever_their_types(
+    family: str, uniform: bool, make: Make
+) -> None:
+    """Each weight has a type of its own: one below the other, or in alternation, with biases and experts."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+    if family == "gpt2":
+        sizes = {"n_embd": 256, "n_inner": 256, "n_head": 4}
+    theirs, directory = make(family, **sizes)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim > 1:  # so that the rounding of activations sends no row to other experts
+                parameter *= 0.3
+    theirs.save_pretrained(directory)
+    weights = Weights(directory)
+    blocks: dict[str, Blocks | None] = {}
+
+    def type_of(name: str) -> str:
+        kind = "F16" if uniform and name.endswith("v_proj.weight") else MIXED.get(name.split(".")[-2], "F32")
+        return "Q5_0" if uniform and kind in FORMATS else kind
+
+    def blocks_of(name: str) -> Blocks | None:
+        if name not in blocks:
+            kind = type_of(name)
+            blocks[name] = Blocks(kind, encode(weights(name), kind)) if kind in FORMATS else None
+        return blocks[name]
+
+    def values_of(name: str) -> Any:
+        own = blocks_of(name) if name.endswith(".weight") and weights(name).ndim == 2 else None
+        if own is None:
+            return weights(name)
+        return gguf.quants.dequantize(own.data, gguf.GGMLQuantizationType[own.type])
+
+    logits = []
+    for types, own in ((lambda name: "F32", lambda name: None), (type_of, blocks_of)):
+        places, memory = pack(weights.config, types, values_of, own)
+        backend = CPUBackend(weights.config, places, memory, quantization="none", threads=2)
+        logits.append(at_once(backend, ids(60)))
+    relative = np.sqrt(np.square(logits[1] - logits[0]).mean()) / logits[0].std()
+    assert 0.0005 < relative < 0.05  # activations are rounded
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import scipy.special
@@ -12,10 +13,13 @@ from numba import cfunc, types
 from numpy.typing import NDArray
 
 from tercet import host, simd
-from tercet.engine.cpu import rows
+from tercet.engine.cpu import block_tiles, rows
+from tercet.engine.cpu.backend import FLOAT_NAMES
+from tercet.engine.cpu.formats import FORMATS, repack
+from tercet.engine.cpu.instructions import INSTRUCTIONS, Instructions, available
 from tercet.engine.cpu.native import function
 from tercet.engine.cpu.pack import allocate
-from tercet.engine.cpu.table import GROUP4, GROUP8
+from tercet.engine.cpu.table import GROUP
 
 Array = NDArray[Any]
 TOKENS = 20
@@ -25,8 +29,7 @@ def compiled(name: str) -> Callable[..., None]:
     """Return the function ``name`` of `programs`, to be called from Python with integers."""
     from tercet.engine.cpu import programs
 
-    count = getattr(programs, name).__code__.co_argcount
-    return function(name, count)
+    return function(name, programs.program(name).__code__.co_argcount)
 
 
 def aligned(values: Array) -> Array:
@@ -50,60 +53,42 @@ def _apply(v: simd.Vectors, which: Any, x: Any, out: Any) -> None:
     v.store(b.select(tanh, v.tanh(value), v.exp(value)), out, 4)
 
 
-@simd.kernel(5)
-def _dot(v: simd.Vectors, unsigned: Any, signed: Any, sums: Any, native: Any, portable: Any) -> None:
-    words = [v.load(place, simd.INTEGERS, 4) for place in (unsigned, signed, sums)]
-    for place, vnni in ((native, True), (portable, False)):
-        v.store(v.dot4(words[2], words[0], words[1], vnni), place, 4)
-
-
 @pytest.fixture(scope="module")
 def functions() -> dict[str, Callable[..., None]]:
     """Compile functions for these tests alone, as one program, which takes less time than several."""
 
-    def apply(
-        which: int, x: int, weight: int, vectors: int, size: int, eps: int, out: int, extra: int, more: int
-    ) -> None:
+    def apply(which: int, x: int, weight: int, vectors: int, size: int, eps: int, out: int) -> None:
         if which < 2:
             for i in range(vectors):
                 _apply(which, x + 64 * i, out + 64 * i)
         elif which == 2:
             rms_norm(x, weight, vectors, size, eps, out)
-        elif which == 3:
-            soft_cap(x, vectors, eps)
         else:
-            for i in range(vectors):
-                _dot(x + 64 * i, weight + 64 * i, extra + 64 * i, out + 64 * i, more + 64 * i)
+            soft_cap(x, vectors, eps)
 
     rms_norm, soft_cap = rows.rms_norm, rows.soft_cap
-    call = cfunc(types.void(*[types.int64] * 9))(apply).ctypes
+    call = cfunc(types.void(*[types.int64] * 7))(apply).ctypes
 
     def over(which: int) -> Callable[[Array], Array]:
         def run(x: Array) -> Array:
             whole = np.resize(np.asarray(x, np.float32), -(-len(x) // 16) * 16)
             out = np.zeros_like(whole)
-            call(which, at(whole), 0, len(whole) // 16, 0, 0, at(out), 0, 0)
+            call(which, at(whole), 0, len(whole) // 16, 0, 0, at(out))
             return out[: len(x)]
 
         return run
 
     def rms(x: Array, weight: Array, size: int, eps: float) -> Array:
         out = np.zeros_like(x)
-        call(2, at(x), at(weight), len(x) // 16, size, host.bits(eps), at(out), 0, 0)
+        call(2, at(x), at(weight), len(x) // 16, size, host.bits(eps), at(out))
         return out
 
     def capped(x: Array, cap: float) -> Array:
         out = x.copy()
-        call(3, at(out), 0, len(x) // 16, 0, host.bits(cap), 0, 0, 0)
+        call(3, at(out), 0, len(x) // 16, 0, host.bits(cap), 0)
         return out
 
-    def dots(unsigned: Array, signed: Array, sums: Array) -> tuple[Array, Array]:
-        native, portable = np.zeros_like(sums), np.zeros_like(sums)
-        arguments = (at(unsigned), at(signed), len(sums) // 16, 0, 0, at(native), at(sums), at(portable))
-        call(4, *arguments)
-        return native, portable
-
-    return {"exp": over(0), "tanh": over(1), "rms_norm": rms, "soft_cap": capped, "dot4": dots}
+    return {"exp": over(0), "tanh": over(1), "rms_norm": rms, "soft_cap": capped}
 
 
 def test_exp_is_within_three_units_in_the_last_place(functions: dict[str, Any]) -> None:
@@ -201,42 +186,20 @@ def test_layer_norm() -> None:
         np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
-# Whole numbers
+# Activations
 
 
-def _bytes(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
-    """Return unsigned and signed bytes, one half extremes and one half random."""
-    unsigned, signed = rng.integers(0, 256, count), rng.integers(-128, 128, count)
-    half = count // 2
-    unsigned[:half] = rng.choice([0, 255], half)
-    signed[:half] = rng.choice([-128, 127], half)
-    return unsigned.astype(np.uint8), signed.astype(np.int8)
-
-
-def test_both_ways_of_multiplying_bytes_give_the_same_integers(functions: dict[str, Any]) -> None:
+def test_quantized_activations() -> None:
     rng = np.random.default_rng(0)
-    unsigned, signed = _bytes(rng, 4 * 16 * 1000)
-    sums = rng.integers(-(2**30), 2**30, 16 * 1000).astype(np.int32)
-    products = unsigned.astype(np.int64) * signed
-    expected = sums + products.reshape(-1, 4).sum(-1)
-    native, portable = functions["dot4"](unsigned, signed, sums)
-    np.testing.assert_array_equal(portable, expected)
-    np.testing.assert_array_equal(native, expected)  # where the machine has no such instruction, portable too
-
-
-@pytest.mark.parametrize(("name", "group"), [("quantize_int8", 64), ("quantize_int4", GROUP4)])
-def test_quantized_activations(name: str, group: int) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((12, group)).astype(np.float32)
+    x = rng.standard_normal((12, GROUP)).astype(np.float32)
     x[1] = 0
     x[2] = 1e-35  # too small for the inverse of its scale
     x[3], x[3, -1] = 0, -1e30
-    x[4] = np.linspace(-127, 127, group).round()  # whole numbers stay exact
+    x[4] = np.linspace(-127, 127, GROUP).round()  # whole numbers stay exact
     x[5, 7] = 4000  # an outlier: the others are rounded to a few steps
-    x[6] = np.resize([127, 0.5, 1.5, 2.5, -0.5, -1.5], group)  # ties, to even
-    q = np.full(x.shape, 99, np.int8)
-    scales, zeros = np.full(12, np.nan, np.float32), np.zeros(12, np.int32)
-    compiled(name)(at(x), 12, at(q), at(scales), at(zeros))
+    x[6] = np.resize([127, 0.5, 1.5, 2.5, -0.5, -1.5], GROUP)  # ties, to even
+    q, scales, sums = quantized(x)
+    scales = scales[:, 0]
     exact, highest = x.astype(np.float64), np.abs(x).max(-1).astype(np.float64)
     np.testing.assert_allclose(scales, highest / 127, rtol=2e-7)
     assert (np.abs(q.astype(int)) <= 127).all()
@@ -246,123 +209,176 @@ def test_quantized_activations(name: str, group: int) -> None:
     assert not q[~usual].any() and (scales[~usual] <= 1e-30).all()
     np.testing.assert_array_equal(q[4], x[4])
     np.testing.assert_array_equal(q[6, :6], [127, 0, 2, 2, 0, -2])
-    sums = q.sum(-1, dtype=np.int64)
-    if name == "quantize_int8":  # takes the 128 off that unsigned weights have too much
-        np.testing.assert_array_equal(zeros, -128 * sums)
-    else:
-        np.testing.assert_array_equal(zeros.view(np.float32), sums.astype(np.float32) * scales)
+    np.testing.assert_array_equal(sums, q.reshape(12, 2, 16).sum(-1, dtype=np.int32))
+
+
+def quantized(x: Array) -> tuple[Array, Array, Array]:
+    """Return rows of activations as the kernel quantises them: values, scales and sums."""
+    rows, columns = x.shape
+    q = np.full(x.shape, 99, np.int8)
+    scales, sums = (
+        np.full((rows, columns // GROUP), np.nan, np.float32),
+        np.zeros((rows, columns // 16), np.int32),
+    )
+    for row in range(rows):
+        compiled("quantize")(at(x[row]), columns // GROUP, at(q[row]), at(scales[row]), at(sums[row]))
+    return q, scales, sums
 
 
 # Products
 
 
-class Block:
-    """16 rows of random weights, packed for the kernels, and their values in float64."""
+TYPES = ["F32", "BF16", "F16", *FORMATS]
+COLUMNS = {"F32": (2, 50, 576), "BF16": (2, 50, 576), "F16": (2, 50, 576)}
+WAYS = [way for way in INSTRUCTIONS if available(way)]
 
-    def __init__(self, kind: str, columns: int, seed: int, scale: float | None = None) -> None:
+
+def random_rows(type_name: str, columns: int, seed: int, scale: float | None = None) -> Array:
+    """Return the bytes of 16 rows of a file: extremes and random numbers, with usual scales or just one."""
+    rng = np.random.default_rng(seed)
+    if type_name in ("F32", "F16"):
+        values = rng.standard_normal((16, columns)).astype(np.float32 if type_name == "F32" else np.float16)
+        values[0, 0] = 6e-8  # a subnormal float16
+        return values.view(np.uint8)
+    if type_name == "BF16":
+        words = rng.standard_normal((16, columns)).astype(np.float32).view(np.uint32) >> 16
+        return words.astype(np.uint16).view(np.uint8)
+    form = FORMATS[type_name]
+    blocks = rng.integers(0, 256, (16, columns // form.block, form.block_bytes)).astype(np.uint8)
+    blocks[:8] = rng.choice(np.array([0, 127, 128, 255], np.uint8), blocks[:8].shape)
+    for place in {"Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(
+        type_name, (0, 2) if form.minimum else (0,)
+    ):
+        factors = (
+            rng.uniform(-0.1, 0.1, blocks.shape[:2]) if scale is None else np.full(blocks.shape[:2], scale)
+        )
+        blocks[..., place : place + 2] = factors.astype(np.float16)[..., None].view(np.uint8)
+    return blocks.reshape(16, -1)
+
+
+class Block:
+    """16 rows of weights, packed for the kernels, and their values by the gguf package in float64."""
+
+    def __init__(self, type_name: str, columns: int, seed: int, scale: float | None = None) -> None:
         """scale: of every group; then all sums are exact, whatever their order. None: random."""
         rng = np.random.default_rng(seed)
-        self.kind, self.columns = kind, columns
-        self.group = {"int8": GROUP8, "int4": GROUP4}.get(kind, columns)
-        groups = columns // self.group
+        raw = random_rows(type_name, columns, seed, scale)
+        self.type, self.columns = type_name, columns
+        self.w = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type_name]).astype(np.float64)
+        weights, scales = repack(type_name, raw)
+        self.weights, self.scales = (
+            aligned(weights),
+            aligned(scales if scales.size else np.zeros(1, np.uint8)),
+        )
         self.x = rng.standard_normal((TOKENS, columns)).astype(np.float32)
-        self.scales = np.zeros(1, np.uint16)
-        self.q = np.zeros((TOKENS, columns), np.int8)
-        self.q_scales = np.zeros((TOKENS, groups), np.float32)
-        self.q_zeros = np.zeros((TOKENS, groups), np.int32)
-        if kind in ("float32", "bfloat16"):
-            w = rng.standard_normal((16, columns)).astype(np.float32)
-            if kind == "bfloat16":
-                w = (w.view(np.uint32) & 0xFFFF0000).view(np.float32)
-            stored = np.ascontiguousarray(w.T)  # [K, 16]
-            if kind == "bfloat16":
-                stored = (stored.view(np.uint32) >> 16).astype(np.uint16)
-            self.weights, self.w, self.inputs = (
-                aligned(stored),
-                w.astype(np.float64),
-                self.x.astype(np.float64),
-            )
-            return
-        _, self.q = _bytes(rng, TOKENS * columns)
-        self.q = self.q.reshape(TOKENS, columns)
-        by_group = self.q.reshape(TOKENS, groups, self.group)
-        sizes = np.full((TOKENS, groups), scale) if scale else rng.uniform(0.001, 0.1, (TOKENS, groups))
-        self.q_scales = sizes.astype(np.float32)
-        self.inputs = (by_group * self.q_scales[..., None].astype(np.float64)).reshape(TOKENS, columns)
-        sums = by_group.sum(-1, dtype=np.int32)
-
-        def bfloats(low: float, high: float) -> Array:
-            values = rng.uniform(low, high, (groups, 16)).astype(np.float32)
-            return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-        def value(raw: Array) -> Array:
-            """[groups, 16] bfloat16 as float64 [16, K]."""
-            return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64).T.repeat(self.group, 1)
-
-        steps = bfloats(scale, scale) if scale else bfloats(0.001, 0.1)
-        if kind == "int8":
-            u, _ = _bytes(rng, 16 * columns)
-            u = u.reshape(16, columns)
-            self.weights = aligned(u.reshape(16, columns // 4, 4).transpose(1, 0, 2))  # [K / 4, 16, 4]
-            self.scales, self.q_zeros = aligned(steps), -128 * sums
-            self.w = (u.astype(np.float64) - 128) * value(steps)
+        self.inputs = self.x.astype(np.float64)
+        if type_name in FORMATS:
+            self.q, self.q_scales, self.q_sums = quantized(self.x)
+            self.q[::2] = rng.choice([-127, 0, 127], self.q[::2].shape)  # the largest sums
+            self.q_sums[:] = self.q.reshape(TOKENS, -1, 16).sum(-1, dtype=np.int32)
+            if scale is not None:
+                self.q_scales[:] = scale
+            groups = self.q.reshape(TOKENS, -1, GROUP) * self.q_scales[..., None].astype(np.float64)
+            self.inputs = groups.reshape(TOKENS, columns)
         else:
-            u = rng.integers(0, 16, (16, columns)).astype(np.uint8)
-            packed = np.zeros((columns // 8, 16, 4), np.uint8)
-            for k in range(columns):  # two weights in a byte, four apart, the lower nibble first
-                packed[k // 8, :, k % 4] |= u[:, k] << (4 if k % 8 >= 4 else 0)
-            offsets = bfloats(-8 * scale, -8 * scale) if scale else bfloats(-1.0, 1.0)
-            self.weights, self.scales = (
-                aligned(packed),
-                aligned(np.stack([steps, offsets], 1)),
-            )  # [groups, 2, 16]
-            self.q_zeros = (sums * self.q_scales).astype(np.float32)
-            self.w = u * value(steps) + value(offsets)
+            self.q = self.q_scales = self.q_sums = np.zeros((TOKENS, columns), np.int8)
 
-    def times(self, first: int, count: int, portable: bool = False) -> Array:
+    def times(self, first: int, count: int, way: Instructions) -> Array:
         """The product of tokens first.. by the kernel [count, 16]; checks that nothing else is written."""
         out = np.full((count + 1, 24), np.float32(7))
-        row = 4 * self.q_scales.shape[1] * first
-        compiled(f"product_{self.kind}{'_portable' if portable else ''}")(
-            at(self.weights), at(self.scales), self.columns, at(self.x) + 4 * self.columns * first, 4 * self.columns,
-            at(self.q) + self.columns * first, at(self.q_scales) + row, at(self.q_zeros) + row, count, at(out), 96,
+        name = f"product_{self.type}_{way}" if self.type in FORMATS else f"product_{FLOAT_NAMES[self.type]}"
+        compiled(name)(
+            at(self.weights), at(self.scales), self.columns, at(self.x[first:]), 4 * self.columns,
+            at(self.q[first:]), at(self.q_scales[first:]), at(self.q_sums[first:]), count, at(out), 96,
         )  # fmt: skip
         assert (out[count] == 7).all() and (out[:, 16:] == 7).all()
         return out[:count, :16]
 
 
-KINDS = [
-    ("float32", False), ("bfloat16", False), ("int8", False), ("int8", True), ("int4", False), ("int4", True),
-]  # fmt: skip
-COLUMNS = {
-    "float32": (2, 50, 64, 576),
-    "bfloat16": (2, 50, 64, 576),
-    "int8": (64, 192, 576),
-    "int4": (64, 192, 576),
-}
+@pytest.mark.parametrize("type_name", TYPES)
+def test_products(type_name: str) -> None:
+    for columns in COLUMNS.get(type_name, (256, 768)):
+        block = Block(type_name, columns, seed=columns)
+        for way in WAYS:
+            result = block.times(0, TOKENS, way)
+            size = np.abs(block.inputs) @ np.abs(block.w).T  # rounding is measured by this, as sums cancel
+            assert (np.abs(result - block.inputs @ block.w.T) <= 1e-6 * size + 1e-30).all()
+            for count in range(1, TOKENS + 1):  # the same bits whatever else is computed
+                np.testing.assert_array_equal(block.times(0, count, way), result[:count])
+                np.testing.assert_array_equal(block.times(TOKENS - count, 1, way)[0], result[TOKENS - count])
 
 
-@pytest.mark.parametrize(("kind", "portable"), KINDS)
-def test_products(kind: str, portable: bool) -> None:
-    for columns in COLUMNS[kind]:
-        block = Block(kind, columns, seed=columns)
-        result = block.times(0, TOKENS, portable)
-        size = np.abs(block.inputs) @ np.abs(block.w).T  # rounding is measured by this, as sums cancel
-        assert (np.abs(result - block.inputs @ block.w.T) <= 1e-6 * size + 1e-30).all()
-        for count in range(1, TOKENS + 1):  # the same bits whatever else is computed
-            np.testing.assert_array_equal(block.times(0, count, portable), result[:count])
-            np.testing.assert_array_equal(block.times(TOKENS - count, 1, portable)[0], result[TOKENS - count])
+@pytest.mark.parametrize("type_name", FORMATS)
+def test_integer_products_are_exact_where_scales_are_and_equal_by_all_instructions(type_name: str) -> None:
+    block = Block(type_name, 512, seed=1, scale=0.25)
+    expected = block.inputs @ block.w.T
+    if not FORMATS[type_name].nested:  # multiples of 1/16 below 2**20
+        for way in WAYS:
+            np.testing.assert_array_equal(block.times(0, TOKENS, way), expected)
+    block = Block(type_name, 768, seed=2)
+    for way in WAYS[1:]:
+        np.testing.assert_array_equal(block.times(0, TOKENS, way), block.times(0, TOKENS, WAYS[0]))
 
 
-@pytest.mark.parametrize(("kind", "portable"), [case for case in KINDS if case[0] in ("int8", "int4")])
-def test_integer_products_are_exact_where_scales_are(kind: str, portable: bool) -> None:
-    for columns in (64, 576):
-        block = Block(kind, columns, seed=1, scale=0.25)
-        np.testing.assert_array_equal(block.times(0, TOKENS, portable), block.inputs @ block.w.T)
+@pytest.mark.parametrize("type_name", TYPES)
+def test_a_row_is_read_as_the_file_has_it(type_name: str) -> None:
+    block = Block(type_name, 512, seed=3)
+    name = FLOAT_NAMES.get(type_name, type_name)
+    for row in range(16):
+        out = np.full(520, np.float32(7))
+        compiled(f"row_{name}")(at(block.weights), at(block.scales), 512, row, at(out))
+        np.testing.assert_array_equal(out[:512], block.w[row].astype(np.float32))
+        assert (out[512:] == 7).all()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.skipif(not host.has_vnni(), reason="this machine adds byte products the portable way only")
-def test_the_portable_product_has_the_same_bits(kind: str) -> None:
-    block = Block(kind, 576, seed=2)
-    np.testing.assert_array_equal(block.times(0, TOKENS), block.times(0, TOKENS, portable=True))
+def test_float16_without_its_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All finite float16 are widened exactly by integer instructions, too."""
+    with monkeypatch.context() as patch:
+        patch.setattr(simd, "has_half", lambda: False)
+
+        @simd.kernel(2)
+        def widen(v: simd.Vectors, x: Any, out: Any) -> None:
+            v.store(v.halves(x), out, 4)
+
+        def each(x: int, out: int, count: int) -> None:
+            for i in range(count):
+                widen(x + 32 * i, out + 64 * i)
+
+        call = cfunc(types.void(*[types.int64] * 3))(each).ctypes
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    out = np.zeros(len(halves), np.float32)
+    call(at(halves), at(out), len(halves) // 16)
+    np.testing.assert_array_equal(out.view(np.uint32), halves.astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.skipif(host.has_vnni(), reason="this machine has the instruction itself")
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_1", "Q6_K"])
+def test_the_product_of_other_processors_with_its_instruction_spelled_out(
+    type_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What surrounds the instruction is right on machines that lack it, too: offsets, zeros, order."""
+    call = simd.Vectors.call
+
+    def spelled_out(v: simd.Vectors, name: str, result: Any, *arguments: Any) -> Any:
+        if name != "llvm.x86.avx512.vpdpbusd.512":
+            return call(v, name, result, *arguments)
+        sums, unsigned, signed = arguments
+        for byte in range(4):
+            up, down = v.integers(24 - 8 * byte), v.integers(24)
+            left = v.b.lshr(v.b.shl(unsigned, up), down)
+            sums = v.b.add(sums, v.b.mul(left, v.b.ashr(v.b.shl(signed, up), down)))
+        return sums
+
+    monkeypatch.setattr(simd.Vectors, "call", spelled_out)
+    product = block_tiles.PRODUCTS[type_name, "vnni"]
+
+    def multiply(w: int, s: int, k: int, q: int, scales: int, sums: int, tokens: int, out: int) -> None:
+        product(w, s, k, 0, 0, q, scales, sums, tokens, out, 64)
+
+    block = Block(type_name, 256, seed=4)
+    out = np.zeros((TOKENS, 16), np.float32)
+    cfunc(types.void(*[types.int64] * 8))(multiply).ctypes(
+        at(block.weights), at(block.scales), 256, at(block.q), at(block.q_scales), at(block.q_sums), TOKENS, at(out)
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, block.times(0, TOKENS, WAYS[0]))

@@ -15,10 +15,10 @@ import torch
 from cpu_backends import at_once
 from numpy.typing import NDArray
 
-from tercet.engine.cpu import QUANTIZATIONS, pack
 from tercet.engine.cpu import load as loading
-from tercet.engine.cpu import table as at
+from tercet.engine.cpu import pack
 from tercet.engine.cpu.backend import CPUBackend
+from tercet.engine.cpu.formats import kind_of, sizes
 from tercet.engine.cpu.layout import Layout
 from tercet.engine.cpu.load import MAX_CACHED, load_cpu_backend
 from tercet.model.adapter import AdapterConfig, add_lora, load_adapter, merge_lora, save_adapter
@@ -27,11 +27,7 @@ from tiny_checkpoints import Make
 
 Floats = NDArray[np.float32]
 TOKENS = list(range(3, 40))
-ROWS, COLUMNS = 32, 4 * 64
-
-
-def bfloat(raw: NDArray[np.uint16]) -> NDArray[np.float64]:
-    return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+ROWS, COLUMNS = 32, 256
 
 
 def random_weights(seed: int = 0) -> Floats:
@@ -39,90 +35,6 @@ def random_weights(seed: int = 0) -> Floats:
     rng = np.random.default_rng(seed)
     w: Floats = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     return w * (10.0 ** rng.integers(-4, 3, (ROWS, 1))).astype(np.float32)
-
-
-def from_int8(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return groups of weights after int8 quantisation, and their steps."""
-    q, scales = pack.quantize_int8(w)
-    steps = bfloat(scales)[..., None]
-    return (q.reshape(*scales.shape, at.GROUP8).astype(int) - 128) * steps, steps
-
-
-def from_int4(w: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return groups of weights after int4 quantisation, their steps and offsets."""
-    q, scales, offsets = pack.quantize_int4(w)
-    assert q.max() <= 15
-    steps, starts = bfloat(scales)[..., None], bfloat(offsets)[..., None]
-    return q.reshape(*scales.shape, at.GROUP4) * steps + starts, steps, starts
-
-
-# Errors
-
-
-def test_int8_is_off_by_half_a_step() -> None:
-    """A step is a 127th of the largest weight, rounded to bfloat16, which changes it by up to 2**-9."""
-    w = random_weights()
-    groups = w.reshape(ROWS, -1, at.GROUP8).astype(np.float64)
-    result, steps = from_int8(w)
-    highest = np.abs(groups).max(-1, keepdims=True)
-    np.testing.assert_allclose(steps, highest / 127, rtol=2.0**-8)
-    cut = np.maximum(np.abs(groups) - 127 * steps, 0)  # beyond the range of a step that was rounded down
-    assert (np.abs(result - groups) <= np.maximum(steps * 0.5001, cut * 1.0001)).all()
-    assert (np.abs(result - groups) <= highest * 0.004).all()
-
-
-def test_int4_is_off_by_half_a_step_within_its_range() -> None:
-    w = random_weights()
-    groups = w.reshape(ROWS, -1, at.GROUP4).astype(np.float64)
-    result, steps, starts = from_int4(w)
-    inside = np.clip(groups, starts, starts + 15 * steps)
-    assert (np.abs(result - inside) <= 0.5001 * steps).all()
-    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    assert (steps * 15 <= (high - low) * 1.005).all() and (steps * 15 >= (high - low) * 0.795).all()
-
-
-def test_int4_chooses_a_range_no_worse_than_the_full_range() -> None:
-    w = random_weights(1)
-    groups = w.reshape(ROWS, -1, at.GROUP4).astype(np.float64)
-    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    start = torch.from_numpy(low).bfloat16().double().numpy()
-    step = torch.from_numpy((high - low) / 15).bfloat16().double().numpy()
-    whole = np.clip(np.rint((groups - start) / step), 0, 15) * step + start
-    errors, full_range_errors = (np.square(values - groups).sum(-1) for values in (from_int4(w)[0], whole))
-    assert (errors <= full_range_errors * 1.0001).all()
-    assert errors.sum() < 0.99 * full_range_errors.sum()  # and the total is lower
-
-
-def test_groups_of_one_value() -> None:
-    w = np.zeros((16, 128), np.float32)
-    w[1], w[2], w[3] = 0.37, -1e-30, 1e15
-    w[4, 64:] = 5  # the other group of the row stays zero
-    for result in (from_int8(w)[0], from_int4(w)[0]):
-        result = result.reshape(16, 128)
-        assert not result[[0, *range(5, 16)]].any() and not result[4, :64].any()
-        np.testing.assert_allclose(result[1:4], w[1:4], rtol=2.0**-8)
-        np.testing.assert_allclose(result[4, 64:], 5, rtol=2.0**-8)
-
-
-def test_weights_too_small_for_a_scale_become_zero_or_nearly() -> None:
-    w = np.full((16, 64), 1e-42, np.float32)
-    w[1::2] *= -1
-    for result in (from_int8(w)[0], from_int4(w)[0]):
-        assert (np.abs(result.reshape(16, 64) - w) <= 1e-41).all()
-
-
-def test_an_outlier_costs_its_own_group_only() -> None:
-    w = random_weights()[:, :128].copy()
-    before8, before4 = from_int8(w)[0], from_int4(w)[0]
-    w[3, 5] = 1e4
-    for before, (after, steps, *_) in ((before8, from_int8(w)), (before4, from_int4(w))):
-        changed = (before != after).any(-1)
-        assert changed[3, 0] and changed.sum() == 1
-        assert after[3, 0, 5] == pytest.approx(
-            1e4, rel=0.11
-        )  # int4 may cut a tenth of the range at either end
-        rest = np.delete(after[3, 0] - w[3, :64], 5)
-        assert (np.abs(rest) <= 0.11 * 1e4).all() and steps[3, 0] > 10
 
 
 def test_bfloat16_is_rounded_as_by_torch() -> None:
@@ -144,64 +56,31 @@ def test_bfloat16_is_rounded_as_by_torch() -> None:
     expected = torch.from_numpy(x).bfloat16()
     result = pack.to_bfloat16(x)
     np.testing.assert_array_equal(result, expected.view(torch.uint16).numpy())
-    np.testing.assert_array_equal(pack.from_bfloat16(result), expected.float().numpy())
 
 
 # Places
 
 
-def matrix_of(kind: int, rows: int, columns: int, bias: bool) -> tuple[Any, pack.Bytes]:
+@pytest.mark.parametrize("type_name", ["F32", "BF16", "F16", "Q8_0", "Q4_1", "Q6_K"])
+def test_a_matrix_is_the_same_for_any_number_of_rows_packed_at_a_time(
+    type_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     places = Layout()
-    places.matrix("before", kind, 16, columns)
-    places.matrix("one", kind, rows, columns, bias)
-    places.matrix("after", kind, 16, columns)
-    return places.matrices["one"], pack.allocate(places.size)
-
-
-@pytest.mark.parametrize("kind", [at.FLOAT32, at.BFLOAT16, at.INT8, at.INT4])
-def test_weights_are_where_the_kernels_read_them(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are in blocks of 16 rows, padded with zeros, for any number of rows packed at a time."""
-    place, memory = matrix_of(kind, 48, 128, bias=True)
-    w, bias = random_weights()[:, :128][:, :100] + np.float32(0.001), np.arange(35, dtype=np.float32)
-    w = np.concatenate([w, w[:5]])[:37]
-    pack.pack_matrix(memory, place, w, bias)
-    whole = np.zeros((48, 128), np.float32)
-    whole[:37, :100] = w
-
-    def part(offset: int, dtype: Any, *shape: int) -> Any:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return memory[offset : offset + size].view(dtype).reshape(shape)
-
-    if kind in (at.FLOAT32, at.BFLOAT16):
-        result = part(place.weights, np.float32 if kind == at.FLOAT32 else np.uint16, 3, 128, 16)
-        expected = whole if kind == at.FLOAT32 else pack.to_bfloat16(whole)
-        for row, column in np.ndindex(48, 128):
-            assert result[row // 16, column, row % 16] == expected[row, column]
-    elif kind == at.INT8:
-        q, scales = pack.quantize_int8(whole)
-        result, steps = part(place.weights, np.uint8, 3, 32, 16, 4), part(place.scales, np.uint16, 3, 2, 16)
-        for row, column in np.ndindex(48, 128):
-            assert result[row // 16, column // 4, row % 16, column % 4] == q[row, column]
-            assert steps[row // 16, column // 64, row % 16] == scales[row, column // 64]
-    else:
-        q, scales, offsets = pack.quantize_int4(whole)
-        result, steps = (
-            part(place.weights, np.uint8, 3, 16, 16, 4),
-            part(place.scales, np.uint16, 3, 2, 2, 16),
-        )
-        for row, column in np.ndindex(48, 128):
-            both = result[row // 16, column // 8, row % 16, column % 4]
-            assert (both >> 4 if column % 8 >= 4 else both & 15) == q[row, column]
-            group = column // at.GROUP4
-            assert steps[row // 16, group, 0, row % 16] == scales[row, group]
-            assert steps[row // 16, group, 1, row % 16] == offsets[row, group]
-    assert part(place.bias, np.float32, 48).tolist() == [*range(35), *[0] * 13]
-    monkeypatch.setattr(pack, "ROWS_AT_ONCE", 16)
-    again = pack.allocate(memory.size)
-    pack.pack_matrix(again, place, w, bias)
-    np.testing.assert_array_equal(again, memory)
-    end = place.bias + 4 * 48
-    assert not memory[: place.weights].any() and not memory[end:].any()  # its neighbours' places
+    for name, rows in (("before", 16), ("between", 48), ("after", 16)):
+        places.matrix(name, type_name, rows, 256)
+    rows = pack.encode(np.concatenate([random_weights(), random_weights(1)])[:48], type_name)
+    [place] = places.matrices["between"].matrices
+    memories = []
+    for count in (16, 4096):
+        monkeypatch.setattr(pack, "ROWS_AT_ONCE", count)
+        memories.append(pack.allocate(places.size))
+        pack.pack_matrix(memories[-1], place, lambda begin, end: rows[begin:end])
+    np.testing.assert_array_equal(*memories)
+    inside = np.zeros(places.size, bool)
+    weights, scales = (slice(at, at + size) for at, size in zip(
+        (place.weights, place.scales), sizes(kind_of(type_name), 48, 256), strict=True))  # fmt: skip
+    inside[weights] = inside[scales] = True
+    assert not memories[0][~inside].any() and memories[0][inside].any()  # nothing in its neighbours' places
 
 
 def test_memory_begins_as_zeros_at_a_multiple_of_64() -> None:
@@ -241,7 +120,10 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_each_quantisation_is_cached_once(make: Make, caches: Path, no_packing: Any) -> None:
     _, directory = make("qwen3")
-    result = {name: bits(load_cpu_backend(directory, quantization=name)) for name in QUANTIZATIONS}
+    result = {
+        name: bits(load_cpu_backend(directory, quantization=name))
+        for name in ("int8", "int4", "bf16", "none")
+    }
     assert len(packed(caches)) == 3  # "none" is read from the checkpoint itself
     no_packing()
     for name in ("int8", "int4", "bf16"):

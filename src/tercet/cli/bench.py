@@ -20,8 +20,7 @@ def bench(
     ref: Annotated[
         str,
         typer.Argument(
-            metavar="REF",
-            help="Any local model reference: a directory, a GGUF file, builtin:smollm2, org/name, ...",
+            metavar="REF", help="Checkpoint, adapter or run directory, org/name or transformers:REF."
         ),
     ],
     quantize: Annotated[

@@ -16,6 +16,7 @@ from tercet.errors import UserError
 from tercet.model.adapter_config import is_adapter
 from tercet.model.checkpoint import read_stop_ids
 from tercet.model.device import find_device
+from tercet.model.gguf_index import holds_gguf
 from tercet.model.reference import Reference
 from tercet.model.source import Source, source_in
 from tercet.model.tokenizer import Tokenizer
@@ -49,7 +50,8 @@ def load_engine(
         dtype: on a GPU "float32", "bfloat16" or "float16"; None for the type on disk. On a CPU "float32"
             keeps the weights as they are and "bfloat16" rounds them; results are float32 in either case.
         device: "cuda", "cuda:1", "mps" or "cpu"; None for the first available of cuda, mps and cpu.
-        quantize: on a CPU "int8", "int4", "bf16" or "none"; None is "int8" unless ``dtype`` is given.
+        quantize: on a CPU "int8", "int4", "bf16" or "none". None, without ``dtype``, is "int8" for a checkpoint;
+            a GGUF file is computed on its own bits.
         threads: on a CPU; None for one on each physical core.
         speculation: as in `Engine`.
         adapters: directories of adapters to load beside the weights, by the names that requests use.
@@ -74,7 +76,9 @@ def load_engine(
             raise UserError(
                 f"`threads` is {threads}; this machine has {available_cores()} cores for it to use"
             )
-        backend = load_cpu_backend(source.base, source.adapter, _quantization(dtype, quantize), threads)
+        backend = load_cpu_backend(
+            source.base, source.adapter, _quantization(dtype, quantize, holds_gguf(source.base)), threads
+        )
     else:
         for name, value in (("quantize", quantize), ("threads", threads)):
             if value is not None:
@@ -152,8 +156,8 @@ def _torch_backend(base: Path, adapter: Path | None, dtype: str | None, device: 
     return TorchBackend(model)
 
 
-def _quantization(dtype: str | None, quantize: str | None) -> Quantization:
-    """Return the form of the weights in memory on a CPU."""
+def _quantization(dtype: str | None, quantize: str | None, gguf: bool) -> Quantization:
+    """Return the form of the weights in memory on a CPU; ``gguf``: they come from a GGUF file."""
     if dtype is not None and quantize is not None:
         raise UserError("give `dtype` or `quantize`, not both: on a CPU each sets the form of the weights")
     if dtype is not None:
@@ -162,6 +166,8 @@ def _quantization(dtype: str | None, quantize: str | None) -> Quantization:
             raise UserError(
                 f"`dtype` is {dtype!r}, which is for GPUs; on a CPU use {' or '.join(CPU_DTYPES)}, or `quantize`"
             )
+    if dtype is None and quantize is None and gguf:
+        return "file"
     name = CPU_DTYPES[dtype] if dtype is not None else quantize or "int8"
     for quantization in QUANTIZATIONS:
         if name == quantization:

@@ -74,17 +74,15 @@ class GGUFTensors:
 
     def blocks(self, name: str) -> Blocks | None:
         """Return the quantised rows of a matrix; None for float types and where values have to be changed."""
+        kind = self.type_of(name)
+        return None if kind in FLOAT_TYPES else Blocks(kind, self._rows(self._places[name]))
+
+    def type_of(self, name: str) -> str:
+        """Return GGUF's name of the type of `blocks`, or where it returns None a type that holds the values."""
         place = self._places[name]
         kind, target = place.info.type, place.target
-        if (
-            kind in FLOAT_TYPES
-            or kind == "F64"
-            or len(place.shape) != 2
-            or target.scale != 1
-            or target.offset
-        ):
-            return None
-        return Blocks(kind, self._rows(place))
+        changed = len(place.shape) != 2 or target.scale != 1 or target.offset
+        return self.dtype_of(name) if changed or kind == "F64" else kind
 
     def dtype_of(self, name: str) -> str:
         """Return safetensors' name of the type that holds a tensor's values exactly."""

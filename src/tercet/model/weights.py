@@ -139,6 +139,10 @@ class SafetensorsTensors:
         """Return None: safetensors files have no quantised blocks."""
         return None
 
+    def type_of(self, name: str) -> str:
+        """Return safetensors' name of a tensor's type."""
+        return self.dtype_of(name)
+
     def dtype_of(self, name: str) -> str:
         """Return safetensors' name of a tensor's type."""
         return self._places[name][1].dtype
@@ -188,6 +192,10 @@ class Weights:
         if name.removesuffix(".weight") in self._updates:
             return None
         return self._tensors.blocks(name)
+
+    def type_of(self, name: str) -> str | None:
+        """Return GGUF's name of the type of `blocks`, or a float type; None for values that an adapter changes."""
+        return None if name.removesuffix(".weight") in self._updates else self._tensors.type_of(name)
 
     def dtype_of(self, name: str) -> str:
         """Return safetensors' name of a stored tensor's type; "F32" if it is quantised."""

@@ -2,5 +2,10 @@
 
 from typing import Literal
 
-Quantization = Literal["int8", "int4", "bf16", "none"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4", "bf16", "none")
+Quantization = Literal["int8", "int4", "bf16", "none", "file"]
+QUANTIZATIONS: tuple[Quantization, ...] = (
+    "int8",
+    "int4",
+    "bf16",
+    "none",
+)  # what users choose from; "file": see `types`

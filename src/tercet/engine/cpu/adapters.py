@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.layout import Layout, Shape, padded
-from tercet.engine.cpu.pack import Bytes, Floats, allocate, pack_matrix, pad_heads
+from tercet.engine.cpu.pack import Bytes, Floats, allocate, pack_floats, pad_heads
 from tercet.model.config import ModelConfig
 from tercet.model.weights import Update
 
@@ -136,21 +136,21 @@ def pack_adapter(config: ModelConfig, updates: Mapping[str, Update]) -> Adapter:
     # Offsets first, then addresses: memory is allocated when its size is known.
     places = Layout()
     for n, change in enumerate(changes):
-        places.matrix(f"{n}", at.FLOAT32, len(change.low), change.matrix.columns)
+        places.matrix(f"{n}", "F32", len(change.low), change.matrix.columns)
         for part, b, _ in change.high:
             # The product takes two columns at a time.
-            places.matrix(part.module, at.FLOAT32, padded(len(b), 16), padded(b.shape[1], 2))
+            places.matrix(part.module, "F32", padded(len(b), 16), padded(b.shape[1], 2))
     memory = allocate(places.size)
     base = memory.ctypes.data
     table = np.zeros((config.num_layers, at.CHANGES, at.CHANGE_WIDTH), np.int64)
     blocks: list[NDArray[np.int64]] = []
     for n, change in enumerate(changes):
-        low = places.matrices[f"{n}"]
-        pack_matrix(memory, low, change.low)
+        [low] = places.matrices[f"{n}"].matrices
+        pack_floats(memory, low, change.low)
         high_table = np.zeros((change.matrix.blocks, at.HIGH_WIDTH), np.int64)
         for part, b, begin in change.high:
-            high = places.matrices[part.module]
-            pack_matrix(memory, high, b)
+            [high] = places.matrices[part.module].matrices
+            pack_floats(memory, high, b)
             # The packed matrix may have padding blocks beyond the module's own rows; they get no update.
             for number, block in enumerate(part.blocks[: high.rows // 16]):
                 high_table[block] = base + high.weights + 4 * 16 * high.columns * number, begin, high.columns

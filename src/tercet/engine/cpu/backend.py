@@ -12,12 +12,14 @@ from tercet.engine.backend import Chunk
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.adapters import Adapter, pack_adapter, runs
-from tercet.engine.cpu.layout import Layout, Matrix, Shape, norms
+from tercet.engine.cpu.formats import FORMATS, kind_of, sizes
+from tercet.engine.cpu.instructions import INSTRUCTIONS, Instructions, available
+from tercet.engine.cpu.layout import Layout, Matrix, Shape, Stack, norms
 from tercet.engine.cpu.native import address
 from tercet.engine.cpu.pack import Bytes, allocate, padded_vocabulary
 from tercet.engine.cpu.pool import physical_cores, pool
-from tercet.engine.cpu.table import GROUP4, GROUP8, PAGE, state_bytes
-from tercet.host import bits, has_half, has_vnni
+from tercet.engine.cpu.table import PAGE, state_bytes
+from tercet.host import bits, has_half
 from tercet.model.config import ModelConfig
 from tercet.model.rope import rope_frequencies
 from tercet.model.weights import read_adapter
@@ -26,6 +28,7 @@ CACHE_BYTES = 1 << 30  # of keys and values; the system gives the memory as page
 MAX_CHUNKS = 64
 LOGIT_ROWS = 64  # rows of logits in memory at a time
 NO_WINDOW = 1 << 30
+FLOAT_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in `programs`
 
 
 class CPUBackend:
@@ -73,7 +76,8 @@ class CPUBackend:
         self._pages = allocate(self.num_pages * self._page_bytes)
         self._table = np.zeros(at.SIZE, np.int64)
         self._arrays: list[NDArray[np.generic]] = []  # the arrays that the table points to
-        self._portable = portable or not has_vnni()
+        fastest = next(way for way in INSTRUCTIONS if available(way))
+        self._instructions: Instructions = "portable" if portable else fastest
         self._adapters: list[Adapter] = []
         self._fill_model(places, plane)
         self._fill_scratch()
@@ -85,22 +89,32 @@ class CPUBackend:
         self._arrays.append(array)
         return int(array.ctypes.data)
 
-    def _descriptor(self, matrices: Sequence[Matrix]) -> int:
-        """Return the address of the descriptors of some matrices, one after the other."""
-        base = self._memory.ctypes.data
-        rows = np.zeros((len(matrices), at.MATRIX_WIDTH), np.int64)
-        for row, matrix in zip(rows, matrices, strict=True):
-            name = ("float32", "bfloat16", "int8", "int4")[matrix.kind]
-            integer = matrix.kind in (at.INT8, at.INT4)
-            row[at.PRODUCT] = address(f"product_{name}{'_portable' if integer and self._portable else ''}")
-            row[at.QUANTIZE] = address(f"quantize_{name}") if integer else 0
-            row[at.GROUP] = group = GROUP4 if matrix.kind == at.INT4 else GROUP8
-            row[at.BLOCK_BYTES] = 16 * matrix.columns * (32, 16, 8, 4)[matrix.kind] // 8
-            row[at.SCALE_BYTES] = matrix.columns // group * (64 if matrix.kind == at.INT4 else 32)
-            row[at.KIND], row[at.BLOCKS], row[at.COLUMNS] = matrix.kind, matrix.rows // 16, matrix.columns
-            row[at.WEIGHTS], row[at.WEIGHT_SCALES] = base + matrix.weights, base + matrix.scales
-            row[at.BIAS] = base + matrix.bias if matrix.bias >= 0 else 0
+    def _descriptor(self, stacks: Sequence[Stack]) -> int:
+        """Return the address of the descriptors of some stacks, one after the other."""
+        rows = np.zeros((len(stacks), at.MATRIX_WIDTH), np.int64)
+        for row, stack in zip(rows, stacks, strict=True):
+            self._describe_matrix(row, stack.matrices[0])
+            rest = stack.matrices[1:]
+            if rest:
+                row[at.NEXT] = self._descriptor([Stack(rest)])
+            row[at.ALTERNATE] = stack.alternate
+            row[at.BLOCKS] = sum(matrix.rows for matrix in stack.matrices) // 16
+            if any(matrix.type in FORMATS for matrix in stack.matrices):
+                row[at.QUANTIZE] = address("quantize")
         return self._hold(rows)
+
+    def _describe_matrix(self, row: NDArray[np.int64], matrix: Matrix) -> None:
+        """Write what the kernels need to know of one matrix into its descriptor."""
+        base, kind = self._memory.ctypes.data, kind_of(matrix.type)
+        name = FLOAT_NAMES.get(matrix.type, matrix.type)
+        row[at.PRODUCT] = address(
+            f"product_{name}_{self._instructions}" if matrix.type in FORMATS else f"product_{name}"
+        )
+        row[at.ROW] = address(f"row_{name}")
+        row[at.BLOCK_BYTES], row[at.SCALE_BYTES] = sizes(kind, 16, matrix.columns)
+        row[at.OWN_BLOCKS], row[at.COLUMNS] = matrix.rows // 16, matrix.columns
+        row[at.WEIGHTS], row[at.WEIGHT_SCALES] = base + matrix.weights, base + matrix.scales
+        row[at.BIAS] = base + matrix.bias if matrix.bias >= 0 else 0
 
     def _fill_model(self, places: Layout, plane: int) -> None:
         """Describe the model in the table; ``plane``: bytes of a head's keys (or values) in a page."""
@@ -211,10 +225,8 @@ class CPUBackend:
         t[at.X], t[at.NORMED] = floats(rows * shape.hidden), self._normed.ctypes.data
         t[at.OUTPUT] = floats(rows * shape.hidden)
         t[at.QUANTIZED] = floats(rows * experts * widest // 4)
-        t[at.SCALES], t[at.ZEROS] = (
-            floats(rows * experts * widest // 32),
-            floats(rows * experts * widest // 32),
-        )
+        t[at.SCALES] = floats(rows * experts * widest // 32)
+        t[at.SUMS] = floats(rows * experts * widest // 16)
         t[at.QKV], t[at.ATTENDED] = floats(rows * heads * shape.dim), floats(rows * shape.attention)
         t[at.INNER_ROWS] = floats(rows * experts * shape.inner)
         t[at.ROUTES], t[at.ROUTE_WEIGHTS] = floats(2 * rows * experts), floats(rows * experts)

@@ -53,10 +53,10 @@ def expert_product(
     matrix = matrices + 8 * at.MATRIX_WIDTH * expert
     descriptor = integers(matrix, at.MATRIX_WIDTH)
     columns = descriptor[at.COLUMNS]
-    groups = 4 * row * (columns // descriptor[at.GROUP])
+    groups = 4 * row * (columns // at.GROUP)
     product(
         part.table, matrix, block, x + row * x_stride, x_stride, part.quantized + row * columns,
-        part.scales + groups, part.zeros + groups, 1, out, BLOCK_ROW,
+        part.scales + groups, part.sums + 2 * groups, 1, out, BLOCK_ROW,
     )  # fmt: skip
 
 

@@ -1,19 +1,20 @@
 """The place and form of each weight in a model's packed memory.
 
-The layout follows from the configuration and the quantisation alone, so a packed model is one block of
-bytes without a header. Heads are padded with zeros to 16 rows, and rows of activations to 64 columns.
+The layout follows from the configuration and the types of the weights alone, so a packed model is one block
+of bytes without a header. Heads are padded with zeros to 16 rows, and rows of activations to 64 columns.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tercet.engine.cpu import Quantization
-from tercet.engine.cpu import table as at
-from tercet.engine.cpu.table import GROUP4, GROUP8
+from tercet.engine.cpu.formats import kind_of, sizes
 from tercet.model.config import ModelConfig
 
 ALIGN = 64
+Types = Callable[[str], str]  # returns the type that a weight is kept in, by the network's name of it
 
 
 def padded(size: int, multiple: int) -> int:
@@ -23,37 +24,50 @@ def padded(size: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in blocks of 16 rows: its kind (see `table`), padded shape and byte offsets; bias -1: none."""
+    """A matrix in blocks of 16 rows: its type, padded shape and byte offsets; bias -1: none."""
 
-    kind: int
+    type: str
     rows: int
     columns: int
     weights: int
     scales: int
     bias: int
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights and their scales."""
+        return sum(sizes(kind_of(self.type), self.rows, self.columns))
 
-def _matrix_bytes(kind: int, count: int) -> tuple[int, int]:
-    """Return the bytes of ``count`` weights and of their scales."""
-    return {
-        at.FLOAT32: (4 * count, 0),
-        at.BFLOAT16: (2 * count, 0),
-        at.INT8: (count, 2 * count // GROUP8),
-        at.INT4: (count // 2, 4 * count // GROUP4),
-    }[kind]
+
+@dataclass(frozen=True)
+class Stack:
+    """Matrices whose products belong together: one below the other, or blocks of two in alternation."""
+
+    matrices: tuple[Matrix, ...]
+    alternate: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights and their scales."""
+        return sum(matrix.bytes for matrix in self.matrices)
 
 
 @dataclass
 class Layout:
     """Places of matrices and float32 vectors by name, and the total ``size`` in bytes."""
 
-    matrices: dict[str, Matrix] = field(default_factory=dict)
+    matrices: dict[str, Stack] = field(default_factory=dict)
     vectors: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, length
     size: int = 0
 
     def _take(self, size: int) -> int:
         begin, self.size = self.size, self.size + padded(size, ALIGN)
         return begin
+
+    def digest(self) -> str:
+        """Return a digest of the types of all matrices."""
+        types = [(name, matrix.type) for name, stack in self.matrices.items() for matrix in stack.matrices]
+        return hashlib.sha256(repr(types).encode()).hexdigest()[:16]
 
     def vector(self, name: str, length: int) -> None:
         """Add a vector of ``length`` float32."""
@@ -63,30 +77,38 @@ class Layout:
         """Return the bytes of weights that one token reads: not an untied embedding, nor idle experts."""
         idle = 0
         if not config.tie_embeddings:
-            idle += self._matrix_bytes(self.matrices["embedding"])
+            idle += self.matrices["embedding"].bytes
         for layer in range(config.num_layers):
             if config.is_mixture(layer):
-                expert = sum(
-                    self._matrix_bytes(self.matrices[f"{layer}.0.{part}"]) for part in ("gate_up", "down")
-                )
+                expert = sum(self.matrices[f"{layer}.0.{part}"].bytes for part in ("gate_up", "down"))
                 idle += (config.num_experts - config.experts_per_token) * expert
         return self.size - idle
 
-    def _matrix_bytes(self, matrix: Matrix) -> int:
-        return sum(_matrix_bytes(matrix.kind, matrix.rows * matrix.columns))
-
-    def matrix(self, name: str, kind: int, rows: int, columns: int, bias: bool = False) -> None:
+    def matrix(self, name: str, type_name: str, rows: int, columns: int, bias: bool = False) -> None:
         """Add a matrix of padded shape [rows, columns], with its scales and bias."""
-        count = rows * columns
-        weights, scales = _matrix_bytes(kind, count)
-        self.matrices[name] = Matrix(
-            kind,
-            rows,
-            columns,
-            self._take(weights),
-            self._take(scales),
-            self._take(4 * rows) if bias else -1,
-        )
+        self.stack(name, [(type_name, rows)], columns, bias)
+
+    def stack(
+        self,
+        name: str,
+        parts: Sequence[tuple[str, int]],
+        columns: int,
+        bias: bool = False,
+        alternate: bool = False,
+    ) -> None:
+        """Add matrices of ``parts`` (type, rows) one below the other; neighbours of one type are joined."""
+        joined: list[tuple[str, int]] = []
+        for type_name, rows in parts:
+            if joined and joined[-1][0] == type_name:
+                joined[-1] = (type_name, joined[-1][1] + rows)
+            else:
+                joined.append((type_name, rows))
+        matrices = []
+        for type_name, rows in joined:
+            weights, scales = sizes(kind_of(type_name), rows, columns)
+            places = self._take(weights), self._take(scales), self._take(4 * rows) if bias else -1
+            matrices.append(Matrix(type_name, rows, columns, *places))
+        self.matrices[name] = Stack(tuple(matrices), alternate and len(matrices) > 1)
 
 
 @dataclass(frozen=True)
@@ -109,56 +131,47 @@ class Shape:
         return cls(padded(config.hidden_size, 64), dim, padded(inner, 64), padded(config.num_heads * dim, 64))
 
 
-def layout(config: ModelConfig, quantization: Quantization, stored: str) -> Layout:
-    """Lay out a model.
-
-    With "int4" the embedding and the head are int8: they lose most from quantisation.
-
-    Args:
-        config: The network.
-        quantization: How matrices are stored; "none" keeps the checkpoint's type.
-        stored: The type of the checkpoint's weights ("BF16", "F32").
-    """
-    kind = {
-        "int8": at.INT8,
-        "int4": at.INT4,
-        "bf16": at.BFLOAT16,
-        "none": at.BFLOAT16 if stored == "BF16" else at.FLOAT32,
-    }[quantization]
-    outer = at.INT8 if kind == at.INT4 else kind
+def layout(config: ModelConfig, types: Types) -> Layout:
+    """Lay out a model whose weights are kept in the given types (see `types`)."""
     shape, heads, kv_heads = Shape.of(config), config.num_heads, config.num_kv_heads
     result = Layout()
-    halves = 2 if config.gated_mlp else 1
     vocabulary = padded(config.vocab_size, 16)
-    result.matrix("embedding", outer, vocabulary, shape.hidden)
+    result.matrix("embedding", types("model.embed_tokens.weight"), vocabulary, shape.hidden)
     if config.positions == "learned":
         result.vector("positions", config.max_positions * shape.hidden)
     for layer in range(config.num_layers):
-        name = f"{layer}."
+        name, module = f"{layer}.", f"model.layers.{layer}"
         for norm in norms(config):
             result.vector(name + norm, shape.hidden)
             if config.norm == "layer":
                 result.vector(name + norm + ".bias", shape.hidden)
-        result.matrix(
-            name + "qkv", kind, (heads + 2 * kv_heads) * shape.dim, shape.hidden, config.attention_bias
-        )
+        parts = [
+            (types(f"{module}.self_attn.{part}_proj.weight"), count * shape.dim)
+            for part, count in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
+        ]
+        result.stack(name + "qkv", parts, shape.hidden, config.attention_bias)
         if config.qk_norm != "none":
             whole = config.qk_norm == "projection"
             result.vector(name + "q_norm", shape.dim * (heads if whole else 1))
             result.vector(name + "k_norm", shape.dim * (kv_heads if whole else 1))
-        result.matrix(name + "o", kind, shape.hidden, shape.attention, config.output_bias)
-        mlps = [name]
+        output = types(f"{module}.self_attn.o_proj.weight")
+        result.matrix(name + "o", output, shape.hidden, shape.attention, config.output_bias)
+        mlps = {name: f"{module}.mlp"}
         if config.is_mixture(layer):
-            result.matrix(name + "router", at.FLOAT32, padded(config.num_experts, 16), shape.hidden)
-            mlps = [f"{name}{expert}." for expert in range(config.num_experts)]
-        for mlp in mlps:
-            result.matrix(mlp + "gate_up", kind, halves * shape.inner, shape.hidden, config.mlp_bias)
-            result.matrix(mlp + "down", kind, shape.hidden, shape.inner, config.mlp_bias)
+            result.matrix(name + "router", "F32", padded(config.num_experts, 16), shape.hidden)
+            mlps = {
+                f"{name}{expert}.": f"{module}.mlp.experts.{expert}" for expert in range(config.num_experts)
+            }
+        for mlp, inner in mlps.items():
+            parts = [(types(f"{inner}.{part}.weight"), shape.inner) for part in gate_and_up(config)]
+            result.stack(mlp + "gate_up", parts, shape.hidden, config.mlp_bias, alternate=True)
+            down = types(f"{inner}.down_proj.weight")
+            result.matrix(mlp + "down", down, shape.hidden, shape.inner, config.mlp_bias)
     result.vector("norm", shape.hidden)
     if config.norm == "layer":
         result.vector("norm.bias", shape.hidden)
     if not config.tie_embeddings:
-        result.matrix("head", outer, vocabulary, shape.hidden)
+        result.matrix("head", types("lm_head.weight"), vocabulary, shape.hidden)
     return result
 
 
@@ -166,3 +179,8 @@ def norms(config: ModelConfig) -> list[str]:
     """Return our module names of a layer's norms."""
     before = ["input_layernorm", "post_attention_layernorm"] if config.pre_norm else []
     return before + (["attention_output_norm", "mlp_output_norm"] if config.post_norm else [])
+
+
+def gate_and_up(config: ModelConfig) -> list[str]:
+    """Return our names of the matrices of an MLP that read its input."""
+    return ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]

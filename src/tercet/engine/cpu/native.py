@@ -97,7 +97,7 @@ def _compile(name: str) -> bytes:
 
     from tercet.engine.cpu import kernels, programs
 
-    function = kernels.run if name == "run" else getattr(programs, name)
+    function = kernels.run if name == "run" else programs.program(name)
     arguments = [types.int64] * function.__code__.co_argcount
     result = types.int64 if name == "run" else types.void
     compiled = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)

@@ -1,4 +1,4 @@
-"""Pack a checkpoint's tensors as quantised weights in one block of memory.
+"""Pack a model's weights in one block of memory, in the order that the kernels read.
 
 Everything is numpy on memory-mapped tensors, one matrix at a time. `load` caches the result.
 """
@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tercet.engine.cpu import Quantization
-from tercet.engine.cpu import table as at
-from tercet.engine.cpu.layout import Layout, Matrix, Shape, layout, norms, padded
-from tercet.engine.cpu.table import GROUP4, GROUP8
+from tercet.engine.cpu.formats import FORMATS, repack, row_bytes
+from tercet.engine.cpu.layout import Layout, Matrix, Shape, Types, gate_and_up, layout, norms, padded
+from tercet.model.block_quantization import quantize
 from tercet.model.config import ModelConfig
+from tercet.model.gguf_values import Blocks
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Get = Callable[[str], Floats]  # returns a tensor as float32, by our module names
+GetBlocks = Callable[[str], Blocks | None]  # returns a file's own quantised rows, by our names of weights
+GetRows = Callable[[int, int], Bytes]  # returns the bytes of a matrix's rows begin..end-1
 
-ROWS_AT_ONCE = 4096  # a multiple of 16
+ROWS_AT_ONCE = 4096  # a multiple of 32
 LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
 
@@ -43,69 +45,33 @@ def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
     return ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def from_bfloat16(raw: NDArray[np.uint16]) -> Floats:
-    """Widen bfloat16 bits to float32."""
-    return (raw.astype(np.uint32) << 16).view(np.float32)
+def encode(values: Floats, type_name: str) -> Bytes:
+    """Return rows [rows, columns] as bytes of a type [rows, bytes]."""
+    if type_name in FORMATS:
+        return quantize(values, type_name)
+    stored: NDArray[Any] = np.ascontiguousarray(values)
+    if type_name == "BF16":
+        stored = to_bfloat16(stored)
+    elif type_name == "F16":
+        stored = stored.astype(np.float16)
+    return stored.view(np.uint8).reshape(len(values), -1)
 
 
-def quantize_int8(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """Quantise a matrix symmetrically, w = q * scale: return q + 128 [rows, K] and scales [rows, K / GROUP8].
-
-    The scales are bits of bfloat16.
-    """
-    groups = w.reshape(len(w), -1, GROUP8)
-    # A scale that is rounded down clips the largest weight by at most 0.4%, less than rounding to 8 bits does.
-    scales = to_bfloat16(np.abs(groups).max(-1) / np.float32(127))
-    steps = from_bfloat16(scales)
-    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps > 0)
-    q = np.clip(np.rint(groups * inverse[..., None]), -127, 127).astype(np.int16)
-    return (q + 128).astype(np.uint8).reshape(w.shape), scales
-
-
-def quantize_int4(w: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
-    """Quantise a matrix asymmetrically, w = q * scale + offset, q in 0..15.
-
-    Of several ranges, from a group's full range to 0.8 of it, the one with the least squared error is
-    chosen: clipping an extreme value often makes the rest of its group more exact.
-
-    Returns:
-        q [rows, K], and the scales and offsets [rows, K / GROUP4] as bits of bfloat16.
-    """
-    groups = w.reshape(len(w), -1, GROUP4)
-    low, high = groups.min(-1), groups.max(-1)
-    best = np.full(low.shape, np.inf, np.float32)
-    chosen = np.zeros(groups.shape, np.uint8)
-    scales, offsets = np.zeros(low.shape, np.uint16), np.zeros(low.shape, np.uint16)
-    middle, half = (low + high) / 2, (high - low) / 2
-    for keep in (1.0, 0.95, 0.9, 0.85, 0.8):
-        offset = to_bfloat16(middle - half * np.float32(keep))
-        scale = to_bfloat16(half * np.float32(keep * 2 / 15))
-        start, step = from_bfloat16(offset), from_bfloat16(scale)
-        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
-        q = np.clip(np.rint((groups - start[..., None]) * inverse[..., None]), 0, 15)
-        error = np.square(q * step[..., None] + start[..., None] - groups).sum(-1)
-        better = error < best
-        best = np.where(better, error, best)
-        chosen = np.where(better[..., None], q.astype(np.uint8), chosen)
-        scales, offsets = np.where(better, scale, scales), np.where(better, offset, offsets)
-    return chosen.reshape(w.shape), scales, offsets
-
-
-def pack_matrix(memory: Bytes, place: Matrix, w: Floats, bias: Floats | None = None) -> None:
-    """Write a matrix, at most [rows, columns], into its place and fill the rest with zeros.
-
-    It is quantised a few thousand rows at a time, so that the temporary memory stays small.
-    """
+def pack_matrix(memory: Bytes, place: Matrix, rows: GetRows) -> None:
+    """Write a matrix into its place, a few thousand rows at a time, so that the temporary memory stays small."""
+    weights, scales = place.weights, place.scales
     for begin in range(0, place.rows, ROWS_AT_ONCE):
-        rows = min(ROWS_AT_ONCE, place.rows - begin)
-        part = np.zeros((rows, place.columns), np.float32)
-        source = w[begin : begin + rows]
-        part[: len(source), : w.shape[1]] = source
-        _pack_rows(memory, place, begin, part)
-    if bias is not None:
-        whole = np.zeros(place.rows, np.float32)
-        whole[: bias.size] = bias
-        _put(memory, place.bias, whole)
+        parts = repack(place.type, rows(begin, min(begin + ROWS_AT_ONCE, place.rows)))
+        _put(memory, weights, parts[0])
+        _put(memory, scales, parts[1])
+        weights, scales = weights + parts[0].size, scales + parts[1].size
+
+
+def pack_floats(memory: Bytes, place: Matrix, values: Floats) -> None:
+    """Write a float32 matrix, at most [rows, columns], into its place and fill the rest with zeros."""
+    whole = np.zeros((place.rows, place.columns), np.float32)
+    whole[: len(values), : values.shape[1]] = values
+    pack_matrix(memory, place, lambda begin, end: encode(whole[begin:end], place.type))
 
 
 def _put(memory: Bytes, offset: int, values: NDArray[Any]) -> None:
@@ -113,123 +79,193 @@ def _put(memory: Bytes, offset: int, values: NDArray[Any]) -> None:
     memory[offset : offset + raw.size] = raw
 
 
-def _pack_rows(memory: Bytes, place: Matrix, begin: int, w: Floats) -> None:
-    """Write rows of a matrix from ``begin`` on. Blocks of 16 rows are stored in order, so they are contiguous."""
-    blocks, k = len(w) // 16, place.columns
-    # Two bytes for the scale of a group, with int4 two more for its offset.
-    scales_at = place.scales + begin * (2 * k // GROUP8 if place.kind == at.INT8 else 4 * k // GROUP4)
-    if place.kind == at.INT8:
-        q, scales = quantize_int8(w)
-        _put(memory, place.weights + begin * k, q.reshape(blocks, 16, k // 4, 4).transpose(0, 2, 1, 3))
-        _put(memory, scales_at, scales.reshape(blocks, 16, -1).transpose(0, 2, 1))
-    elif place.kind == at.INT4:
-        q, scales, offsets = quantize_int4(w)
-        eights = q.reshape(blocks, 16, k // 8, 2, 4).transpose(0, 2, 1, 3, 4)
-        _put(memory, place.weights + begin * k // 2, eights[..., 0, :] | (eights[..., 1, :] << 4))
-        both = np.stack([scales, offsets], axis=1).reshape(blocks, 16, 2, -1)
-        _put(memory, scales_at, both.transpose(0, 3, 2, 1))
-    else:
-        columns = np.ascontiguousarray(w.reshape(blocks, 16, k).transpose(0, 2, 1))
-        if place.kind == at.BFLOAT16:
-            _put(memory, place.weights + 2 * begin * k, to_bfloat16(columns))
-        else:
-            _put(memory, place.weights + 4 * begin * k, columns)
-
-
-def pad_heads(w: Floats, head_dim: int, dim: int) -> Floats:
+def pad_heads(rows: NDArray[Any], head_dim: int, dim: int) -> NDArray[Any]:
     """Pad the rows of each head with zeros: [n * head_dim, ...] to [n * dim, ...]."""
-    split = w.reshape(-1, head_dim, *w.shape[1:])
-    whole = np.zeros((len(split), dim, *w.shape[1:]), np.float32)
+    if dim == head_dim:
+        return rows
+    split = rows.reshape(-1, head_dim, *rows.shape[1:])
+    whole = np.zeros((len(split), dim, *rows.shape[1:]), rows.dtype)
     whole[:, :head_dim] = split
-    return whole.reshape(-1, *w.shape[1:])
+    return whole.reshape(-1, *rows.shape[1:])
 
 
-def pack(config: ModelConfig, quantization: Quantization, stored: str, get: Get) -> tuple[Layout, Bytes]:
-    """Pack a model's tensors.
+def _slices(rows: Bytes) -> GetRows:
+    return lambda begin, end: rows[begin:end]
+
+
+class Packer:
+    """Packs the tensors of one model.
 
     Args:
         config: The network.
-        quantization: How matrices are stored.
-        stored: The type of the checkpoint's weights (see `layout.layout`).
-        get: Returns a tensor by our module name.
+        types: The type of each weight in memory.
+        get: Returns a tensor by our name of it.
+        blocks: Returns a file's own quantised rows, which are used where their type is the weight's type.
+    """
+
+    def __init__(self, config: ModelConfig, types: Types, get: Get, blocks: GetBlocks) -> None:
+        self.config, self._types, self._get, self._blocks = config, types, get, blocks
+        self.places = layout(config, types)
+        self.memory = allocate(self.places.size)
+        self._shape = Shape.of(config)
+
+    def _rows(self, name: str, columns: int, change: Callable[[Any], Any] = lambda rows: rows) -> GetRows:
+        """Return the rows of a weight, with zeros for what lies beyond its shape.
+
+        ``change`` is applied to the rows as a whole, floats or bytes.
+        """
+        type_name = self._types(name)
+        stored = self._blocks(name)
+        width = row_bytes(type_name, columns)
+        if stored is not None and stored.type == type_name:
+            own: NDArray[Any] = change(stored.data)
+        else:
+            own, stored = change(self._get(name)), None
+
+        def rows(begin: int, end: int) -> Bytes:
+            part = own[begin:end]
+            if stored is None:
+                whole = np.zeros((len(part), columns), np.float32)
+                whole[:, : part.shape[1]] = part
+                part = encode(whole, type_name)
+            result = np.zeros((end - begin, width), np.uint8)
+            result[: len(part), : part.shape[1]] = part
+            return result
+
+        return rows
+
+    def _matrix(self, name: str, weight: str, change: Callable[[Any], Any] = lambda rows: rows) -> None:
+        [place] = self.places.matrices[name].matrices
+        pack_matrix(self.memory, place, self._rows(weight, place.columns, change))
+
+    def _bias(self, name: str, biases: Floats) -> None:
+        """Write the biases of all rows of a stack."""
+        begin = 0
+        for place in self.places.matrices[name].matrices:
+            part = np.zeros(place.rows, np.float32)
+            own = biases[begin : begin + place.rows]
+            part[: own.size] = own
+            _put(self.memory, place.bias, part)
+            begin += place.rows
+
+    def _vector(self, name: str, values: Floats) -> None:
+        offset, length = self.places.vectors[name]
+        assert values.size <= length
+        _put(self.memory, offset, np.ascontiguousarray(values, np.float32))
+
+    def _norm(self, name: str, module: str) -> None:
+        self._vector(name, self._get(f"{module}.weight") + np.float32(self.config.norm_offset))
+        if self.config.norm == "layer":
+            self._vector(f"{name}.bias", self._get(f"{module}.bias"))
+
+    def _heads(self, rows: NDArray[Any]) -> NDArray[Any]:
+        return pad_heads(rows, self.config.head_dim, self._shape.dim)
+
+    def _qkv(self, name: str, module: str) -> None:
+        """Pack queries, keys and values, one below the other."""
+        config, shape = self.config, self._shape
+        heights = [
+            count * shape.dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        ]
+        sources = [self._rows(f"{module}.{part}_proj.weight", shape.hidden, self._heads) for part in "qkv"]
+        ends = np.cumsum(heights)
+        first = 0
+        for place in self.places.matrices[name].matrices:
+            last = first + place.rows
+            data = [
+                source(max(first, end - height) - (end - height), min(last, end) - (end - height))
+                for source, height, end in zip(sources, heights, ends, strict=True)
+                if first < end and end - height < last
+            ]
+            pack_matrix(self.memory, place, _slices(np.concatenate(data)))
+            first = last
+        if config.attention_bias:
+            self._bias(
+                name, np.concatenate([self._heads(self._get(f"{module}.{part}_proj.bias")) for part in "qkv"])
+            )
+
+    def _mlp(self, name: str, module: str) -> None:
+        """Pack an MLP. Blocks of gate and up alternate, so that a thread, which needs both, reads in order."""
+        config, inner = self.config, self._shape.inner
+        names = gate_and_up(config)
+        stack = self.places.matrices[f"{name}gate_up"]
+        columns = stack.matrices[0].columns
+        sources = [self._rows(f"{module}.{part}.weight", columns) for part in names]
+        if stack.alternate:
+            for place, source in zip(stack.matrices, sources, strict=True):
+                pack_matrix(self.memory, place, source)
+        else:
+
+            def both(begin: int, end: int) -> Bytes:
+                count = len(sources)
+                parts = [source(begin // count, end // count) for source in sources]
+                blocks = [part.reshape(-1, 16, part.shape[1]) for part in parts]
+                return np.stack(blocks, axis=1).reshape(end - begin, -1)
+
+            pack_matrix(self.memory, stack.matrices[0], both)
+        self._matrix(f"{name}down", f"{module}.down_proj.weight")
+        if config.mlp_bias:
+            biases = np.zeros((len(names), inner), np.float32)
+            for bias, part in zip(biases, names, strict=True):
+                values = self._get(f"{module}.{part}.bias")
+                bias[: values.size] = values
+            ordered = biases if stack.alternate else biases.reshape(len(names), -1, 16).swapaxes(0, 1)
+            self._bias(f"{name}gate_up", ordered.reshape(-1))
+            self._bias(f"{name}down", self._get(f"{module}.down_proj.bias"))
+
+    def _layer(self, layer: int) -> None:
+        config, shape = self.config, self._shape
+        name, module = f"{layer}.", f"model.layers.{layer}"
+        for norm_name in norms(config):
+            self._norm(name + norm_name, f"{module}.{norm_name}")
+        attention = f"{module}.self_attn"
+        self._qkv(name + "qkv", attention)
+        if config.qk_norm != "none":
+            for part in "qk":
+                weight = self._get(f"{attention}.{part}_norm.weight") + np.float32(config.norm_offset)
+                self._vector(f"{name}{part}_norm", self._heads(weight))
+        columns = shape.dim != config.head_dim  # then the columns of heads are padded
+        self._matrix(
+            name + "o",
+            f"{attention}.o_proj.weight",
+            (lambda rows: self._heads(np.ascontiguousarray(rows.T)).T) if columns else (lambda rows: rows),
+        )
+        if config.output_bias:
+            self._bias(name + "o", self._get(f"{attention}.o_proj.bias"))
+        if config.is_mixture(layer):
+            [router] = self.places.matrices[name + "router"].matrices
+            pack_floats(self.memory, router, self._get(f"{module}.mlp.gate.weight"))
+            for expert in range(config.num_experts):
+                self._mlp(f"{name}{expert}.", f"{module}.mlp.experts.{expert}")
+        else:
+            self._mlp(name, f"{module}.mlp")
+
+    def pack(self) -> None:
+        """Pack everything."""
+        config, shape = self.config, self._shape
+        self._matrix("embedding", "model.embed_tokens.weight")
+        if config.positions == "learned":
+            table = np.zeros((config.max_positions, shape.hidden), np.float32)
+            table[:, : config.hidden_size] = self._get("model.embed_positions.weight")
+            self._vector("positions", table.reshape(-1))
+        for layer in range(config.num_layers):
+            self._layer(layer)
+        self._norm("norm", "model.norm")
+        if not config.tie_embeddings:
+            self._matrix("head", "lm_head.weight")
+
+
+def pack(
+    config: ModelConfig, types: Types, get: Get, blocks: GetBlocks = lambda name: None
+) -> tuple[Layout, Bytes]:
+    """Pack a model's tensors; the arguments are those of `Packer`.
 
     Returns:
         Where each tensor is, and the packed memory.
     """
-    places = layout(config, quantization, stored)
-    memory = allocate(places.size)
-    shape = Shape.of(config)
-    dim, head_dim = shape.dim, config.head_dim
-
-    def vector(name: str, values: Floats) -> None:
-        offset, length = places.vectors[name]
-        memory[offset : offset + 4 * values.size] = np.ascontiguousarray(values, np.float32).view(np.uint8)
-        assert values.size <= length
-
-    def matrix(name: str, w: Floats, bias: Floats | None = None) -> None:
-        pack_matrix(memory, places.matrices[name], w, bias)
-
-    def heads(w: Floats) -> Floats:
-        return pad_heads(w, head_dim, dim)
-
-    def norm(name: str, module: str) -> None:
-        vector(name, get(f"{module}.weight") + np.float32(config.norm_offset))
-        if config.norm == "layer":
-            vector(f"{name}.bias", get(f"{module}.bias"))
-
-    def mlp(name: str, module: str) -> None:
-        parts = ["gate_proj", "up_proj"] if config.gated_mlp else ["up_proj"]
-        # Blocks of gate and up alternate, so that a thread, which needs both, reads memory in order.
-        both = np.zeros((shape.inner // 16, len(parts), 16, config.hidden_size), np.float32)
-        biases = np.zeros((shape.inner // 16, len(parts), 16), np.float32)
-        for number, part in enumerate(parts):
-            w = get(f"{module}.{part}.weight")
-            whole = np.zeros((shape.inner, config.hidden_size), np.float32)
-            whole[: len(w)] = w
-            both[:, number] = whole.reshape(-1, 16, config.hidden_size)
-            if config.mlp_bias:
-                bias = np.zeros(shape.inner, np.float32)
-                bias[: len(w)] = get(f"{module}.{part}.bias")
-                biases[:, number] = bias.reshape(-1, 16)
-        matrix(
-            f"{name}gate_up",
-            both.reshape(-1, config.hidden_size),
-            biases.reshape(-1) if config.mlp_bias else None,
-        )
-        down_bias = get(f"{module}.down_proj.bias") if config.mlp_bias else None
-        matrix(f"{name}down", get(f"{module}.down_proj.weight"), down_bias)
-
-    matrix("embedding", get("model.embed_tokens.weight"))
-    if config.positions == "learned":
-        table = np.zeros((config.max_positions, shape.hidden), np.float32)
-        table[:, : config.hidden_size] = get("model.embed_positions.weight")
-        vector("positions", table.reshape(-1))
-    for layer in range(config.num_layers):
-        name, module = f"{layer}.", f"model.layers.{layer}"
-        for norm_name in norms(config):
-            norm(name + norm_name, f"{module}.{norm_name}")
-        attention = f"{module}.self_attn"
-        qkv = np.concatenate([heads(get(f"{attention}.{part}_proj.weight")) for part in "qkv"])
-        bias = None
-        if config.attention_bias:
-            bias = np.concatenate([heads(get(f"{attention}.{part}_proj.bias")) for part in "qkv"])
-        matrix(name + "qkv", qkv, bias)
-        if config.qk_norm != "none":
-            for part in "qk":
-                weight = get(f"{attention}.{part}_norm.weight") + np.float32(config.norm_offset)
-                vector(f"{name}{part}_norm", heads(weight))
-        out = heads(np.ascontiguousarray(get(f"{attention}.o_proj.weight").T)).T
-        matrix(name + "o", out, get(f"{attention}.o_proj.bias") if config.output_bias else None)
-        if config.is_mixture(layer):
-            matrix(name + "router", get(f"{module}.mlp.gate.weight"))
-            for expert in range(config.num_experts):
-                mlp(f"{name}{expert}.", f"{module}.mlp.experts.{expert}")
-        else:
-            mlp(name, f"{module}.mlp")
-    norm("norm", "model.norm")
-    if not config.tie_embeddings:
-        matrix("head", get("lm_head.weight"))
-    return places, memory
+    packer = Packer(config, types, get, blocks)
+    packer.pack()
+    return packer.places, packer.memory
 
 
 def padded_vocabulary(config: ModelConfig) -> int:

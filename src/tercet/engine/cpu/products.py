@@ -24,7 +24,7 @@ def prepare(part: Any, matrix: int, x: int, x_stride: int, copies: int, passed: 
 
     ``copies`` rows of ``x`` belong to each row of the step.
     """
-    buffer = (part.quantized, part.scales, part.zeros)
+    buffer = (part.quantized, part.scales, part.sums)
     prepare_rows(matrix, x, x_stride, buffer, part.first * copies, part.last * copies)
     return passed if part.small else int(barrier(part.table, passed, part.thread))
 
@@ -84,7 +84,7 @@ def multiply(part: Any, index: int, kind: int, matrix: int, x: int, x_stride: in
             number = halves * block + half
             place = out + step * block + half * rows * BLOCK_ROW
             product(
-                table, matrix, number, x, x_stride, part.quantized, part.scales, part.zeros, rows, place, out_stride
+                table, matrix, number, x, x_stride, part.quantized, part.scales, part.sums, rows, place, out_stride
             )  # fmt: skip
             if adapted:
                 scratch = part.private + 2 * rows * BLOCK_ROW  # behind the outputs

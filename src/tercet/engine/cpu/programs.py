@@ -1,81 +1,72 @@
 """Functions that a step calls by address: products for each form of weights, gates, attention.
 
-Each is compiled by itself when a model first needs it, and stored on disk (`native`). They are written out,
-not generated, because `native` compiles functions with a fixed number of arguments, all integers: the
-kernels below can be called from compiled code only.
+Each is compiled by itself when a model first needs it, and stored on disk (`native`). `native` compiles
+functions with a fixed number of arguments, all integers: the kernels themselves can be called from compiled
+code only.
 """
 
 from __future__ import annotations
 
-from tercet.engine.cpu import attention, rows, tiles
+from collections.abc import Callable
+from typing import Any
 
-float32_product, bfloat16_product = tiles.float32_product, tiles.bfloat16_product
-int8_product, int8_portable_product = tiles.int8_product, tiles.int8_portable_product
-int4_product, int4_portable_product = tiles.int4_product, tiles.int4_portable_product
+from tercet.engine.cpu import attention, block_tiles, rows, tiles
+
 attend1, attend1_half = attention.ATTEND[1, False], attention.ATTEND[1, True]
 attend4, attend4_half = attention.ATTEND[4, False], attention.ATTEND[4, True]
 store_as_float, store_as_half = attention.STORE[False], attention.STORE[True]
-quantize8, quantize4 = rows.quantize8, rows.quantize4
+quantize_row = rows.quantize
 gate_silu, gate_gelu, gate_gelu_tanh, gate_relu = (rows.GATES[name, True] for name in rows.ACTIVATIONS)
 plain_silu, plain_gelu, plain_gelu_tanh, plain_relu = (rows.GATES[name, False] for name in rows.ACTIVATIONS)
 
-# The arguments of products: w, s weights and their scales; k columns; x, j float32 rows and their stride;
-# q, a, z quantised rows, their scales and zeros; n tokens; o, p outputs and their stride (see `tiles`).
+
+def _product(kernel: Any) -> Callable[..., None]:
+    """Make a function of a product (see `tiles`).
+
+    w, s weights and their scales; k columns; x, j float32 rows and their stride; q, a, z quantised rows,
+    their scales and sums; n tokens; o, p outputs and their stride.
+    """
+
+    def product(
+        w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
+    ) -> None:
+        kernel(w, s, k, x, j, q, a, z, n, o, p)
+
+    return product
 
 
-def product_float32(
-    w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
-) -> None:
-    """Multiply by a block of float32 weights."""
-    float32_product(w, s, k, x, j, q, a, z, n, o, p)
+def _row(kernel: Any) -> Callable[..., None]:
+    """Make a function that reads a row: w, s weights and scales; k columns; r row of the block; o output."""
+
+    def row(w: int, s: int, k: int, r: int, o: int) -> None:
+        kernel(w, s, k, r, o)
+
+    return row
 
 
-def product_bfloat16(
-    w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
-) -> None:
-    """Multiply by a block of bfloat16 weights."""
-    bfloat16_product(w, s, k, x, j, q, a, z, n, o, p)
+FORMS: dict[str, Callable[..., None]] = {
+    **{f"product_{kind}": _product(kernel) for kind, kernel in tiles.PRODUCTS.items()},
+    **{f"row_{kind}": _row(kernel) for kind, kernel in tiles.ROWS.items()},
+    **{f"product_{name}_{way}": _product(kernel) for (name, way), kernel in block_tiles.PRODUCTS.items()},
+    **{f"row_{name}": _row(kernel) for name, kernel in block_tiles.ROWS.items()},
+}
 
 
-def product_int8(
-    w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
-) -> None:
-    """Multiply by a block of int8 weights."""
-    int8_product(w, s, k, x, j, q, a, z, n, o, p)
+def program(name: str) -> Callable[..., None]:
+    """Return the function of that name."""
+    if name in FORMS:
+        function = FORMS[name]
+        function.__name__ = function.__qualname__ = (
+            name  # the symbol in the object file, which must be unique
+        )
+        return function
+    fixed: Callable[..., None] = globals()[name]
+    return fixed
 
 
-def product_int8_portable(
-    w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
-) -> None:
-    """Multiply by a block of int8 weights, without special instructions."""
-    int8_portable_product(w, s, k, x, j, q, a, z, n, o, p)
-
-
-def product_int4(
-    w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
-) -> None:
-    """Multiply by a block of int4 weights."""
-    int4_product(w, s, k, x, j, q, a, z, n, o, p)
-
-
-def product_int4_portable(
-    w: int, s: int, k: int, x: int, j: int, q: int, a: int, z: int, n: int, o: int, p: int
-) -> None:
-    """Multiply by a block of int4 weights, without special instructions."""
-    int4_portable_product(w, s, k, x, j, q, a, z, n, o, p)
-
-
-# x a row; n groups; q, a, z quantised values, scales and zeros (see `rows`).
-
-
-def quantize_int8(x: int, n: int, q: int, a: int, z: int) -> None:
-    """Quantise a row of activations for int8 weights."""
-    quantize8(x, n, q, a, z)
-
-
-def quantize_int4(x: int, n: int, q: int, a: int, z: int) -> None:
-    """Quantise a row of activations for int4 weights."""
-    quantize4(x, n, q, a, z)
+def quantize(x: int, n: int, q: int, a: int, z: int) -> None:
+    """Quantise n groups of a row of activations x: values q, scales a, sums z (see `rows`)."""
+    quantize_row(x, n, q, a, z)
 
 
 # q, j queries and their stride; k, v a page's keys and values; d size of a head; n visible positions of the first

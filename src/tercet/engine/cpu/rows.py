@@ -10,7 +10,7 @@ from numba import njit
 
 from tercet.engine.cpu import table as at
 from tercet.engine.cpu.matrices import floats
-from tercet.engine.cpu.table import GROUP4, GROUP8
+from tercet.engine.cpu.table import GROUP
 from tercet.simd import F32, I8, I32, I64, INTEGERS, LANES, VECTOR, Vectors, kernel
 
 
@@ -62,43 +62,27 @@ def norm(table: Any, x: int, weight: int, bias: int, out: int) -> None:
         rms_norm(x, weight, width // 16, table[at.HIDDEN_SIZE], table[at.EPS], out)
 
 
-def _quantize(group_size: int, integer_zeros: bool) -> Any:
-    """Build the kernel (x, groups, out, scales, zeros) that quantises a row to int8.
-
-    Each group of ``group_size`` floats gets a scale of its own and a number ``zeros``, which corrects the
-    products with unsigned weights: with ``integer_zeros`` -128 times the group's sum (int32), since int8
-    weights are stored plus 128; otherwise scale times the group's sum (float32), which is multiplied by the
-    offset of int4 weights.
-    """
-    vectors = group_size // LANES
-
-    @kernel(5)
-    def quantize(v: Vectors, x: Any, groups: Any, out: Any, scales: Any, zeros: Any) -> None:
-        b = v.b
-        with v.loop(groups) as group:
-            begin = v.address(x, b.mul(group, I64(4 * group_size)))
-            values = [v.floats(v.address(begin, 64 * i)) for i in range(vectors)]
-            highest = v.absolute(values[0])
-            for value in values[1:]:
-                highest = v.largest(highest, v.absolute(value))
-            top = v.maximum(highest)
-            scale = b.fmul(top, F32(1 / 127))
-            # A group of zeros stays zero; a group too small for a finite inverse becomes zero.
-            usable = b.fcmp_ordered(">", top, F32(1e-30))
-            inverse = v.splat(b.select(usable, b.fdiv(F32(127.0), top), F32(0.0)))
-            total = v.integers(0)
-            start = v.address(out, b.mul(group, I64(group_size)))
-            for i, value in enumerate(values):
-                whole = b.fptosi(v.round(b.fmul(value, inverse)), INTEGERS)
-                total = b.add(total, whole)
-                v.store(b.trunc(whole, ir.VectorType(I8, LANES)), v.address(start, LANES * i), 1)
-            count = v.call("llvm.vector.reduce.add.v16i32", I32, total)
-            offset = b.mul(group, I64(4))
-            v.store(scale, v.address(scales, offset), 4)
-            zero = b.mul(count, I32(-128)) if integer_zeros else b.fmul(b.sitofp(count, F32), scale)
-            v.store(zero, v.address(zeros, offset), 4)
-
-    return quantize
+@kernel(5)
+def quantize(v: Vectors, x: Any, groups: Any, out: Any, scales: Any, sums: Any) -> None:
+    """Emit the quantisation of a row to int8: a scale for each group of 32, and a sum for each 16 values."""
+    b = v.b
+    with v.loop(groups) as group:
+        begin = v.address(x, b.mul(group, I64(4 * GROUP)))
+        values = [v.floats(v.address(begin, 64 * i)) for i in range(GROUP // LANES)]
+        highest = v.absolute(values[0])
+        for value in values[1:]:
+            highest = v.largest(highest, v.absolute(value))
+        top = v.maximum(highest)
+        # A group of zeros stays zero; a group too small for a finite inverse becomes zero.
+        usable = b.fcmp_ordered(">", top, F32(1e-30))
+        inverse = v.splat(b.select(usable, b.fdiv(F32(127.0), top), F32(0.0)))
+        start = v.address(out, b.mul(group, I64(GROUP)))
+        totals = v.address(sums, b.mul(group, I64(8)))
+        for i, value in enumerate(values):
+            whole = b.fptosi(v.round(b.fmul(value, inverse)), INTEGERS)
+            v.store(b.trunc(whole, ir.VectorType(I8, LANES)), v.address(start, LANES * i), 1)
+            v.store(v.call("llvm.vector.reduce.add.v16i32", I32, whole), v.address(totals, 4 * i), 4)
+        v.store(b.fmul(top, F32(1 / 127)), v.address(scales, b.mul(group, I64(4))), 4)
 
 
 def _gate(activation: str, gated: bool) -> Any:
@@ -134,7 +118,6 @@ def _activate(v: Vectors, x: ir.Value, activation: str) -> ir.Value:
     return b.fmul(b.fmul(half, x), b.select(negative, tail, b.fsub(v.constant(2.0), tail)))
 
 
-quantize8, quantize4 = _quantize(GROUP8, True), _quantize(GROUP4, False)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 GATES = {(name, gated): _gate(name, gated) for name in ACTIVATIONS for gated in (True, False)}
 

@@ -6,7 +6,7 @@ One compiled program serves every model: models differ in the data of the table.
 
 from __future__ import annotations
 
-GROUP8, GROUP4 = 64, 64  # weights that share a scale: int8, int4
+GROUP = 32  # activations that share a scale
 PAGE = 64  # positions in a page of keys and values
 LANES = 16  # of a vector, and rows in a block of weights
 QUERIES = (1, 4)  # of an attention tile
@@ -74,7 +74,7 @@ QUERIES = (1, 4)  # of an attention tile
     NORMED,  # [T, HIDDEN]
     QUANTIZED,  # int8 [T, widest]
     SCALES,  # [T, widest / 32]
-    ZEROS,  # [T, widest / 32]
+    SUMS,  # int32 [T, widest / 16]: sums of the quantised values
     QKV,  # [T, heads * DIM]
     ATTENDED,  # [T, ATTENTION_WIDTH]
     OUTPUT,  # [T, HIDDEN]: of attention or the feed-forward layer, where it is not added to X at once
@@ -116,18 +116,20 @@ QUERIES = (1, 4)  # of an attention tile
 # A matrix.
 (
     PRODUCT,  # address of the function that multiplies by it
-    QUANTIZE,  # address of the function that prepares activations for it, or 0
-    GROUP,  # weights that share a scale
+    ROW,  # address of the function that reads a row of it
+    QUANTIZE,  # address of the function that prepares activations for it and for what follows it, or 0
     BLOCK_BYTES,  # weights of 16 rows
     SCALE_BYTES,  # their scales
-    KIND,
     WEIGHTS,
     WEIGHT_SCALES,
     BIAS,
-    BLOCKS,
+    BLOCKS,  # of this matrix and of those that follow it
+    OWN_BLOCKS,
     COLUMNS,
+    NEXT,  # address of the descriptor of the matrix that goes on below this one, in another form; 0: none
+    ALTERNATE,  # 1: blocks of this matrix and of the next alternate
     MATRIX_WIDTH,
-) = range(12)
+) = range(14)
 
 # A run of rows with one adapter.
 (
@@ -168,7 +170,8 @@ CHANGES = HEAD_PRODUCT  # products of a layer, all of which an adapter may chang
     HIGH_WIDTH,
 ) = range(4)
 
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+# Kinds of matrices (see `formats`).
+FLOAT32, BFLOAT16, FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K = range(11)
 SMALL = 2  # up to this many rows, every thread prepares all of them itself rather than wait for the others
 
 # The control block of a pool of threads, in bytes.

@@ -90,7 +90,7 @@ class Part(NamedTuple):
     small: With few rows every thread prepares all of them for a product in a buffer of its own, which is
         faster than waiting for the others.
     first, last: The rows that this thread prepares for a product: all of a small step, otherwise its own.
-    normed, quantized, scales, zeros: Addresses of the buffers for prepared rows, row 0 first.
+    normed, quantized, scales, sums: Addresses of the buffers for prepared rows, row 0 first.
     private: Address of this thread's scratch.
     """
 
@@ -105,7 +105,7 @@ class Part(NamedTuple):
     normed: int
     quantized: int
     scales: int
-    zeros: int
+    sums: int
     private: int
 
 
@@ -130,6 +130,6 @@ def part_of(table: Any, thread: int, rows: int) -> Any:
         table[at.NORMED] + 4 * own * table[at.HIDDEN],
         table[at.QUANTIZED] + own * experts * widest,
         table[at.SCALES] + own * experts * (widest // 8),
-        table[at.ZEROS] + own * experts * (widest // 8),
+        table[at.SUMS] + own * experts * (widest // 4),
         table[at.PRIVATE] + thread * table[at.PRIVATE_BYTES],
     )
