@@ -73,7 +73,7 @@ def test_tensors_are_those_of_the_packages_reader(
     tmp_path: Path, alignment: int | None, version: int
 ) -> None:
     generator = np.random.default_rng(0)
-    tensors = {
+    tensors: dict[str, Any] = {
         "vector": generator.standard_normal(5).astype(np.float32),
         "half": generator.standard_normal((3, 7)).astype(np.float16),
         "stack": generator.standard_normal((2, 3, 4)).astype(np.float32),
