@@ -94,7 +94,6 @@ def test_help_and_version_as_a_module() -> None:
         (["prompt", "no/such/model", "hi"], "no model at no/such/model"),
         (["prompt", "no/such/model", "hi", "--json"], "no model at no/such/model"),
         (["prompt", "http://127.0.0.1:9/v1#m"], "the prompt is missing"),
-        (["chat"], "no model under ./runs"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(

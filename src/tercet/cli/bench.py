@@ -20,7 +20,8 @@ def bench(
     ref: Annotated[
         str,
         typer.Argument(
-            metavar="REF", help="Checkpoint, adapter or run directory, org/name or transformers:REF."
+            metavar="REF",
+            help="Any local model reference: a directory, a GGUF file, builtin:smollm2, org/name, ...",
         ),
     ],
     quantize: Annotated[

@@ -20,7 +20,8 @@ from tercet.errors import UserError
 if TYPE_CHECKING:
     from tercet.prompt.chat import ChatSession
 
-EXAMPLE = "tercet chat runs/mine --temperature 0.8"
+EXAMPLE = "tercet chat builtin:smollm2"
+DEFAULT = "builtin:smollm2"
 # A chat answer is longer than the completions for which the default of Sampling is chosen; Ctrl-C stops it.
 CHAT_TOKENS = 1024
 
@@ -30,7 +31,8 @@ def chat(
     ref: Annotated[
         str | None,
         typer.Argument(
-            metavar="REF", help=options.REFERENCE_HELP + " Default: the newest model under ./runs."
+            metavar="REF",
+            help=options.REFERENCE_HELP + " Default: the newest model under ./runs, else builtin:smollm2.",
         ),
     ] = None,
     system: options.System = None,
@@ -87,10 +89,8 @@ def _newest() -> str:
 
     models = models_under("runs")
     if not models:
-        raise UserError(
-            "there is no model under ./runs; name one (tercet chat REF), "
-            "or make one: tercet build --data builtin:python-docs --out runs/mine --minutes 5"
-        )
+        _note(f"There is no model under ./runs: chatting with {DEFAULT}; name another with tercet chat REF.")
+        return DEFAULT
     rest = f" of {len(models)}; choose another with tercet chat REF" if len(models) > 1 else ""
     _note(f"{models[0]} is the newest model under ./runs{rest}.")
     return str(models[0])

@@ -16,7 +16,11 @@ EXAMPLE = "tercet export runs/mine --format gguf --type q8_0 --out mine.gguf"
 
 def export(
     ref: Annotated[
-        str, typer.Argument(metavar="REF", help="Checkpoint, adapter or run directory, or org/name.")
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="Any local model reference: a directory, a GGUF file, builtin:smollm2, org/name, ...",
+        ),
     ],
     format: Annotated[
         str,

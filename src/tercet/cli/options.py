@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from tercet.prompt.llm import LLM
 
 REFERENCE_HELP = (
-    "Checkpoint, adapter or run directory, org/name, transformers:REF, openai:NAME, anthropic:NAME or "
-    "http://HOST/v1#NAME."
+    "Checkpoint, adapter or run directory, GGUF file, builtin:smollm2, org/name[:QUANTISATION] on the Hub, "
+    "ollama:NAME, lmstudio:NAME, package:NAME, transformers:REF, openai:NAME, anthropic:NAME or http://HOST/v1#NAME."
 )
 
 _SERVING = options_of(ServeSettings)  # the server has the same settings of its own

@@ -15,7 +15,7 @@ from tercet.files import fingerprint, read_text
 from tercet.finetune.settings import Rows, TuneSettings
 from tercet.model.checkpoint import read_config, weights_identity
 from tercet.model.reference import parse_reference
-from tercet.model.source import directory_of
+from tercet.model.source import directory_of, lasting_name
 from tercet.model.tokenizer import Tokenizer
 from tercet.progress import say
 
@@ -49,7 +49,7 @@ def read_inputs(settings: TuneSettings) -> Inputs:
     rows = read_examples(settings.data)
     dev_rows = None if settings.dev is None else read_examples(settings.dev)
     tokenizer = load_tokenizer(checkpoint, settings.chat_template, rows)
-    base_model = parse_reference(str(settings.model)).lasting_name
+    base_model = lasting_name(parse_reference(str(settings.model)))
     return Inputs(checkpoint, base_model, tokenizer, rows, dev_rows)
 
 

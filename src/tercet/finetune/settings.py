@@ -27,7 +27,8 @@ class TuneSettings:
         argument=True,
         type=str,
         kw_only=False,
-        help="Checkpoint or run directory, or org/name on the Hub.",
+        help="Checkpoint or run directory, GGUF file, builtin:smollm2, org/name[:QUANTISATION] on the Hub, or "
+        "another local model reference.",
     )
     data: str | Path | Rows = setting(
         metavar="PATH",

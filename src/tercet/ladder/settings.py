@@ -39,7 +39,8 @@ class ClimbSettings:
         default=None,
         metavar="REF",
         type=str,
-        help="Model for the prompting and tuning rungs; without it the climb builds a base model first.",
+        help="Model for the prompting and tuning rungs, such as builtin:smollm2; without it the climb builds a "
+        "base model first.",
     )
     rungs: Sequence[str] | None = setting(
         default=None,

@@ -78,13 +78,6 @@ class Reference:
         """Whether the model's weights run in this process."""
         return self.kind in ("checkpoint", "adapter", "gguf", "builtin", "hub", "transformers")
 
-    @property
-    def lasting_name(self) -> str:
-        """The name by which an adapter refers to its base: an absolute path, or the reference itself."""
-        if self.path is None or self.origin:
-            return self.text
-        return str(self.path.absolute() if self.kind == "gguf" else self.path.resolve())
-
 
 def directory_kind(directory: Path) -> Literal["checkpoint", "adapter"] | None:
     """Return the kind of model that a directory holds, by the configuration file in it."""

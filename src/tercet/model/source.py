@@ -9,6 +9,7 @@ from tercet.errors import UserError
 from tercet.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from tercet.model.adapter_config import AdapterConfig, is_adapter, read_adapter_config
 from tercet.model.gguf_directory import gguf_directory
+from tercet.model.gguf_index import holds_gguf, source_files
 from tercet.model.hub import fetch, fetch_gguf, fetch_tokenizer
 from tercet.model.reference import Reference, hub_reference, parse_reference
 from tercet.model.tokenizer import TOKENIZER
@@ -154,8 +155,25 @@ def _base_files(adapter: Path, config: AdapterConfig) -> list[Path]:
     return [path for path in (adapter / config.base_model, Path(config.base_model)) if path.is_file()]
 
 
+def lasting_name(reference: Reference) -> str:
+    """Return the name by which an adapter refers to its base: an absolute path, or a reference that has no path.
+
+    The directory that the cache holds for a GGUF file stands for that file.
+    """
+    if reference.kind == "checkpoint" and reference.path is not None and holds_gguf(reference.path):
+        from tercet.model.builtin import BUILTINS, cached_builtin
+
+        file = source_files(reference.path)[0].path
+        builtin = [name for name in BUILTINS if cached_builtin(name) == file]
+        return f"builtin:{builtin[0]}" if builtin else str(file)
+    if reference.path is None or reference.origin:
+        return reference.text
+    # A GGUF file's own name counts, not that of a file that it links to.
+    return str(reference.path.absolute() if reference.kind == "gguf" else reference.path.resolve())
+
+
 def is_base(reference: Reference, directory: Path, adapter: Path, config: AdapterConfig) -> bool:
     """Return whether a model, whose files are in ``directory``, is the one that an adapter names as its base."""
     paths = {path.resolve() for path in [*base_directories(adapter, config), *_base_files(adapter, config)]}
     own = {path.resolve() for path in (directory, reference.path) if path is not None}
-    return bool(own & paths) or config.base_model in (reference.lasting_name, reference.name)
+    return bool(own & paths) or config.base_model in (lasting_name(reference), reference.name)

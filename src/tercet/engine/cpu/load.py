@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tercet.engine.cpu.layout import layout
 from tercet.engine.cpu.pack import Bytes, pack, read_packed
 from tercet.engine.cpu.types import weight_types
 from tercet.errors import UserError
-from tercet.files import cache_directory, fingerprint, replaced_when_complete
+from tercet.files import cache_directory, fingerprint, replaced_when_complete, write_json
 from tercet.model.adapter_config import read_adapter_config
 from tercet.model.checkpoint import weights_identity
 from tercet.model.weights import Weights
@@ -50,7 +51,7 @@ def load_cpu_backend(
     if memory is None:
         places, memory = pack(config, types, weights, weights.blocks)
         if cached is not None:
-            _store(cached, memory)
+            _store(cached, memory, [directory] if adapter is None else [directory, adapter])
     elif cached is not None:
         with contextlib.suppress(OSError):  # a read-only cache can still be read
             cached.touch()
@@ -68,9 +69,14 @@ def _cache_file(weights: Weights, directory: str | Path, adapter: str | Path | N
     return cache_directory() / "packed" / f"{name}.bin"
 
 
-def _store(path: Path, memory: Bytes) -> None:
-    """Store a packed model in the cache; report a cache that can't be written to, which only costs time."""
+def _store(path: Path, memory: Bytes, directories: Sequence[str | Path]) -> None:
+    """Store a packed model in the cache; report a cache that can't be written to, which only costs time.
+
+    A record beside it names the model's directories, so that it can be deleted with them.
+    """
     try:
+        record = {"directories": [str(Path(source).resolve()) for source in directories]}
+        write_json(path.with_suffix(".json"), record)
         with replaced_when_complete(path) as temporary:
             memory.tofile(temporary)
     except (OSError, UserError) as problem:
@@ -83,3 +89,4 @@ def _store(path: Path, memory: Bytes) -> None:
         files = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
         for file in files[:-MAX_CACHED]:
             file.unlink()
+            file.with_suffix(".json").unlink(missing_ok=True)
