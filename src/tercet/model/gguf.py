@@ -7,6 +7,8 @@ than one of them is in memory.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tercet.errors import UserError
-from tercet.files import replaced_when_complete
+from tercet.model.block_quantization import quantize
 from tercet.model.config import ModelConfig
 from tercet.model.gguf_architecture import (
     Architecture,
@@ -27,43 +29,76 @@ from tercet.model.gguf_architecture import (
     rope_of,
     targets,
 )
+from tercet.model.gguf_mix import FLOAT_TYPES, Choice, block_columns, type_of
 from tercet.model.gguf_tokenizer import GGUFTokenizer, gguf_tokenizer
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.weights import Floats, Weights
 from tercet.progress import Progress
 
-TYPES = ("f16", "q8_0", "f32", "bf16")
+# `type` to the name of the file type in the ``gguf`` package.
+_FILE_TYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q6_k": "MOSTLY_Q6_K",
+    "q5_k_m": "MOSTLY_Q5_K_M",
+    "q5_1": "MOSTLY_Q5_1",
+    "q5_0": "MOSTLY_Q5_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+    "q4_1": "MOSTLY_Q4_1",
+    "q4_0": "MOSTLY_Q4_0",
+}
 _CHUNK = 1 << 22  # values converted at once, so that intermediate arrays stay small
 
 
 @dataclass(frozen=True)
 class Written:
-    """A summary of the written file. ``f16_fallback``: tensors that Q8_0's blocks of 32 don't divide."""
+    """A summary of the written file.
+
+    Attributes:
+        architecture: llama.cpp's name of the graph.
+        tensors: number of tensors.
+        types: number of tensors by GGML type.
+        context_length: tokens up to which llama.cpp computes the same.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer.
+        notes: what differs from the model or from what the type's name says, a line each.
+    """
 
     architecture: str
     tensors: int
+    types: dict[str, int]
     context_length: int
     pre_tokenizer: str
-    f16_fallback: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def write_gguf(
-    weights: Weights, tokenizer: Tokenizer, stop_ids: tuple[int, ...], path: Path, type_name: str, name: str
+    weights: Weights,
+    tokenizer: Tokenizer,
+    stop_ids: tuple[int, ...],
+    path: Path,
+    type_name: str,
+    name: str,
+    importance: Mapping[str, Floats] | None = None,
 ) -> Written:
-    """Write a GGUF file, completely or not at all.
+    """Write a GGUF file.
 
     Args:
         weights: the checkpoint, with its adapter merged if it has one.
         tokenizer: the model's tokenizer.
         stop_ids: every token that ends a generation.
-        path: the file to write.
-        type_name: type of matrices, one of `TYPES`; norms, biases and routers are always float32.
+        path: the file to write; a caller that needs the whole file or none writes to a temporary name.
+        type_name: type of matrices, one of `tercet.model.gguf_mix.TYPES`; norms, biases and routers are
+            always float32.
         name: ``general.name``, which programs show.
+        importance: the weight of each column's squared error, by the network's name of a matrix; None, or
+            a matrix without an entry: all columns alike.
 
     Raises:
         UserError: llama.cpp can't compute this model or can't encode as its tokenizer does, a value
-            does not fit the type, the ``gguf`` package is missing, or the file can't be written.
+            does not fit the type, or the ``gguf`` package is missing.
+        OSError: the disk refuses.
     """
     if find_spec("gguf") is None:
         raise UserError("export to GGUF needs the gguf package; install it with pip install 'tercet[gguf]'")
@@ -74,30 +109,72 @@ def write_gguf(
     vocabulary = gguf_tokenizer(tokenizer, config.vocab_size, stop_ids, "tokenizer.json")
     context, notes = context_length(config, graph)
     rope = rope_of(config, graph)
-    plan = [(target, _type_of(target, type_name)) for target in targets(config, graph)]
-    fallback = tuple(target.name for target, kind in plan if type_name == "q8_0" and kind == "F16")
-    with replaced_when_complete(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, graph.name)
-        try:
-            _add_model(writer, config, graph, rope, context, type_name, name)
-            _add_tokenizer(writer, vocabulary)
-            _write_tensors(writer, weights, plan, rope)
-        finally:
-            writer.close()
+    plan = [
+        (target, type_of(target, config, graph, type_name, importance is not None))
+        for target in targets(config, graph)
+    ]
+    writer = gguf.GGUFWriter(path, graph.name)
+    try:
+        _add_model(writer, config, graph, rope, context, type_name, name)
+        _add_tokenizer(writer, vocabulary)
+        _write_tensors(writer, weights, plan, rope, importance or {})
+    finally:
+        writer.close()
+    types = Counter(choice.type for _, choice in plan)
     return Written(
         architecture=graph.name,
         tensors=len(plan) + len(rope.tensors),
+        types=dict(types.most_common()),
         context_length=context,
         pre_tokenizer=vocabulary.pre,
-        f16_fallback=fallback,
-        notes=(*notes, *_activation_notes(config, graph), *vocabulary.notes),
+        notes=(
+            *notes,
+            *_activation_notes(config, graph),
+            *vocabulary.notes,
+            *_fallback_notes(plan),
+            *_transformers_notes(config, graph),
+        ),
     )
+
+
+def _fallback_notes(plan: list[tuple[Target, Choice]]) -> list[str]:
+    """Return a note for each type whose blocks do not divide the columns of some tensors."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for target, choice in plan:
+        if choice.is_fallback:
+            groups.setdefault((choice.preferred, choice.type, target.shape[-1]), []).append(target.name)
+    notes = []
+    for (preferred, kind, columns), names in groups.items():
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+        notes.append(
+            f"{count} stored as {kind}, because blocks of {block_columns(preferred)} ({preferred}) do not divide "
+            f"their {columns} columns: {shown}"
+        )
+    return notes
 
 
 def _activation_notes(config: ModelConfig, graph: Architecture) -> list[str]:
     if config.activation != "gelu":
         return []
     return [f"llama.cpp's {graph.name} computes gelu in its tanh form, which differs in the fourth digit"]
+
+
+def _transformers_notes(config: ModelConfig, graph: Architecture) -> list[str]:
+    """Return a note if transformers can't load the file, or computes something else (docs/compatibility.md)."""
+    instead = "`format=hf` writes a directory that it loads"
+    notes = []
+    if graph.name in ("qwen3", "qwen3moe") and config.head_dim != 128:
+        notes.append(
+            f"transformers takes heads of 128 for every {graph.name} file, so it can't load this one, "
+            f"whose heads are of {config.head_dim}; {instead}"
+        )
+    if config.rope_scaling is not None and config.rope_scaling.kind in ("linear", "llama3"):
+        notes.append(
+            f"transformers ignores the {config.rope_scaling.kind} scaling of rotary positions in GGUF files and "
+            f"computes other results; {instead}"
+        )
+    return notes
 
 
 # Metadata
@@ -114,15 +191,9 @@ def _add_model(
 ) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    file_types = {
-        "f32": LlamaFileType.ALL_F32,
-        "f16": LlamaFileType.MOSTLY_F16,
-        "bf16": LlamaFileType.MOSTLY_BF16,
-        "q8_0": LlamaFileType.MOSTLY_Q8_0,
-    }
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(file_types[type_name])
+    writer.add_file_type(LlamaFileType[_FILE_TYPES[type_name]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     # Learned positions are a table with this many rows.
@@ -216,24 +287,21 @@ def _add_tokenizer(writer: Any, vocabulary: GGUFTokenizer) -> None:
 # Tensors
 
 
-def _type_of(target: Target, type_name: str) -> str:
-    """Return GGML's name of the type that a tensor is stored in."""
-    if target.exact:
-        return "F32"
-    if type_name == "q8_0" and target.shape[-1] % 32:
-        return "F16"
-    return type_name.upper()
-
-
-def _write_tensors(writer: Any, weights: Weights, plan: list[tuple[Target, str]], rope: Rope) -> None:
+def _write_tensors(
+    writer: Any,
+    weights: Weights,
+    plan: list[tuple[Target, Choice]],
+    rope: Rope,
+    importance: Mapping[str, Floats],
+) -> None:
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
     total = 0
     for name, factors in rope.tensors.items():
         writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
-    for target, kind in plan:
-        stored = GGMLQuantizationType[kind]
+    for target, choice in plan:
+        stored = GGMLQuantizationType[choice.type]
         shape = quant_shape_to_byte_shape(target.shape, stored)
         size = math.prod(shape)
         total += size
@@ -244,22 +312,23 @@ def _write_tensors(writer: Any, weights: Weights, plan: list[tuple[Target, str]]
     for factors in rope.tensors.values():
         writer.write_tensor_data(factors)
     with Progress("exporting", total, "bytes") as bar:
-        for target, kind in plan:
-            data = np.empty(quant_shape_to_byte_shape(target.shape, GGMLQuantizationType[kind]), np.uint8)
+        for target, choice in plan:
+            data = np.empty(
+                quant_shape_to_byte_shape(target.shape, GGMLQuantizationType[choice.type]), np.uint8
+            )
             flat, done = data.reshape(-1), 0
-            for values in target.read(weights):
+            for part, values in zip(target.parts, target.read(weights), strict=True):
                 size = values.size * flat.size // math.prod(target.shape)  # a part's share of the bytes
-                _encode(values, kind, flat[done : done + size], target.name)
+                _encode(values, choice.type, flat[done : done + size], target.name, importance.get(part))
                 done += size
             writer.write_tensor_data(data)
             bar.advance(data.nbytes)
 
 
-def _encode(values: Floats, kind: str, into: NDArray[np.uint8], name: str) -> None:
+def _encode(
+    values: Floats, kind: str, into: NDArray[np.uint8], name: str, importance: Floats | None = None
+) -> None:
     """Write float32 values [..., columns] to ``into`` as bytes of a GGML type, a few rows at a time."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
-
     rows = values.reshape(-1, values.shape[-1])
     encoded_rows = into.reshape(len(rows), -1)
     step = max(1, _CHUNK // rows.shape[-1])
@@ -269,10 +338,19 @@ def _encode(values: Floats, kind: str, into: NDArray[np.uint8], name: str) -> No
             raise UserError(
                 f"tensor {name} holds NaN or infinity, as after training that diverged; export an earlier checkpoint"
             )
-        with np.errstate(over="ignore"):
-            encoded = quantize(part, GGMLQuantizationType[kind])
-        if kind == "F16" and not np.isfinite(encoded).all():
-            raise UserError(
-                f"tensor {name} holds values beyond float16's range; use `type=bf16` or `type=f32`"
-            )
-        encoded_rows[start : start + step] = np.ascontiguousarray(encoded).view(np.uint8)
+        if kind in FLOAT_TYPES.values():
+            encoded_rows[start : start + step] = _floats(part, kind, name)
+        else:
+            encoded_rows[start : start + step] = quantize(part, kind, importance)
+
+
+def _floats(values: Floats, kind: str, name: str) -> NDArray[np.uint8]:
+    """Return rows of values as bytes of a float type."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize as rounded
+
+    with np.errstate(over="ignore"):
+        encoded = rounded(values, GGMLQuantizationType[kind])
+    if kind == "F16" and not np.isfinite(encoded).all():
+        raise UserError(f"tensor {name} holds values beyond float16's range; use `type=bf16` or `type=f32`")
+    return np.ascontiguousarray(encoded).view(np.uint8)
