@@ -28,7 +28,7 @@ CLI, ARCHITECTURE, DIAGRAM = DOCS / "reference/cli.md", DOCS / "architecture.md"
 FLOORS = (
     ("cli",),
     ("serve", "ladder"),
-    ("prompt", "finetune", "pretrain", "curation", "evaluate"),
+    ("prompt", "finetune", "pretrain", "curation", "evaluate", "conversion"),
     ("engine", "train"),
     ("data",),
     ("model",),

@@ -74,7 +74,7 @@ def test_gguf_by_run_directory_and_json(
     assert (done["tokenizer"], done["context_length"], done["merged"]) == ("qwen2", 64, None)
     assert done["bytes"] == out.stat().st_size
     assert f"next: llama-cli -m {out} " in captured.err
-    assert "3 tensors stay F16" in captured.err
+    assert "3 tensors are stored as F16, because blocks of 32 (Q8_0) do not divide" in captured.err
     reader = gguf.GGUFReader(out)
     assert reader.fields["general.name"].contents() == "mine"
     stored = {name: tensor.shape for name, tensor in open_tensors(checkpoint).items()}
@@ -218,10 +218,11 @@ def test_existing_files_are_not_overwritten(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "onnx"], "--format is 'onnx'; it must be hf or gguf"),
+        (["--format", "onnx"], "--format is 'onnx'; it must be hf, gguf or gguf-lora"),
         (
             ["--format", "gguf", "--type", "q4_k"],
-            "--type is 'q4_k'; for --format gguf it must be one of f16, q8_0, f32, bf16",
+            "--type is 'q4_k'; for --format gguf it must be one of f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_1, q5_0, "
+            "q4_k_m, q4_1, q4_0",
         ),
         (
             ["--format", "hf", "--type", "q8_0"],

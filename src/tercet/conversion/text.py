@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -10,16 +12,23 @@ import torch
 from torch import Tensor
 
 from tercet.data.documents import read_documents
-from tercet.data.python_docs import iterate
+from tercet.data.python_docs import read_docstrings, stdlib_files
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
+_MODULES = 12  # have more than 2,000 tokens in any vocabulary
 ROW = 500  # tokens of a row at most; each row is read alone
 
 
-def docstrings() -> Iterator[str]:
-    """Yield the docstrings of Python's standard library, which every machine has, a module at a time."""
-    return (document.text for document in iterate("docstrings"))
+@cache
+def docstrings() -> tuple[str, ...]:
+    """Return docstrings of Python's standard library, which every machine has, a text for each module."""
+    files = sorted(stdlib_files(), key=lambda file: hashlib.sha256(file.module.encode()).digest())
+    texts = (
+        "\n\n".join(f"{docstring.name}\n\n{docstring.text}" for docstring in read_docstrings(file))
+        for file in files
+    )
+    return tuple(islice((text for text in texts if text), _MODULES))
 
 
 def texts_of(path: Path) -> Iterator[str]:

@@ -1,10 +1,7 @@
-"""Export a model: as one GGUF file, or as a clean checkpoint directory; adapters are merged."""
+"""Write a model as a checkpoint directory with nothing else in it; adapters are merged."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +9,9 @@ from numpy.typing import NDArray
 
 from tercet.errors import UserError
 from tercet.files import atomic_directory, write_json
-from tercet.model.checkpoint import read_generation_config, read_stop_ids, stream_tensors
+from tercet.model.checkpoint import read_generation_config, stream_tensors
 from tercet.model.families import FAMILIES, config_to_hf
-from tercet.model.gguf import TYPES as GGUF_TYPES
-from tercet.model.gguf import write_gguf
-from tercet.model.reference import Reference, parse_reference
+from tercet.model.reference import Reference
 from tercet.model.safetensors_file import TensorSpec
 from tercet.model.source import Source, directory_of, source_in
 from tercet.model.tensor_names import TensorRule
@@ -24,111 +19,13 @@ from tercet.model.tokenizer import TOKENIZER, Tokenizer
 from tercet.model.weights import Weights
 from tercet.progress import Progress
 
-FORMATS = ("hf", "gguf")
 _CHUNK = 1 << 22  # values rounded at once, so that intermediate arrays stay small
 # `type` to the type's names in safetensors and in config.json.
 HF_TYPES = {"f32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16")}
 
 
-@dataclass(frozen=True)
-class Exported:
-    """The result of an export; ``bytes`` is the size of all files, ``seconds`` the time it took."""
-
-    format: str
-    path: str
-    type: str
-    bytes: int
-    seconds: float
-    family: str
-    architecture: str  # llama.cpp's name, or the class in transformers
-    parameters: int
-    tensors: int
-    context_length: int
-    tokenizer: str | None  # gguf: llama.cpp's name of the pre-tokenizer; hf: tokenizer.json, or None
-    merged: str | None  # the adapter's directory
-    notes: list[str]
-
-
-def export(reference: str, format: str, out: str | Path, type: str | None = None) -> Exported:
-    """Write a model in another program's format.
-
-    Args:
-        reference: a checkpoint or adapter, local or on the Hub.
-        format: "hf" for a checkpoint directory, "gguf" for one file.
-        out: the directory or file to write; it must not exist yet (an empty directory may).
-        type: type of the matrices. gguf: "f16" (the default), "q8_0", "f32" or "bf16". hf: "f32",
-            "bf16" or "f16" for every tensor; None keeps the stored type of each, or means "f32" if
-            an adapter is merged.
-
-    Raises:
-        UserError: there is no such model, it is hosted elsewhere, the format can't hold it, ``out``
-            exists, or it can't be written to.
-    """
-    started = time.monotonic()
-    if format not in FORMATS:
-        raise UserError(f"`format` is {format!r}; it must be hf or gguf")
-    allowed = tuple(HF_TYPES) if format == "hf" else GGUF_TYPES
-    if type is not None and type not in allowed:
-        raise UserError(f"`type` is {type!r}; for `format={format}` it must be one of {', '.join(allowed)}")
-    out, tokenizer = Path(out), None
-    model = parse_reference(reference)
-    check_free(out, format)
-    source = find_source(model)
-    weights = Weights(source.base, source.adapter)
-    family = FAMILIES[weights.config.family]
-    if format == "gguf":
-        type = type or "f16"
-        written = write_gguf(
-            weights,
-            Tokenizer.load(source.tokenizer),
-            read_stop_ids(source.generation),
-            out,
-            type,
-            _name(model),
-        )
-        size, architecture, tokenizer = out.stat().st_size, written.architecture, written.pre_tokenizer
-        tensors, context = written.tensors, written.context_length
-        notes = [*written.notes, *_fallback_note(written.f16_fallback)]
-    else:
-        notes = write_checkpoint(weights, source, out, type)
-        type = type or _short(weights.dtype)
-        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        architecture, context = family.architecture, weights.config.max_positions
-        tensors = len(family.tensors(weights.config))
-        tokenizer = TOKENIZER if (out / TOKENIZER).is_file() else None
-    return Exported(
-        format=format,
-        path=str(out),
-        type=type,
-        bytes=size,
-        seconds=time.monotonic() - started,
-        family=family.name,
-        architecture=architecture,
-        parameters=weights.parameters,
-        tensors=tensors,
-        context_length=context,
-        tokenizer=tokenizer,
-        merged=None if source.adapter is None else str(source.adapter),
-        notes=notes,
-    )
-
-
-def _fallback_note(tensors: Sequence[str]) -> list[str]:
-    if not tensors:
-        return []
-    names = ", ".join(tensors[:3]) + (", ..." if len(tensors) > 3 else "")
-    return [f"{len(tensors)} tensors stay F16, because their columns are no multiple of 32: {names}"]
-
-
-def _name(reference: Reference) -> str:
-    """Return the model's name for other programs to show: "mine" for runs/mine/model."""
-    if reference.path is None or reference.kind == "gguf":
-        return reference.name
-    parts = [part for part in Path(reference.text).resolve().parts if part not in ("/", "model")]
-    return parts[-1] if parts else "model"
-
-
-def _short(dtype: str) -> str:
+def short_type(dtype: str) -> str:
+    """Return the short name of safetensors' ``dtype``; "f32" for a type that is not written."""
     return next((short for short, (name, _) in HF_TYPES.items() if name == dtype), "f32")
 
 
@@ -136,7 +33,7 @@ def find_source(reference: Reference) -> Source:
     """Return the files of a model that is on this machine or on the Hub.
 
     Raises:
-        UserError: the model is not a checkpoint or adapter, or it or its base cannot be found.
+        UserError: the model runs elsewhere, or it or its base cannot be found.
     """
     if not reference.is_local or reference.kind == "transformers":
         raise UserError(
@@ -147,7 +44,7 @@ def find_source(reference: Reference) -> Source:
 
 def check_free(out: Path, format: str) -> None:
     """Raise UserError if ``out`` exists: nothing is overwritten but an empty directory."""
-    if format == "gguf" and out.is_dir():
+    if format != "hf" and out.is_dir():
         raise UserError(f"`out` {out} is a directory; name the file to write, such as {out / 'model.gguf'}")
     if format == "hf" and out.is_dir() and not any(out.iterdir()):
         return
@@ -168,7 +65,7 @@ def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | No
     """
     config, notes = weights.config, list[str]()
     keep_types = type is None and source.adapter is None
-    dtype, config_dtype = HF_TYPES[type or _short(weights.dtype)]
+    dtype, config_dtype = HF_TYPES[type or short_type(weights.dtype)]
     rules = FAMILIES[config.family].tensors(config)
     specs = [
         TensorSpec(rule.name, _stored_type(weights, rule) if keep_types else dtype, rule.shape)
@@ -200,7 +97,7 @@ def write_checkpoint(weights: Weights, source: Source, out: Path, type: str | No
 
 def _stored_type(weights: Weights, rule: TensorRule) -> str:
     """Return the type that keeps the stored values of a tensor's parts."""
-    types = {HF_TYPES[_short(weights.dtype_of(part.name))][0] for part in rule.parts}
+    types = {HF_TYPES[short_type(weights.dtype_of(part.name))][0] for part in rule.parts}
     return types.pop() if len(types) == 1 else "F32"
 
 

@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +95,10 @@ def write_gguf(
             a matrix without an entry: all columns alike.
 
     Raises:
-        UserError: llama.cpp can't compute this model or can't encode as its tokenizer does, a value
-            does not fit the type, or the ``gguf`` package is missing.
+        UserError: llama.cpp can't compute this model or can't encode as its tokenizer does, or a value
+            does not fit the type.
         OSError: the disk refuses.
     """
-    if find_spec("gguf") is None:
-        raise UserError("export to GGUF needs the gguf package; install it with pip install 'tercet[gguf]'")
     import gguf
 
     config = weights.config

@@ -8,7 +8,6 @@ patterns of alpha, a joint tensor whose parts have different adapters) is folded
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ def write_gguf_lora(
         UserError: the adapter is damaged or not of this base, or llama.cpp has no graph for the base.
         OSError: the disk refuses.
     """
-    if find_spec("gguf") is None:
-        raise UserError("export to GGUF needs the gguf package; install it with pip install 'tercet[gguf]'")
     import gguf
 
     graph = architecture_of(config)

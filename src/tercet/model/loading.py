@@ -51,8 +51,7 @@ def load_model(
         state = _dequantised(directory, config, dtype, device, trainable)
     else:
         state = _stored(directory, config, dtype, device, trainable)
-    with torch.device("meta"), _WithoutInitialisation():  # the weights are replaced at once
-        model = Transformer(config)
+    model = without_weights(config)
     if config.tie_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
@@ -97,6 +96,12 @@ def _dequantised(
         )
         for part in network_tensors(config)
     }
+
+
+def without_weights(config: ModelConfig) -> Transformer:
+    """Return a network on the meta device, whose weights are to be assigned."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return Transformer(config)
 
 
 def join_rows(parts: list[Tensor], groups: int = 1) -> Tensor:
