@@ -15,8 +15,8 @@ import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from tercet.errors import UserError
 from tercet.conversion.export import export
+from tercet.errors import UserError
 from tercet.model.gguf_tokenizer import SINGLE, TRIPLES, pre_tokenizer_name
 from tercet.model.tokenizer import Tokenizer
 from tiny_checkpoints import CASES, LONGROPE, YARN, save_random
@@ -163,13 +163,13 @@ def test_a_model_that_llama_cpp_computes_differently_is_refused(
     family, fields = CASES[case]
     _, directory = checkpoint(family, **fields)
     with pytest.raises(UserError, match=REFUSED[case]):
-        export(str(directory), "gguf", tmp_path / "m.gguf")
+        export(str(directory), "gguf", tmp_path / "m.gguf", check=False)
     assert list(tmp_path.iterdir()) == [directory]
 
 
 def test_long_factors_of_longrope_beyond_the_first_context(checkpoint: Write, tmp_path: Path) -> None:
     model, directory = checkpoint("phi3", rope_parameters=LONGROPE, max_position_embeddings=512)
-    export(str(directory), "gguf", tmp_path / "m.gguf", "f32")
+    export(str(directory), "gguf", tmp_path / "m.gguf", "f32", check=False)
     actual = logits(load(tmp_path / "m.gguf"), prompt(64))
     np.testing.assert_allclose(actual, theirs(model, prompt(64)), atol=1e-5)
 
@@ -181,7 +181,7 @@ def test_long_factors_of_longrope_beyond_the_first_context(checkpoint: Write, tm
 def test_each_type_is_a_rounding_of_the_same_model(type_name: str, checkpoint: Write, tmp_path: Path) -> None:
     """llama.cpp's logits against transformers' with the file's own weights, read back by the gguf package."""
     model, directory = checkpoint("qwen3", head_dim=8, intermediate_size=64, tie_word_embeddings=True)
-    export(str(directory), "gguf", tmp_path / "m.gguf", type_name)
+    export(str(directory), "gguf", tmp_path / "m.gguf", type_name, check=False)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     kinds = {tensor.tensor_type.name for name, tensor in stored.items() if "norm" not in name}
     assert kinds == {type_name.upper()}
@@ -216,7 +216,7 @@ def test_greedy_text_is_that_of_transformers(type_name: str, checkpoint: Write, 
             model(sequence, labels=sequence).loss.backward()
             optimizer.step()
     model.save_pretrained(directory)
-    export(str(directory), "gguf", tmp_path / "m.gguf", type_name)
+    export(str(directory), "gguf", tmp_path / "m.gguf", type_name, check=False)
     start = prompt(40)[:3]
     expected = model.generate(torch.tensor([start]), max_new_tokens=30, min_new_tokens=30, do_sample=False)
     theirs = load(tmp_path / "m.gguf").generate(start, temp=0.0, repeat_penalty=1.0)
@@ -226,13 +226,15 @@ def test_greedy_text_is_that_of_transformers(type_name: str, checkpoint: Write, 
 
 def test_columns_that_blocks_of_32_do_not_divide_stay_float16(checkpoint: Write, tmp_path: Path) -> None:
     model, directory = checkpoint("qwen3", head_dim=8)  # the MLP has 48 columns
-    done = export(str(directory), "gguf", tmp_path / "m.gguf", "q8_0")
+    done = export(str(directory), "gguf", tmp_path / "m.gguf", "q8_0", check=False)
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert {name for name, kind in stored.items() if kind == "F16"} == {
         f"blk.{i}.ffn_down.weight" for i in range(3)
     }
     assert stored["blk.0.attn_q.weight"] == stored["token_embd.weight"] == "Q8_0"
-    assert done.notes[0].startswith("3 tensors are stored as F16, because blocks of 32 (Q8_0) do not divide their 48")
+    assert done.notes[0].startswith(
+        "3 tensors are stored as F16, because blocks of 32 (Q8_0) do not divide their 48"
+    )
     expected = theirs(model, prompt())
     actual = logits(load(tmp_path / "m.gguf"), prompt())
     np.testing.assert_allclose(actual, expected, atol=0.15 * expected.std())
@@ -245,7 +247,7 @@ def test_values_that_do_not_fit_leave_no_file(checkpoint: Write, tmp_path: Path)
             model.model.layers[1].mlp.up_proj.weight[0, 0] = value
         model.save_pretrained(directory)
         with pytest.raises(UserError, match=f"blk.1.ffn_up.weight holds .*{message}"):
-            export(str(directory), "gguf", tmp_path / "m.gguf", "f16")
+            export(str(directory), "gguf", tmp_path / "m.gguf", "f16", check=False)
         assert list(tmp_path.iterdir()) == [directory]
 
 
@@ -257,9 +259,11 @@ def test_memory_is_bounded_by_the_largest_tensor(checkpoint: Write, tmp_path: Pa
         ("gguf", "n.gguf", "f32"),
         ("hf", "hf", "f16"),
     ):
-        export(str(directory), format, tmp_path / f"warm-{name}", type_name)  # imports are not counted
+        export(
+            str(directory), format, tmp_path / f"warm-{name}", type_name, check=False
+        )  # imports are not counted
         tracemalloc.start()
-        done = export(str(directory), format, tmp_path / name, type_name)
+        done = export(str(directory), format, tmp_path / name, type_name, check=False)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert done.parameters * 4 > 30 * largest
@@ -284,7 +288,7 @@ def test_llama_cpp_encodes_and_decodes_as_tercet_does(name: str, checkpoint: Wri
     pre, build = BYTE_LEVEL[name]
     tokenizer = build()
     _, directory = checkpoint("llama", tokenizer)
-    assert export(str(directory), "gguf", tmp_path / "m.gguf").tokenizer == pre
+    assert export(str(directory), "gguf", tmp_path / "m.gguf", check=False).tokenizer == pre
     model = load(tmp_path / "m.gguf", vocab_only=True)
     for text in TEXTS:
         expected = tokenizer.encode(text)
@@ -308,7 +312,7 @@ def random_text(seed: int) -> str:
 def test_random_text_gets_the_same_tokens(name: str, checkpoint: Write, tmp_path: Path) -> None:
     tokenizer = BYTE_LEVEL[name][1]()
     _, directory = checkpoint("llama", tokenizer)
-    export(str(directory), "gguf", tmp_path / "m.gguf")
+    export(str(directory), "gguf", tmp_path / "m.gguf", check=False)
     model = load(tmp_path / "m.gguf", vocab_only=True)
     for seed in range(5):
         text = random_text(seed)
@@ -332,7 +336,7 @@ def test_a_split_that_llama_cpp_does_not_know_is_refused(
 ) -> None:
     _, directory = checkpoint("llama", byte_level([isolated(pattern)]))
     with pytest.raises(UserError, match=message):
-        export(str(directory), "gguf", tmp_path / "m.gguf")
+        export(str(directory), "gguf", tmp_path / "m.gguf", check=False)
 
 
 def sentencepiece() -> Tokenizer:
@@ -374,7 +378,7 @@ def sentencepiece() -> Tokenizer:
 def test_sentencepiece_tokens_are_those_of_llama_cpp(checkpoint: Write, tmp_path: Path) -> None:
     tokenizer = sentencepiece()
     _, directory = checkpoint("llama", tokenizer)
-    export(str(directory), "gguf", tmp_path / "m.gguf")
+    export(str(directory), "gguf", tmp_path / "m.gguf", check=False)
     model = load(tmp_path / "m.gguf", vocab_only=True)
     for text in (*(text for text in TEXTS if "<|" not in text), random_text(0)):
         assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)
@@ -387,7 +391,7 @@ def test_a_bpe_whose_merges_scores_cannot_express_is_refused(checkpoint: Write, 
     broken = Tokenizer.from_backend(Backend.from_str(json.dumps(content)), bos="<s>", eos="</s>")
     _, directory = checkpoint("llama", broken)
     with pytest.raises(UserError, match="'h' and 'e' have no merge"):
-        export(str(directory), "gguf", tmp_path / "m.gguf")
+        export(str(directory), "gguf", tmp_path / "m.gguf", check=False)
 
 
 def test_end_tokens_and_the_chat_template_are_exported(
@@ -398,7 +402,7 @@ def test_end_tokens_and_the_chat_template_are_exported(
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     ours.with_template(template).save(directory)
-    export(str(directory), "gguf", tmp_path / "m.gguf")
+    export(str(directory), "gguf", tmp_path / "m.gguf", check=False)
     model = load(tmp_path / "m.gguf", vocab_only=True)
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
     ends = [index for index in range(ROWS) if llama_cpp.llama_vocab_is_eog(vocabulary, index)]
@@ -418,4 +422,4 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(
         UserError,
         match=f"{ours.vocab_size} tokens, but the model's embedding has only {ours.vocab_size - 1} rows",
     ):
-        export(str(directory), "gguf", tmp_path / "m.gguf")
+        export(str(directory), "gguf", tmp_path / "m.gguf", check=False)

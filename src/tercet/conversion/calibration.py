@@ -55,7 +55,9 @@ class _Sums:
 
     def add(self, name: str, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1]).double()
-        self.squares[name] = self.squares.get(name, torch.zeros(flat.shape[1])).double() + flat.square().sum(0)
+        self.squares[name] = self.squares.get(name, torch.zeros(flat.shape[1])).double() + flat.square().sum(
+            0
+        )
         self.counts[name] = self.counts.get(name, 0) + len(flat)
 
 
@@ -87,9 +89,7 @@ def calibrate(weights: Matrices, tokenizer: Tokenizer, texts: Iterable[str]) -> 
         if _EXPERT.fullmatch(name) is None or sums.counts[name] >= FEWEST_FOR_EXPERT
     }
     unseen = _fill_experts(importance, sums, _experts(weights))
-    return Calibration(
-        importance, measured.numel(), held_out if held_out.numel() >= 2 else None, unseen
-    )
+    return Calibration(importance, measured.numel(), held_out if held_out.numel() >= 2 else None, unseen)
 
 
 def _experts(weights: Matrices) -> list[str]:

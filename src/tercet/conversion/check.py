@@ -40,8 +40,9 @@ _SMALLEST = 1e-3  # of a tensor's values; rows smaller than it are compared as i
 
 STRINGS = (
     "Hello, world!", "it's I'LL we'Re don't O'Neil", "12345 1,000.50 a1b22c333", "a  b   c", "  before, after   ",
-    "line\n\n\nline\r\n\ttab", "Zoë's naïve café", "東京 ありがとう", "Привет, мир", "مرحبا", "🎉👍🏽", "x = foo_bar(baz)[0];",
-    "\n\n1. one\n2. two", "https://example.org/a?b=c#d", "½ ² Ⅷ", "!!!???", "{\"key\": [1, 2.5, null]}", "",
+    "line\n\n\nline\r\n\ttab", "Zoë's naïve café", "東京 ありがとう", "Привет, мир", "مرحبا", "🎉👍🏽",
+    "x = foo_bar(baz)[0];", "\n\n1. one\n2. two", "https://example.org/a?b=c#d",
+    "½ ² Ⅷ", "!!!???", "{\"key\": [1, 2.5, null]}", "",
 )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def relative_error(values: Floats, expected: Floats, offset: float = 0.0) -> flo
         difference = rows[at : at + _GROUP] - others[at : at + _GROUP]
         square = float(np.mean(np.square(difference, dtype=np.float64)))
         size = float(np.mean(np.square(others[at : at + _GROUP] + np.float32(offset), dtype=np.float64)))
-        if not square == 0:
+        if square:
             worst = max(worst, math.sqrt(square / max(size, smallest)) if max(size, smallest) else math.inf)
         if math.isnan(square):
             return math.inf
@@ -141,7 +142,12 @@ def relative_error(values: Floats, expected: Floats, offset: float = 0.0) -> flo
 
 
 def check_predictions(
-    file: GGUFNetwork | WithAdapter, checkpoint: Matrices, tokens: Tensor, text: str, limit: float, strings: int
+    file: GGUFNetwork | WithAdapter,
+    checkpoint: Matrices,
+    tokens: Tensor,
+    text: str,
+    limit: float,
+    strings: int,
 ) -> Check:
     """Compare a file with its checkpoint.
 
@@ -191,7 +197,9 @@ def check_tokenizer(file: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str])
     for text in texts:
         ours, theirs = tokenizer.encode(text), file.encode(text)
         if ours != theirs:
-            raise CheckFailed(f"the file's tokenizer encodes {text[:40]!r} as {theirs[:12]}, the model's as {ours[:12]}")
+            raise CheckFailed(
+                f"the file's tokenizer encodes {text[:40]!r} as {theirs[:12]}, the model's as {ours[:12]}"
+            )
         count += 1
     return count
 

@@ -113,7 +113,9 @@ def export(
             f"`type` is {type!r}; for `format={format}` it must be one of {', '.join(_ALLOWED[format])}"
         )
     if calibrate is not None and (format != "gguf" or chosen not in MAIN_TYPES):
-        raise UserError("`calibrate` weighs the errors of quantisation; use it with `format=gguf` and a quantised `type`")
+        raise UserError(
+            "`calibrate` weighs the errors of quantisation; use it with `format=gguf` and a quantised `type`"
+        )
     out = Path(out)
     model = parse_reference(reference)
     check_free(out, format)

@@ -83,7 +83,7 @@ class GGUFNetwork:
         if self.architecture in NEIGHBOURS:
             values = _halves(name, values, self.config)
         # llama.cpp multiplies by a norm's weight as it is stored; our network adds Gemma's offset to it.
-        is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
+        is_norm = name.endswith("norm.weight")
         return values - np.float32(self.config.norm_offset) if is_norm else values
 
 

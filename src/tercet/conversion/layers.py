@@ -59,7 +59,7 @@ def head_logits(weights: Matrices, hidden: Tensor, step: int = 64) -> Iterator[T
     """Yield the logits [at most ``step``, V] of hidden states [N, H], a few tokens at a time."""
     config = weights.config
     head = _tensor(weights(EMBEDDING if config.tie_embeddings else HEAD))
-    for part in hidden.split(step):
+    for part in torch.split(hidden, step):
         logits = part @ head.T
         yield logits if config.logit_softcap is None else softcap(logits, config.logit_softcap)
 
@@ -72,9 +72,7 @@ def _is_layer(name: str) -> bool:
 def _filler(weights: Matrices, prefix: str) -> Callable[[nn.Module, Any], None]:
     def fill(module: nn.Module, _: Any) -> None:
         names = [name for name, _ in module.named_parameters()]
-        module.load_state_dict(
-            {name: _tensor(weights(f"{prefix}.{name}")) for name in names}, assign=True
-        )
+        module.load_state_dict({name: _tensor(weights(f"{prefix}.{name}")) for name in names}, assign=True)
 
     return fill
 

@@ -16,7 +16,7 @@ from tercet.data.python_docs import read_docstrings, stdlib_files
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
-_MODULES = 12  # have more than 2,000 tokens in any vocabulary
+_CHARACTERS = 40_000  # more than 2,000 tokens in any vocabulary
 ROW = 500  # tokens of a row at most; each row is read alone
 
 
@@ -24,11 +24,13 @@ ROW = 500  # tokens of a row at most; each row is read alone
 def docstrings() -> tuple[str, ...]:
     """Return docstrings of Python's standard library, which every machine has, a text for each module."""
     files = sorted(stdlib_files(), key=lambda file: hashlib.sha256(file.module.encode()).digest())
-    texts = (
-        "\n\n".join(f"{docstring.name}\n\n{docstring.text}" for docstring in read_docstrings(file))
-        for file in files
-    )
-    return tuple(islice((text for text in texts if text), _MODULES))
+    texts, size = list[str](), 0
+    for file in files:
+        text = "\n\n".join(f"{docstring.name}\n\n{docstring.text}" for docstring in read_docstrings(file))
+        texts, size = [*texts, text], size + len(text)
+        if size > _CHARACTERS:
+            break
+    return tuple(text for text in texts if text)
 
 
 def texts_of(path: Path) -> Iterator[str]:
@@ -61,10 +63,7 @@ def token_rows(
     begin = _beginning(tokenizer)
     own = length - len(begin)
     stream = (
-        token
-        for text in texts
-        for token in tokenizer.encode(text, special=False)
-        if token < vocabulary
+        token for text in texts for token in tokenizer.encode(text, special=False) if token < vocabulary
     )
     ids = list(islice(stream, tokens // length * own))
     if len(ids) < 2:

@@ -68,9 +68,7 @@ def write_gguf_lora(
                 continue
             a, b = joint
             factor = len(a) / alpha  # of llama.cpp's scaling, alpha / r
-            if any(
-                not np.isclose(updates[part].scaling * factor, 1) for part in _modules(target, updates)
-            ):
+            if any(not np.isclose(updates[part].scaling * factor, 1) for part in _modules(target, updates)):
                 folded += 1
             for suffix, values in (("lora_a", a), ("lora_b", b * np.float32(factor))):
                 writer.add_tensor(f"{target.name}.{suffix}", _stored(values, type_name, target.name))
