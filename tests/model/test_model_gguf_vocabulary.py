@@ -260,3 +260,18 @@ def test_tokens_of_phi3_take_the_spaces_behind_them(words: Path, tmp_path: Path)
     tokenizer = Tokenizer.load(gguf_directory(path))
     assert tokenizer.encode("<|im_end|>  \n the") == tokenizer.encode("<|im_end|>the")
     assert tokenizer.encode("<|endoftext|> the") != tokenizer.encode("<|endoftext|>the")
+
+
+def test_a_tokenizer_beside_the_file_that_disagrees_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, path = exported(tmp_path, "llama", tokenizer=KINDS["smollm"](), num_hidden_layers=1)
+    tokenizer = Tokenizer.load(checkpoint)
+    tokenizer.save(tmp_path)
+    directory = gguf_directory(path)
+    assert "disagrees" not in capsys.readouterr().err
+    byte_level().save(tmp_path)
+    path = path.rename(tmp_path / "other.gguf")
+    assert Tokenizer.load(gguf_directory(path)).encode("12") == Tokenizer.load(directory).encode("12")
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "disagrees" in line]
+    assert "tokenizer.json disagrees with other.gguf: it encodes" in line

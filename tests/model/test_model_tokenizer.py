@@ -85,6 +85,21 @@ def test_ids_equal_those_of_transformers(bos: bool, tmp_path: Path) -> None:
     assert ours.vocab_size == len(theirs)
 
 
+def test_a_saved_tokenizer_keeps_its_split_in_transformers(tmp_path: Path) -> None:
+    """Class GPT2Tokenizer of transformers drops the split into single digits, as SmolLM2's has it."""
+    backend = train()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    gpt2 = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "bos_token": "<s>"}
+    ours = Tokenizer.load(write(tmp_path / "theirs", backend, gpt2))
+    ours.save(tmp_path / "ours")
+    text = "\n\n1. 22 the"
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")(text).input_ids == ours.encode(text)
+    config = json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())
+    assert config == {**gpt2, **CLASS}
+
+
 def test_special_tokens_of_every_layout_are_found(tmp_path: Path) -> None:
     new = {**CLASS, "eos_token": "</s>", "extra_special_tokens": ["<tool>"]}
     old = {"eos_token": {"content": "</s>", "lstrip": False}, "additional_special_tokens": ["<tool>"]}

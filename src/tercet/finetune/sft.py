@@ -16,6 +16,7 @@ from tercet.finetune.settings import TuneSettings
 from tercet.model.adapter import AdapterConfig, add_lora
 from tercet.model.checkpoint import read_generation_config
 from tercet.model.device import find_device
+from tercet.model.gguf_index import holds_gguf
 from tercet.model.loading import load_model
 from tercet.model.transformer import Transformer
 from tercet.progress import say
@@ -54,7 +55,7 @@ def tune_with(settings: TuneSettings) -> Tuned:
     device = find_device(settings.device)
     out = Path(settings.out)
     inputs = read_inputs(settings)
-    config = settings.to_config(inputs.checkpoint)
+    config = settings.to_config(_lasting_place(inputs))
     key = inputs.fingerprint(config)
     with open_run(out, "tune", key, config):
         if (out / "result.json").is_file():
@@ -63,9 +64,23 @@ def tune_with(settings: TuneSettings) -> Tuned:
         return _run(inputs, settings, out, device, key)
 
 
+def _lasting_place(inputs: Inputs) -> Path:
+    """Return what names the model in config.yaml: a GGUF file itself, rather than its directory in the cache."""
+    return Path(inputs.base_model) if holds_gguf(inputs.checkpoint) else inputs.checkpoint
+
+
 def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device, key: str) -> Tuned:
     """Train, and write the model, the report and the result to ``out``."""
     tokenizer = inputs.tokenizer
+    if holds_gguf(inputs.checkpoint):
+        result = (
+            "an adapter for these weights"
+            if settings.method == "lora" and not settings.merge
+            else "a checkpoint"
+        )
+        say(
+            f"{inputs.base_model} is a GGUF file: its weights are dequantised to float32, and the result is {result}"
+        )
     model = load_model(inputs.checkpoint, dtype=torch.float32, trainable=True)
     limit = token_limit(inputs.checkpoint, settings.max_tokens)
     control = settings.control_tokens

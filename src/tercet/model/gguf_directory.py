@@ -18,7 +18,8 @@ from tercet.model.gguf_index import INDEX, source_file, source_files, write_inde
 from tercet.model.gguf_tensors import GGUFTensors
 from tercet.model.gguf_vocabulary import Vocabulary, read_vocabulary
 from tercet.model.hf_fields import HF
-from tercet.model.tokenizer import CONFIG, MORE_TEMPLATES, TEMPLATE, TOKENIZER
+from tercet.model.tokenizer import CONFIG, MORE_TEMPLATES, TEMPLATE, TOKENIZER, Tokenizer
+from tercet.progress import say
 
 FORMAT = 1  # change it whenever the content of a directory changes, so that older ones are made again
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -80,11 +81,42 @@ def _make(path: Path, directory: Path) -> None:
         # Without indentation, which takes json ten times as long.
         write_atomic(temporary / TOKENIZER, json.dumps(vocabulary.tokenizer, ensure_ascii=False))
         write_json(temporary / CONFIG, vocabulary.config)
+        _compare_tokenizers(path, temporary)
         for name, template in vocabulary.templates.items():
             target = (
                 temporary / TEMPLATE if name == "default" else temporary / MORE_TEMPLATES / f"{name}.jinja"
             )
             write_atomic(target, template)
+
+
+# Texts on which splitters differ: digits, line breaks and spaces before digits, contractions.
+_PROBES = (
+    "Hello world",
+    "\n\n1. 2024",
+    "it's 12345.67 I'LL",
+    "  a   b\n\n\nc",
+    "日本 1️⃣",
+    "x=10;\n\t\treturn",
+)
+
+
+def _compare_tokenizers(path: Path, directory: Path) -> None:
+    """Report a tokenizer.json beside a GGUF file that encodes text in another way; the file's own is used."""
+    if not (path.parent / TOKENIZER).is_file():
+        return
+    try:
+        beside = Tokenizer.load(path.parent)
+    except UserError:
+        return
+    own = Tokenizer.load(directory)
+    for text in _PROBES:
+        ours, theirs = own.encode(text, special=False), beside.encode(text, special=False)
+        if ours != theirs:
+            say(
+                f"{path.parent / TOKENIZER} disagrees with {path.name}: it encodes {text!r} as {theirs}, not as {ours}; "
+                "the GGUF file's own tokenizer is used"
+            )
+            return
 
 
 def _token_ids(vocabulary: Vocabulary) -> HF:

@@ -15,6 +15,7 @@ from tercet.errors import UserError
 from tercet.model.gguf_file import GGUFFile
 from tercet.model.gguf_splits import Split, split_of
 from tercet.model.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from tercet.model.tokenizer import CLASS
 
 # A token with one of these texts ends a generation, whatever else the file says (llama.cpp's list).
 END_TEXTS = frozenset(
@@ -97,8 +98,7 @@ def read_vocabulary(file: GGUFFile) -> Vocabulary:
         "unk_token": unknown,
     }
     config: dict[str, Any] = {
-        # This class of transformers uses tokenizer.json unchanged; other classes rebuild parts of it.
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": CLASS,
         "clean_up_tokenization_spaces": False,
         **{key: tokens[index] for key, index in named.items() if index is not None},
     }

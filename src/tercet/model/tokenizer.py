@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tercet.model.template_needs import TemplateNeeds
 
 TOKENIZER, CONFIG, LEGACY_SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+CLASS = "PreTrainedTokenizerFast"  # uses tokenizer.json unchanged; GPT2Tokenizer drops its split into digits
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
@@ -121,8 +122,7 @@ class Tokenizer:
     ) -> Self:
         """Make a tokenizer from a trained backend. Named tokens that the vocabulary lacks are added to it."""
         named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        # This class of transformers uses tokenizer.json unchanged; other classes would rebuild parts of it.
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {"tokenizer_class": CLASS, "clean_up_tokenization_spaces": False}
         config |= {key: token for key, token in named.items() if token is not None}
         return cls(backend, config, {} if chat_template is None else {"default": chat_template}, {})
 
@@ -138,9 +138,9 @@ class Tokenizer:
             UserError: the directory can't be written to.
         """
         directory = Path(directory)
-        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        config = {key: self.config[key] for key in self.config if key != "chat_template"}
         write_atomic(directory / TOKENIZER, self.backend.to_str(pretty=True))
-        write_json(directory / CONFIG, config)
+        write_json(directory / CONFIG, {**config, "tokenizer_class": CLASS})
         for name, template in self.templates.items():
             file = directory / TEMPLATE if name == "default" else directory / MORE_TEMPLATES / f"{name}.jinja"
             write_atomic(file, template)
