@@ -141,15 +141,14 @@ def anywhere(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_splitter_is_llama_cpps(name: str, anywhere: Path, tmp_path: Path) -> None:
-    """Marks and letters that only differ in case from ASCII are left out: llama.cpp approximates the patterns."""
+    """Where llama.cpp only approximates a tokenizer's own pattern, the text avoids the difference."""
     path = copy(anywhere, tmp_path / "b.gguf", {"tokenizer.ggml.pre": (name, STRING)})
     encode, tokenizer = theirs(path), Tokenizer.load(gguf_directory(path))
-    for text in (
-        TEXTS[1],
-        TEXTS[3],
-        TEXTS[9],
-        *(random_text(seed).replace("\u3000", "") for seed in range(30, 34)),
-    ):
+    # Ideographic spaces are no spaces for its splitter of DeepSeek, and cased letters beyond ASCII have no case.
+    left_out = "\u3000éßЖ" if name in ("tekken", "gpt-4o", "llama4", "kanana2") else "\u3000"
+    removed = str.maketrans("", "", left_out)
+    for text in (TEXTS[1], TEXTS[3], TEXTS[9], *(random_text(seed) for seed in range(30, 34))):
+        text = text.translate(removed)
         assert tokenizer.encode(text) == encode(text)
 
 
