@@ -291,7 +291,7 @@ def choose_pairs(
     total = np.float32(0)
     for part in range(scales.size):
         values, weights = x[part * size : (part + 1) * size], w[part * size : (part + 1) * size]
-        scale, minimum = np.int64(scales[part]), np.int64(minima[part])
+        scale, minimum = int(scales[part]), int(minima[part])
         least, best, start = BIG, scale, minimum
         for a in range(max(scale - reach, 0), min(scale + reach, 63) + 1):
             for b in range(max(minimum - reach, 0), min(minimum + reach, 63) + 1):
@@ -369,7 +369,7 @@ def choose_scales(x: Any, w: Any, size: int, d: Any, scales: Any, low: Any, high
     total = np.float32(0)
     for part in range(scales.size):
         values, weights = x[part * size : (part + 1) * size], w[part * size : (part + 1) * size]
-        scale = np.int64(scales[part])
+        scale = int(scales[part])
         least, best = BIG, scale
         for a in range(max(scale - 1, -128), min(scale + 1, 127) + 1):
             error = scaled_error(values, weights, d * np.float32(a), low, high)

@@ -125,7 +125,9 @@ def _affine(values: Floats, weights: Floats, high: int, steps: int, step: float)
 
 def _raw(numbers: NDArray[Any], blocks: int) -> Bytes:
     """Return numbers as bytes [blocks, bytes], little-endian."""
-    return np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<")).view(np.uint8).reshape(blocks, -1)
+    little = np.ascontiguousarray(numbers, numbers.dtype.newbyteorder("<"))
+    raw: Bytes = little.reshape(blocks, -1).view(np.uint8)
+    return raw
 
 
 def _rows(parts: list[Bytes], rows: int) -> Bytes:
@@ -134,8 +136,9 @@ def _rows(parts: list[Bytes], rows: int) -> Bytes:
 
 def _nibbles(q: NDArray[np.uint8], half: int) -> Bytes:
     """Join the low 4 bits of each run of ``half`` codes with those of the next run."""
-    pairs = q.reshape(-1, 2, half) & 15
-    return pairs[:, 0] | (pairs[:, 1] << 4)
+    pairs = q.reshape(-1, 2, half)
+    joined: Bytes = np.bitwise_or(pairs[:, 0] & np.uint8(15), pairs[:, 1] << np.uint8(4))
+    return joined
 
 
 def _fifth_bits(q: NDArray[np.uint8]) -> Bytes:
@@ -214,14 +217,11 @@ def _q6_k(values: Floats, weights: Floats) -> Bytes:
     nested_scaled_rows(values, weights, 8, np.float32(0.5), scales, parts, q)
     blocks = scales.size
     codes = (q + np.int8(32)).view(np.uint8).reshape(blocks, 2, 4, 32)  # halves of four runs of 32
-    low = codes[:, :, :2] & 15 | (codes[:, :, 2:] << 4)
-    high = codes >> 4
-    high = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
-    parts = parts.reshape(blocks, 16)
-    return _rows(
-        [low.reshape(blocks, -1), high.reshape(blocks, -1), parts.view(np.uint8), _raw(scales.astype(np.float16), blocks)],
-        rows,
-    )  # fmt: skip
+    low = np.bitwise_or(codes[:, :, :2] & np.uint8(15), codes[:, :, 2:] << np.uint8(4), dtype=np.uint8)
+    shifts = np.array([0, 2, 4, 6], np.uint8).reshape(4, 1)
+    high = np.bitwise_or.reduce(codes >> np.uint8(4) << shifts, axis=2)
+    outer = _raw(scales.astype(np.float16), blocks)
+    return _rows([low.reshape(blocks, -1), high.reshape(blocks, -1), _raw(parts, blocks), outer], rows)
 
 
 TYPES: dict[str, BlockType] = {
