@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tercet.conversion.gguf_network import GGUFNetwork, WithAdapter
-from tercet.conversion.layers import EMBEDDING, HEAD, Matrices, head_logits, hidden_states
 from tercet.errors import UserError
 from tercet.model.config import ModelConfig
+from tercet.model.layerwise import EMBEDDING, HEAD, Matrices, head_logits, hidden_states
 from tercet.model.tensor_names import network_tensors
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.weights import Floats

@@ -169,7 +169,7 @@ def _export_gguf(
 
 def _calibration(weights: Weights, tokenizer: Tokenizer, path: Path) -> Calibration:
     from tercet.conversion.calibration import calibrate
-    from tercet.conversion.text import texts_of
+    from tercet.data.measured_text import texts_of
 
     calibration = calibrate(weights, tokenizer, texts_of(path))
     say(f"measured activations on {calibration.tokens:,} tokens of {path}")
@@ -206,7 +206,7 @@ def _checked(
 ) -> Check:
     from tercet.conversion.check import KL_LIMITS, STRINGS, TOKENS, check_predictions, check_tokenizer
     from tercet.conversion.gguf_network import GGUFNetwork
-    from tercet.conversion.text import docstrings, token_rows
+    from tercet.data.measured_text import docstrings, token_rows
 
     file = GGUFNetwork(path)
     strings = check_tokenizer(file.tokenizer(), tokenizer, (*STRINGS, *docstrings()))
@@ -252,7 +252,7 @@ def _export_adapter(model: Reference, source: Source, out: Path, type: str, chec
 def _adapter_checked(path: Path, base: Weights, source: Source, type: str) -> Check:
     from tercet.conversion.check import KL_LIMITS, TOKENS, check_predictions
     from tercet.conversion.gguf_network import WithAdapter
-    from tercet.conversion.text import docstrings, token_rows
+    from tercet.data.measured_text import docstrings, token_rows
 
     tokenizer = Tokenizer.load(source.tokenizer)
     config = base.config
