@@ -210,18 +210,33 @@ def test_quantized_activations() -> None:
     np.testing.assert_array_equal(q[4], x[4])
     np.testing.assert_array_equal(q[6, :6], [127, 0, 2, 2, 0, -2])
     np.testing.assert_array_equal(sums, q.reshape(12, 2, 16).sum(-1, dtype=np.int32))
+    planes, fine, wide_sums = quantized(x, wide=True)
+    values = whole(planes)
+    np.testing.assert_allclose(fine[usual, 0], highest[usual] / (127 * 255), rtol=2e-7)
+    assert (np.abs(planes.astype(int)) <= 127).all() and values.max() == 127 * 255
+    fine_steps = fine.astype(np.float64)
+    assert (np.abs(values * fine_steps - exact) <= 0.51 * fine_steps + 1e-7 * highest[:, None])[usual].all()
+    np.testing.assert_array_equal(wide_sums, values.reshape(12, 2, 16).sum(-1))
 
 
-def quantized(x: Array) -> tuple[Array, Array, Array]:
+def whole(planes: Array) -> Array:
+    """Return the values of 16 bits that two rows of bytes hold, [rows, 2, K] to [rows, K]."""
+    wide: Array = planes[:, 0].astype(np.int64) * 255 + planes[:, 1]
+    return wide
+
+
+def quantized(x: Array, wide: bool = False) -> tuple[Array, Array, Array]:
     """Return rows of activations as the kernel quantises them: values, scales and sums."""
     rows, columns = x.shape
-    q = np.full(x.shape, 99, np.int8)
+    q = np.full((rows, 2, columns) if wide else x.shape, 99, np.int8)
     scales, sums = (
         np.full((rows, columns // GROUP), np.nan, np.float32),
         np.zeros((rows, columns // 16), np.int32),
     )
     for row in range(rows):
-        compiled("quantize")(at(x[row]), columns // GROUP, at(q[row]), at(scales[row]), at(sums[row]))
+        compiled("quantize_wide" if wide else "quantize")(
+            at(x[row]), columns // GROUP, at(q[row]), at(scales[row]), at(sums[row])
+        )
     return q, scales, sums
 
 
@@ -259,9 +274,12 @@ def random_rows(type_name: str, columns: int, seed: int, scale: float | None = N
 class Block:
     """16 rows of weights, packed for the kernels, and their values by the gguf package in float64."""
 
-    def __init__(self, type_name: str, columns: int, seed: int, scale: float | None = None) -> None:
+    def __init__(
+        self, type_name: str, columns: int, seed: int, scale: float | None = None, wide: bool = False
+    ) -> None:
         """scale: of every group; then all sums are exact, whatever their order. None: random."""
         rng = np.random.default_rng(seed)
+        self.wide = wide
         raw = random_rows(type_name, columns, seed, scale)
         self.type, self.columns = type_name, columns
         self.w = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type_name]).astype(np.float64)
@@ -273,12 +291,13 @@ class Block:
         self.x = rng.standard_normal((TOKENS, columns)).astype(np.float32)
         self.inputs = self.x.astype(np.float64)
         if type_name in FORMATS:
-            self.q, self.q_scales, self.q_sums = quantized(self.x)
+            self.q, self.q_scales, self.q_sums = quantized(self.x, wide)
             self.q[::2] = rng.choice([-127, 0, 127], self.q[::2].shape)  # the largest sums
-            self.q_sums[:] = self.q.reshape(TOKENS, -1, 16).sum(-1, dtype=np.int32)
+            values = whole(self.q) if wide else self.q.astype(np.int64)
+            self.q_sums[:] = values.reshape(TOKENS, -1, 16).sum(-1)
             if scale is not None:
                 self.q_scales[:] = scale
-            groups = self.q.reshape(TOKENS, -1, GROUP) * self.q_scales[..., None].astype(np.float64)
+            groups = values.reshape(TOKENS, -1, GROUP) * self.q_scales[..., None].astype(np.float64)
             self.inputs = groups.reshape(TOKENS, columns)
         else:
             self.q = self.q_scales = self.q_sums = np.zeros((TOKENS, columns), np.int8)
@@ -286,7 +305,8 @@ class Block:
     def times(self, first: int, count: int, way: Instructions) -> Array:
         """The product of tokens first.. by the kernel [count, 16]; checks that nothing else is written."""
         out = np.full((count + 1, 24), np.float32(7))
-        name = f"product_{self.type}_{way}" if self.type in FORMATS else f"product_{FLOAT_NAMES[self.type]}"
+        name = f"product_{FLOAT_NAMES.get(self.type, self.type)}"
+        name += f"_{way}{'_wide' if self.wide else ''}" if self.type in FORMATS else ""
         compiled(name)(
             at(self.weights), at(self.scales), self.columns, at(self.x[first:]), 4 * self.columns,
             at(self.q[first:]), at(self.q_scales[first:]), at(self.q_sums[first:]), count, at(out), 96,
@@ -295,10 +315,10 @@ class Block:
         return out[:count, :16]
 
 
-@pytest.mark.parametrize("type_name", TYPES)
-def test_products(type_name: str) -> None:
+@pytest.mark.parametrize(("type_name", "wide"), [(x, False) for x in TYPES] + [(x, True) for x in FORMATS])
+def test_products(type_name: str, wide: bool) -> None:
     for columns in COLUMNS.get(type_name, (256, 768)):
-        block = Block(type_name, columns, seed=columns)
+        block = Block(type_name, columns, seed=columns, wide=wide)
         for way in WAYS:
             result = block.times(0, TOKENS, way)
             size = np.abs(block.inputs) @ np.abs(block.w).T  # rounding is measured by this, as sums cancel
@@ -315,9 +335,10 @@ def test_integer_products_are_exact_where_scales_are_and_equal_by_all_instructio
     if not FORMATS[type_name].nested:  # multiples of 1/16 below 2**20
         for way in WAYS:
             np.testing.assert_array_equal(block.times(0, TOKENS, way), expected)
-    block = Block(type_name, 768, seed=2)
-    for way in WAYS[1:]:
-        np.testing.assert_array_equal(block.times(0, TOKENS, way), block.times(0, TOKENS, WAYS[0]))
+    for wide in (False, True):
+        block = Block(type_name, 768, seed=2, wide=wide)
+        for way in WAYS[1:]:
+            np.testing.assert_array_equal(block.times(0, TOKENS, way), block.times(0, TOKENS, WAYS[0]))
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -353,9 +374,10 @@ def test_float16_without_its_instruction(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(host.has_vnni(), reason="this machine has the instruction itself")
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("type_name", ["Q8_0", "Q4_1", "Q6_K"])
 def test_the_product_of_other_processors_with_its_instruction_spelled_out(
-    type_name: str, monkeypatch: pytest.MonkeyPatch
+    type_name: str, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What surrounds the instruction is right on machines that lack it, too: offsets, zeros, order."""
     call = simd.Vectors.call
@@ -371,12 +393,12 @@ def test_the_product_of_other_processors_with_its_instruction_spelled_out(
         return sums
 
     monkeypatch.setattr(simd.Vectors, "call", spelled_out)
-    product = block_tiles.PRODUCTS[type_name, "vnni"]
+    product = block_tiles.PRODUCTS[type_name, "vnni", wide]
 
     def multiply(w: int, s: int, k: int, q: int, scales: int, sums: int, tokens: int, out: int) -> None:
         product(w, s, k, 0, 0, q, scales, sums, tokens, out, 64)
 
-    block = Block(type_name, 256, seed=4)
+    block = Block(type_name, 256, seed=4, wide=wide)
     out = np.zeros((TOKENS, 16), np.float32)
     cfunc(types.void(*[types.int64] * 8))(multiply).ctypes(
         at(block.weights), at(block.scales), 256, at(block.q), at(block.q_scales), at(block.q_sums), TOKENS, at(out)

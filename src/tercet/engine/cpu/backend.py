@@ -89,27 +89,30 @@ class CPUBackend:
         self._arrays.append(array)
         return int(array.ctypes.data)
 
-    def _descriptor(self, stacks: Sequence[Stack]) -> int:
-        """Return the address of the descriptors of some stacks, one after the other."""
+    def _descriptor(self, stacks: Sequence[Stack], wide: bool = False) -> int:
+        """Return the address of the descriptors of some stacks, one after the other.
+
+        ``wide``: quantised weights are multiplied by activations of 16 bits.
+        """
         rows = np.zeros((len(stacks), at.MATRIX_WIDTH), np.int64)
         for row, stack in zip(rows, stacks, strict=True):
-            self._describe_matrix(row, stack.matrices[0])
+            self._describe_matrix(row, stack.matrices[0], wide)
             rest = stack.matrices[1:]
             if rest:
-                row[at.NEXT] = self._descriptor([Stack(rest)])
+                row[at.NEXT] = self._descriptor([Stack(rest)], wide)
             row[at.ALTERNATE] = stack.alternate
             row[at.BLOCKS] = sum(matrix.rows for matrix in stack.matrices) // 16
             if any(matrix.type in FORMATS for matrix in stack.matrices):
-                row[at.QUANTIZE] = address("quantize")
+                row[at.QUANTIZE] = address("quantize_wide" if wide else "quantize")
         return self._hold(rows)
 
-    def _describe_matrix(self, row: NDArray[np.int64], matrix: Matrix) -> None:
+    def _describe_matrix(self, row: NDArray[np.int64], matrix: Matrix, wide: bool) -> None:
         """Write what the kernels need to know of one matrix into its descriptor."""
         base, kind = self._memory.ctypes.data, kind_of(matrix.type)
         name = FLOAT_NAMES.get(matrix.type, matrix.type)
-        row[at.PRODUCT] = address(
-            f"product_{name}_{self._instructions}" if matrix.type in FORMATS else f"product_{name}"
-        )
+        way = f"_{self._instructions}{'_wide' if wide else ''}" if matrix.type in FORMATS else ""
+        row[at.PRODUCT] = address(f"product_{name}{way}")
+        row[at.QUANTIZED_BYTES] = (2 if wide else 1) * matrix.columns
         row[at.ROW] = address(f"row_{name}")
         row[at.BLOCK_BYTES], row[at.SCALE_BYTES] = sizes(kind, 16, matrix.columns)
         row[at.OWN_BLOCKS], row[at.COLUMNS] = matrix.rows // 16, matrix.columns
@@ -124,8 +127,8 @@ class CPUBackend:
         def vector(name: str) -> int:
             return base + places.vectors[name][0] if name in places.vectors else 0
 
-        def matrix(*names: str) -> int:
-            return self._descriptor([places.matrices[name] for name in names])
+        def matrix(*names: str, wide: bool = False) -> int:
+            return self._descriptor([places.matrices[name] for name in names], wide)
 
         t[at.LAYERS], t[at.HIDDEN], t[at.HIDDEN_SIZE] = config.num_layers, shape.hidden, config.hidden_size
         t[at.HEADS], t[at.KV_HEADS] = config.num_heads, config.num_kv_heads
@@ -147,7 +150,7 @@ class CPUBackend:
         scale = config.attention_scale if config.attention_scale is not None else config.head_dim**-0.5
         t[at.FLOATS] = self._hold(np.array([scale, config.embedding_scale or 1, config.norm_eps], np.float32))
         t[at.EMBEDDING] = matrix("embedding")
-        t[at.HEAD] = matrix("embedding" if config.tie_embeddings else "head")
+        t[at.HEAD] = matrix("embedding" if config.tie_embeddings else "head", wide=True)
         t[at.LEARNED_POSITIONS] = vector("positions")
         t[at.FINAL_NORM], t[at.FINAL_NORM_BIAS] = vector("norm"), vector("norm.bias")
         t[at.KEYS_VALUES], t[at.PAGE_BYTES] = self._pages.ctypes.data, self._page_bytes
@@ -162,7 +165,7 @@ class CPUBackend:
                 row[column] = vector(name + norm)
             row[at.INPUT_NORM_BIAS] = vector(name + "input_layernorm.bias")
             row[at.MLP_NORM_BIAS] = vector(name + "post_attention_layernorm.bias")
-            row[at.QKV_MATRIX], row[at.O_MATRIX] = matrix(name + "qkv"), matrix(name + "o")
+            row[at.QKV_MATRIX], row[at.O_MATRIX] = matrix(name + "qkv", wide=True), matrix(name + "o")
             row[at.Q_NORM], row[at.K_NORM] = vector(name + "q_norm"), vector(name + "k_norm")
             mlps = [name]
             if config.is_mixture(number):
@@ -224,7 +227,7 @@ class CPUBackend:
         self._normed = allocate(4 * rows * shape.hidden).view(np.float32).reshape(rows, shape.hidden)
         t[at.X], t[at.NORMED] = floats(rows * shape.hidden), self._normed.ctypes.data
         t[at.OUTPUT] = floats(rows * shape.hidden)
-        t[at.QUANTIZED] = floats(rows * experts * widest // 4)
+        t[at.QUANTIZED] = floats(rows * experts * widest // 2)
         t[at.SCALES] = floats(rows * experts * widest // 32)
         t[at.SUMS] = floats(rows * experts * widest // 16)
         t[at.QKV], t[at.ATTENDED] = floats(rows * heads * shape.dim), floats(rows * shape.attention)

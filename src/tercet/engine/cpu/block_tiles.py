@@ -3,6 +3,8 @@
 Activations are quantised to int8 with a scale for each group of 32. A group's products are whole numbers;
 they are summed exactly, then multiplied by both scales and added to the output in float32, group after group.
 A format with minima adds each minimum times the sum of the group's activations.
+
+A wide product takes activations of 16 bits, as two rows of bytes: x = 255 high + low, both from -127 to 127.
 """
 
 from __future__ import annotations
@@ -93,9 +95,9 @@ class Reader:
                 yield b.or_(low, b.and_(source, high_mask))
 
 
-def _tile(form: Format, instructions: Instructions) -> Any:
+def _tile(form: Format, instructions: Instructions, wide: bool) -> Any:
     """Build a tile of a format (see `tiles.make_product`)."""
-    parts = GROUP // form.group
+    parts, planes = GROUP // form.group, 2 if wide else 1
 
     def tile(
         v: Vectors, tokens: int, t0: Any, w: Any, scales: Any, k: Any, x: Any, x_stride: Any, q: Any,
@@ -104,7 +106,7 @@ def _tile(form: Format, instructions: Instructions) -> Any:
         b = v.b
         groups = b.udiv(k, I64(GROUP))
         places = [b.add(t0, I64(t)) for t in range(tokens)]
-        rows = [v.address(q, b.mul(k, place)) for place in places]
+        rows = [v.address(q, b.mul(b.mul(k, I64(planes)), place)) for place in places]
         firsts = [b.mul(b.mul(groups, I64(4)), place) for place in places]
         row_scales = [v.address(q_scales, first) for first in firsts]
         row_sums = [v.address(q_sums, b.add(first, first)) for first in firsts]
@@ -113,11 +115,18 @@ def _tile(form: Format, instructions: Instructions) -> Any:
 
         def group(number: Any, group_scales: list[Any], minima: list[Any], place: Any) -> None:
             offset = b.mul(number, I64(GROUP))
-            starts = [v.address(row, offset) for row in rows]
-            dots = [Dots(v, tokens, form.limit, form.signed, instructions) for _ in range(parts)]
+            starts = [[v.address(row, offset) for row in rows]]
+            if wide:
+                starts.append([v.address(start, k) for start in starts[0]])
+            dots = [
+                [Dots(v, tokens, form.limit, form.signed, instructions) for _ in range(parts)]
+                for _ in range(planes)
+            ]
             for quad, weights in enumerate(reader.quads(place)):
-                fours = [v.splat(v.load(v.address(start, 4 * quad), I32, 4)) for start in starts]
-                dots[quad * parts // QUADS].add(weights, fours)
+                for plane, plane_starts in zip(dots, starts, strict=True):
+                    fours = [v.splat(v.load(v.address(start, 4 * quad), I32, 4)) for start in plane_starts]
+                    plane[quad * parts // QUADS].add(weights, fours)
+            zero = form.zero + dots[0][0].offset
             sums_at = b.mul(number, I64(8))
             for t in range(tokens):
                 halves = [
@@ -127,7 +136,13 @@ def _tile(form: Format, instructions: Instructions) -> Any:
                 scale = v.load(v.address(row_scales[t], b.mul(number, I64(4))), F32, 4)
                 value = b.load(outputs[t])
                 for part in range(parts):
-                    sums = dots[part].total(t, form.zero, whole if parts == 1 else halves[part])
+                    sums = dots[0][part].total(t)
+                    if wide:
+                        sums = b.sub(b.shl(sums, v.integers(8)), sums)  # 255 times
+                        sums = b.add(sums, dots[1][part].total(t))
+                    if zero:
+                        activations = whole if parts == 1 else halves[part]
+                        sums = b.sub(sums, v.splat(b.mul(activations, I32(zero))))
                     factor = b.fmul(group_scales[part], v.splat(scale))
                     value = v.fma(b.sitofp(sums, VECTOR), factor, value)
                 for minimum in minima:
@@ -176,8 +191,9 @@ def _row(form: Format) -> Any:
 
 
 PRODUCTS = {
-    (form.name, instructions): make_product(_tile(form, instructions), TILES[instructions])
+    (form.name, instructions, wide): make_product(_tile(form, instructions, wide), TILES[instructions])
     for form in BY_KIND.values()
     for instructions in INSTRUCTIONS
+    for wide in (False, True)
 }
 ROWS = {form.name: _row(form) for form in BY_KIND.values()}

@@ -42,7 +42,7 @@ class Dots:
         """Add the products of 16 lanes of four weights with the activations of every token."""
         v, b = self.v, self.v.b
         if self.instructions == "vnni":
-            # The instruction takes unsigned weights: `total` takes the 128 off again.
+            # The instruction takes unsigned weights: 128 more than the signed ones.
             unsigned = b.xor(weights, v.integers(-0x7F7F7F80)) if self.signed else weights
             for token, x in enumerate(activations):
                 before = v.integers(0) if self.sums[token] is None else self.sums[token]
@@ -54,16 +54,15 @@ class Dots:
                 before = v.integers(0) if self.sums[token] is None else self.sums[token]
                 self.sums[token] = self._one_by_one(before, weights, x)
 
-    def total(self, token: int, zero: int, sum_of_activations: ir.Value | None) -> ir.Value:
-        """Return a token's sums, minus ``zero`` times the sum of its activations, as 16 integers of 32 bits."""
-        v, b = self.v, self.v.b
+    @property
+    def offset(self) -> int:
+        """What was added to every weight: the sums are too large by this times the sum of the activations."""
+        return 128 if self.instructions == "vnni" and self.signed else 0
+
+    def total(self, token: int) -> ir.Value:
+        """Return a token's sums as 16 integers of 32 bits."""
         self._flush(token)
-        if self.instructions == "vnni" and self.signed:
-            zero += 128
-        sums = self.sums[token]
-        if zero and sum_of_activations is not None:
-            return b.sub(sums, v.splat(b.mul(sum_of_activations, I32(zero))))
-        return sums
+        return self.sums[token]
 
     def _one_by_one(self, sums: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         v, b = self.v, self.v.b

@@ -55,7 +55,7 @@ def expert_product(
     columns = descriptor[at.COLUMNS]
     groups = 4 * row * (columns // at.GROUP)
     product(
-        part.table, matrix, block, x + row * x_stride, x_stride, part.quantized + row * columns,
+        part.table, matrix, block, x + row * x_stride, x_stride, part.quantized + row * descriptor[at.QUANTIZED_BYTES],
         part.scales + groups, part.sums + 2 * groups, 1, out, BLOCK_ROW,
     )  # fmt: skip
 

@@ -68,7 +68,10 @@ def prepare_rows(matrix: int, x: int, stride: int, buffer: Any, low: int, high: 
     groups = k // at.GROUP
     for i in range(low, high):
         row = 4 * i * groups
-        call5(m[at.QUANTIZE], x + i * stride, groups, buffer[0] + i * k, buffer[1] + row, buffer[2] + 2 * row)
+        call5(
+            m[at.QUANTIZE], x + i * stride, groups, buffer[0] + i * m[at.QUANTIZED_BYTES], buffer[1] + row,
+            buffer[2] + 2 * row,
+        )  # fmt: skip
 
 
 @njit

@@ -15,7 +15,7 @@ from tercet.engine.cpu import attention, block_tiles, rows, tiles
 attend1, attend1_half = attention.ATTEND[1, False], attention.ATTEND[1, True]
 attend4, attend4_half = attention.ATTEND[4, False], attention.ATTEND[4, True]
 store_as_float, store_as_half = attention.STORE[False], attention.STORE[True]
-quantize_row = rows.quantize
+quantize_row, quantize_row_wide = rows.quantize, rows.quantize_wide
 gate_silu, gate_gelu, gate_gelu_tanh, gate_relu = (rows.GATES[name, True] for name in rows.ACTIVATIONS)
 plain_silu, plain_gelu, plain_gelu_tanh, plain_relu = (rows.GATES[name, False] for name in rows.ACTIVATIONS)
 
@@ -47,7 +47,10 @@ def _row(kernel: Any) -> Callable[..., None]:
 FORMS: dict[str, Callable[..., None]] = {
     **{f"product_{kind}": _product(kernel) for kind, kernel in tiles.PRODUCTS.items()},
     **{f"row_{kind}": _row(kernel) for kind, kernel in tiles.ROWS.items()},
-    **{f"product_{name}_{way}": _product(kernel) for (name, way), kernel in block_tiles.PRODUCTS.items()},
+    **{
+        f"product_{name}_{way}{'_wide' if wide else ''}": _product(kernel)
+        for (name, way, wide), kernel in block_tiles.PRODUCTS.items()
+    },
     **{f"row_{name}": _row(kernel) for name, kernel in block_tiles.ROWS.items()},
 }
 
@@ -67,6 +70,11 @@ def program(name: str) -> Callable[..., None]:
 def quantize(x: int, n: int, q: int, a: int, z: int) -> None:
     """Quantise n groups of a row of activations x: values q, scales a, sums z (see `rows`)."""
     quantize_row(x, n, q, a, z)
+
+
+def quantize_wide(x: int, n: int, q: int, a: int, z: int) -> None:
+    """Quantise n groups of a row of activations to 16 bits, in two rows of bytes."""
+    quantize_row_wide(x, n, q, a, z)
 
 
 # q, j queries and their stride; k, v a page's keys and values; d size of a head; n visible positions of the first

@@ -62,27 +62,44 @@ def norm(table: Any, x: int, weight: int, bias: int, out: int) -> None:
         rms_norm(x, weight, width // 16, table[at.HIDDEN_SIZE], table[at.EPS], out)
 
 
-@kernel(5)
-def quantize(v: Vectors, x: Any, groups: Any, out: Any, scales: Any, sums: Any) -> None:
-    """Emit the quantisation of a row to int8: a scale for each group of 32, and a sum for each 16 values."""
-    b = v.b
-    with v.loop(groups) as group:
-        begin = v.address(x, b.mul(group, I64(4 * GROUP)))
-        values = [v.floats(v.address(begin, 64 * i)) for i in range(GROUP // LANES)]
-        highest = v.absolute(values[0])
-        for value in values[1:]:
-            highest = v.largest(highest, v.absolute(value))
-        top = v.maximum(highest)
-        # A group of zeros stays zero; a group too small for a finite inverse becomes zero.
-        usable = b.fcmp_ordered(">", top, F32(1e-30))
-        inverse = v.splat(b.select(usable, b.fdiv(F32(127.0), top), F32(0.0)))
-        start = v.address(out, b.mul(group, I64(GROUP)))
-        totals = v.address(sums, b.mul(group, I64(8)))
-        for i, value in enumerate(values):
-            whole = b.fptosi(v.round(b.fmul(value, inverse)), INTEGERS)
-            v.store(b.trunc(whole, ir.VectorType(I8, LANES)), v.address(start, LANES * i), 1)
-            v.store(v.call("llvm.vector.reduce.add.v16i32", I32, whole), v.address(totals, 4 * i), 4)
-        v.store(b.fmul(top, F32(1 / 127)), v.address(scales, b.mul(group, I64(4))), 4)
+def _quantize(wide: bool) -> Any:
+    """Build the kernel (x, groups, out, scales, sums) that quantises a row to int8.
+
+    Each group of 32 gets a scale, and each 16 values their sum. With ``wide`` the values have 16 bits: 255 times
+    a byte of the first row of ``out`` plus a byte of the second.
+    """
+    steps = 127.0 * (255 if wide else 1)
+
+    @kernel(5)
+    def quantize(v: Vectors, x: Any, groups: Any, out: Any, scales: Any, sums: Any) -> None:
+        b = v.b
+        row_bytes = b.mul(groups, I64(GROUP))
+        with v.loop(groups) as group:
+            begin = v.address(x, b.mul(group, I64(4 * GROUP)))
+            values = [v.floats(v.address(begin, 64 * i)) for i in range(GROUP // LANES)]
+            highest = v.absolute(values[0])
+            for value in values[1:]:
+                highest = v.largest(highest, v.absolute(value))
+            top = v.maximum(highest)
+            # A group of zeros stays zero; a group too small for a finite inverse becomes zero.
+            usable = b.fcmp_ordered(">", top, F32(1e-30))
+            inverse = v.splat(b.select(usable, b.fdiv(F32(steps), top), F32(0.0)))
+            start = v.address(out, b.mul(group, I64(GROUP)))
+            totals = v.address(sums, b.mul(group, I64(8)))
+            for i, value in enumerate(values):
+                rounded = v.round(b.fmul(value, inverse))
+                whole = b.fptosi(rounded, INTEGERS)
+                v.store(v.call("llvm.vector.reduce.add.v16i32", I32, whole), v.address(totals, 4 * i), 4)
+                if wide:
+                    high = b.fptosi(v.round(b.fmul(rounded, v.constant(1 / 255))), INTEGERS)
+                    low = b.sub(whole, b.sub(b.shl(high, v.integers(8)), high))
+                    place = v.address(v.address(start, LANES * i), row_bytes)
+                    v.store(b.trunc(low, ir.VectorType(I8, LANES)), place, 1)
+                    whole = high
+                v.store(b.trunc(whole, ir.VectorType(I8, LANES)), v.address(start, LANES * i), 1)
+            v.store(b.fmul(top, F32(1 / steps)), v.address(scales, b.mul(group, I64(4))), 4)
+
+    return quantize
 
 
 def _gate(activation: str, gated: bool) -> Any:
@@ -118,6 +135,7 @@ def _activate(v: Vectors, x: ir.Value, activation: str) -> ir.Value:
     return b.fmul(b.fmul(half, x), b.select(negative, tail, b.fsub(v.constant(2.0), tail)))
 
 
+quantize, quantize_wide = _quantize(False), _quantize(True)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 GATES = {(name, gated): _gate(name, gated) for name in ACTIVATIONS for gated in (True, False)}
 

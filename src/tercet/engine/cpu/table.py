@@ -72,7 +72,7 @@ QUERIES = (1, 4)  # of an attention tile
     # Scratch, float32 unless said.
     X,  # [T, HIDDEN]: the residual stream
     NORMED,  # [T, HIDDEN]
-    QUANTIZED,  # int8 [T, widest]
+    QUANTIZED,  # int8 [T, 2 * widest]
     SCALES,  # [T, widest / 32]
     SUMS,  # int32 [T, widest / 16]: sums of the quantised values
     QKV,  # [T, heads * DIM]
@@ -118,6 +118,7 @@ QUERIES = (1, 4)  # of an attention tile
     PRODUCT,  # address of the function that multiplies by it
     ROW,  # address of the function that reads a row of it
     QUANTIZE,  # address of the function that prepares activations for it and for what follows it, or 0
+    QUANTIZED_BYTES,  # of a row of activations that was prepared
     BLOCK_BYTES,  # weights of 16 rows
     SCALE_BYTES,  # their scales
     WEIGHTS,
@@ -129,7 +130,7 @@ QUERIES = (1, 4)  # of an attention tile
     NEXT,  # address of the descriptor of the matrix that goes on below this one, in another form; 0: none
     ALTERNATE,  # 1: blocks of this matrix and of the next alternate
     MATRIX_WIDTH,
-) = range(14)
+) = range(15)
 
 # A run of rows with one adapter.
 (

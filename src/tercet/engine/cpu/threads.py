@@ -128,7 +128,7 @@ def part_of(table: Any, thread: int, rows: int) -> Any:
         first,
         last,
         table[at.NORMED] + 4 * own * table[at.HIDDEN],
-        table[at.QUANTIZED] + own * experts * widest,
+        table[at.QUANTIZED] + 2 * own * experts * widest,
         table[at.SCALES] + own * experts * (widest // 8),
         table[at.SUMS] + own * experts * (widest // 4),
         table[at.PRIVATE] + thread * table[at.PRIVATE_BYTES],
