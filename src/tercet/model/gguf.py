@@ -7,6 +7,7 @@ than one of them is in memory.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def write_gguf(
     ]
     writer = gguf.GGUFWriter(path, graph.name)
     try:
-        _add_model(writer, config, graph, rope, context, type_name, name)
+        _add_model(writer, config, graph, rope, context, type_name, _loadable(name, vocabulary))
         _add_tokenizer(writer, vocabulary)
         _write_tensors(writer, weights, plan, rope, importance or {})
     finally:
@@ -161,10 +162,15 @@ def _transformers_notes(config: ModelConfig, graph: Architecture) -> list[str]:
     """Return a note if transformers can't load the file, or computes something else (docs/compatibility.md)."""
     instead = "`format=hf` writes a directory that it loads"
     notes = []
-    if graph.name in ("qwen3", "qwen3moe") and config.head_dim != 128:
+    if graph.name == "qwen3" and config.head_dim != 128:
         notes.append(
-            f"transformers takes heads of 128 for every {graph.name} file, so it can't load this one, "
-            f"whose heads are of {config.head_dim}; {instead}"
+            f"transformers takes heads of 128 for every qwen3 file, so it can't load this one, whose heads are of "
+            f"{config.head_dim}; {instead}"
+        )
+    if graph.name == "qwen3moe" and config.moe_intermediate_size != 768:
+        notes.append(
+            f"transformers takes experts of width 768 for every qwen3moe file, so it can't load this one, whose "
+            f"experts are of {config.moe_intermediate_size}; {instead}"
         )
     if config.rope_scaling is not None and config.rope_scaling.kind in ("linear", "llama3"):
         notes.append(
@@ -175,6 +181,15 @@ def _transformers_notes(config: ModelConfig, graph: Architecture) -> list[str]:
 
 
 # Metadata
+
+# llama.cpp 0.3.36 looks these tokens up in every model that is named so, and can't load one without them.
+_PHI3, _PHI3_TOKENS = re.compile("phi-?3", re.IGNORECASE), {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+
+
+def _loadable(name: str, vocabulary: GGUFTokenizer) -> str:
+    """Return the model's name, or "model" if llama.cpp could not load a model of that name."""
+    misleading = _PHI3.search(name) and not set(vocabulary.tokens) >= _PHI3_TOKENS
+    return "model" if misleading else name
 
 
 def _add_model(
