@@ -84,7 +84,7 @@ class GGUFNetwork:
             values = _halves(name, values, self.config)
         # llama.cpp multiplies by a norm's weight as it is stored; our network adds Gemma's offset to it.
         is_norm = name.endswith("norm.weight")
-        return values - np.float32(self.config.norm_offset) if is_norm else values
+        return np.asarray(values - self.config.norm_offset, np.float32) if is_norm else values
 
 
 def _halves(name: str, values: Floats, config: ModelConfig) -> Floats:
@@ -94,7 +94,8 @@ def _halves(name: str, values: Floats, config: ModelConfig) -> Floats:
     size = config.head_dim
     order = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
     heads = np.arange(0, len(values), size)
-    return values[(heads[:, None] + order[None, :]).reshape(-1)]
+    rows: Floats = values[(heads[:, None] + order[None, :]).reshape(-1)]
+    return rows
 
 
 def _places(config: ModelConfig, architecture: str) -> dict[str, tuple[str, Any]]:

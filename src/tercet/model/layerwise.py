@@ -59,8 +59,8 @@ def head_logits(weights: Matrices, hidden: Tensor, step: int = 64) -> Iterator[T
     """Yield the logits [at most ``step``, V] of hidden states [N, H], a few tokens at a time."""
     config = weights.config
     head = _tensor(weights(EMBEDDING if config.tie_embeddings else HEAD))
-    for part in torch.split(hidden, step):
-        logits = part @ head.T
+    for at in range(0, len(hidden), step):
+        logits = hidden[at : at + step] @ head.T
         yield logits if config.logit_softcap is None else softcap(logits, config.logit_softcap)
 
 
