@@ -15,7 +15,7 @@ from tercet.conversion.calibration import calibrate
 from tercet.conversion.check import relative_error
 from tercet.conversion.export import export
 from tercet.conversion.gguf_network import GGUFNetwork
-from tercet.conversion.text import token_rows
+from tercet.data.measured_text import token_rows
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.weights import Weights
