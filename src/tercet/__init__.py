@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from tercet.ladder.climb import climb as climb
     from tercet.ladder.result import Report as Report
     from tercet.ladder.settings import ClimbSettings as ClimbSettings
+    from tercet.model.store import StoredModel as StoredModel
+    from tercet.model.store import models as models
     from tercet.pretrain.result import Built as Built
     from tercet.pretrain.settings import BuildSettings as BuildSettings
     from tercet.prompt.errors import BatchError as BatchError
@@ -52,6 +54,9 @@ _MODULES = {
     "ClimbSettings": "tercet.ladder.settings",
     "Report": "tercet.ladder.result",
     "Task": "tercet.evaluate.task",
+    # Models on this machine.
+    "models": "tercet.model.store",
+    "StoredModel": "tercet.model.store",
     # Mistakes; the others are subclasses of UserError.
     "UserError": "tercet.errors",
     "ContextOverflow": "tercet.errors",
@@ -75,6 +80,7 @@ __all__ = [
     "Report",
     "Sampling",
     "Score",
+    "StoredModel",
     "Task",
     "TuneSettings",
     "Tuned",
@@ -83,6 +89,7 @@ __all__ = [
     "build",
     "climb",
     "curate",
+    "models",
     "tune",
 ]
 

@@ -17,6 +17,8 @@ from tercet.model.source import (
     Source,
     base_directories,
     directory_of,
+    is_base,
+    lasting_name,
     source_in,
     tokenizer_directory_of,
 )
@@ -108,3 +110,39 @@ def test_a_hosted_model_has_no_files(find: Any, text: str) -> None:
     """Earlier, the tokenizer of a hosted model was looked up on the Hub under the model's name."""
     with pytest.raises(UserError, match="is a hosted model, so its files are not on this machine"):
         find(parse_reference(text))
+
+
+def test_an_adapters_base_may_be_a_gguf_file_or_a_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "models/mine.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    made = make_checkpoint(tmp_path / "cache")
+    (made / "gguf.json").write_text(
+        json.dumps({"files": [{"path": str(file), "size": 4, "mtime_ns": file.stat().st_mtime_ns}]})
+    )
+    read: list[Path] = []
+    monkeypatch.setattr(source_module, "gguf_directory", lambda path: read.append(Path(path)) or made)
+    # An adapter records the file, also where the directory that the cache holds for it was tuned.
+    assert lasting_name(parse_reference(str(file))) == lasting_name(parse_reference(str(made))) == str(file)
+    assert lasting_name(parse_reference("builtin:smollm2")) == "builtin:smollm2"
+    assert lasting_name(parse_reference("org/name@v1:Q8_0")) == "org/name@v1:Q8_0"
+    assert source_in(make_adapter(tmp_path / "one", str(file))).base == made
+    assert source_in(make_adapter(tmp_path / "two", "../models/mine.gguf")).base == made
+    assert [path.resolve() for path in read] == [file, file]
+    monkeypatch.setattr("tercet.model.builtin.fetch_builtin", lambda name: file)
+    adapter = make_adapter(tmp_path / "three", "builtin:smollm2")
+    assert source_in(adapter).base == made
+    fetched: list[Any] = []
+    monkeypatch.setattr(source_module, "fetch_gguf", lambda *names: fetched.append(names) or file)
+    assert source_in(make_adapter(tmp_path / "four", "org/name:Q8_0", revision="v2")).base == made
+    assert fetched == [("org/name", "Q8_0", "v2")]
+    with pytest.raises(UserError, match=r"adapter_config.json: the base model: no built-in model 'small'"):
+        source_in(make_adapter(tmp_path / "five", "builtin:small"))
+    with pytest.raises(UserError, match="the base model openai:gpt-4o is not a directory here"):
+        source_in(make_adapter(tmp_path / "six", "openai:gpt-4o"))
+    config = read_adapter_config(adapter)
+    assert is_base(parse_reference("builtin:smollm2"), made, adapter, config)
+    assert not is_base(parse_reference(str(file)), made, adapter, config)
+    assert is_base(parse_reference(str(file)), made, tmp_path / "two", read_adapter_config(tmp_path / "two"))

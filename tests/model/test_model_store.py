@@ -20,7 +20,7 @@ from tercet.errors import UserError
 from tercet.model import builtin, wheels
 from tercet.model.builtin import Builtin, builtin_directory, fetch_builtin
 from tercet.model.reference import parse_reference
-from tercet.model.store import clean_caches, prepare_removal, stored_models
+from tercet.model.store import clean_caches, models, prepare_removal
 from tercet.model.wheels import Member, Wheel
 
 
@@ -158,9 +158,9 @@ def test_models_are_listed_by_the_names_that_commands_take(
     (snapshot.parent.parent / "refs/main").write_text("abc")
     capsys.readouterr()
     assert main(["models", "--json"]) == 0
-    models = json.loads(capsys.readouterr().out)["models"]
+    listed = json.loads(capsys.readouterr().out)["models"]
     about: list[tuple[Any, ...]] = [
-        (model["name"], model["family"], model["type"], model["origin"]) for model in models
+        (model["name"], model["family"], model["type"], model["origin"]) for model in listed
     ]
     assert about == [
         ("builtin:tiny", "llama", "Q4_1", "Tercet's cache"),
@@ -200,7 +200,7 @@ def test_only_what_was_downloaded_is_removed(
     assert capsys.readouterr().err.startswith("removed builtin:tiny: ")
     assert not path.exists() and not made.exists()
     assert sorted(file.name for file in packed.iterdir()) == ["of-another.bin", "of-another.json"]
-    assert stored_models() == []
+    assert models() == []
 
     write_gguf(Path("mine.gguf"))
     Path("mine").mkdir()

@@ -25,7 +25,7 @@ def models(json: Json = False) -> None:
     from dataclasses import asdict
 
     from tercet.files import dump_json
-    from tercet.model.store import stored_models
+    from tercet.model.store import models as stored_models
 
     stored = stored_models()
     if json:

@@ -72,24 +72,24 @@ class Removal:
     shared: bool
 
 
-def stored_models(runs: str | Path = "runs") -> list[StoredModel]:
+def models(runs: str | Path = "runs") -> list[StoredModel]:
     """Return the models on this machine, those that Tercet fetched first.
 
     Args:
         runs: the directory of run directories to look into.
     """
-    models = [
+    stored = [
         _described(f"builtin:{name}", path, "Tercet's cache" if path.is_file() else "Hub cache")
         for name in BUILTINS
         if (path := cached_builtin(name)) is not None
     ]
-    models += [
+    stored += [
         _described(model.name, model.path, "Hub cache", model.bytes, model.used) for model in hub_models()
     ]
     for entry in ollama_models():
         status = entry.path.stat()
         name = f"ollama:{entry.name}"
-        models.append(
+        stored.append(
             StoredModel(
                 name,
                 status.st_size,
@@ -100,13 +100,13 @@ def stored_models(runs: str | Path = "runs") -> list[StoredModel]:
                 status.st_atime,
             )
         )
-    models += [_described(name, path, "LM Studio") for name, path in lm_studio_models()]
-    models += [_described(name, path, "package") for name, path in package_models()]
+    stored += [_described(name, path, "LM Studio") for name, path in lm_studio_models()]
+    stored += [_described(name, path, "package") for name, path in package_models()]
     for directory in models_under(runs):
         short = directory.parent if directory.name == "model" else directory
-        models.append(_described(str(short), directory, "runs"))
-    models += [_described(path.name, path, "this directory") for path in sorted(Path().glob("*.gguf"))]
-    return models
+        stored.append(_described(str(short), directory, "runs"))
+    stored += [_described(path.name, path, "this directory") for path in sorted(Path().glob("*.gguf"))]
+    return stored
 
 
 def _described(
