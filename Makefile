@@ -26,7 +26,7 @@ test: install
 	$(BIN)/python -m pytest tests/serve/test_page_browser*.py
 
 # Real clients (Claude Code, Codex, litellm and others), each in an environment of its own; needs a network the
-# first time. MODEL=REF is a small chat model; without it only the clients of a scripted model run. Writes the
+# first time. MODEL=REF is a small chat model (default: builtin:smollm2). Writes the
 # table of docs/reference/clients.md.
 test-clients: install
 	$(BIN)/python scripts/test-clients --write $(if $(MODEL),--model $(MODEL))
