@@ -43,7 +43,7 @@ def test_importance_is_the_mean_square_that_transformers_multiplies(
         return lambda module, given: sums.setdefault(name, []).append(given[0].detach().flatten(0, 1))
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+        if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(hook(name))
     rows = token_rows(tokenizer, [TEXT * 100], 1000, 64, tokenizer.vocab_size)
     with torch.no_grad():

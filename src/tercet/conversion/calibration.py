@@ -18,7 +18,7 @@ from tercet.model.layerwise import Matrices
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.weights import Floats
 
-TOKENS = 16_000  # beyond it the importance changes little: see docs/export.md
+TOKENS = 16_000  # bounds the time
 HELD_OUT = 2_000  # further tokens of the text, for the check
 FEWEST = 500
 
