@@ -6,7 +6,6 @@ of bytes without a header. Heads are padded with zeros to 16 rows, and rows of a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,20 +53,16 @@ class Stack:
 
 @dataclass
 class Layout:
-    """Places of matrices and float32 vectors by name, and the total ``size`` in bytes."""
+    """Places of matrices and float32 vectors by name, types of weights, and the total ``size`` in bytes."""
 
     matrices: dict[str, Stack] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)  # of the weights, by the network's names
     vectors: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset, length
     size: int = 0
 
     def _take(self, size: int) -> int:
         begin, self.size = self.size, self.size + padded(size, ALIGN)
         return begin
-
-    def digest(self) -> str:
-        """Return a digest of the types of all matrices."""
-        types = [(name, matrix.type) for name, stack in self.matrices.items() for matrix in stack.matrices]
-        return hashlib.sha256(repr(types).encode()).hexdigest()[:16]
 
     def vector(self, name: str, length: int) -> None:
         """Add a vector of ``length`` float32."""
@@ -135,8 +130,12 @@ def layout(config: ModelConfig, types: Types) -> Layout:
     """Lay out a model whose weights are kept in the given types (see `types`)."""
     shape, heads, kv_heads = Shape.of(config), config.num_heads, config.num_kv_heads
     result = Layout()
+
+    def type_of(name: str) -> str:
+        return result.types.setdefault(name, types(name))
+
     vocabulary = padded(config.vocab_size, 16)
-    result.matrix("embedding", types("model.embed_tokens.weight"), vocabulary, shape.hidden)
+    result.matrix("embedding", type_of("model.embed_tokens.weight"), vocabulary, shape.hidden)
     if config.positions == "learned":
         result.vector("positions", config.max_positions * shape.hidden)
     for layer in range(config.num_layers):
@@ -146,7 +145,7 @@ def layout(config: ModelConfig, types: Types) -> Layout:
             if config.norm == "layer":
                 result.vector(name + norm + ".bias", shape.hidden)
         parts = [
-            (types(f"{module}.self_attn.{part}_proj.weight"), count * shape.dim)
+            (type_of(f"{module}.self_attn.{part}_proj.weight"), count * shape.dim)
             for part, count in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         ]
         result.stack(name + "qkv", parts, shape.hidden, config.attention_bias)
@@ -154,7 +153,7 @@ def layout(config: ModelConfig, types: Types) -> Layout:
             whole = config.qk_norm == "projection"
             result.vector(name + "q_norm", shape.dim * (heads if whole else 1))
             result.vector(name + "k_norm", shape.dim * (kv_heads if whole else 1))
-        output = types(f"{module}.self_attn.o_proj.weight")
+        output = type_of(f"{module}.self_attn.o_proj.weight")
         result.matrix(name + "o", output, shape.hidden, shape.attention, config.output_bias)
         mlps = {name: f"{module}.mlp"}
         if config.is_mixture(layer):
@@ -163,15 +162,15 @@ def layout(config: ModelConfig, types: Types) -> Layout:
                 f"{name}{expert}.": f"{module}.mlp.experts.{expert}" for expert in range(config.num_experts)
             }
         for mlp, inner in mlps.items():
-            parts = [(types(f"{inner}.{part}.weight"), shape.inner) for part in gate_and_up(config)]
+            parts = [(type_of(f"{inner}.{part}.weight"), shape.inner) for part in gate_and_up(config)]
             result.stack(mlp + "gate_up", parts, shape.hidden, config.mlp_bias, alternate=True)
-            down = types(f"{inner}.down_proj.weight")
+            down = type_of(f"{inner}.down_proj.weight")
             result.matrix(mlp + "down", down, shape.hidden, shape.inner, config.mlp_bias)
     result.vector("norm", shape.hidden)
     if config.norm == "layer":
         result.vector("norm.bias", shape.hidden)
     if not config.tie_embeddings:
-        result.matrix("head", types("lm_head.weight"), vocabulary, shape.hidden)
+        result.matrix("head", type_of("lm_head.weight"), vocabulary, shape.hidden)
     return result
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu.backend import CPUBackend
-from tercet.engine.cpu.layout import layout
+from tercet.engine.cpu.layout import Layout, layout
 from tercet.engine.cpu.pack import Bytes, pack, read_packed
-from tercet.engine.cpu.types import weight_types
 from tercet.errors import UserError
-from tercet.files import cache_directory, fingerprint, replaced_when_complete, write_json
+from tercet.files import cache_directory, fingerprint, replaced_when_complete
 from tercet.model.adapter_config import read_adapter_config
-from tercet.model.checkpoint import weights_identity
-from tercet.model.weights import Weights
+from tercet.model.checkpoint import read_config, weights_identity
+from tercet.model.config import ModelConfig
 from tercet.progress import say
 
-FORMAT = 2  # change it whenever the layout of packed weights changes, so that old files are not read
+FORMAT = 3  # change it whenever the layout of packed weights changes, so that old files are not read
 MAX_CACHED = 8  # packed models in the cache; the least recently used is deleted first
+SIZE_BYTES = 8  # at the end of a cached file: the size of the description before it
 
 
 def load_cpu_backend(
@@ -40,45 +42,80 @@ def load_cpu_backend(
     Raises:
         UserError: The directory holds no model that can be loaded.
     """
-    weights = Weights(directory, adapter)
-    config = weights.config
-    types = weight_types(config, quantization, weights)
-    places = layout(config, types)
+    config = read_config(directory)
     cached = None
     if quantization != "none":
-        cached = _cache_file(weights, directory, adapter, f"{quantization} {places.digest()}")
-    memory = None if cached is None else read_packed(cached, places.size)
-    if memory is None:
-        places, memory = pack(config, types, weights, weights.blocks)
-        if cached is not None:
-            _store(cached, memory, [directory] if adapter is None else [directory, adapter])
+        cached = _cache_file(config, directory, adapter, quantization)
+    packed = None if cached is None else _read(cached, config)
+    if packed is None:
+        packed = _pack(config, directory, adapter, quantization, cached)
     elif cached is not None:
         with contextlib.suppress(OSError):  # a read-only cache can still be read
             cached.touch()
+    places, memory, parameters = packed
     return CPUBackend(
-        config, places, memory, quantization=quantization, parameters=weights.parameters, threads=threads
+        config, places, memory, quantization=quantization, parameters=parameters, threads=threads
     )
 
 
-def _cache_file(weights: Weights, directory: str | Path, adapter: str | Path | None, form: str) -> Path:
-    """Return the file that caches these weights, packed in this form (quantisation and types)."""
+def _pack(
+    config: ModelConfig,
+    directory: str | Path,
+    adapter: str | Path | None,
+    quantization: Quantization,
+    cached: Path | None,
+) -> tuple[Layout, Bytes, int]:
+    """Pack the weights and store them at ``cached``; return their places, the memory and their number."""
+    from tercet.engine.cpu.types import weight_types
+    from tercet.model.weights import Weights
+
+    weights = Weights(directory, adapter)
+    types = weight_types(config, quantization, weights)
+    places, memory = pack(config, types, weights, weights.blocks)
+    if cached is not None:
+        _store(cached, memory, {"types": places.types, "parameters": weights.parameters})
+    return places, memory, weights.parameters
+
+
+def _cache_file(
+    config: ModelConfig, directory: str | Path, adapter: str | Path | None, quantization: Quantization
+) -> Path:
+    """Return the file that caches these weights, packed in this form."""
     directories = [directory] if adapter is None else [directory, adapter]
     sources = [(str(Path(source).resolve()), weights_identity(source)) for source in directories]
     merged = None if adapter is None else asdict(read_adapter_config(adapter))
-    name = fingerprint([FORMAT, form, sources, asdict(weights.config), merged])
+    name = fingerprint([FORMAT, quantization, sources, asdict(config), merged])
     return cache_directory() / "packed" / f"{name}.bin"
 
 
-def _store(path: Path, memory: Bytes, directories: Sequence[str | Path]) -> None:
-    """Store a packed model in the cache; report a cache that can't be written to, which only costs time.
-
-    A record beside it names the model's directories, so that it can be deleted with them.
-    """
+def _read(path: Path, config: ModelConfig) -> tuple[Layout, Bytes, int] | None:
+    """Read a packed model from the cache; None if it is missing or damaged."""
     try:
-        record = {"directories": [str(Path(source).resolve()) for source in directories]}
-        write_json(path.with_suffix(".json"), record)
-        with replaced_when_complete(path) as temporary:
-            memory.tofile(temporary)
+        with path.open("rb") as stream:
+            stream.seek(-SIZE_BYTES, 2)
+            end = stream.tell()
+            size = int.from_bytes(stream.read(), "little")
+            stream.seek(end - size)
+            description = json.loads(stream.read(size))
+        types: dict[str, str] = description["types"]
+        places = layout(config, _lookup(types))
+        memory = read_packed(path, places.size, places.size + size + SIZE_BYTES)
+        return None if memory is None else (places, memory, int(description["parameters"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _lookup(types: dict[str, str]) -> Callable[[str], str]:
+    return lambda name: types[name]
+
+
+def _store(path: Path, memory: Bytes, description: dict[str, Any]) -> None:
+    """Store a packed model in the cache; report a cache that can't be written to, which only costs time."""
+    text = json.dumps(description).encode()
+    try:
+        with replaced_when_complete(path) as temporary, temporary.open("wb") as stream:
+            memory.tofile(stream)
+            stream.write(text + len(text).to_bytes(SIZE_BYTES, "little"))
     except (OSError, UserError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         say(
@@ -89,4 +126,3 @@ def _store(path: Path, memory: Bytes, directories: Sequence[str | Path]) -> None
         files = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
         for file in files[:-MAX_CACHED]:
             file.unlink()
-            file.with_suffix(".json").unlink(missing_ok=True)

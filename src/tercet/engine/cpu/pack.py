@@ -104,7 +104,7 @@ class Packer:
     """
 
     def __init__(self, config: ModelConfig, types: Types, get: Get, blocks: GetBlocks) -> None:
-        self.config, self._types, self._get, self._blocks = config, types, get, blocks
+        self.config, self._get, self._blocks = config, get, blocks
         self.places = layout(config, types)
         self.memory = allocate(self.places.size)
         self._shape = Shape.of(config)
@@ -114,7 +114,7 @@ class Packer:
 
         ``change`` is applied to the rows as a whole, floats or bytes.
         """
-        type_name = self._types(name)
+        type_name = self.places.types[name]
         stored = self._blocks(name)
         width = row_bytes(type_name, columns)
         if stored is not None and stored.type == type_name:
@@ -273,11 +273,11 @@ def padded_vocabulary(config: ModelConfig) -> int:
     return padded(config.vocab_size, 16)
 
 
-def read_packed(path: Path, size: int) -> Bytes | None:
-    """Read packed weights of ``size`` bytes from a file; None if it is missing or has another size."""
+def read_packed(path: Path, size: int, file_size: int) -> Bytes | None:
+    """Read packed weights of ``size`` bytes from a file; None if it is missing or not of ``file_size`` bytes."""
     try:
         with path.open("rb") as stream:
-            if path.stat().st_size != size:
+            if path.stat().st_size != file_size:
                 return None
             memory = allocate(size)
             view = memory.data

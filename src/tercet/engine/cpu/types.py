@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
+
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu.formats import FLOATS, FORMATS
 from tercet.engine.cpu.layout import Shape, Types
+from tercet.model.block_quantization import quantize, type_bytes
 from tercet.model.config import ModelConfig
-from tercet.model.weights import Weights
+from tercet.model.quantization_recipes import EXACT, Recipe, recipe_type, recovered_type
+from tercet.model.weights import Floats, Weights
 
-OUTER = ("model.embed_tokens.weight", "lm_head.weight")
+ROWS_AT_ONCE = 4096
 
 
 def weight_types(config: ModelConfig, quantization: Quantization, weights: Weights) -> Types:
@@ -26,7 +32,46 @@ def weight_types(config: ModelConfig, quantization: Quantization, weights: Weigh
     if quantization == "none":
         stored = weights.dtype if weights.dtype in FLOATS else "F32"
         return lambda name: stored
-    return lambda name: "Q8_0" if quantization == "int8" or name in OUTER else "Q4_1"
+    recipe: Recipe = quantization
+    return functools.cache(lambda name: _chosen(config, name, recipe, weights(name)))
+
+
+def _columns(config: ModelConfig, name: str) -> tuple[int, int]:
+    """Return the number of columns of a weight, and of the matrix in memory that holds it."""
+    shape = Shape.of(config)
+    if name.endswith("o_proj.weight"):
+        return config.num_heads * config.head_dim, shape.attention
+    if name.endswith("down_proj.weight"):
+        expert = ".experts." in name
+        return config.moe_intermediate_size if expert else config.intermediate_size, shape.inner
+    return config.hidden_size, shape.hidden
+
+
+def _chosen(config: ModelConfig, name: str, recipe: Recipe, values: Floats) -> str:
+    """Return the type that a recipe gives a weight, or a smaller one that holds its values exactly."""
+    columns, padded = _columns(config, name)
+    chosen = recipe_type(name, padded, recipe)
+    assert chosen is not None  # columns are padded to 64
+    exact = recovered_type(values) if columns % 32 == 0 else None
+    if exact is not None and padded % FORMATS[exact].block == 0:
+        smaller = type_bytes(exact, padded) <= type_bytes(chosen, padded)
+        if smaller and _holds(exact, values):
+            return exact
+    return chosen
+
+
+def _holds(type_name: str, values: Floats) -> bool:
+    """Return whether a type holds every row exactly, up to the rounding of the values themselves."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    for begin in range(0, len(values), ROWS_AT_ONCE):
+        part = values[begin : begin + ROWS_AT_ONCE]
+        restored = dequantize(quantize(part, type_name), GGMLQuantizationType[type_name])
+        error = np.square(restored - part, dtype=np.float64).sum(-1)
+        if not (error <= EXACT * np.square(part, dtype=np.float64).sum(-1)).all():
+            return False
+    return True
 
 
 def _kept(config: ModelConfig, name: str, stored: str | None) -> str:
@@ -35,16 +80,7 @@ def _kept(config: ModelConfig, name: str, stored: str | None) -> str:
         return stored
     if stored is None or stored not in FORMATS:
         return "Q8_0"  # rounded to 8 bits
-    shape = Shape.of(config)
-    if name.endswith("o_proj.weight"):
-        columns, padded = config.num_heads * config.head_dim, shape.attention
-        if shape.dim != config.head_dim:
-            return "F32"  # zeros would stand inside of blocks
-    elif name.endswith("down_proj.weight"):
-        columns, padded = config.intermediate_size, shape.inner
-        if ".experts." in name:
-            columns = config.moe_intermediate_size
-    else:
-        columns, padded = config.hidden_size, shape.hidden
-    whole = columns % FORMATS[stored].block == 0 and padded % FORMATS[stored].block == 0
+    if name.endswith("o_proj.weight") and Shape.of(config).dim != config.head_dim:
+        return "F32"  # zeros would stand inside of blocks
+    whole = all(count % FORMATS[stored].block == 0 for count in _columns(config, name))
     return stored if whole else "F32"
