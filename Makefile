@@ -20,7 +20,9 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 # Two workers: many tests wait for a subprocess or use one core. The browser's tests watch a page in motion, so
-# they run alone.
+# they run alone. Python stores compiled modules even where the environment says otherwise: every worker and every
+# subprocess would compile the tests, and their plugins, again.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore-glob='*test_page_browser*'
 	$(BIN)/python -m pytest tests/serve/test_page_browser*.py

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
-from tercet.train import calibrate
-
 if TYPE_CHECKING:
+    from tercet.train.calibrate import Speed
     from tiny_checkpoints import Make
+
+# One thread for the matrix products of torch, numpy and scikit-learn, also in subprocesses: networks of these sizes
+# gain nothing from a second one, and threads of several test processes on few cores wait for each other.
+for library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 # A test passes or fails in the same way each time: its examples follow from its name, and a busy machine
 # may take as long as it needs for one of them.
@@ -48,16 +53,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-MEASURE = calibrate._measure
-
-
 @pytest.fixture
-def real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def real_measurement(constant_speed: Callable[..., Speed], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test of calibration measure the machine."""
-    monkeypatch.setattr(calibrate, "_measure", MEASURE)
+    from tercet.train import calibrate
+
+    monkeypatch.setattr(calibrate, "_measure", constant_speed)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def constant_speed() -> None:
-    """Let calibration return a constant at once."""
+def constant_speed() -> Callable[..., Speed]:
+    """Let calibration return a constant at once; return the function that measures."""
+    # Imports torch, which the process that starts the workers does not need.
+    from tercet.train import calibrate
+
+    measure = calibrate._measure
     calibrate._measure = lambda *_: calibrate.Speed(3_000.0, "float32", 1)
+    return measure
