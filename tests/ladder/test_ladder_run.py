@@ -57,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-MINUTES = 0.3
+MINUTES = 0.2
 
 
 @pytest.fixture(scope="module")
