@@ -19,13 +19,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(STAMP)
 
-# Two workers: many tests wait for a subprocess or use one core. The browser's tests watch a page in motion, so
-# they run alone. Python stores compiled modules even where the environment says otherwise: every worker and every
-# subprocess would compile the tests, and their plugins, again.
+# Two workers: many tests wait for a subprocess or use one core. Python stores compiled modules even where the
+# environment says otherwise: every worker and every subprocess would compile the tests and plugins again.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore-glob='*test_page_browser*'
-	$(BIN)/python -m pytest tests/serve/test_page_browser*.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Real clients (Claude Code, Codex, litellm and others), each in an environment of its own; needs a network the
 # first time. MODEL=REF is a small chat model (default: builtin:smollm2). Writes the

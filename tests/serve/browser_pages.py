@@ -23,6 +23,9 @@ playwright = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed (pip install -e '.[dev]')"
 )
 expect = playwright.expect
+# A condition that a test waits for holds within a second on an idle machine; the tests beside it may take both cores.
+PATIENCE = 60_000  # milliseconds
+expect.set_options(timeout=PATIENCE)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(
@@ -47,9 +50,9 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, str(SERVER), str(self.port), str(self.database), str(self.delay)]
         self.process = subprocess.Popen(command)
-        for _ in range(400):
+        for _ in range(1200):
             try:
-                urllib.request.urlopen(self.url, timeout=5).close()
+                urllib.request.urlopen(self.url, timeout=30).close()
                 return
             except OSError:
                 assert self.process.poll() is None, "the server has ended"
@@ -61,7 +64,7 @@ class Server:
         self.process.wait()
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self.url}/page/api{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"{self.url}/page/api{path}", timeout=30) as answer:
             return json.loads(answer.read())
 
     def close(self) -> None:
@@ -79,6 +82,26 @@ def say(page: Page, text: str, done: bool = True) -> None:
     if done:
         expect(page.locator(".message.assistant:not(.running)").last).to_be_visible()
         expect(page.locator("#stop")).to_be_hidden()
+
+
+def wait_until_still(page: Page) -> None:
+    """Wait until nothing of the conversation has changed for a third of a second."""
+    page.evaluate(
+        """() => new Promise((resolve) => {
+          let timer = setTimeout(resolve, 300);
+          new MutationObserver(() => { clearTimeout(timer); timer = setTimeout(resolve, 300); })
+            .observe(document.getElementById("thread"), { subtree: true, childList: true, characterData: true });
+        })"""
+    )
+
+
+def wait_for_settings(page: Page, server: Server, **settings: Any) -> None:
+    """Wait until the server has stored these settings of the page's conversation."""
+    path = "/conversations/" + page.url.rpartition("#")[2]
+    end = time.monotonic() + PATIENCE / 1000
+    while not settings.items() <= server.get(path)["conversation"]["settings"].items():
+        assert time.monotonic() < end, "the settings were not sent"
+        page.wait_for_timeout(20)
 
 
 def answer(page: Page) -> Any:

@@ -126,13 +126,13 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
     """Open tabs; at the end no tab may have logged an error or sent a request to another host."""
-    from browser_pages import expect
+    from browser_pages import PATIENCE, expect
 
     contexts, problems = [], []
 
     def open_tab(url: str, lost: bool = False, **options: Any) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(8000)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         return watched(context.new_page(), url, lost)
 

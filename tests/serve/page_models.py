@@ -56,7 +56,7 @@ ATTACK = """Hello <script>window.stolen = 1</script> <img src=x onerror="window.
 <svg onload="window.stolen = 5">
 ```
 """
-SLOW = " ".join(f"word{number}" for number in range(150))
+SLOW = " ".join(f"word{number}" for number in range(300))  # a browser stops it long before its end
 TEXT = " a ship came in from the sea, and nobody knew whose flag it flew. It lay there, still, until the evening bells."
 
 

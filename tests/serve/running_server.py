@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,19 @@ class Running:
     app: FastAPI
     server: Server
     thread: threading.Thread
+    clients: list[openai.OpenAI | httpx.Client] = field(default_factory=list)
 
     def client(self, **options: Any) -> openai.OpenAI:
         """Return OpenAI's client, without retries."""
-        return client_of(self.url, **options)
+        client = client_of(self.url, **options)
+        self.clients.append(client)
+        return client
 
     def http(self, **options: Any) -> httpx.Client:
         """Return an HTTP client, for requests that OpenAI's client cannot send."""
-        return httpx.Client(base_url=self.url, timeout=20, **options)
+        client = httpx.Client(base_url=self.url, timeout=20, **options)
+        self.clients.append(client)
+        return client
 
     def stop(self) -> None:
         """Begin a graceful shutdown."""
@@ -73,9 +78,13 @@ def serve_models(models: Models, settings: Settings | None = None, store: Any = 
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.005)
+    running = Running(address_of(listening), app, server, thread)
     try:
-        yield Running(address_of(listening), app, server, thread)
+        yield running
     finally:
+        # A stream that a test has not read to its end keeps its request running, and a shutdown waits for that.
+        for client in running.clients:
+            client.close()
         server.should_exit = True
         thread.join(timeout=20)
         models.close()

@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from browser_pages import Open, Server, answer, expect, needs_chromium, say
+import pytest
+from browser_pages import (
+    Open,
+    Server,
+    answer,
+    expect,
+    needs_chromium,
+    say,
+    wait_for_settings,
+    wait_until_still,
+)
 from page_models import SKY, SLOW
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.long]
 
 
 # Talking
@@ -118,7 +128,7 @@ def test_another_answer_is_a_branch_if_it_is_another(page_server: Server, open_p
     page.locator("#settings-toggle").click()
     page.get_by_label("Temperature").fill("0.3")
     page.get_by_label("System prompt").fill("Be kind.")
-    page.wait_for_timeout(500)  # the page sends settings a moment after the last key
+    wait_for_settings(page, page_server, temperature=0.3, system="Be kind.")
     page.locator("#close-settings").click()
     answer(page).get_by_role("button", name="Another answer").click()
     expect(page.get_by_role("group", name="Branch 2 of 2")).to_be_visible()
@@ -182,7 +192,7 @@ def test_tokens_are_walked_with_the_keyboard(page_server: Server, open_page: Ope
     say(page, "sky")
     page.locator("#inspect").click()
     expect(answer(page)).to_contain_text("mean entropy")
-    page.wait_for_timeout(300)  # until the stored answer has replaced the streamed one
+    wait_until_still(page)  # the stored answer replaces the streamed one
     tokens = answer(page).locator(".said .tokens")
     tokens.focus()
     page.keyboard.press("ArrowRight")

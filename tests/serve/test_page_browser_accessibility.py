@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from browser_pages import Open, Server, answer, expect, needs_chromium, say
+from browser_pages import Open, Server, answer, expect, needs_chromium, say, wait_until_still
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.long]
 
 
 # Model output is inert
@@ -68,7 +68,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_the_list_is_a_drawer(
         assert wide == [], mode
         assert page.evaluate("() => document.documentElement.scrollWidth") == 390
         page.locator("#inspect").click()
-        page.wait_for_timeout(150)
+        wait_until_still(page)
     expect(page.locator("#sidebar")).not_to_be_in_viewport()
     page.get_by_role("button", name="Conversations", exact=True).click()
     expect(page.locator("#sidebar")).to_be_in_viewport()
