@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tercet.engine.cpu.backend import CPUBackend
 from tercet.engine.cpu.layout import Layout, layout
 from tercet.engine.cpu.pack import Bytes, pack, read_packed
 from tercet.errors import UserError
-from tercet.files import cache_directory, fingerprint, replaced_when_complete
+from tercet.files import cache_directory, fingerprint, replaced_when_complete, write_json
 from tercet.model.adapter_config import read_adapter_config
 from tercet.model.checkpoint import read_config, weights_identity
 from tercet.model.config import ModelConfig
@@ -73,7 +73,8 @@ def _pack(
     types = weight_types(config, quantization, weights)
     places, memory = pack(config, types, weights, weights.blocks)
     if cached is not None:
-        _store(cached, memory, {"types": places.types, "parameters": weights.parameters})
+        description = {"types": places.types, "parameters": weights.parameters}
+        _store(cached, memory, description, [directory] if adapter is None else [directory, adapter])
     return places, memory, weights.parameters
 
 
@@ -109,10 +110,15 @@ def _lookup(types: dict[str, str]) -> Callable[[str], str]:
     return lambda name: types[name]
 
 
-def _store(path: Path, memory: Bytes, description: dict[str, Any]) -> None:
-    """Store a packed model in the cache; report a cache that can't be written to, which only costs time."""
+def _store(path: Path, memory: Bytes, description: dict[str, Any], directories: Sequence[str | Path]) -> None:
+    """Store a packed model in the cache; report a cache that can't be written to, which only costs time.
+
+    A record beside it names the model's directories, so that it can be deleted with them.
+    """
     text = json.dumps(description).encode()
     try:
+        record = {"directories": [str(Path(source).resolve()) for source in directories]}
+        write_json(path.with_suffix(".json"), record)
         with replaced_when_complete(path) as temporary, temporary.open("wb") as stream:
             memory.tofile(stream)
             stream.write(text + len(text).to_bytes(SIZE_BYTES, "little"))
@@ -126,3 +132,4 @@ def _store(path: Path, memory: Bytes, description: dict[str, Any]) -> None:
         files = sorted(path.parent.glob("*.bin"), key=lambda file: file.stat().st_mtime)
         for file in files[:-MAX_CACHED]:
             file.unlink()
+            file.with_suffix(".json").unlink(missing_ok=True)
