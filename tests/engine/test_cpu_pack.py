@@ -98,7 +98,7 @@ def bits(backend: CPUBackend) -> Any:
 
 
 def packed(caches: Path) -> list[Path]:
-    return sorted((caches / "tercet" / "packed").glob("*"))
+    return sorted((caches / "tercet" / "packed").glob("*.bin"))
 
 
 @pytest.fixture
