@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from gguf_files import copy, exported
+from real_models import gemma_gguf, smollm2_gguf
 from tercet.errors import UserError
 from tercet.model.checkpoint import read_stop_ids
 from tercet.model.gguf_directory import gguf_directory
@@ -274,3 +275,20 @@ def test_a_tokenizer_beside_the_file_that_disagrees_is_reported(
     assert Tokenizer.load(gguf_directory(path)).encode("12") == Tokenizer.load(directory).encode("12")
     [line] = [line for line in capsys.readouterr().err.splitlines() if "disagrees" in line]
     assert "tokenizer.json disagrees with other.gguf: it encodes" in line
+
+
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma", marks=pytest.mark.long)])
+def test_real_vocabularies(name: str) -> None:
+    """Expected ids and ends are llama.cpp's, seen with llama-cpp-python 0.3.36."""
+    path = smollm2_gguf() if name == "smollm2" else gemma_gguf()
+    directory = gguf_directory(path)
+    tokenizer = Tokenizer.load(directory)
+    ends, text = (2, 0, 4), {"\n\n1. ": [1116, 33, 30, 216]}
+    if name == "gemma":
+        ends, text = (1, 106, 212), {"\n\n1. the": [2, 108, 236770, 236761, 506]}
+    assert read_stop_ids(directory) == ends
+    for value, ids in text.items():
+        assert tokenizer.encode(value) == ids
+    encode = theirs(path)
+    for value in (*TEXTS, random_text(6)):
+        assert tokenizer.encode(value) == encode(value)
