@@ -201,7 +201,6 @@ def start_seconds(name: str, path: str, peer: str, threads: int) -> float:
             "--temperature",
             "0",
         ]
-        command += ["--threads", str(threads)]
     else:
         command = [peer, "-c", FIRST_TOKEN, path, CHAT, str(threads)]
     begun = time.perf_counter()
