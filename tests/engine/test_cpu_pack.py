@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 from tercet.engine.cpu import load as loading
 from tercet.engine.cpu import pack
 from tercet.engine.cpu.backend import CPUBackend
-from tercet.engine.cpu.formats import kind_of, sizes
+from tercet.engine.cpu.formats import kind_of, repack, sizes
 from tercet.engine.cpu.layout import Layout
 from tercet.engine.cpu.load import MAX_CACHED, load_cpu_backend
+from tercet.engine.cpu.types import is_rounded, weight_types
 from tercet.model.adapter import AdapterConfig, add_lora, load_adapter, merge_lora, save_adapter
+from tercet.model.block_quantization import quantize
 from tercet.model.loading import load_model
+from tercet.model.weights import Weights
 from tiny_checkpoints import Make
 
 Floats = NDArray[np.float32]
@@ -88,6 +91,50 @@ def test_memory_begins_as_zeros_at_a_multiple_of_64() -> None:
         memory = pack.allocate(size)
         assert memory.size >= size and not memory.any() and memory.ctypes.data % 64 == 0
         memory[-1] = 1
+
+
+def test_errors_are_weighted_by_the_importance_of_columns(make: Make) -> None:
+    directory = make("llama")[1]
+    weights = Weights(directory)
+    name, config = "model.layers.0.mlp.down_proj.weight", weights.config
+    importance = np.random.default_rng(0).lognormal(0, 2, config.intermediate_size).astype(np.float32)
+    types = weight_types(config, "int4", weights)
+    memories = []
+    for given in (None, {name: importance}):
+        places, memory = pack.pack(config, types, weights, importance=given)
+        [place] = places.matrices["0.down"].matrices
+        memories.append(
+            memory[place.weights : place.weights + sizes(kind_of(place.type), place.rows, place.columns)[0]]
+        )
+    whole = np.zeros((place.rows, place.columns), np.float32)
+    whole[: config.hidden_size, : config.intermediate_size] = weights(name)
+    padded = np.pad(importance, (0, place.columns - importance.size))
+    expected = repack(place.type, quantize(whole, place.type, padded))[0]
+    np.testing.assert_array_equal(memories[1], expected)
+    assert (memories[0] != memories[1]).any()
+
+
+def test_importance_is_measured_only_for_weights_that_int4_rounds(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = list[Path]()
+
+    def measure(config: Any, directory: Any, weights: Any, types: Any) -> dict[str, Floats]:
+        measured.append(directory)
+        return {}
+
+    directory = make("llama")[1]
+    weights = Weights(directory)
+    config = weights.config
+    rounded = weight_types(config, "int4", weights)
+    assert is_rounded(config, "model.layers.0.mlp.down_proj.weight", rounded)
+    assert not is_rounded(config, "model.layers.0.self_attn.v_proj.weight", rounded)
+    assert not is_rounded(config, "model.layers.0.mlp.down_proj.weight", lambda name: "Q4_1")
+    monkeypatch.setattr(loading, "_importance", measure)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for quantization in ("int8", "int4", "int4"):
+        load_cpu_backend(directory, quantization=quantization)
+    assert measured == [directory]
 
 
 # The cache

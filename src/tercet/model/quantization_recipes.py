@@ -13,6 +13,8 @@ from tercet.model.block_quantization import TYPES, Floats, quantize, type_bytes
 
 Recipe = Literal["int8", "int4"]
 
+OUTER = ("model.embed_tokens.weight", "lm_head.weight")
+
 SAMPLED_ROWS = 16
 # The squared error, relative to the squared values, of rounding what a type can hold exactly to bfloat16 is up to
 # 2e-6; that of quantising other values to the finest type, Q8_0, is 2e-5 and more.
@@ -39,6 +41,14 @@ def recipe_type(name: str, columns: int, recipe: Recipe) -> str | None:
     if columns % 256:
         return "Q5_1"
     return "Q4_K" if name.endswith(("q_proj.weight", "k_proj.weight", "o_proj.weight")) else "Q5_K"
+
+
+def keeps(name: str, recovered: str, recipe: Recipe) -> bool:
+    """Return whether a recipe keeps a matrix in the type that `recovered_type` found for its values.
+
+    "int8" always does. "int4" leaves 8 bits only to an embedding, a head and values, so that it stays small.
+    """
+    return recipe == "int8" or recovered != "Q8_0" or name in OUTER or name.endswith("v_proj.weight")
 
 
 def recovered_type(values: Floats) -> str | None:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu.backend import CPUBackend
-from tercet.engine.cpu.layout import Layout, layout
+from tercet.engine.cpu.layout import Layout, Types, layout
 from tercet.engine.cpu.pack import Bytes, pack, read_packed
 from tercet.errors import UserError
 from tercet.files import cache_directory, fingerprint, replaced_when_complete, write_json
@@ -20,7 +20,11 @@ from tercet.model.checkpoint import read_config, weights_identity
 from tercet.model.config import ModelConfig
 from tercet.progress import say
 
-FORMAT = 3  # change it whenever the layout of packed weights changes, so that old files are not read
+if TYPE_CHECKING:
+    from tercet.model.weights import Floats, Weights
+
+FORMAT = 4  # change it whenever the layout of packed weights changes, so that old files are not read
+IMPORTANCE_TOKENS = 512  # docs/experiments.md
 MAX_CACHED = 8  # packed models in the cache; the least recently used is deleted first
 SIZE_BYTES = 8  # at the end of a cached file: the size of the description before it
 
@@ -71,11 +75,39 @@ def _pack(
 
     weights = Weights(directory, adapter)
     types = weight_types(config, quantization, weights)
-    places, memory = pack(config, types, weights, weights.blocks)
+    importance = _importance(config, directory, weights, types) if quantization == "int4" else {}
+    places, memory = pack(config, types, weights, weights.blocks, importance)
     if cached is not None:
         description = {"types": places.types, "parameters": weights.parameters}
         _store(cached, memory, description, [directory] if adapter is None else [directory, adapter])
     return places, memory, weights.parameters
+
+
+def _importance(
+    config: ModelConfig, directory: str | Path, weights: Weights, types: Types
+) -> dict[str, Floats]:
+    """Return the importance of columns, measured on documentation of Python's standard library.
+
+    It is empty if no matrix is rounded to few bits, or if the model has no tokenizer. The network that measures
+    it is torch's, which takes a few seconds; later starts read the packed weights.
+    """
+    from tercet.engine.cpu.types import is_rounded
+    from tercet.model.tensor_names import network_tensors
+
+    if not any(
+        is_rounded(config, part.name, types) for part in network_tensors(config) if len(part.shape) == 2
+    ):
+        return {}
+    from tercet.data.measured_text import docstrings, token_rows
+    from tercet.model.importance import column_importance
+    from tercet.model.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.load(directory)
+        rows = token_rows(tokenizer, docstrings(), IMPORTANCE_TOKENS, config.max_positions, config.vocab_size)
+    except UserError:
+        return {}
+    return column_importance(weights, rows)[0]
 
 
 def _cache_file(

@@ -6,7 +6,7 @@ Everything is numpy on memory-mapped tensors, one matrix at a time. `load` cache
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,10 @@ def to_bfloat16(values: Floats) -> NDArray[np.uint16]:
     return ((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def encode(values: Floats, type_name: str) -> Bytes:
-    """Return rows [rows, columns] as bytes of a type [rows, bytes]."""
+def encode(values: Floats, type_name: str, importance: Floats | None = None) -> Bytes:
+    """Return rows [rows, columns] as bytes of a type [rows, bytes]; ``importance`` as in `quantize`."""
     if type_name in FORMATS:
-        return quantize(values, type_name)
+        return quantize(values, type_name, importance)
     stored: NDArray[Any] = np.ascontiguousarray(values)
     if type_name == "BF16":
         stored = to_bfloat16(stored)
@@ -101,10 +101,19 @@ class Packer:
         types: The type of each weight in memory.
         get: Returns a tensor by our name of it.
         blocks: Returns a file's own quantised rows, which are used where their type is the weight's type.
+        importance: The importance of columns by name of a weight, see `quantize`.
     """
 
-    def __init__(self, config: ModelConfig, types: Types, get: Get, blocks: GetBlocks) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        types: Types,
+        get: Get,
+        blocks: GetBlocks,
+        importance: Mapping[str, Floats] | None = None,
+    ) -> None:
         self.config, self._get, self._blocks = config, get, blocks
+        self._importance = importance or {}
         self.places = layout(config, types)
         self.memory = allocate(self.places.size)
         self._shape = Shape.of(config)
@@ -121,13 +130,18 @@ class Packer:
             own: NDArray[Any] = change(stored.data)
         else:
             own, stored = change(self._get(name)), None
+        importance = self._importance.get(name)
+        if importance is not None:
+            # Where zeros stand between the columns of heads, all columns count alike.
+            fits = stored is None and importance.size == own.shape[1]
+            importance = np.pad(importance, (0, columns - importance.size)) if fits else None
 
         def rows(begin: int, end: int) -> Bytes:
             part = own[begin:end]
             if stored is None:
                 whole = np.zeros((len(part), columns), np.float32)
                 whole[:, : part.shape[1]] = part
-                part = encode(whole, type_name)
+                part = encode(whole, type_name, importance)
             result = np.zeros((end - begin, width), np.uint8)
             result[: len(part), : part.shape[1]] = part
             return result
@@ -256,14 +270,18 @@ class Packer:
 
 
 def pack(
-    config: ModelConfig, types: Types, get: Get, blocks: GetBlocks = lambda name: None
+    config: ModelConfig,
+    types: Types,
+    get: Get,
+    blocks: GetBlocks = lambda name: None,
+    importance: Mapping[str, Floats] | None = None,
 ) -> tuple[Layout, Bytes]:
     """Pack a model's tensors; the arguments are those of `Packer`.
 
     Returns:
         Where each tensor is, and the packed memory.
     """
-    packer = Packer(config, types, get, blocks)
+    packer = Packer(config, types, get, blocks, importance)
     packer.pack()
     return packer.places, packer.memory
 

@@ -9,9 +9,9 @@ import numpy as np
 from tercet.engine.cpu import Quantization
 from tercet.engine.cpu.formats import FLOATS, FORMATS
 from tercet.engine.cpu.layout import Shape, Types
-from tercet.model.block_quantization import quantize, type_bytes
+from tercet.model.block_quantization import quantize
 from tercet.model.config import ModelConfig
-from tercet.model.quantization_recipes import EXACT, Recipe, recipe_type, recovered_type
+from tercet.model.quantization_recipes import EXACT, Recipe, keeps, recipe_type, recovered_type
 from tercet.model.weights import Floats, Weights
 
 ROWS_AT_ONCE = 4096
@@ -48,16 +48,20 @@ def _columns(config: ModelConfig, name: str) -> tuple[int, int]:
 
 
 def _chosen(config: ModelConfig, name: str, recipe: Recipe, values: Floats) -> str:
-    """Return the type that a recipe gives a weight, or a smaller one that holds its values exactly."""
+    """Return the type that a recipe gives a weight, or the type that holds its values exactly, where the recipe keeps it."""
     columns, padded = _columns(config, name)
     chosen = recipe_type(name, padded, recipe)
     assert chosen is not None  # columns are padded to 64
     exact = recovered_type(values) if columns % 32 == 0 else None
-    if exact is not None and padded % FORMATS[exact].block == 0:
-        smaller = type_bytes(exact, padded) <= type_bytes(chosen, padded)
-        if smaller and _holds(exact, values):
-            return exact
-    return chosen
+    if exact is None or padded % FORMATS[exact].block or not keeps(name, exact, recipe):
+        return chosen
+    return exact if _holds(exact, values) else chosen
+
+
+def is_rounded(config: ModelConfig, name: str, types: Types) -> bool:
+    """Return whether "int4" rounds a weight to the few bits of its recipe: its type is not one that was recovered."""
+    chosen = recipe_type(name, _columns(config, name)[1], "int4")
+    return chosen != "Q8_0" and types(name) == chosen
 
 
 def _holds(type_name: str, values: Floats) -> bool:
