@@ -39,8 +39,8 @@ class LLM:
     Args:
         reference: any model reference (see :mod:`tercet.model.reference`).
         device: where a local model runs ("cpu", "cuda"); None: a GPU if there is one.
-        quantize: the form of a local model's weights in memory on a CPU: "int8" (the default), "int4",
-            "bf16", or "none" for the type on disk.
+        quantize: the form of a local model's weights in memory on a CPU: "int8" (the default; of a GGUF file
+            its own bits), "int4", "bf16", or "none" for the type on disk.
         dtype: the type of a local model's weights on a GPU ("float32", "bfloat16", "float16"); None: as on
             disk. On a CPU "float32" means the same as ``quantize="none"``, "bfloat16" the same as "bf16".
         threads: threads for a local model on a CPU; None: its physical cores.

@@ -69,7 +69,9 @@ class ServeSettings:
         help="Time limit of an answer in seconds, including the time in the queue.",
     )
     quantize: str | None = setting(
-        default=None, metavar="Q", help="Weights on a CPU: int8 (the default), int4, bf16 or none."
+        default=None,
+        metavar="Q",
+        help="Weights on a CPU: int8 (the default; of a GGUF file its own bits), int4, bf16 or none.",
     )
     speculation: str | None = setting(
         default=None,
