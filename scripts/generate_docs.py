@@ -79,8 +79,8 @@ def _row(parameter: typer.core.TyperArgument | typer.core.TyperOption) -> str:
 
 def fields_reference() -> str:
     """Return a page with the class of every field of every endpoint."""
-    from tercet.serve.api.field_reference import ENDPOINTS, TYPES
     from tercet.serve.api.field_table import field_classes
+    from tercet.serve.field_reference import ENDPOINTS, TYPES
 
     lines = [
         "# Fields of requests",

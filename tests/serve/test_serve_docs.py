@@ -9,8 +9,8 @@ import httpx2 as httpx
 import typer
 
 from tercet.cli.serve import serve
-from tercet.serve.api.field_reference import ENDPOINTS, TYPES
 from tercet.serve.api.field_table import Body, FieldClass, OpenBody, class_of
+from tercet.serve.field_reference import ENDPOINTS, TYPES
 
 DOCS = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
 

@@ -21,7 +21,7 @@ EXAMPLE = "tercet serve runs/mine --adapter mine-support=runs/tuned --port 8000"
 def serve(requested: ServeSettings) -> None:
     """Serve models over HTTP, with a chat page.
 
-    The protocols are those of OpenAI and Anthropic.
+    The protocols are those of OpenAI, Anthropic and Ollama.
     """
     from tercet.serve.launch import LoadOptions, address_of, bind, check_reach, load_models, read_keys, run
 
@@ -51,6 +51,7 @@ def serve(requested: ServeSettings) -> None:
         max_body=int(requested.max_body * 2**20),
         request_timeout=requested.request_timeout,
         strict=requested.strict,
+        allow_pull=requested.allow_pull,
     )
     address = address_of(listening)
     run(

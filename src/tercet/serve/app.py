@@ -50,7 +50,7 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
     app = FastAPI(
         title="Tercet",
         version=__version__,
-        description="Large language models over OpenAI's protocol.",
+        description="Large language models over the protocols of OpenAI, Anthropic and Ollama.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from other servers
         redoc_url=None,
@@ -65,6 +65,10 @@ def make_app(models: Models, settings: Settings, store: Store | None = None) -> 
         from tercet.serve.web.page_api import add_page
 
         add_page(app, store, models)
+    else:
+        from tercet.serve.ollama.catalog import root
+
+        app.include_router(root)
     # The middleware that is added last is the outermost.
     app.add_middleware(Guard, settings=settings)
     if settings.allowed_origins:
@@ -90,6 +94,7 @@ def _add_routes(app: FastAPI) -> None:
         responses,
         tokens,
     )
+    from tercet.serve.ollama import routes as ollama
 
     for module in (
         model_list,
@@ -103,6 +108,8 @@ def _add_routes(app: FastAPI) -> None:
         security,
     ):
         app.include_router(module.router, responses=ERRORS)
+    for router in ollama.ROUTERS:
+        app.include_router(router)
 
 
 class Observed:
@@ -135,7 +142,7 @@ class Observed:
         try:
             await self.app(scope, receive, tagged)
         except Exception as problem:
-            answer = api_error(problem).response()
+            answer = api_error(problem).response(scope["path"])
             if status:
                 raise  # too late for another answer: the connection is cut
             await answer(scope, receive, tagged)

@@ -1,5 +1,7 @@
 """Errors in the shape of OpenAI's protocol: ``{"error": {message, type, param, code}}``.
 
+Below ``/api/`` they have Ollama's shape: ``{"error": message}``.
+
 Raise `APIError` anywhere below a route; a UserError of the engine or the tokenizer becomes a 400. No input of
 a client may end as a 500: those are defects of the server, which are logged and answered without details.
 """
@@ -22,6 +24,7 @@ from tercet.errors import ContextOverflow, UserError
 
 log = logging.getLogger("tercet.serve")
 
+OLLAMA_PATHS = "/api/"
 INVALID = "invalid_request_error"
 RETRY_AFTER = 1  # seconds; a full queue usually has a free place after this time
 
@@ -39,6 +42,12 @@ class ErrorBody(BaseModel):
     """The body of every error."""
 
     error: ErrorObject
+
+
+class ErrorText(BaseModel):
+    """The body of an error in Ollama's shape."""
+
+    error: str
 
 
 # For the OpenAPI document: the errors of every route.
@@ -65,11 +74,15 @@ class APIError(Exception):
         """Return the JSON body, always with all four keys."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        """Return the HTTP answer."""
+    def body_of(self, path: str) -> dict[str, Any]:
+        """Return the JSON body in the shape of the protocol of ``path``."""
+        return {"error": self.message} if path.startswith(OLLAMA_PATHS) else self.body()
+
+    def response(self, path: str = "") -> Response:
+        """Return the HTTP answer to a request of ``path``, whose protocol decides its shape."""
         # ASCII: a message may quote characters that UTF-8 cannot express.
         return Response(
-            json.dumps(self.body()), self.status, headers=self.headers, media_type="application/json"
+            json.dumps(self.body_of(path)), self.status, headers=self.headers, media_type="application/json"
         )
 
 
@@ -163,18 +176,18 @@ def add_error_handlers(app: FastAPI) -> None:
     """Give all errors of all routes the same shape."""
 
     def from_tercet(request: Request, problem: Exception) -> Response:
-        return api_error(problem).response()
+        return api_error(problem).response(request.url.path)
 
     def disconnected(request: Request, problem: Exception) -> Response:
         return Response(status_code=499)  # nginx's status for it; only the metrics record it
 
     def framework(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
-        return _of_framework(request, problem).response()
+        return _of_framework(request, problem).response(request.url.path)
 
     def invalid(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, RequestValidationError)
-        return from_validation(problem.errors(), problem.body).response()
+        return from_validation(problem.errors(), problem.body).response(request.url.path)
 
     app.add_exception_handler(APIError, from_tercet)
     app.add_exception_handler(UserError, from_tercet)

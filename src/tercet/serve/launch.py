@@ -102,12 +102,27 @@ def load_models(
             model = _load(reference, options)
             worker = Worker(model.engine)
             local.append((model, worker))
-            served.append(Served(name, local=worker, sampling=sampling, control_tokens=control_tokens))
+            served.append(
+                Served(
+                    name,
+                    local=worker,
+                    reference=reference,
+                    sampling=sampling,
+                    control_tokens=control_tokens,
+                )
+            )
         for name, directory in named_adapters:
             worker = _base_of(directory, local)
             worker.engine.add_adapter(name, directory)
             served.append(
-                Served(name, local=worker, adapter=name, sampling=sampling, control_tokens=control_tokens)
+                Served(
+                    name,
+                    local=worker,
+                    adapter=name,
+                    reference=parse_reference(str(directory)),
+                    sampling=sampling,
+                    control_tokens=control_tokens,
+                )
             )
         return Models(served)
     except BaseException:

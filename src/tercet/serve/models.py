@@ -15,11 +15,13 @@ from tercet.engine.request import Sampling, SamplingChoice
 from tercet.engine.sampling_defaults import FIELDS, chosen_defaults
 from tercet.errors import ContextOverflow, UserError, nearest
 from tercet.model.control_text import ControlTokenMode
+from tercet.model.reference import Reference
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import APIError, from_user_error, invalid_value, missing_parameter
 from tercet.serve.worker import Worker
 
 if TYPE_CHECKING:
+    from tercet.model.store import StoredModel
     from tercet.prompt.hosted import HostedModel
 
 
@@ -33,6 +35,7 @@ class Served:
     hosted: the model that requests are passed on to; None for a local model.
     sampling: what chooses the next token where a request does not say: the publisher's settings, or others.
     control_tokens: what control tokens that messages spell become.
+    reference: where a local model comes from; None: unknown.
     created: when it was loaded, in seconds since 1970.
     """
 
@@ -42,6 +45,7 @@ class Served:
     hosted: HostedModel | None = None
     sampling: SamplingChoice = "default"
     control_tokens: ControlTokenMode = "text"
+    reference: Reference | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -78,6 +82,18 @@ class Served:
         """What applies to a request that sets none of these fields: the defaults, then Tercet's own values."""
         sampling = Sampling(**self.sampling_defaults)  # type: ignore[arg-type]
         return {name: getattr(sampling, name) for name in FIELDS}
+
+    @cached_property
+    def stored(self) -> StoredModel | None:
+        """Its files: their size, family and type; None for a hosted model, or where the files do not say."""
+        from tercet.model.store import fetch_model
+
+        if self.reference is None:
+            return None
+        try:
+            return fetch_model(self.reference)
+        except UserError:  # the files have gone since they were loaded
+            return None
 
     @property
     def has_chat_template(self) -> bool:

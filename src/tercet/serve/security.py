@@ -57,7 +57,7 @@ class Guard:
             self._check(scope)
             body = await self._read(scope, receive)
         except APIError as problem:
-            await problem.response()(scope, receive, send)
+            await problem.response(scope["path"])(scope, receive, send)
         except Disconnected:
             pass
         else:

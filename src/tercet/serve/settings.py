@@ -105,6 +105,10 @@ class ServeSettings:
         default=False,
         help="Refuse requests with fields that have no effect, instead of naming them in the header x-ignored.",
     )
+    allow_pull: bool = setting(
+        default=False,
+        help="Let clients of Ollama's API fetch models into the cache of this machine (/api/pull).",
+    )
     no_page: bool = setting(default=False, help="Serve only the API, without the chat page.")
     data: Path | None = setting(
         default=None,
@@ -141,6 +145,7 @@ class Settings:
     allowed_hosts: names by which clients may call this server, beside loopback names and IP addresses.
     allowed_origins: origins of other web pages that may call it; "*" for all.
     strict: whether fields that have no effect are refused; otherwise they are named in ``x-ignored``.
+    allow_pull: whether clients may fetch models into the cache.
     """
 
     host: str = "127.0.0.1"
@@ -154,6 +159,7 @@ class Settings:
     read_timeout: float = 30.0  # seconds for a client to send its headers, and again for its body
     drain_timeout: float = 60.0  # seconds that a shutdown waits for running requests
     strict: bool = False
+    allow_pull: bool = False
 
 
 def hash_key(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Cancel answers whose client disconnects, and stream answers by server-sent events.
+"""Cancel answers whose client disconnects, and stream answers: by server-sent events, or as lines of JSON.
 
 An answer is computed in a task of its own, beside a task that waits for the client to disconnect. The first
 of them to end cancels the other; so does the deadline.
@@ -26,6 +26,7 @@ from tercet.serve.worker import Reading
 
 T = TypeVar("T")
 
+EVENTS = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 # For the OpenAPI document: content types of a route that may stream.
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -94,6 +95,8 @@ async def event_stream(
     chunks: AsyncGenerator[bytes, None],
     error: Callable[[APIError], bytes] = error_event,
     reading: Reading | None = None,
+    idle: Callable[[str], bytes] = comment,
+    media_type: str = EVENTS,
 ) -> Response:
     """Return a response that streams ``chunks``.
 
@@ -104,6 +107,8 @@ async def event_stream(
         chunks: encoded events.
         error: encodes an error after the first chunk.
         reading: how far the prompt is read, for comments.
+        idle: encodes a comment, or what else tells the client that the server works.
+        media_type: of the stream.
     """
     first = asyncio.ensure_future(anext(chunks, b""))
     try:
@@ -111,7 +116,7 @@ async def event_stream(
     except BaseException:
         await _cancelled(first)
         raise
-    return _EventStream(request, first, chunks, error, reading)
+    return _EventStream(request, first, chunks, error, reading, idle, media_type)
 
 
 async def _early(first: asyncio.Future[bytes]) -> None:
@@ -127,8 +132,6 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
 
 
 class _EventStream(Response):
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         request: Request,
@@ -136,14 +139,16 @@ class _EventStream(Response):
         chunks: AsyncGenerator[bytes, None],
         error: Callable[[APIError], bytes],
         reading: Reading | None,
+        idle: Callable[[str], bytes],
+        media_type: str,
     ) -> None:
         super().__init__()
         self._request, self._first, self._chunks, self._error = request, first, chunks, error
-        self._reading = reading
+        self._reading, self._idle = reading, idle
         self._sent = 0.0  # when the last piece was sent, by the loop's clock
         # No content-length; x-accel-buffering keeps a proxy (nginx) from collecting the pieces.
         self.raw_headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"content-type", media_type.encode()),
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
         ]
@@ -178,11 +183,11 @@ class _EventStream(Response):
         """Send a comment whenever nothing has been sent for a while."""
         loop = asyncio.get_running_loop()
         if not self._first.done():
-            await self._send(send, comment(self._progress))
+            await self._send(send, self._idle(self._progress))
         while True:
             quiet = loop.time() - self._sent
             if quiet >= SILENCE:
-                await self._send(send, comment(self._progress))
+                await self._send(send, self._idle(self._progress))
             else:
                 await asyncio.sleep(SILENCE - quiet)
 

@@ -24,12 +24,14 @@ class Step:
     pieces: content and tool calls, in order.
     logprobs: of the tokens that have come; None unless requested.
     completion: the whole choice, in its last step.
+    text: the new text, before it was split into pieces; "" from other servers.
     """
 
     index: int
     pieces: list[Piece]
     logprobs: list[TokenLogprob] | None
     completion: Completion | None = None
+    text: str = ""
 
 
 def chat_tokens(
@@ -52,6 +54,7 @@ async def steps(
     *,
     whole: bool,
     reading: Reading | None = None,
+    thoughts: bool = False,
 ) -> AsyncGenerator[Step, None]:
     """Yield one answer for each of ``samplings`` as they come; closing the iterator ends them in the engine.
 
@@ -62,6 +65,7 @@ async def steps(
         plan: the tools.
         whole: the answer is sent at its end, so that a malformed call can be content to its last character.
         reading: kept up to date; with it the first step is empty, and comes before the prompt is read.
+        thoughts: return reasoning as pieces of its own.
 
     Raises:
         QueueFull: with the first step, as `Worker.stream`.
@@ -69,6 +73,8 @@ async def steps(
         APIError: 400, with the last step of an answer that is not valid under its schema.
     """
     plan = plan.after(tokens)
+    if thoughts:
+        plan = plan.telling_thoughts(served.tokenizer, tokens)
     requests = [
         Request(tuple(tokens), sampling, plan.constraint, adapter=served.adapter) for sampling in samplings
     ]
@@ -89,4 +95,4 @@ async def steps(
             if ended and (reason := plan.violation(written[delta.index])):
                 raise invalid_answer(reason)
             if pieces or delta.logprobs or delta.completion is not None:
-                yield Step(delta.index, pieces, delta.logprobs, delta.completion)
+                yield Step(delta.index, pieces, delta.logprobs, delta.completion, delta.text)

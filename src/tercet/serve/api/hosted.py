@@ -34,10 +34,16 @@ async def pass_on(request: Request, served: Served, path: str, body: BaseModel) 
     payload = _checked(_hosted(served), body.model_dump(mode="json", by_alias=True, exclude_unset=True))
     if payload.get("stream"):
         return await event_stream(request, _chunks(request, served, path, payload))
-    client = _client(request, served)
-    answer = await while_connected(request, _answer(client, path, payload))
-    _count(request, served, answer.get("usage"))
+    answer = await post_to(request, served, path, payload)
     return JSONResponse(answer | {"model": served.name})
+
+
+async def post_to(request: Request, served: Served, path: str, payload: Json) -> Json:
+    """Return the other server's answer to ``payload``, for protocols that it may not support."""
+    checked = _checked(_hosted(served), payload)
+    answer = await while_connected(request, _answer(_client(request, served), path, checked))
+    _count(request, served, answer.get("usage"))
+    return answer
 
 
 async def chat_chunks(request: Request, served: Served, payload: Json) -> AsyncGenerator[Json, None]:

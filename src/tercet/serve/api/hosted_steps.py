@@ -17,7 +17,7 @@ from tercet.engine.request import Completion, FinishReason, Usage
 from tercet.serve.api.generation import Step
 from tercet.serve.api.hosted import bad_gateway, chat_chunks
 from tercet.serve.models import Served
-from tercet.serve.tools.answer import CallDelta, Piece
+from tercet.serve.tools.answer import CallDelta, Piece, Thought
 from tercet.serve.tools.request import ToolRequest
 
 Json = dict[str, Any]
@@ -49,10 +49,13 @@ def chat_payload(
     return {name: value for name, value in payload.items() if value is not None}
 
 
-async def hosted_steps(request: Request, served: Served, payload: Json) -> AsyncGenerator[Step, None]:
+async def hosted_steps(
+    request: Request, served: Served, payload: Json, *, thoughts: bool = False
+) -> AsyncGenerator[Step, None]:
     """Yield the answer as it comes; the last step has a completion without text or tokens.
 
-    The first step comes with the other server's first chunk, which may be empty.
+    The first step comes with the other server's first chunk, which may be empty. Reasoning is left out, unless
+    ``thoughts``.
 
     Raises:
         APIError: the other server's error, or 502 where its answer cannot be understood.
@@ -65,7 +68,10 @@ async def hosted_steps(request: Request, served: Served, payload: Json) -> Async
             usage = _usage(chunk.get("usage")) or usage
             try:
                 choices = chunk.get("choices") or []
-                pieces = [piece for choice in choices for piece in _pieces(choice.get("delta") or {}, begun)]
+                deltas = [choice.get("delta") or {} for choice in choices]
+                pieces = [piece for delta in deltas for piece in _pieces(delta, begun)]
+                if thoughts:
+                    pieces = [*filter(None, map(_thought, deltas)), *pieces]
                 reason = next(
                     (choice["finish_reason"] for choice in choices if choice.get("finish_reason")), reason
                 )
@@ -80,6 +86,11 @@ async def hosted_steps(request: Request, served: Served, payload: Json) -> Async
         raise bad_gateway("the content filter of the model's server stopped the answer")
     ended: FinishReason = "length" if reason == "length" else "stop"
     yield Step(0, [], None, Completion("", [], None, usage, ended, time.perf_counter() - began))
+
+
+def _thought(delta: Mapping[str, Any]) -> Thought:
+    """Return the reasoning in a delta, as vLLM, llama.cpp and OpenRouter name it; "" where there is none."""
+    return Thought(delta.get("reasoning_content") or delta.get("reasoning") or "")
 
 
 def _pieces(delta: Mapping[str, Any], begun: set[int]) -> list[Piece]:

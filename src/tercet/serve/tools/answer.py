@@ -26,7 +26,11 @@ class CallDelta:
     arguments: str
 
 
-Piece = str | CallDelta  # a string is content
+class Thought(str):
+    """A piece of the model's reasoning, without its markers. Parsers return it only where a caller asks for it."""
+
+
+Piece = str | CallDelta  # a string is content, or a Thought
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 A parser never fails: text that looks like a call and is none stays content. The pieces of a call come with
 the deltas of a stream: its id and name once, then its arguments as they are written.
 
-Reasoning is content, and nothing in it is a call, even where it does not end. It begins outside of calls, with a
-marker of `tercet.data.reasoning` that does not stand between quotation marks, or with the answer where the prompt
-has opened it.
+Reasoning is content, or pieces of its own, and nothing in it is a call, even where it does not end. It begins
+outside of calls, with a marker of `tercet.data.reasoning` that does not stand between quotation marks, or with the
+answer where the prompt has opened it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tercet.data.reasoning import REASONING, REASONING_MARKERS
 from tercet.data.tool_format import ToolFormat, special_markers
 from tercet.engine.request import Delta
 from tercet.model.tokenizer import Tokenizer
-from tercet.serve.tools.answer import CallDelta, Piece, new_call_id
+from tercet.serve.tools.answer import CallDelta, Piece, Thought, new_call_id
 from tercet.serve.tools.call_text import CallText, JsonCall, NamedCall, is_object
 from tercet.serve.tools.marked_text import MarkedText
 
@@ -38,6 +38,7 @@ class ToolParser:
         exact: JSON that names a function and has no arguments is no call.
         whole: return a call only once it is complete and valid, so that a malformed call is content to its
             last character. Otherwise return its arguments as they are written; a mistake in them ends it.
+        thoughts: return reasoning as pieces of its own, without markers and the spaces around them.
     """
 
     def __init__(
@@ -50,23 +51,29 @@ class ToolParser:
         skip: str = "",
         exact: bool = False,
         whole: bool = False,
+        thoughts: bool = False,
     ) -> None:
         self._form, self._names, self._whole = form or ToolFormat("bare"), frozenset(names), whole
-        self._marked = None if form is None or tokenizer is None else MarkedText(tokenizer)
-        # start: only spaces and reasoning so far, and a call may follow without a trigger; thought: in reasoning;
-        # list: before "["; between: after a call; plain: no more calls can come.
+        self._thoughts = thoughts
+        marked = tokenizer is not None and (form is not None or thoughts)
+        self._marked = MarkedText(tokenizer) if tokenizer is not None and marked else None
+        # opening: only spaces so far, and no calls can come; start: only spaces and reasoning so far, and a call
+        # may follow without a trigger; thought: in reasoning; list: before "["; between: after a call; plain: no
+        # more calls can come.
         self._behind: Literal["start", "text", "plain"]
         self._behind = "plain" if form is None else "text" if form.trigger else "start"
-        self._state: Literal["start", "text", "thought", "list", "call", "between", "plain"] = self._behind
-        if form is not None and reasoning is not None:
+        self._state: Literal["opening", "start", "text", "thought", "list", "call", "between", "plain"]
+        self._state = "opening" if form is None and thoughts else self._behind
+        if (form is not None or thoughts) and reasoning is not None:
             self._state = "thought"
         self._end = reasoning or ""  # of the reasoning; ``_behind`` is the state after it
         self._marks = (*filter(None, [self._form.trigger]), *REASONING)
-        special = {} if form is None or tokenizer is None else special_markers(tokenizer)
+        special = special_markers(tokenizer) if tokenizer is not None and marked else {}
         # They add nothing to the text of an answer without tools either.
         self._hidden = set(special.values()).intersection(REASONING_MARKERS)
         self._skip = skip  # the rest of it
         self._last = ""  # the last character of the content
+        self._bare = thoughts and reasoning is not None  # spaces are left out until the next text
         self._exact = exact
         self._buffer = ""  # text that is not classified yet
         self._raw = ""  # in the states list and call: text before it, content if it is no call
@@ -93,12 +100,14 @@ class ToolParser:
         else:
             held = self._call.text if self._state == "call" else ""
             rest = self._raw + held + self._buffer
-            pieces = self._content(rest if rest.strip() or not self._begun else "")
+            show = self._thought if self._state == "thought" else self._content
+            pieces = show(rest if rest.strip() or not self._begun else "")
         self._buffer, self._state = "", "plain"
         return pieces
 
     def _advance(self) -> list[Piece]:
         step = {
+            "opening": self._at_opening,
             "start": self._at_start,
             "text": self._in_text,
             "thought": self._in_thought,
@@ -115,13 +124,28 @@ class ToolParser:
                 break
         return pieces
 
+    def _at_opening(self) -> list[Piece]:
+        text = self._buffer.lstrip()
+        if (pieces := self._reasoning_at(text)) is not None:
+            return pieces
+        if text and not any(marker.startswith(text) for marker in REASONING):
+            self._state = "plain"
+        return []
+
+    def _reasoning_at(self, text: str) -> list[Piece] | None:
+        """Begin reasoning where ``text``, the buffer without spaces before it, begins with its marker."""
+        begin = next((marker for marker in REASONING if text.startswith(marker)), None)
+        if begin is None:
+            return None
+        blank = self._buffer[: len(self._buffer) - len(text)]
+        self._buffer = text.removeprefix(begin)
+        return self._think(blank, begin)
+
     def _at_start(self) -> list[Piece]:
         text = self._buffer.lstrip()
         blank = self._buffer[: len(self._buffer) - len(text)]
-        if begin := next((marker for marker in REASONING if text.startswith(marker)), None):
-            self._buffer = text.removeprefix(begin)
-            self._think(begin)
-            return self._content(blank + begin)
+        if (pieces := self._reasoning_at(text)) is not None:
+            return pieces
         if text.startswith(_TAG):
             self._buffer = text.removeprefix(_TAG)
             self._open(blank)
@@ -157,21 +181,40 @@ class ToolParser:
                 self._buffer = after
                 return self._content(before + marker)
         self._buffer = after
-        self._think(marker)
-        return self._content(before + marker)
+        return self._think(before, marker)
 
-    def _think(self, begin: str) -> None:
-        """Expect reasoning from here on, which ``begin`` has begun."""
+    def _think(self, before: str, begin: str) -> list[Piece]:
+        """Expect reasoning from here on, which ``begin`` has begun; return the content up to there."""
         self._state, self._end = "thought", REASONING[begin]
+        if not self._thoughts:
+            return self._content(before + begin)
+        self._bare = True
+        return self._content(before) if before.strip() else []
 
     def _in_thought(self) -> list[Piece]:
         before, match, after = self._buffer.partition(self._end)
         if match:
             self._buffer, self._state = after, self._behind
-            return self._content(before + match)
+            if not self._thoughts:
+                return self._content(before + match)
+            pieces = self._thought(before.rstrip())
+            self._bare = True
+            return pieces
         length = _begun(self._buffer, [self._end])
         certain, self._buffer = self._buffer[: len(before) - length], self._buffer[len(before) - length :]
-        return self._content(certain)
+        if self._thoughts:  # spaces before the end of reasoning are left out
+            kept = certain.rstrip()
+            certain, self._buffer = kept, certain[len(kept) :] + self._buffer
+        return self._thought(certain)
+
+    def _thought(self, text: str) -> list[Piece]:
+        """Return text of the reasoning."""
+        if not self._thoughts:
+            return self._content(text)
+        if self._bare:
+            text = text.lstrip()
+        self._bare = self._bare and not text
+        return [Thought(text)] if text else []
 
     def _open(self, raw: str) -> None:
         """Expect a call from here on; ``raw`` was written before it."""
@@ -252,6 +295,9 @@ class ToolParser:
     def _content(self, text: str) -> list[Piece]:
         for marker in self._hidden:
             text = text.replace(marker, "")
+        if self._bare:
+            text = text.lstrip()
+        self._bare = self._bare and not text
         self._last = text[-1:] or self._last
         return [text] if text else []
 

@@ -35,7 +35,7 @@ from tercet.engine.grammar import Grammar, GrammarError
 from tercet.engine.request import Completion, Delta
 from tercet.model.tokenizer import Tokenizer
 from tercet.serve.errors import BAD_SCHEMA, UNSUPPORTED, APIError, invalid_value
-from tercet.serve.tools.answer import Answer, Piece, gather
+from tercet.serve.tools.answer import Answer, Piece, Thought, gather
 from tercet.serve.tools.formats import call_grammar, end_of_reasoning
 from tercet.serve.tools.parser import ToolParser
 from tercet.serve.tools.request import Function, ToolRequest
@@ -56,6 +56,7 @@ class ToolPlan:
     grammar: returns ``constraint`` for such a marker; None where it does not depend on one.
     content: the form of content that is not a call; None: any text.
     arguments: the enforced forms of arguments, by function.
+    apart: whether reasoning is told from the content.
     """
 
     tools: list[dict[str, Any]] | None
@@ -69,6 +70,7 @@ class ToolPlan:
     grammar: Callable[[str | None], Grammar] | None = None
     content: Grammar | None = None
     arguments: Mapping[str, Grammar] = field(default_factory=dict)
+    apart: bool = False
 
     def after(self, prompt: Sequence[int]) -> ToolPlan:
         """Return the plan for an answer to these tokens, which may have opened the model's reasoning."""
@@ -79,6 +81,19 @@ class ToolPlan:
             return self
         constraint = self.constraint if self.grammar is None else self.grammar(reasoning)
         return replace(self, constraint=constraint, reasoning=reasoning)
+
+    def telling_thoughts(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> ToolPlan:
+        """Return the plan of `after` for an answer whose reasoning is told from its content.
+
+        Args:
+            tokenizer: of the model.
+            prompt: its tokens.
+        """
+        if self.form is not None:
+            return replace(self, apart=True)
+        if self.constraint is not None:  # the whole output has the form
+            return self
+        return replace(self, apart=True, tokenizer=tokenizer, reasoning=open_reasoning(tokenizer, prompt))
 
     def parser(self, *, whole: bool = False) -> ToolParser:
         """Return a parser for one choice of a stream; ``whole`` as in `ToolParser`."""
@@ -91,6 +106,7 @@ class ToolPlan:
             skip=end_of_reasoning(self.reasoning) if self.reasoning is not None and ended else "",
             exact=self.exact,
             whole=whole,
+            thoughts=self.apart,
         )
 
     def read(self, completion: Completion) -> Answer:
@@ -104,7 +120,7 @@ class ToolPlan:
 
         A grammar can't hold all keywords of JSON Schema, so a whole answer is validated too.
         """
-        answer = gather(pieces)
+        answer = gather([piece for piece in pieces if not isinstance(piece, Thought)])
         for call in answer.calls:
             if call.name in self.arguments and (
                 reason := self.arguments[call.name].violation(call.arguments)

@@ -11,6 +11,14 @@ from tercet.serve.api.field_table import Body, Kinds
 from tercet.serve.api.response_input import ITEMS, PARTS
 from tercet.serve.api.response_requests import InputRequest, ResponseRequest
 from tercet.serve.api.tokens import DetokenizeBody, TokenizeBody
+from tercet.serve.ollama.requests import (
+    ChatRequest,
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    PullRequest,
+    ShowRequest,
+)
 
 ENDPOINTS: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatBody,
@@ -22,6 +30,12 @@ ENDPOINTS: dict[str, type[Body]] = {
     "/v1/messages/count_tokens": CountRequest,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/api/chat": ChatRequest,
+    "/api/generate": GenerateRequest,
+    "/api/embed": EmbedRequest,
+    "/api/embeddings": EmbeddingsRequest,
+    "/api/show": ShowRequest,
+    "/api/pull": PullRequest,
 }
 TYPES: dict[str, Kinds] = {
     "Items of `input` (responses)": ITEMS,

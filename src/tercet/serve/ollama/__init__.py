@@ -1,0 +1,1 @@
+"""Ollama's own API, beside the others on the same port."""
