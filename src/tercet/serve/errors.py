@@ -183,7 +183,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def framework(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
-        return _of_framework(request, problem).response(request.url.path)
+        error, near = _of_framework(request, problem)
+        # An address of another protocol that is nearly right: its clients read its shape.
+        return error.response(near or request.url.path)
 
     def invalid(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, RequestValidationError)
@@ -196,25 +198,26 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
 
 
-def _of_framework(request: Request, problem: HTTPException) -> APIError:
-    """Return the APIError for an exception of the router or of the parser of bodies."""
+def _of_framework(request: Request, problem: HTTPException) -> tuple[APIError, str | None]:
+    """Return the APIError for an exception of the router or of the parser of bodies, and the route that was meant."""
     method, path = request.method, request.url.path
     if problem.status_code == 404:
         near = right_route(path, list(request.app.openapi()["paths"]))
         hint = "" if near is None else f"; send it to {near}"
-        return APIError(404, f"this server has no route {method} {path}{hint}", code="unknown_url")
+        return APIError(404, f"this server has no route {method} {path}{hint}", code="unknown_url"), near
     if problem.status_code == 405:
         allowed = (problem.headers or {}).get("Allow", "")
-        return APIError(
+        error = APIError(
             405,
             f"{path} does not accept {method}; it accepts {allowed or 'another method'}",
             code="method_not_allowed",
             headers=problem.headers,
         )
+        return error, None
     message = str(problem.detail)
     if problem.status_code == 400:  # nested too deeply, a number too long, not UTF-8
         message = "the body is not valid JSON"
-    return APIError(problem.status_code, message, code="invalid_json", headers=problem.headers)
+    return APIError(problem.status_code, message, code="invalid_json", headers=problem.headers), None
 
 
 def right_route(path: str, routes: Sequence[str]) -> str | None:
