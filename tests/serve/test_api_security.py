@@ -321,5 +321,6 @@ def test_special_tokens_that_a_message_spells_are_text(tiny_url: str) -> None:
 def test_a_server_without_a_page_has_none(tiny_url: str) -> None:
     model, _ = slow_model("slow", tokenizer_with(PLAIN))
     with serve_models(Models([model])) as running:
-        for path in ("/", "/page/api/conversations", "/page/page.css"):
+        assert running.http().get("/").headers["content-type"].startswith("text/plain")
+        for path in ("/page/api/conversations", "/page/page.css"):
             assert running.http().get(path).status_code == 404

@@ -108,8 +108,7 @@ def _add_routes(app: FastAPI) -> None:
         security,
     ):
         app.include_router(module.router, responses=ERRORS)
-    for router in ollama.ROUTERS:
-        app.include_router(router)
+    ollama.add_routes(app)
 
 
 class Observed:

@@ -25,7 +25,6 @@ from tercet.serve.errors import APIError, invalid_value, unsupported
 from tercet.serve.models import Served
 from tercet.serve.ollama.conversation import conversation, ending_of, tool_request
 from tercet.serve.ollama.replies import (
-    ERRORS,
     LINES,
     STREAMED,
     Clock,
@@ -133,7 +132,7 @@ def _logprob(entry: Json) -> Json:
     return entry if entry["top_logprobs"] else {k: v for k, v in entry.items() if k != "top_logprobs"}
 
 
-@router.post("/api/chat", responses=STREAMED | ERRORS)
+@router.post("/api/chat", responses=STREAMED)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Return the assistant's next message, by default as lines of JSON."""
     clock, ignored = Clock(), ignored_of(request)
@@ -146,7 +145,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return await _reply(request, body, answer, messages, tool_request(body.tools, ignored), ignored)
 
 
-@router.post("/api/generate", responses=STREAMED | ERRORS)
+@router.post("/api/generate", responses=STREAMED)
 async def generate(request: Request, body: GenerateRequest) -> Response:
     """Return the answer to a prompt, or its continuation, by default as lines of JSON."""
     clock, ignored = Clock(), ignored_of(request)

@@ -17,7 +17,7 @@ from tercet.model.config import ModelConfig
 from tercet.serve.api.field_table import ignored_of
 from tercet.serve.api.reasoning import knows
 from tercet.serve.models import Models, Served
-from tercet.serve.ollama.replies import ERRORS, Json, OllamaRoute, listed_name, served_model, timestamp
+from tercet.serve.ollama.replies import Json, OllamaRoute, listed_name, served_model, timestamp
 from tercet.serve.ollama.requests import ShowRequest
 
 # The version of Ollama whose API this is: clients compare it with what they need.
@@ -75,7 +75,7 @@ async def loaded(request: Request) -> Response:
     return JSONResponse({"models": entries})
 
 
-@reader.post("/api/show", responses=ERRORS)
+@reader.post("/api/show")
 async def show(request: Request, body: ShowRequest) -> Response:
     """Describe one model."""
     body.review(ignored_of(request))

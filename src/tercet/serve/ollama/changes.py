@@ -13,7 +13,7 @@ from tercet.model.reference import parse_reference
 from tercet.model.store import StoredModel, fetch_model
 from tercet.serve.api.field_table import ignored_of
 from tercet.serve.errors import APIError, invalid_value
-from tercet.serve.ollama.replies import ERRORS, LINES, STREAMED, OllamaRoute, error_line, line, served_model
+from tercet.serve.ollama.replies import LINES, STREAMED, OllamaRoute, error_line, line, served_model
 from tercet.serve.ollama.requests import PullRequest
 from tercet.serve.settings import Settings
 from tercet.serve.streaming import event_stream, while_connected
@@ -26,7 +26,7 @@ _PULLED = re.compile(r"builtin:[\w.-]+|[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\
 _HUB_HOSTS = ("hf.co/", "huggingface.co/")
 
 
-@reader.post("/api/pull", responses=STREAMED | ERRORS)
+@reader.post("/api/pull", responses=STREAMED)
 async def pull(request: Request, body: PullRequest) -> Response:
     """Fetch a model into the cache, as ``tercet pull``; it is served after the next start with its name."""
     body.review(ignored_of(request))
@@ -92,31 +92,31 @@ def _refuse(action: str, instead: str) -> Response:
     raise APIError(501, f"this server does not {action} models; {instead} on its machine")
 
 
-@router.post("/api/create", responses=ERRORS)
+@router.post("/api/create")
 async def create() -> Response:
     """Refuse: models are made by `tercet tune` and `tercet export`."""
     return _refuse("create", "use tercet tune or tercet export")
 
 
-@router.post("/api/copy", responses=ERRORS)
+@router.post("/api/copy")
 async def copy() -> Response:
     """Refuse: NAME=REF gives a model another name."""
     return _refuse("copy", "serve a model as NAME=REF for another name")
 
 
-@router.delete("/api/delete", responses=ERRORS)
+@router.delete("/api/delete")
 async def delete() -> Response:
     """Refuse: models are removed by `tercet rm`."""
     return _refuse("delete", "use tercet rm")
 
 
-@router.post("/api/push", responses=ERRORS)
+@router.post("/api/push")
 async def push() -> Response:
     """Refuse."""
     return _refuse("push", "upload the files")
 
 
-@router.post("/api/blobs/{digest}", responses=ERRORS)
+@router.post("/api/blobs/{digest}")
 async def blob(digest: str) -> Response:
     """Refuse."""
     return _refuse("create", "use tercet tune or tercet export")

@@ -15,14 +15,14 @@ from tercet.serve.api.field_table import ignored_of
 from tercet.serve.api.hosted import bad_gateway, post_to
 from tercet.serve.errors import APIError, invalid_value
 from tercet.serve.models import Served
-from tercet.serve.ollama.replies import ERRORS, Clock, Json, OllamaRoute, served_model
+from tercet.serve.ollama.replies import Clock, Json, OllamaRoute, served_model
 from tercet.serve.ollama.requests import EmbeddingsRequest, EmbedRequest
 from tercet.serve.streaming import while_connected
 
 router = APIRouter(route_class=OllamaRoute)
 
 
-@router.post("/api/embed", responses=ERRORS)
+@router.post("/api/embed")
 async def embed_texts(request: Request, body: EmbedRequest) -> Response:
     """Return a vector for each text."""
     clock = Clock()
@@ -44,7 +44,7 @@ async def embed_texts(request: Request, body: EmbedRequest) -> Response:
     )
 
 
-@router.post("/api/embeddings", responses=ERRORS)
+@router.post("/api/embeddings")
 async def embed_text(request: Request, body: EmbeddingsRequest) -> Response:
     """Return the vector of one text."""
     served = served_model(request, body.model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from tercet.serve.ollama import answers, catalog, changes, embeddings
+from fastapi import FastAPI
 
-ROUTERS = (
+from tercet.serve.ollama import answers, catalog, changes, embeddings
+from tercet.serve.ollama.replies import ERRORS
+
+_ROUTERS = (
     answers.router,
     embeddings.router,
     catalog.router,
@@ -12,3 +15,9 @@ ROUTERS = (
     changes.router,
     changes.reader,
 )
+
+
+def add_routes(app: FastAPI) -> None:
+    """Add the routes to the server's application."""
+    for router in _ROUTERS:
+        app.include_router(router, responses=ERRORS)
