@@ -39,6 +39,12 @@ def has_bfloat_tiles() -> bool:
     return {"amx-bf16", "amx-tile"} <= host_features()
 
 
+def emulates_bfloat() -> bool:
+    """Return whether products of bfloat16 are emulated: an x86 processor without instructions for them."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
+    return x86 and not has_bfloat_dot() and not has_bfloat_tiles()
+
+
 def has_half() -> bool:
     """Return whether the processor converts float16 in hardware."""
     machine = platform.machine().lower()

@@ -20,7 +20,7 @@ import torch
 
 from tercet.errors import UserError
 from tercet.files import cache_directory, fingerprint, read_json, write_json
-from tercet.host import available_cores, processor_name
+from tercet.host import available_cores, emulates_bfloat, processor_name
 from tercet.model.transformer import Transformer
 from tercet.progress import say
 from tercet.train.batch import Batch
@@ -126,6 +126,8 @@ def _measure(model: Transformer, rows: int, time_steps: int, kind: Kind) -> Spee
     # fast.
     for number in range(ROUNDS):
         pace("float32", cores, 3.0)
+        if emulates_bfloat():
+            continue  # a single step can take minutes
         patience = 3 * min(times["float32", cores])
         if number == 0 or min(times["bfloat16", cores]) < patience:
             pace("bfloat16", cores, patience)
