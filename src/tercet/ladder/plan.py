@@ -10,19 +10,20 @@ from pathlib import Path
 from tercet.evaluate.task import Task
 from tercet.ladder.base_model import BaseModel
 from tercet.ladder.rungs.baselines import Majority, TfidfLogistic
+from tercet.ladder.rungs.nearest import Nearest
 from tercet.ladder.rungs.prompting import FewShot, ZeroShot
 from tercet.ladder.rungs.rung import Rung
 from tercet.ladder.rungs.tuning import Tuned, local_start, untrained
 from tercet.prompt.llm import LLM
 
-BASELINES = ("majority", "tfidf")
+BASELINES = ("majority", "tfidf", "nearest")
 BASE = "base"  # the stage that pre-trains the base model
 
 # Shares of the time budget. The rest is for the prompting rungs, measuring and the report.
 SHARES_WITHOUT_MODEL = {"base": 0.5, "lora": 0.12, "full": 0.12, "scratch": 0.12}
 SHARES_WITH_MODEL = {"lora": 0.25, "full": 0.25, "base": 0.2, "scratch": 0.1}
 # Rough seconds of the other stages on two cores, only for the estimate of the remaining time.
-TYPICAL_SECONDS = {"majority": 1, "tfidf": 4, "zero-shot": 15, "few-shot": 40}
+TYPICAL_SECONDS = {"majority": 1, "tfidf": 4, "nearest": 3, "zero-shot": 15, "few-shot": 40}
 EPOCHS = {"lora": 6.0, "full": 6.0, "scratch": 12.0}
 EPOCHS_OF_GIVEN_MODEL = 3  # a pre-trained model needs fewer than a base built in minutes
 
@@ -70,7 +71,7 @@ def plan_climb(
     """
     shares = SHARES_WITHOUT_MODEL if llm is None else SHARES_WITH_MODEL
     base = BaseModel(task, out / "base", minutes * shares["base"], seed)
-    makers: Makers = {"majority": Majority, "tfidf": TfidfLogistic}
+    makers: Makers = {"majority": Majority, "tfidf": TfidfLogistic, "nearest": Nearest}
     makers |= _rungs_on_base(base, seed, out) if llm is None else _rungs_on_model(llm, base)
     needs_base = llm is None and any(name not in BASELINES for name in names)
     return Plan(

@@ -21,6 +21,7 @@ MATRIX_LABELS = 20  # with more, a confusion matrix does not fit a screen, and t
 DESCRIPTIONS = {
     "majority": "always gives the most frequent answer of the training examples",
     "tfidf": "word statistics (TF-IDF), no language model",
+    "nearest": "the answer of the most similar training examples, no language model",
     "zero-shot": "the model with the task's prompt",
     "few-shot": "the model with the prompt and solved examples",
     "lora": "the model with a trained LoRA adapter",

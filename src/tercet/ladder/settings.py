@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tercet.evaluate.task import Task
     from tercet.prompt.llm import LLM
 
-RungName = Literal["majority", "tfidf", "zero-shot", "few-shot", "lora", "full", "scratch"]
+RungName = Literal["majority", "tfidf", "nearest", "zero-shot", "few-shot", "lora", "full", "scratch"]
 LADDER: tuple[str, ...] = get_args(RungName)  # from the cheapest rung to the most expensive
 
 
