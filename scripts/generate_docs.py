@@ -50,13 +50,25 @@ def cli_reference() -> str:
     for name in COMMANDS:
         command = group.commands[name]  # type: ignore[attr-defined]
         module = importlib.import_module(f"tercet.cli.{name}")
-        paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
-        lines += [f"## tercet {name}", "", *(f"{paragraph}\n" for paragraph in paragraphs)]
-        lines += ["```", module.EXAMPLE, "```", ""]
-        lines += ["| argument or option | meaning |", "|---|---|"]
-        lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
-        lines.append("")
+        subcommands: dict[str, str] = getattr(module, "SUBCOMMANDS", {})
+        if not subcommands:
+            lines += _section(name, command, module.EXAMPLE)
+        for subcommand, example in subcommands.items():
+            lines += _section(f"{name} {subcommand}", command.commands[subcommand], example)
     return "\n".join(lines)
+
+
+def _section(name: str, command: typer.core.TyperCommand, example: str) -> list[str]:
+    paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
+    return [
+        f"## tercet {name}",
+        "",
+        *(f"{paragraph}\n" for paragraph in paragraphs),
+        *("```", example, "```", ""),
+        *("| argument or option | meaning |", "|---|---|"),
+        *(_row(parameter) for parameter in command.params if parameter.name != "help"),
+        "",
+    ]
 
 
 def _row(parameter: typer.core.TyperArgument | typer.core.TyperOption) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tercet.finetune.result import Tuned as Tuned
     from tercet.finetune.settings import TuneSettings as TuneSettings
     from tercet.finetune.sft import tune as tune
+    from tercet.ladder.check import TaskCheck as TaskCheck
+    from tercet.ladder.check import check_task as check_task
     from tercet.ladder.climb import climb as climb
     from tercet.ladder.result import Report as Report
     from tercet.ladder.settings import ClimbSettings as ClimbSettings
@@ -54,6 +56,8 @@ _MODULES = {
     "ClimbSettings": "tercet.ladder.settings",
     "Report": "tercet.ladder.result",
     "Task": "tercet.evaluate.task",
+    "check_task": "tercet.ladder.check",
+    "TaskCheck": "tercet.ladder.check",
     # Models on this machine.
     "models": "tercet.model.store",
     "StoredModel": "tercet.model.store",
@@ -82,11 +86,13 @@ __all__ = [
     "Score",
     "StoredModel",
     "Task",
+    "TaskCheck",
     "TuneSettings",
     "Tuned",
     "UserError",
     "__version__",
     "build",
+    "check_task",
     "climb",
     "curate",
     "models",

@@ -1,7 +1,8 @@
 """The ``tercet`` command: run the requested command, and report a mistake in one line.
 
 Each command is one file in this directory: a typed function of the file's name, whose docstring is its help,
-and an EXAMPLE to show below it. Only the file of the requested command is imported, and it imports its heavy
+and an EXAMPLE to show below it. A file with SUBCOMMANDS is a group of commands: a function and an example for each.
+Only the file of the requested command is imported, and it imports its heavy
 parts inside the function, so that ``--help`` is instant.
 """
 
@@ -12,7 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +37,7 @@ COMMANDS = (
     "eval",
     "export",
     "bench",
+    "task",
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -69,9 +71,20 @@ def application(names: Sequence[str] = COMMANDS) -> typer.Typer:
     app.callback()(_top)
     for name in names:
         module = importlib.import_module(f"tercet.cli.{name}")
-        # \b keeps typer from wrapping the example.
-        app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
+        subcommands: dict[str, str] = getattr(module, "SUBCOMMANDS", {})
+        if not subcommands:
+            app.command(name, epilog=_example(module.EXAMPLE))(getattr(module, name))
+            continue
+        group = typer.Typer(epilog=_example(module.EXAMPLE))
+        group.callback()(getattr(module, name))
+        for subcommand, example in subcommands.items():
+            group.command(subcommand, epilog=_example(example))(getattr(module, subcommand))
+        app.add_typer(group, name=name)
     return app
+
+
+def _example(example: str) -> str:
+    return f"\b\nExample:\n  {example}"  # \b keeps typer from wrapping the example
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,8 +123,7 @@ def _run(arguments: list[str]) -> int:
         with group.make_context("tercet", arguments or ["--help"]) as context:
             group.invoke(context)
     except UserError as problem:
-        parameters = group.commands[named].params if named in COMMANDS else []  # type: ignore[attr-defined]
-        return _fail(in_options(str(problem), parameters))
+        return _fail(in_options(str(problem), _parameters(group, arguments)))
     except typer.Exit as problem:
         return problem.exit_code
     except typer.Abort:
@@ -123,6 +135,13 @@ def _run(arguments: list[str]) -> int:
         )  # pydantic's prefix
         return _fail(f"{line.rstrip('.')}; see: {path} --help")
     return 0
+
+
+def _parameters(command: Any, arguments: Sequence[str]) -> list[Any]:
+    """Return the parameters of the command that the arguments name, in a group if the first names one."""
+    for name in arguments[:2]:
+        command = getattr(command, "commands", {}).get(name, command)
+    return list(command.params)
 
 
 def _fail(message: str) -> int:

@@ -201,6 +201,15 @@ class Task:
         """Return the part of the input that differs between examples: the values of the prompt's fields."""
         return input_text(self.prompt, fields)
 
+    def score(self, answers: Sequence[str], examples: Sequence[Example]) -> float:
+        """Return the metric of one answer for each example."""
+        scores = [
+            self.metric.score(answer, example.target, example.fields)
+            for answer, example in zip(answers, examples, strict=True)
+        ]
+        targets = [example.target for example in examples]
+        return float(self.metric.aggregate(self.metric.values(answers, targets, scores)))
+
     @cached_property
     def test_texts(self) -> list[str]:
         """The test inputs in the form in which a corpus may contain them."""

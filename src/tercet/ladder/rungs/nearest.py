@@ -43,7 +43,7 @@ class Nearest:
             retriever = Retriever(self._texts, method)
             neighbours = retriever.nearest(_texts(task, task.dev), counts[-1])
             for k in counts:
-                score = _score(task, task.dev, self._answers(neighbours, k))
+                score = task.score(self._answers(neighbours, k), task.dev)
                 if score > best_score:
                     best_score, self._retriever, self._k = score, retriever, k
         self.details = {"method": self._retriever.method, "neighbours": self._k, "dev_score": best_score}
@@ -74,13 +74,3 @@ class Nearest:
 
 def _texts(task: Task, examples: Sequence[Example]) -> list[str]:
     return [task.input_text(example.fields) for example in examples]
-
-
-def _score(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> float:
-    """Return the task's metric of answers to examples."""
-    targets = [example.target for example in examples]
-    scores = [
-        task.metric.score(answer, example.target, example.fields)
-        for answer, example in zip(answers, examples, strict=True)
-    ]
-    return float(task.metric.aggregate(task.metric.values(answers, targets, scores)))
