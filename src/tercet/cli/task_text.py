@@ -115,6 +115,7 @@ def _costs(check: ModelCheck, task: TaskCheck) -> list[str]:
         )
     elif check.not_tunable is not None:
         rows.append(("lora, full", f"not possible: {check.not_tunable}"))
+    rows.append(("scratch", "the time left to it: the climb builds a small network of its own"))
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"Cost of each rung on this machine ({os.cpu_count()} processors)"]
     for name, text in rows:

@@ -78,13 +78,17 @@ class TfidfLogistic:
     def _choose(self, dev: Sequence[Example], seed: int) -> None:
         """Fit one model for each regularisation and keep the one with the best accuracy on dev."""
         from sklearn.linear_model import LogisticRegression
+        from threadpoolctl import threadpool_limits
 
         dev_rows = self._vectorizer.transform([self._text(example) for example in dev])
         dev_targets = [example.target for example in dev]
         best_score = -1.0
         for strength in REGULARISATIONS:
             model = LogisticRegression(C=strength, max_iter=2000, random_state=seed)
-            model.fit(self._rows, self._targets)
+            # The optimiser's vectors are small. More threads only wait for each other: on two busy cores they
+            # took ten times as long.
+            with threadpool_limits(1):
+                model.fit(self._rows, self._targets)
             score = float(model.score(dev_rows, dev_targets)) if dev_targets else 0.0
             if score > best_score:
                 best_score, self._model = score, model
