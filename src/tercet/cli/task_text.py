@@ -13,7 +13,7 @@ from tercet.progress import duration
 
 WIDTH = 80
 LABELS_SHOWN = 16
-PROMPT_LINES = 24
+PROMPT_LINES = 16
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 
 

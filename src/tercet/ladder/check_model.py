@@ -190,7 +190,7 @@ def _fitting_shots(task: Task, llm: LLM, shots: int, room: int) -> tuple[int, li
         limit = SHOT_SHARE * room / number
         short = [example for example, length in zip(sample, lengths, strict=True) if length <= limit]
         if len(short) >= (max(number, len(sample) / 4) if number > 1 else 1):
-            return number, short
+            return number, task.train if len(short) == len(sample) else short
     return 0, []
 
 
