@@ -12,6 +12,7 @@ from tercet.data.retrieval import Retriever
 from tercet.evaluate.task import Example, Task
 from tercet.ladder.check_labels import label_warnings, target_warnings
 from tercet.ladder.check_model import ModelCheck, PromptShown, check_model
+from tercet.progress import say
 from tercet.prompt.llm import LLM
 
 # Two texts count as near-copies from this cosine of their character n-grams on: on docstrings, text messages and
@@ -22,6 +23,7 @@ PROMPTS_SHOWN = 3
 NEAR_SHARE = 0.01  # of the test examples; from there on near-copies are a warning
 FEW_TEST = 200  # below, the 95% interval of a score is wider than 7 percentage points on either side
 FEW_DEV = 50
+LARGE = 50_000  # training examples, from which on near-copies take more than some seconds
 LOPSIDED = 0.8  # share of one label, from which on accuracy says little
 
 
@@ -152,6 +154,8 @@ def _baseline(task: Task) -> Baseline:
 def _near_copies(task: Task) -> NearCopies:
     """Return the dev and test examples whose nearest training input is a near-copy."""
     train = [task.input_text(example.fields) for example in task.train]
+    if len(train) >= LARGE:
+        say("looking for near-copies")
     retriever = Retriever(train, "characters")
     pairs: dict[str, list[NearCopy]] = {}
     for split, examples in (("test", task.test), ("dev", task.dev)):
