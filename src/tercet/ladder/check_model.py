@@ -146,8 +146,13 @@ def _answerer(task: Task, llm: LLM, shots: int = 0, train: Sequence[Example] = (
     return Answerer(llm, task, shots=chosen)
 
 
+def _prompt(answerer: Answerer, text: str) -> Prompt:
+    """Return what the model reads for a rendered input."""
+    return answerer.prompt(text)
+
+
 def _tokens(answerer: Answerer, text: str) -> int:
-    return answerer.llm.count_tokens(answerer.prompt(text))
+    return answerer.llm.count_tokens(_prompt(answerer, text))
 
 
 def _read(answerer: Answerer, example: Example) -> tuple[str, bool]:
@@ -164,7 +169,7 @@ def _read(answerer: Answerer, example: Example) -> tuple[str, bool]:
 
 def _shown(answerer: Answerer, example: Example, title: str) -> PromptShown:
     text, shortened = _read(answerer, example)
-    prompt = answerer.prompt(text)
+    prompt = _prompt(answerer, text)
     tokens = answerer.llm.count_tokens(prompt) if answerer.llm.is_local else None
     return PromptShown(title, _as_text(prompt, answerer.llm.tokenizer), example.target, tokens, shortened)
 
@@ -249,7 +254,7 @@ def _cost(rung: str, answerer: Answerer, task: Task) -> PromptingCost:
         if price is None:
             return PromptingCost(rung, answers)
         size = sum(
-            len(_as_text(answerer.prompt(task.render(example.fields)), None).encode("utf-8", "replace"))
+            len(_as_text(_prompt(answerer, task.render(example.fields)), None).encode("utf-8", "replace"))
             for example in task.test
         )
         written = answers * task.max_tokens  # at most
