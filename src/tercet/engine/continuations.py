@@ -5,13 +5,20 @@ pages serve the others. The tokens that the continuations of one prompt share ar
 continuation is then fed its remaining tokens on a copy of the page that is partly filled. Where there
 is no room for copies, the continuations use the prompt's own pages one after another: each overwrites
 the slots of the one before.
+
+Where only the best continuation of a prompt is wanted, most need not be computed: the log-probability of a
+continuation's first tokens is an upper bound of its total. The first token of each is known from the prompt.
+The most promising one is computed first, and those whose bound is below the best total are dropped. The result
+is exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from tercet.data.continuation import continued
 from tercet.engine.backend import Backend, Chunk, split_calls
@@ -20,7 +27,11 @@ from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
 
-@dataclass
+# Full feeds of prompts in a batch. The tokens after the prompts are few, and one feed takes those of many prompts.
+FEEDS = 8
+
+
+@dataclass(eq=False)
 class Continuation:
     """``tokens[begin:]`` after ``tokens[:begin]``, and the results of `score_continuations`.
 
@@ -30,6 +41,8 @@ class Continuation:
         begin: the index of the continuation's first token, at least 1.
         logprobs: the natural log-probability of each token of the continuation.
         is_greedy: whether every token of the continuation is the likeliest one at its position.
+        offset: what is added to the sum of the log-probabilities when continuations are compared.
+        dropped: whether the continuation was not computed to its end, since another one is better.
     """
 
     group: int
@@ -37,6 +50,13 @@ class Continuation:
     begin: int
     logprobs: list[float] = field(default_factory=list)
     is_greedy: bool = True
+    offset: float = 0.0
+    dropped: bool = False
+
+    @property
+    def bound(self) -> float:
+        """The compared total, or an upper bound of it before all tokens are scored."""
+        return sum(self.logprobs) + self.offset
 
 
 def encode(
@@ -109,6 +129,8 @@ def score_continuations(
     continuations: Sequence[Continuation],
     make_room: Callable[[], bool] = lambda: False,
     adapter: int = 0,
+    *,
+    best_only: bool = False,
 ) -> None:
     """Fill in ``logprobs`` and ``is_greedy`` of every continuation.
 
@@ -118,6 +140,7 @@ def score_continuations(
         continuations: of any number of prompts.
         make_room: frees pages that requests hold; returns False when no request holds any.
         adapter: as in `Chunk`.
+        best_only: drop continuations that are not the best of their group; see `Continuation.dropped`.
 
     Raises:
         UserError: a continuation does not fit the cache.
@@ -135,7 +158,10 @@ def score_continuations(
             for group in _admit(backend, waiting, make_room):
                 batch.append(group)
             _score_shared(backend, batch)
-            _score_rest(backend, batch)
+            if best_only:
+                _score_best(backend, batch)
+            else:
+                _score_rest(backend, [(group, group.rest) for group in batch])
         finally:
             for group in batch:
                 _close(backend, group.pages)
@@ -177,7 +203,7 @@ def _admit(backend: Backend, waiting: deque[_Group], make_room: Callable[[], boo
             deferred.append(waiting.popleft())
             continue
         fed += len(group.shared) - pages.computed
-        fits = not count or fed <= backend.max_tokens
+        fits = not count or fed <= FEEDS * backend.max_tokens
         while fits and not pages.reserve(group.longest):
             fits = not count and make_room()
         if not fits:
@@ -219,9 +245,9 @@ def _score_shared(backend: Backend, batch: Sequence[_Group]) -> None:
         group.pages.share(group.shared)
 
 
-def _score_rest(backend: Backend, batch: Sequence[_Group]) -> None:
-    """Score the tokens of each member that its group does not share."""
-    unfinished = [(group, rest) for group in batch if (rest := group.rest)]
+def _score_rest(backend: Backend, batch: Sequence[tuple[_Group, deque[Continuation]]]) -> None:
+    """Score the tokens of given members that their groups do not share."""
+    unfinished = [(group, rest) for group, rest in batch if rest]
     while unfinished:
         copies: list[PagedSequence] = []
         try:
@@ -230,6 +256,48 @@ def _score_rest(backend: Backend, batch: Sequence[_Group]) -> None:
             for copy in copies:
                 _close(backend, copy)
         unfinished = [(group, rest) for group, rest in unfinished if rest]
+
+
+def _score_best(backend: Backend, batch: Sequence[_Group]) -> None:
+    """Score the rest of the most promising members of each group, until no other can be better.
+
+    The first turn takes one member of each group and each later turn twice as many: where the model is sure of a
+    continuation one turn is enough, and where it is not, few turns with many tokens are faster than many with few.
+    """
+    unfinished = [_Contest.of(group) for group in batch]
+    count = 1
+    while unfinished := [contest for contest in unfinished if contest.drop_beaten()]:
+        turn = [
+            (contest, [contest.rest.popleft() for _ in range(min(count, len(contest.rest)))])
+            for contest in unfinished
+        ]
+        _score_rest(backend, [(contest.group, deque(members)) for contest, members in turn])
+        for contest, members in turn:
+            contest.best = max(contest.best, *(member.bound for member in members))
+        count *= 2
+
+
+@dataclass
+class _Contest:
+    """A group whose best member is sought: the members that are not scored yet, the most promising first."""
+
+    group: _Group
+    rest: deque[Continuation]
+    best: float  # the largest total of a scored member
+
+    @classmethod
+    def of(cls, group: _Group) -> Self:
+        rest = group.rest
+        totals = [member.bound for member in group.members if member not in rest]
+        return cls(
+            group, deque(sorted(rest, key=lambda member: -member.bound)), max(totals, default=-math.inf)
+        )
+
+    def drop_beaten(self) -> bool:
+        """Drop the members that cannot be the best; return whether any is left to score."""
+        while self.rest and self.rest[-1].bound < self.best:
+            self.rest.pop().dropped = True
+        return bool(self.rest)
 
 
 def _score_members(

@@ -161,16 +161,52 @@ class Scorer:
         Raises:
             UserError: a choice is empty, a prompt is too long, or ``end`` is True without an EOS token.
         """
-        if len(prompts) != len(choices):
-            raise UserError(
-                f"{len(prompts)} prompts with {len(choices)} lists of choices; give one list for each prompt"
-            )
-        groups = [
-            [self._encode(adapter, number, prompt, choice, special, end) for choice in choices[number]]
-            for number, prompt in enumerate(prompts)
-        ]
+        groups = self._groups(prompts, choices, end, special, adapter)
         self._score([choice for group in groups for choice in group], adapter)
         return [[sum(choice.logprobs) for choice in group] for group in groups]
+
+    def best_choice(
+        self,
+        prompts: Sequence[str],
+        choices: Sequence[Sequence[str]],
+        offsets: Sequence[Sequence[float]] | None = None,
+        end: bool = False,
+        special: bool = True,
+        *,
+        adapter: str | None = None,
+    ) -> list[int]:
+        """Return the index of the likeliest of ``choices[i]`` after ``prompts[i]``, the first of equal ones.
+
+        The result is that of the largest number in `choose` plus ``offsets``, but choices that cannot be the best
+        are not computed to their end, so it takes less time.
+
+        Args:
+            prompts: N texts.
+            choices: N lists of texts.
+            offsets: N lists of what is added to each log-probability, such as a correction for how often the
+                model chooses a label; None: nothing.
+            end: as in `choose`.
+            special: as in `score`.
+            adapter: its name; None for the weights alone.
+
+        Raises:
+            UserError: as `choose`; a prompt has no choice.
+        """
+        groups = self._groups(prompts, choices, end, special, adapter)
+        for number, group in enumerate(groups):
+            if not group:
+                raise UserError(f"{prompt_name(number, len(prompts))} has no choices; give at least one")
+            if offsets is not None:
+                for choice, offset in zip(group, offsets[number], strict=True):
+                    choice.offset = offset
+        self._score([choice for group in groups for choice in group], adapter, best_only=True)
+        return [
+            max(
+                (index for index, choice in enumerate(group) if not choice.dropped),
+                key=lambda index: (group[index].bound, -index),
+            )
+            for group in groups
+        ]
 
     def prompt_logprobs(
         self, prompts: Sequence[Sequence[int]], top: int = 0, *, adapter: str | None = None
@@ -227,6 +263,24 @@ class Scorer:
             first = first and not self._bytes_of(token)
         return pieces
 
+    def _groups(
+        self,
+        prompts: Sequence[str],
+        choices: Sequence[Sequence[str]],
+        end: bool,
+        special: bool,
+        adapter: str | None,
+    ) -> list[list[Continuation]]:
+        """Encode the choices of each prompt."""
+        if len(prompts) != len(choices):
+            raise UserError(
+                f"{len(prompts)} prompts with {len(choices)} lists of choices; give one list for each prompt"
+            )
+        return [
+            [self._encode(adapter, number, prompt, choice, special, end) for choice in choices[number]]
+            for number, prompt in enumerate(prompts)
+        ]
+
     def _encode(
         self,
         adapter: str | None,
@@ -243,10 +297,14 @@ class Scorer:
         self._check_tokens(encoded.tokens[-1:], "the continuation")
         return encoded
 
-    def _score(self, continuations: Sequence[Continuation], adapter: str | None) -> None:
+    def _score(
+        self, continuations: Sequence[Continuation], adapter: str | None, best_only: bool = False
+    ) -> None:
         """Fill in the results of the continuations."""
         number = self.number_of(adapter)
-        score_continuations(self.backend, self.pool, continuations, self._make_room, number)
+        score_continuations(
+            self.backend, self.pool, continuations, self._make_room, number, best_only=best_only
+        )
 
     def _check_tokens(self, tokens: Sequence[int], name: str, limit: int | None = None) -> None:
         """Raise UserError for tokens that the model can't read; ``name`` names them in the message."""

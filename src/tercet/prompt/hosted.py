@@ -204,6 +204,19 @@ class HostedModel:
             for prompt, row in zip(prompts, choices, strict=True)
         ]
 
+    def best_choice(
+        self,
+        prompts: Sequence[CheckedPrompt],
+        choices: Sequence[Sequence[str]],
+        offsets: Sequence[float] | None = None,
+        end: bool = False,
+    ) -> list[int]:
+        """Return the index of the choice with the largest log-probability plus offset, of all that `choose` scores."""
+        return [
+            max(range(len(row)), key=lambda index: row[index] + (offsets[index] if offsets else 0.0))
+            for row in self.choose(prompts, choices, end)
+        ]
+
     def read(self, prompt: CheckedPrompt, top: int) -> list[Step]:
         """Return no steps: servers report the probabilities of the tokens that they wrote only."""
         return []

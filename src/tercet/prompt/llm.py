@@ -327,6 +327,34 @@ class LLM:
         checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
         return self._model.choose(checked, _choice_rows(choices, len(checked)), end)
 
+    def best_choice(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        offsets: Sequence[float] | None = None,
+        end: bool = False,
+    ) -> list[int]:
+        """Return the index of the likeliest choice after every prompt, the first of equal ones.
+
+        The result is that of `choose`, in less time: a local model drops a choice as soon as its first tokens
+        are less likely than another choice is in total.
+
+        Args:
+            prompts: as in ``choose``.
+            choices: as in ``choose``.
+            offsets: a number for each choice that is added to its log-probability; None: nothing is added.
+            end: as in ``choose``.
+
+        Raises:
+            UserError: as ``choose``.
+        """
+        checked = [_checked(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
+        rows = _choice_rows(choices, len(checked))
+        if offsets is not None and any(len(row) != len(offsets) for row in rows):
+            raise UserError(f"{len(offsets)} offsets do not fit the choices; give one for each choice")
+        return self._model.best_choice(checked, rows, offsets, end)
+
     def explain(
         self,
         prompt: Prompt,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding, check_context, conversation_text
 from tercet.engine.engine import Engine
@@ -17,6 +17,8 @@ from tercet.model.source import directory_of
 from tercet.prompt.explain import Step, steps_read
 from tercet.prompt.model import CheckedPrompt
 from tercet.prompt.settings import CallSettings
+
+T = TypeVar("T")
 
 
 class LocalModel:
@@ -115,15 +117,38 @@ class LocalModel:
 
         end: count the end-of-text token as part of every choice.
         """
-        totals: dict[int, list[float]] = {}
+
+        def score(texts: list[str], rows: list[int], special: bool) -> list[list[float]]:
+            return self.engine.choose(texts, [choices[row] for row in rows], end=end, special=special)
+
+        return self._by_kind(prompts, score)
+
+    def best_choice(
+        self,
+        prompts: Sequence[CheckedPrompt],
+        choices: Sequence[Sequence[str]],
+        offsets: Sequence[float] | None = None,
+        end: bool = False,
+    ) -> list[int]:
+        """Return the index of the choice with the largest log-probability plus offset after its prompt."""
+
+        def choose(texts: list[str], rows: list[int], special: bool) -> list[int]:
+            added = None if offsets is None else [offsets] * len(rows)
+            own = [choices[row] for row in rows]
+            return self.engine.best_choice(texts, own, added, end=end, special=special)
+
+        return self._by_kind(prompts, choose)
+
+    def _by_kind(
+        self, prompts: Sequence[CheckedPrompt], compute: Callable[[list[str], list[int], bool], list[T]]
+    ) -> list[T]:
+        """Return a result for each prompt: one call for all, unless texts and conversations are mixed."""
+        results: dict[int, T] = {}
         texts = [self._text(prompt) for prompt in prompts]
-        for kind in {special for _, special in texts}:  # one call for all, unless kinds are mixed
+        for kind in {special for _, special in texts}:
             rows = [number for number, (_, special) in enumerate(texts) if special == kind]
-            scores = self.engine.choose(
-                [texts[row][0] for row in rows], [choices[row] for row in rows], end=end, special=kind
-            )
-            totals |= dict(zip(rows, scores, strict=True))
-        return [totals[number] for number in range(len(texts))]
+            results |= dict(zip(rows, compute([texts[row][0] for row in rows], rows, kind), strict=True))
+        return [results[number] for number in range(len(texts))]
 
     def read(self, prompt: CheckedPrompt, top: int) -> list[Step]:
         """Return the probability of each token of a prompt, with the ``top`` likeliest in its place."""

@@ -68,6 +68,15 @@ class Model(Protocol):
         end: count the end-of-text token as part of every choice.
         """
 
+    def best_choice(
+        self,
+        prompts: Sequence[CheckedPrompt],
+        choices: Sequence[Sequence[str]],
+        offsets: Sequence[float] | None = None,
+        end: bool = False,
+    ) -> list[int]:
+        """Return the index of the choice with the largest log-probability plus offset after its prompt."""
+
     def read(self, prompt: CheckedPrompt, top: int) -> list[Step]:
         """Return the probability of each token of a prompt and of the ``top`` likeliest; [] where unknown."""
 
