@@ -4,8 +4,20 @@ from collections import Counter
 
 import pytest
 
-from tercet.data.fewshot import Example, ShotSelector, choose, few_shot_messages, few_shot_text, separator
+from tercet.data.fewshot import Example, Method, ShotSelector, few_shot_messages, few_shot_text, separator
 from tercet.errors import UserError
+
+
+def choose(
+    train: list[Example],
+    k: int,
+    labels: list[str] | None = None,
+    seed: int = 0,
+    method: Method = "balanced",
+    query: str | None = None,
+) -> list[Example]:
+    return ShotSelector(train, k, labels, seed, method).choose(query)
+
 
 TRAIN = [Example(f"text {number}", "spam" if number % 5 == 0 else "ham") for number in range(50)]
 LABELS = ["ham", "spam"]
@@ -33,14 +45,14 @@ def test_open_tasks_draw_from_all_examples() -> None:
     assert len(set(choose(train, 4, seed=2))) == 4
 
 
-def test_similar_shots_are_the_nearest_with_the_nearest_last() -> None:
+def test_nearest_shots_end_with_the_nearest() -> None:
     train = [
         Example("open a network socket to a server", "network"),
         Example("parse the date and time of day", "time"),
         Example("listen on a socket of the network", "network"),
         Example("bake bread in an oven", "food"),
     ]
-    selector = ShotSelector(train, 2, method="similar")
+    selector = ShotSelector(train, 2, method="characters")
     shots = selector.choose("listen on a network socket")
     assert [shot.input for shot in shots] == [
         "open a network socket to a server",
@@ -49,19 +61,45 @@ def test_similar_shots_are_the_nearest_with_the_nearest_last() -> None:
     assert selector.choose("what time of day")[-1].target == "time"
 
 
-def test_similar_works_on_texts_of_one_character_and_on_empty_ones() -> None:
+def test_nearest_works_on_texts_of_one_character_and_on_empty_ones() -> None:
     train = [Example("好", "a"), Example("", "b"), Example("坏", "c")]
-    assert choose(train, 1, method="similar", query="好")[0].target == "a"
-    assert len(choose(train, 3, method="similar", query="")) == 3
+    assert choose(train, 1, method="characters", query="好")[0].target == "a"
+    assert len(choose(train, 3, method="characters", query="")) == 3
+
+
+def test_retrieval_compares_the_text_and_not_the_words_that_all_inputs_share() -> None:
+    train = [
+        Example("Text: apple pie. Label:", "food", "apple pie"),
+        Example("Text: Label:", "none", "text label"),
+    ]
+    assert choose(train, 1, method="bm25", query="an apple")[0].target == "food"
+    assert choose(train, 1, method="bm25", query="label")[0].target == "none"
+
+
+def test_the_nearest_can_come_first() -> None:
+    train = [Example("red car", "a"), Example("red cars drive", "b"), Example("blue sky", "c")]
+    last = ShotSelector(train, 2, method="characters").choose("red car")
+    first = ShotSelector(train, 2, method="characters", order="nearest first").choose("red car")
+    assert last == first[::-1]
+    assert first[0].target == "a"
+
+
+def test_diverse_shots_are_near_and_unlike_each_other() -> None:
+    same = [Example(f"open the red door {word}", word) for word in ("now", "now!", "now.")]
+    train = [*same, Example("open a window", "window"), Example("bake bread", "bread")]
+    near = {shot.target for shot in choose(train, 2, method="characters", query="open the red door now")}
+    diverse = {shot.target for shot in choose(train, 2, method="diverse", query="open the red door now")}
+    assert near <= {"now", "now!", "now."}
+    assert "window" in diverse
 
 
 def test_impossible_choices_are_refused() -> None:
     with pytest.raises(UserError, match="9 shots from 3 train examples"):
         choose(TRAIN[:3], 9, LABELS)
-    with pytest.raises(UserError, match="balanced and similar"):
+    with pytest.raises(UserError, match="balanced, characters, bm25"):
         choose(TRAIN, 2, method="best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="for a query"):
-        choose(TRAIN, 2, method="similar")
+        choose(TRAIN, 2, method="characters")
     with pytest.raises(UserError, match="'spam', which is not among"):
         choose(TRAIN, 2, ["ham", "eggs"])
 

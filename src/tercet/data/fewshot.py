@@ -9,20 +9,33 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Literal, get_args
 
 from tercet.data.conversation import Message
+from tercet.data.retrieval import Method as RetrievalMethod
+from tercet.data.retrieval import Retriever
 from tercet.errors import UserError
 
-Method = Literal["balanced", "similar"]
+Method = Literal["balanced", "characters", "bm25", "tfidf", "diverse"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Order = Literal["nearest last", "nearest first"]
+
+# Maximal marginal relevance (Carbonell & Goldstein 1998): the weight of the likeness to the query against that to
+# the shots that are chosen already, and how many times the shots are candidates.
+RELEVANCE, CANDIDATES = 0.5, 4
 
 
 @dataclass(frozen=True)
 class Example:
-    """A solved example: the input that the model reads, and the right answer."""
+    """A solved example: the input that the model reads, and the right answer.
+
+    ``text`` is what retrieval compares, without the words that all inputs share; "" means the input.
+    """
 
     input: str
     target: str
+    text: str = ""
 
 
 class ShotSelector:
@@ -31,9 +44,17 @@ class ShotSelector:
     ``balanced`` draws at random from each label in turn (from all examples if ``labels`` is None) and
     shows the shots in random order, the same for every query.
 
-    ``similar`` takes the nearest neighbours of each query by TF-IDF of character n-grams, which suit any
-    language and any length of text. The nearest comes last, where it has most influence (Liu et al. 2022,
-    arXiv:2101.06804).
+    ``characters``, ``bm25`` and ``tfidf`` take the nearest neighbours of each query (see
+    `tercet.data.retrieval`), which most tasks gain from (Liu et al. 2022, arXiv:2101.06804). ``diverse`` takes
+    near ones that are unlike each other (maximal marginal relevance, Carbonell & Goldstein 1998) by characters.
+
+    Args:
+        train: examples of the train split.
+        k: shots in a prompt.
+        labels: of a closed task, for ``balanced``.
+        seed: of the random choice.
+        method: how shots are chosen.
+        order: where the nearest stands. Last, beside the query, it has most influence.
 
     Raises:
         UserError: ``k`` is below 1 or above the number of examples, or the method is unknown.
@@ -46,50 +67,79 @@ class ShotSelector:
         labels: Sequence[str] | None = None,
         seed: int = 0,
         method: Method = "balanced",
+        order: Order = "nearest last",
     ) -> None:
         if not 1 <= k <= len(train):
             raise UserError(f"{k} shots from {len(train)} train examples; take from 1 to {len(train)}")
-        if method not in ("balanced", "similar"):
-            raise UserError(f"few-shot method {method!r}; the methods are balanced and similar")
-        self.train, self.k, self.method = list(train), k, method
-        self._fixed = _balanced(self.train, k, labels, seed) if method == "balanced" else []
-        self._vectorizer: Any = None
-        self._rows: Any = None
-        if method == "similar":
-            from sklearn.feature_extraction.text import TfidfVectorizer
+        if method not in METHODS:
+            raise UserError(f"few-shot method {method!r}; the methods are {', '.join(METHODS)}")
+        self.train, self.k, self.method, self.order = list(train), k, method, order
+        self._fixed: list[Example] = []
+        if method == "balanced":
+            self._fixed = _balanced(self.train, k, labels, seed)
+            return
+        self._retriever = _retriever(
+            tuple(example.text or example.input for example in self.train),
+            "characters" if method == "diverse" else method,
+        )
 
-            self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
-            # Only an empty text has no character n-grams.
-            texts = [example.input or "(empty)" for example in self.train]
-            self._rows = self._vectorizer.fit_transform(texts)
+    @property
+    def fixed(self) -> bool:
+        """Whether all queries get the same shots, whose beginning is then computed once."""
+        return self.method == "balanced"
 
     def choose(self, query: str | None = None) -> list[Example]:
-        """Return the shots for ``query``.
+        """Return the shots for ``query``, a text like `Example.text`.
 
         Raises:
-            UserError: the method is ``similar`` and there is no query.
+            UserError: shots are chosen for a query, and there is none.
         """
-        if self.method == "balanced":
+        if self.fixed:
             return list(self._fixed)
         if query is None:
-            raise UserError("similar shots are chosen for a query, which is missing")
-        import numpy as np
+            raise UserError(f"{self.method} shots are chosen for a query, which is missing")
+        return self.choose_all([query])[0]
 
-        similarity = (self._rows @ self._vectorizer.transform([query]).T).toarray()[:, 0]
-        nearest = np.argsort(-similarity, kind="stable")[: self.k]
-        return [self.train[index] for index in reversed(nearest.tolist())]
+    def choose_all(self, queries: Sequence[str]) -> list[list[Example]]:
+        """Return the shots for each query, in one search."""
+        if self.fixed:
+            return [list(self._fixed) for _ in queries]
+        if not queries:
+            return []
+        count = self.k * CANDIDATES if self.method == "diverse" else self.k
+        near = self._retriever.nearest(queries, count)
+        rows = near.indices.tolist()
+        if self.method == "diverse":
+            rows = [
+                self._unlike(row, likeness)
+                for row, likeness in zip(rows, near.similarities.tolist(), strict=True)
+            ]
+        if self.order == "nearest last":
+            rows = [row[::-1] for row in rows]
+        return [[self.train[index] for index in row] for row in rows]
+
+    def _unlike(self, candidates: list[int], likeness: list[float]) -> list[int]:
+        """Return ``k`` of the candidates, each the best by its likeness to the query and to those before it."""
+        texts = [self.train[index].text or self.train[index].input for index in candidates]
+        between = self._retriever.similarities(texts)[:, candidates]
+        chosen = [0]
+        while len(chosen) < min(self.k, len(candidates)):
+            rest = [place for place in range(len(candidates)) if place not in chosen]
+            chosen.append(
+                max(
+                    rest,
+                    key=lambda place: (
+                        RELEVANCE * likeness[place] - (1 - RELEVANCE) * float(between[place, chosen].max())
+                    ),
+                )
+            )
+        return [candidates[place] for place in chosen]
 
 
-def choose(
-    train: Sequence[Example],
-    k: int,
-    labels: Sequence[str] | None = None,
-    seed: int = 0,
-    method: Method = "balanced",
-    query: str | None = None,
-) -> list[Example]:
-    """Return the shots for a single query; for many queries make a :class:`ShotSelector` once."""
-    return ShotSelector(train, k, labels, seed, method).choose(query)
+@lru_cache(maxsize=4)
+def _retriever(texts: tuple[str, ...], method: RetrievalMethod) -> Retriever:
+    """Return an index; selectors that differ only in the number and order of shots share it."""
+    return Retriever(texts, method)
 
 
 def _balanced(train: list[Example], k: int, labels: Sequence[str] | None, seed: int) -> list[Example]:

@@ -26,7 +26,6 @@ from tercet.engine.cache import PagedSequence, PagePool
 from tercet.errors import UserError
 from tercet.model.tokenizer import Tokenizer
 
-
 # Full feeds of prompts in a batch. The tokens after the prompts are few, and one feed takes those of many prompts.
 FEEDS = 8
 

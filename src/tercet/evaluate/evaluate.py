@@ -80,8 +80,8 @@ def evaluate(
         raise UserError(f"`shots` is {shots}; it must be 0 or more")
     if tuned is None:
         tuned = llm.directory is not None and _is_tuned(llm.directory)
-    chosen = ShotSelector(as_shots(task, task.train), shots, task.labels, seed).choose() if shots else []
-    answerer = Answerer(llm, task, shots=chosen, tuned=tuned)
+    selector = ShotSelector(as_shots(task, task.train), shots, task.labels, seed) if shots else None
+    answerer = Answerer(llm, task, shots=selector, tuned=tuned)
     examples = task.test if split == "test" else task.dev
     if not examples:
         raise UserError(f"the {split} split of {task.name} is empty")

@@ -57,3 +57,13 @@ class LanguageModel(Protocol):
         self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]], *, end: bool = False
     ) -> list[list[float]]:
         """Return the log-probability of each prompt's choices; ``end`` adds the end-of-text token to each."""
+
+    def best_choice(
+        self,
+        prompts: Sequence[Prompt],
+        choices: Sequence[Sequence[str]],
+        *,
+        offsets: Sequence[float] | None = None,
+        end: bool = False,
+    ) -> list[int]:
+        """Return the index of each prompt's likeliest choice; ``offsets`` are added to the log-probabilities."""

@@ -142,8 +142,7 @@ def _answerer(task: Task, llm: LLM, shots: int = 0, train: Sequence[Example] = (
     """Return what answers after a number of solved examples of ``train``, as the prompting rungs do."""
     if not shots:
         return Answerer(llm, task)
-    chosen = ShotSelector(as_shots(task, train), shots, task.labels).choose()
-    return Answerer(llm, task, shots=chosen)
+    return Answerer(llm, task, shots=ShotSelector(as_shots(task, train), shots, task.labels))
 
 
 def _prompt(answerer: Answerer, text: str) -> Prompt:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tercet.data.fewshot import Example as Shot
-from tercet.data.fewshot import ShotSelector, separator
+from tercet.data.fewshot import Method, Order, ShotSelector, separator
 from tercet.evaluate.answer import Answer, Answerer, as_shots
-from tercet.evaluate.task import Example
+from tercet.evaluate.task import Example, Task
+from tercet.evaluate.wording import Wording, default_wording, wordings
 from tercet.ladder.result import Level
+from tercet.ladder.rungs.racing import Contender, race
 from tercet.ladder.rungs.rung import Setting
 from tercet.prompt.llm import LLM
 
-SHOT_DRAWS = 3  # sets of shots that are compared on dev
-SHOT_DEV = 60  # dev examples that they are compared on
 SHOT_SHARE = 0.7  # of the tokens of a prompt that shots may use; the rest is for the input
+FIRST_COUNT = 4  # shots in the race of methods
+# The most promising first: with little time the last ones do not run. Two random choices, since the choice of
+# examples and their order have a large effect (Lu et al. 2022, arXiv:2104.08786).
+METHODS: tuple[tuple[Method, int], ...] = (
+    ("characters", 0), ("bm25", 0), ("balanced", 0), ("diverse", 0), ("balanced", 1),
+)  # fmt: skip
 
 
 class ZeroShot:
-    """The model with the task's prompt.
+    """The model with the task's prompt, in the wording and with the calibration that score best on dev.
 
     Args:
         model: returns the model when it is needed.
@@ -33,10 +40,12 @@ class ZeroShot:
         self.details: dict[str, Any] = {}
 
     def fit(self, setting: Setting) -> None:
-        """Load the model."""
-        self.answerer = Answerer(self._model(), setting.task)
-        method = "labels scored by log-probability" if self.answerer.scores_labels else "generation"
-        self.details = {"model": self.answerer.llm.name, "answers by": method}
+        """Load the model and choose the wording."""
+        llm, task = self._model(), setting.task
+        contenders = [
+            Contender(str(wording), Answerer(llm, task, wording=wording)) for wording in wordings(llm, task)
+        ]
+        self._finish(*self._race(contenders, setting, 1.0))
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
         """Return one answer for each example."""
@@ -46,62 +55,167 @@ class ZeroShot:
         """Return the size of the model's files; None for a hosted model."""
         return self.answerer.size_bytes()
 
+    def _race(
+        self, contenders: list[Contender], setting: Setting, share: float
+    ) -> tuple[Contender, list[dict[str, Any]]]:
+        """Race on dev with a share of the rung's tokens. A hosted model does not race: its tokens cost money."""
+        tokens = share * setting.tokens if contenders[0].answerer.llm.is_local else 0
+        return race(contenders, _shuffled(setting.task.dev, setting.seed), tokens)
+
+    def _finish(self, winner: Contender, rows: list[dict[str, Any]], **details: Any) -> None:
+        """Answer in the winner's way from now on, and describe it."""
+        answerer = winner.answerer
+        calibration, offsets = "none", None
+        if winner.seen:
+            _, calibration, offsets = winner.calibrated()
+        self.answerer = Answerer(
+            answerer.llm, answerer.task, shots=answerer.shots, wording=answerer.wording, offsets=offsets
+        )
+        method = "labels scored by log-probability" if answerer.scores_labels else "generation"
+        self.details = {
+            "model": answerer.llm.name, "answers by": method, "wording": str(answerer.wording), **details,
+        }  # fmt: skip
+        if answerer.scores_labels:
+            self.details["calibration"] = calibration
+        if rows:
+            self.details["chosen on dev"] = rows
+
 
 class FewShot(ZeroShot):
     """The model with the task's prompt, after solved examples of the training split.
 
-    The choice of the examples has a large effect (Lu et al. 2022, arXiv:2104.08786), so a few random
-    choices are compared on dev.
+    Dev chooses how the examples are selected, how many there are, their order and the wording, one after another.
     """
 
     name = "few-shot"
 
     def fit(self, setting: Setting) -> None:
-        """Choose the shots with the best score on dev."""
+        """Choose the shots and the wording with the best score on dev."""
         llm, task = self._model(), setting.task
-        train = as_shots(task, task.train)
-        count, train = _fitting_shots(Answerer(llm, task), train, min(task.few_shot, len(train)))
-        draws = SHOT_DRAWS if llm.is_local else 1  # a hosted model's tokens cost money
-        candidates = [
-            Answerer(llm, task, shots=ShotSelector(train, count, task.labels, setting.seed + draw).choose())
-            for draw in range(draws)
+        pool = _ShotPool(llm, task)
+        most = pool.most(min(task.few_shot, len(task.train)))
+
+        def contender(
+            choice: str,
+            method: Method,
+            count: int,
+            wording: Wording,
+            seed: int = 0,
+            order: Order = "nearest last",
+        ) -> Contender:
+            shots = pool.short(count)
+            selector = ShotSelector(
+                shots, min(count, len(shots)), task.labels, setting.seed + seed, method, order
+            )
+            return Contender(choice, Answerer(llm, task, shots=selector, wording=wording))
+
+        wording = default_wording(llm, task)
+        count = min(FIRST_COUNT, most) if llm.is_local else most
+        methods = [
+            contender(
+                f"{count} shots: {_described(method)}{' (another draw)' if seed else ''}",
+                method,
+                count,
+                wording,
+                seed,
+            )
+            for method, seed in METHODS
         ]
-        self.answerer = candidates[0]
-        if draws > 1:
-            scores = [_dev_score(answerer, task.dev[:SHOT_DEV]) for answerer in candidates]
-            self.answerer = candidates[max(range(draws), key=scores.__getitem__)]
-        self.details = {"model": llm.name, "shots": count, "draws compared on dev": draws}
-        if count < task.few_shot:
-            self.details["note"] = f"{count} of the {task.few_shot} shots of the task fit the model's context"
+        winner, rows = self._race(methods, setting, 0.35)
+        method, seed = METHODS[methods.index(winner)]
+        fewer_and_more = [
+            contender(f"{other} shots: {_described(method)}", method, other, wording, seed)
+            for other in _counts(most)
+            if other != count
+        ]
+        winner, more = self._race([winner, *fewer_and_more], setting, 0.35)
+        rows += more
+        shots = winner.answerer.shots
+        assert shots is not None
+        others = [
+            contender(str(other), method, shots.k, other, seed)
+            for other in wordings(llm, task)
+            if other != wording and other.labels != "question"
+        ]
+        if not shots.fixed:
+            others.append(
+                contender("the nearest shot first", method, shots.k, wording, seed, "nearest first")
+            )
+        winner, more = self._race([winner, *others], setting, 0.3)
+        rows += more
+        shots = winner.answerer.shots
+        assert shots is not None
+        details: dict[str, Any] = {"shots": shots.k, "shots are": _described(method)}
+        if not shots.fixed:
+            details["order"] = shots.order
+        if most < task.few_shot:
+            details["note"] = (
+                f"at most {most} of the {task.few_shot} shots of the task fit the model's context"
+            )
+        self._finish(winner, _latest(rows), **details)
 
 
-def _dev_score(answerer: Answerer, dev: Sequence[Example]) -> float:
-    """Return the mean score of the answers to dev examples."""
-    scores = [
-        answerer.task.metric.score(answer.text, example.target, example.fields)
-        for answer, example in zip(answerer.answer(dev), dev, strict=True)
-    ]
-    return sum(scores) / len(scores)
+def _described(method: Method) -> str:
+    return {
+        "balanced": "drawn at random, balanced over the labels",
+        "characters": "nearest by character n-grams",
+        "bm25": "nearest by BM25",
+        "tfidf": "nearest by TF-IDF",
+        "diverse": "near and unlike each other",
+    }[method]
 
 
-def _fitting_shots(answerer: Answerer, train: list[Shot], count: int) -> tuple[int, list[Shot]]:
-    """Return the number of shots, at most ``count``, and the shots that are short enough for that number.
+def _counts(most: int) -> list[int]:
+    """Return the numbers of shots to compare: powers of two up to ``most``, and ``most`` itself."""
+    counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    return counts if most in counts else [*counts, most]
+
+
+def _shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """Return examples in random order: a file may be sorted by label."""
+    return random.Random(seed).sample(list(examples), len(examples))
+
+
+def _latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without repetition: a winner runs in the next race too, and its last row counts."""
+    latest = {row["choice"]: row for row in rows}
+    return list(latest.values())
+
+
+class _ShotPool:
+    """The training examples that are short enough to be shots.
 
     Together the shots use up to `SHOT_SHARE` of the prompt's room. The input has the rest; a longer input is
-    shortened and counted. The number of shots is reduced until at least a quarter of the training examples is
-    short enough.
+    shortened and counted.
     """
-    room = answerer.room
-    if room is None:
-        return count, train
-    lengths = [
-        answerer.llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n") for shot in train
-    ]
-    for number in range(count, 1, -1):
-        fitting = [
-            shot for shot, length in zip(train, lengths, strict=True) if length * number <= SHOT_SHARE * room
-        ]
-        if len(fitting) >= max(number, len(train) / 4):
-            return number, fitting
-    shortest = sorted(zip(lengths, range(len(train)), strict=True))[: max(1, len(train) // 4)]
-    return 1, [train[index] for _, index in shortest]
+
+    def __init__(self, llm: LLM, task: Task) -> None:
+        self._shots = as_shots(task, task.train)
+        self._room = Answerer(llm, task).room
+        self._lengths: list[int] = []
+        if self._room is not None:
+            self._lengths = [
+                llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n")
+                for shot in self._shots
+            ]
+
+    def most(self, count: int) -> int:
+        """Return the largest number of shots, at most ``count``, with a quarter of the examples short enough."""
+        for number in range(count, 1, -1):
+            if len(self._fitting(number)) >= max(number, len(self._shots) / 4):
+                return number
+        return 1
+
+    def short(self, count: int) -> list[Shot]:
+        """Return the shots that are short enough to be among ``count``; the shortest quarter if none is."""
+        fitting = self._fitting(count)
+        if len(fitting) >= count:
+            return fitting
+        order = sorted(range(len(self._shots)), key=lambda index: (self._lengths[index], index))
+        return [self._shots[index] for index in order[: max(count, len(self._shots) // 4)]]
+
+    def _fitting(self, count: int) -> list[Shot]:
+        if self._room is None:
+            return self._shots
+        limit = SHOT_SHARE * self._room / count
+        return [shot for shot, length in zip(self._shots, self._lengths, strict=True) if length <= limit]

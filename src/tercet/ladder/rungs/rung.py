@@ -20,6 +20,7 @@ class Setting:
     directory: Path  # for this rung only; files in it survive a kill
     seed: int = 0
     minutes: float | None = None  # for training; None: no limit
+    tokens: int = 60_000  # that choices on dev may take, prompts and labels together
 
 
 class Rung(Protocol):
