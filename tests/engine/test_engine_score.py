@@ -255,6 +255,54 @@ def test_shared_tokens_are_computed_once(make_engine: Make, byte_level: Tokenize
     assert recording.feeds == 2 * 2, "and all choices at once after each"
 
 
+@settings(derandomize=True, max_examples=80, deadline=None)
+@given(
+    continuations(), st.sampled_from([52, 100, 10_000]), st.lists(st.floats(-8, 8), min_size=20, max_size=20)
+)
+def test_the_best_continuation_is_that_of_all_scores(
+    make_engine: Make, pieces: list[Continuation], room: int, offsets: list[float]
+) -> None:
+    """Whatever is dropped, the best of each group is the one that complete scores give."""
+    engine = make_engine(room=room)
+    for piece, offset in zip(pieces, offsets, strict=False):
+        piece.offset = offset
+    score_continuations(engine.backend, engine.pool, pieces, best_only=True)
+    for group in {piece.group for piece in pieces}:
+        members = [piece for piece in pieces if piece.group == group]
+        totals = [sum(by_hand(engine, member.tokens, member.begin)) + member.offset for member in members]
+        kept = [member for member in members if not member.dropped]
+        assert max(member.bound for member in kept) == pytest.approx(max(totals), abs=1e-4)
+        for member, total in zip(members, totals, strict=True):
+            assert member.bound >= total - 1e-4
+            assert not member.dropped or total <= max(totals) + 1e-4
+
+
+def test_the_best_choice_is_that_of_choose_with_offsets(make_engine: Make) -> None:
+    engine = make_engine()
+    prompts = [f"{start}:" for start in ("The", "Once", "a", "日本", "")]
+    offsets = [0.0, 3.0, -2.0, 5.0, 1.0, 0.5, 4.0]
+    for added in (None, offsets):
+        for end in (False, True):
+            scores = np.array(engine.choose(prompts, [LABELS] * 5, end=end)) + (0 if added is None else added)
+            best = engine.best_choice(prompts, [LABELS] * 5, None if added is None else [added] * 5, end=end)
+            assert best == scores.argmax(axis=1).tolist()
+    assert engine.best_choice(["The"], [[" fox", " dog", " dog"]], [[-99.0, 0.0, 0.0]]) == [1], (
+        "the first of equals"
+    )
+    with pytest.raises(UserError, match="prompt 2 has no choices"):
+        engine.best_choice(["a", "b"], [["x"], []])
+
+
+def test_choices_that_cannot_be_the_best_are_not_computed_to_their_end(make_engine: Make) -> None:
+    engine = make_engine()
+    long = [f" {word}" + " and so on" * 4 for word in ("fox", "dog", "time", "one")]
+    recording = engine.backend = Recording(engine.backend)
+    engine.choose(["The quick brown"], [long])
+    all_fed, recording.fed = recording.fed, 0
+    assert engine.best_choice(["The quick brown "], [long], [[0.0, -500.0, -500.0, -500.0]]) == [0]
+    assert recording.fed < 0.5 * all_fed
+
+
 def test_the_choices_of_one_prompt_share_a_feed(make_engine: Make) -> None:
     engine = make_engine()
     recording = engine.backend = Recording(engine.backend)

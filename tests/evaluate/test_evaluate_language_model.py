@@ -36,6 +36,7 @@ def test_a_hosted_llm_is_a_language_model(monkeypatch: pytest.MonkeyPatch) -> No
         ("count_tokens", ["a prompt"], {}),
         ("batch", [["a prompt"]], {"max_tokens": 3, "temperature": 0.0, "stop": ("\n",)}),
         ("choose", [["a prompt"], [["yes", "no"]]], {"end": True}),
+        ("best_choice", [["a prompt"], [["yes", "no"]]], {"offsets": [0.5, 0.0], "end": True}),
     ],
 )
 def test_every_call_fits_both_signatures(
@@ -81,11 +82,11 @@ def test_a_space_that_ends_a_prompt_belongs_to_the_answer_unless_the_model_was_t
         def __getattr__(self, name: str) -> object:
             return getattr(llm, name)
 
-        def choose(
-            self, prompts: list[str], choices: list[list[str]], end: bool = False
-        ) -> list[list[float]]:
+        def best_choice(
+            self, prompts: list[str], choices: list[list[str]], offsets: object = None, end: bool = False
+        ) -> list[int]:
             calls.append((list(prompts), choices))
-            return llm.choose(prompts, choices, end=end)
+            return llm.best_choice(prompts, choices, end=end)
 
     rows = [{"text": f"{word} {n}", "label": word} for n in range(20) for word in ("ham", "eggs")]
     for ending, stem in ((": ", ":"), (":", ":"), (":\n", ":\n")):
@@ -94,7 +95,8 @@ def test_a_space_that_ends_a_prompt_belongs_to_the_answer_unless_the_model_was_t
         for tuned, prompt in ((False, text + stem), (True, text + ending)):
             Answerer(Recording(), task, tuned=tuned).answer(task.test[:1])  # type: ignore[arg-type]
             prompts, [choices] = calls.pop()
-            assert prompts == [prompt]
+            # An untuned model is told the labels first.
+            assert [prompts[0].split("\n\n")[-1]] == [prompt]
             space = "" if ending == ":\n" or prompt.endswith(" ") else " "
             assert [choice.rstrip("\n") for choice in choices] == [
                 space + label for label in task.labels or ()

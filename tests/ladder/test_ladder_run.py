@@ -307,7 +307,7 @@ def test_long_inputs_are_shortened_in_the_same_way_for_tuning_and_for_answering(
     assert all(answer.shortened and answer.prompt_tokens < 512 for answer in answers)
     assert llm.tokenizer is not None
     [row] = tuning.training_rows(task, task.test[:1], llm.tokenizer, 512)
-    assert row["prompt"] == answerer.prompt(answerer._input(task.test[0])[0])
+    assert row["prompt"] == answerer.prompts(task.test[:1])[0][0]
     assert " ... " in row["prompt"] and row["prompt"].endswith(" ->")
 
 
