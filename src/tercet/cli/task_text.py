@@ -104,7 +104,10 @@ def _model(check: ModelCheck, task: TaskCheck) -> list[str]:
 
 def _costs(check: ModelCheck, task: TaskCheck) -> list[str]:
     rows = [("majority, tfidf, nearest", "seconds")]
-    rows += [(cost.rung, _answers(cost)) for cost in check.prompting]
+    shots = f" with {check.shots_shown} shots"
+    rows += [
+        (cost.rung, _answers(cost, shots if cost.rung == "few-shot" else "")) for cost in check.prompting
+    ]
     if check.tokens_per_epoch is not None:
         examples = task.splits["train"]
         rows.append(
@@ -117,7 +120,7 @@ def _costs(check: ModelCheck, task: TaskCheck) -> list[str]:
         rows.append(("lora, full", f"not possible: {check.not_tunable}"))
     rows.append(("scratch", "the time left to it: the climb builds a small network of its own"))
     width = max(len(name) for name, _ in rows) + 2
-    lines = [f"Cost of each rung on this machine ({os.cpu_count()} processors)"]
+    lines = [f"Cost of each rung on this machine ({os.cpu_count()} processors), without choices on dev"]
     for name, text in rows:
         lines += textwrap.wrap(
             text, WIDTH, initial_indent=f"  {name:<{width}}", subsequent_indent=" " * (width + 2)
@@ -125,13 +128,12 @@ def _costs(check: ModelCheck, task: TaskCheck) -> list[str]:
     return lines
 
 
-def _answers(cost: PromptingCost) -> str:
-    tried = "; choices on dev take more" if cost.rung == "few-shot" else ""
+def _answers(cost: PromptingCost, shots: str) -> str:
     if cost.seconds is None:
         price = "" if cost.dollars is None else f", about ${cost.dollars:.2g}"
-        return f"{cost.answers:,} requests{price}{tried}"
+        return f"{cost.answers:,} requests{shots}{price}"
     each = cost.seconds / cost.answers
-    return f"about {duration(cost.seconds)} for the test split, {each:.2g} s an answer{tried}"
+    return f"about {duration(cost.seconds)} for the test split{shots}, {each:.2g} s an answer"
 
 
 def _prompt(prompt: PromptShown) -> list[str]:

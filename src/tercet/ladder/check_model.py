@@ -12,10 +12,9 @@ from tercet.errors import UserError
 from tercet.evaluate.answer import Answerer, as_shots
 from tercet.evaluate.language_model import Prompt
 from tercet.evaluate.measure import BATCH
-from tercet.evaluate.shorten import shorten_input
 from tercet.evaluate.task import Example, Task
 from tercet.ladder.check_labels import token_clashes
-from tercet.ladder.rungs.prompting import SHOT_SHARE
+from tercet.ladder.rungs.prompting import FIRST_COUNT, METHODS, SHOT_SHARE
 from tercet.ladder.rungs.tuning import local_start, training_rows
 from tercet.model.tokenizer import Tokenizer
 from tercet.progress import say
@@ -79,6 +78,7 @@ class ModelCheck:
         counted: test examples whose prompts were counted.
         shots: solved examples that the task asks for.
         shots_that_fit: how many of them fit, with room for the input; None if the context is unknown.
+        shots_shown: shots of the few-shot prompt that is shown and measured, the number that its rung begins with.
         prompting: the cost of the answers of each prompting rung.
         tokens_per_epoch: tokens of the training examples, about, as the tuning rungs read them.
         not_tunable: why the model cannot be tuned here; None if it can.
@@ -94,6 +94,7 @@ class ModelCheck:
     shortened: dict[str, int] = field(default_factory=dict)
     counted: int = 0
     shots_that_fit: int | None = None
+    shots_shown: int = 0
     prompting: list[PromptingCost] = field(default_factory=list)
     tokens_per_epoch: int | None = None
     not_tunable: str | None = None
@@ -117,7 +118,8 @@ def check_model(task: Task, llm: LLM) -> tuple[ModelCheck, list[PromptShown]]:
     if zero.room is not None:
         shots, train = _fitting_shots(task, llm, shots, zero.room)
         check.shots_that_fit = shots
-    rungs = {"zero-shot": zero} | ({"few-shot": _answerer(task, llm, shots, train)} if shots else {})
+    shown = min(shots, FIRST_COUNT) if llm.is_local else shots
+    rungs = {"zero-shot": zero} | ({"few-shot": _answerer(task, llm, shown, train)} if shown else {})
     if llm.is_local:
         longest = _count_lengths(check, task, rungs)
         _count_training(check, task, llm)
@@ -125,8 +127,9 @@ def check_model(task: Task, llm: LLM) -> tuple[ModelCheck, list[PromptShown]]:
     else:
         check.not_tunable = f"{llm.name} is a hosted model, so its weights cannot be tuned here"
     prompts = [_shown(zero, middle, "zero-shot, an example of median length")]
-    if shots:
-        title = f"few-shot, the same example with {shots} {'shot' if shots == 1 else 'shots'}"
+    if shown:
+        check.shots_shown = shown
+        title = f"few-shot, the same example with {shown} {'shot' if shown == 1 else 'shots'}"
         prompts.append(_shown(rungs["few-shot"], middle, title))
     prompts.append(_shown(zero, longest, "zero-shot, the longest example"))
     check.warnings = _warnings(check)
@@ -139,36 +142,31 @@ def check_model(task: Task, llm: LLM) -> tuple[ModelCheck, list[PromptShown]]:
 
 
 def _answerer(task: Task, llm: LLM, shots: int = 0, train: Sequence[Example] = ()) -> Answerer:
-    """Return what answers after a number of solved examples of ``train``, as the prompting rungs do."""
+    """Return what answers after a number of solved examples of ``train``.
+
+    It is the first of the ways to prompt that the rung compares on dev.
+    """
     if not shots:
         return Answerer(llm, task)
-    return Answerer(llm, task, shots=ShotSelector(as_shots(task, train), shots, task.labels))
+    method, seed = METHODS[0]
+    return Answerer(llm, task, shots=ShotSelector(as_shots(task, train), shots, task.labels, seed, method))
 
 
-def _prompt(answerer: Answerer, text: str) -> Prompt:
-    """Return what the model reads for a rendered input."""
-    return answerer.prompt(text)
-
-
-def _tokens(answerer: Answerer, text: str) -> int:
-    return answerer.llm.count_tokens(_prompt(answerer, text))
-
-
-def _read(answerer: Answerer, example: Example) -> tuple[str, bool]:
-    """Return the rendered input of an example, and whether it was shortened."""
+def _prompt(answerer: Answerer, example: Example) -> Prompt:
+    """Return what the model would read for an example if everything fitted."""
     task = answerer.task
-    text = task.render(example.fields)
-    if answerer.room is None:
-        return text, False
-    try:
-        return shorten_input(task, example.fields, lambda text: _tokens(answerer, text), answerer.room)
-    except UserError:  # nothing of it fits: show what is too long
-        return text, False
+    return answerer.prompt(task.render(example.fields), task.input_text(example.fields))
+
+
+def _tokens(answerer: Answerer, example: Example) -> int:
+    return answerer.llm.count_tokens(_prompt(answerer, example))
 
 
 def _shown(answerer: Answerer, example: Example, title: str) -> PromptShown:
-    text, shortened = _read(answerer, example)
-    prompt = _prompt(answerer, text)
+    try:
+        [prompt], [shortened] = answerer.prompts([example])
+    except UserError:  # nothing of the input fits: show what is too long
+        prompt, shortened = _prompt(answerer, example), False
     tokens = answerer.llm.count_tokens(prompt) if answerer.llm.is_local else None
     return PromptShown(title, _as_text(prompt, answerer.llm.tokenizer), example.target, tokens, shortened)
 
@@ -204,7 +202,7 @@ def _count_lengths(check: ModelCheck, task: Task, rungs: dict[str, Answerer]) ->
     check.counted = len(examples)
     longest = examples[0]
     for rung, answerer in rungs.items():
-        lengths = [_tokens(answerer, task.render(example.fields)) for example in examples]
+        lengths = [_tokens(answerer, example) for example in examples]
         check.shortened[rung] = sum(
             answerer.room is not None and length > answerer.room for length in lengths
         )
@@ -253,7 +251,7 @@ def _cost(rung: str, answerer: Answerer, task: Task) -> PromptingCost:
         if price is None:
             return PromptingCost(rung, answers)
         size = sum(
-            len(_as_text(_prompt(answerer, task.render(example.fields)), None).encode("utf-8", "replace"))
+            len(_as_text(_prompt(answerer, example), None).encode("utf-8", "replace"))
             for example in task.test
         )
         written = answers * task.max_tokens  # at most
