@@ -19,7 +19,7 @@ from tercet.evaluate.language_model import LanguageModel, Prompt
 from tercet.evaluate.shorten import prompt_room, shorten_input
 from tercet.evaluate.task import Example, Task
 from tercet.evaluate.wording import Wording, default_wording, plain_wording
-from tercet.files import directory_size
+from tercet.model.gguf_index import model_bytes
 from tercet.model.tokenizer import Tokenizer
 
 
@@ -122,7 +122,7 @@ class Answerer:
 
     def size_bytes(self) -> int | None:
         """Return the size of the model's files; None for a hosted model."""
-        return None if self.llm.directory is None else directory_size(self.llm.directory)
+        return None if self.llm.directory is None else model_bytes(self.llm.directory)
 
     def _prompt(self, example: Example, shots: Sequence[Shot]) -> tuple[Prompt, bool]:
         """Return the prompt of an example after its shots, and whether the input was shortened."""

@@ -61,7 +61,11 @@ def climb_with(settings: ClimbSettings) -> Report:
     with open_run(out, "climb", key, config):
         start = time.monotonic()
         _announce(task, out)
-        results = _climb_rungs(task, plan_climb(task, llm, names, minutes, seed, out), seed, out)
+        use_all_cores()
+        plan = plan_climb(task, llm, names, minutes, seed, out)
+        for line in plan.lines(minutes):
+            say(line)
+        results = _climb_rungs(task, plan, seed, out)
         predictions = {
             result.name: [Prediction.from_json(row) for row in read_jsonl(out / str(result.predictions))]
             for result in results
@@ -112,7 +116,8 @@ def _climb_rungs(task: Task, plan: Plan, seed: int, out: Path) -> list[RungResul
             results[name] = RungResult.from_json(read_json(stored))
             say(f"    already measured: {_score(results[name])}")
             continue
-        setting = Setting(task, directory, seed, plan.minutes.get(name))
+        share = plan.shares[name]
+        setting = Setting(task, directory, seed, share.minutes, share.tokens)
         results[name] = _climb_rung(plan.rungs[name], name, setting, out)
         say(f"    {_score(results[name])}")
         write_jsonl(out / "metrics.jsonl", [result.to_json() for result in results.values()])
@@ -173,6 +178,8 @@ def _say_conclusions(report: Report, page: Path, seconds: float) -> None:
     # A log file has no width of its own, and the table must not be cut in it.
     Console(stderr=True, width=None if sys.stderr.isatty() else 110).print(table(report))
     say(f"recommended: {report.recommended or 'none'}. {report.reason}")
+    for line in report.outlook:
+        say(f"what would change it: {line}")
     say(f"report: {page} ({duration(seconds)})")
     say("next:")
     for step in report.next_steps:

@@ -13,6 +13,7 @@ import numpy as np
 from tercet.evaluate.task import Task
 from tercet.host import available_cores, processor_name
 from tercet.ladder.base_model import base_facts
+from tercet.ladder.outlook import outlook
 from tercet.ladder.recommend import recommend
 from tercet.ladder.result import Report, RungResult, Step
 
@@ -49,6 +50,7 @@ def conclude(task: Task, results: list[RungResult], *, model_given: bool, seed: 
         },
         notes=[*task.notes, *_shortened_training(base, results)],
         next_steps=_next_steps(task, base, results, recommended, model_given, out),
+        outlook=outlook(results, recommended, len(task.test), len(task.train)),
     )  # fmt: skip
 
 

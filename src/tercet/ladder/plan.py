@@ -1,33 +1,77 @@
-"""Plan a climb: the model of each rung, and the time of each stage."""
+"""Plan a climb: the model of each rung, and how the time is shared, by speeds that are measured before the first rung."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from tercet.evaluate.task import Task
+from tercet.files import read_json, write_json
 from tercet.ladder.base_model import BaseModel
 from tercet.ladder.rungs.baselines import Majority, TfidfLogistic
 from tercet.ladder.rungs.nearest import Nearest
 from tercet.ladder.rungs.prompting import FewShot, ZeroShot
 from tercet.ladder.rungs.rung import Rung
 from tercet.ladder.rungs.tuning import Tuned, local_start, untrained
+from tercet.ladder.speed import PromptCosts
+from tercet.progress import duration
 from tercet.prompt.llm import LLM
 
 BASELINES = ("majority", "tfidf", "nearest")
+PROMPTED = ("zero-shot", "few-shot")
+TRAINED = ("lora", "full", "scratch")
 BASE = "base"  # the stage that pre-trains the base model
 
-# Shares of the time budget. The rest is for the prompting rungs, measuring and the report.
-SHARES_WITHOUT_MODEL = {"base": 0.5, "lora": 0.12, "full": 0.12, "scratch": 0.12}
-SHARES_WITH_MODEL = {"lora": 0.25, "full": 0.25, "base": 0.2, "scratch": 0.1}
-# Rough seconds of the other stages on two cores, only for the estimate of the remaining time.
-TYPICAL_SECONDS = {"majority": 1, "tfidf": 4, "nearest": 3, "zero-shot": 15, "few-shot": 40}
+# Shares of the time that remains after what every rung must do: answer the test examples. A rung that was not
+# requested gives its share to the others.
+SHARES_WITHOUT_MODEL = {
+    "base": 0.5,
+    "zero-shot": 0.03,
+    "few-shot": 0.08,
+    "lora": 0.13,
+    "full": 0.13,
+    "scratch": 0.13,
+}
+SHARES_WITH_MODEL = {
+    "zero-shot": 0.06,
+    "few-shot": 0.14,
+    "lora": 0.32,
+    "full": 0.22,
+    "base": 0.16,
+    "scratch": 0.1,
+}
+LEAST = 0.3  # of the time that is shared, where answering the test examples leaves less
+# Rough seconds of stages on two cores that are not measured.
+TYPICAL_SECONDS = {"majority": 1.0, "tfidf": 4.0, "nearest": 3.0, "zero-shot": 15.0, "few-shot": 40.0}
+LOAD_SECONDS = 5.0  # packing a tuned model's weights for answering
+LATENCIES = 30  # single answers that are timed for each rung
+UNMEASURED_TOKENS = (
+    60_000  # for choices on dev, where the speed is not known; a model built in minutes is small
+)
 EPOCHS = {"lora": 6.0, "full": 6.0, "scratch": 12.0}
 EPOCHS_OF_GIVEN_MODEL = 3  # a pre-trained model needs fewer than a base built in minutes
 
 Makers = dict[str, Callable[[], Rung]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The time of one stage.
+
+    Attributes:
+        seconds: of the whole stage, estimated.
+        minutes: that training may take; None for a stage that trains nothing.
+        tokens: that choices on dev may take.
+        answering: seconds of answering the test examples; 0 where that is not measured.
+    """
+
+    seconds: float
+    minutes: float | None = None
+    tokens: int = UNMEASURED_TOKENS
+    answering: float = 0.0
 
 
 @dataclass
@@ -36,13 +80,15 @@ class Plan:
 
     Attributes:
         rungs: makes each requested rung, in the order of the ladder.
-        minutes: time budget of each stage that trains.
+        shares: the time of each stage.
         base: the base model to build first; None if a model was given or no rung needs one.
+        speed: prompt tokens a second; None where it was not measured.
     """
 
     rungs: Makers
-    minutes: dict[str, float]
+    shares: dict[str, Share] = field(default_factory=dict)
     base: BaseModel | None = None
+    speed: float | None = None
 
     @property
     def stages(self) -> list[str]:
@@ -53,13 +99,37 @@ class Plan:
 
     def estimated_seconds(self, stages: Sequence[str]) -> float:
         """Return the seconds that stages take, about."""
-        return sum(60 * self.minutes.get(stage, TYPICAL_SECONDS.get(stage, 10) / 60) for stage in stages)
+        return sum(self.shares[stage].seconds for stage in stages)
+
+    def lines(self, minutes: float) -> list[str]:
+        """Return the plan for the terminal: what each stage will do with its time, and what will not fit."""
+        known = "" if self.speed is None else f" at {self.speed:,.0f} prompt tokens/s"
+        lines = [f"plan for {duration(60 * minutes)}{known}:"]
+        for stage in self.stages:
+            share = self.shares[stage]
+            parts = []
+            if share.minutes is not None:
+                parts.append(f"training {duration(60 * share.minutes)}")
+            elif stage in PROMPTED and self.speed is not None:
+                parts.append(f"choices on dev {duration(share.tokens / self.speed)}")
+            if share.answering:
+                parts.append(f"answering the test examples {duration(share.answering)}")
+            about = duration(share.seconds)
+            lines.append(f"    {stage}: {about}{' (' + ', '.join(parts) + ')' if parts else ''}")
+        total = self.estimated_seconds(self.stages)
+        if total > 60 * minutes * 1.05:
+            answering = duration(sum(share.answering for share in self.shares.values()))
+            lines.append(
+                f"    that is {duration(total)}, {answering} of it to answer the test examples. Fewer rungs, or a "
+                "smaller test_size of the task, take less"
+            )
+        return lines
 
 
 def plan_climb(
     task: Task, llm: LLM | None, names: Sequence[str], minutes: float, seed: int, out: Path
 ) -> Plan:
-    """Plan the requested rungs.
+    """Plan the requested rungs. A stored plan is repeated, so that a resumed climb makes the same choices.
 
     Args:
         task: to measure.
@@ -67,18 +137,86 @@ def plan_climb(
         names: of the rungs, in the order of the ladder.
         minutes: the time budget of the climb.
         seed: of training.
-        out: the run directory of the climb.
+        out: the run directory of the climb, where the plan is stored.
     """
-    shares = SHARES_WITHOUT_MODEL if llm is None else SHARES_WITH_MODEL
-    base = BaseModel(task, out / "base", minutes * shares["base"], seed)
+    needs_base = llm is None and any(name not in BASELINES for name in names)
+    stages = [*names, BASE] if needs_base or (llm is not None and "scratch" in names) else list(names)
+    path = out / "plan.json"
+    if path.is_file():
+        stored = read_json(path)
+        shares = {name: Share(**values) for name, values in stored["shares"].items()}
+        speed = stored["prompt_tokens_per_second"]
+    else:
+        costs = PromptCosts.measure(llm, task) if llm is not None and llm.is_local else None
+        shares = share_time(task, stages, 60 * minutes, costs, model_given=llm is not None)
+        speed = None if costs is None else costs.speed
+        write_json(path, _stored(shares, speed))
+    base_minutes = shares[BASE].minutes if BASE in shares else 0.0
+    base = BaseModel(task, out / "base", base_minutes or 0.0, seed)
     makers: Makers = {"majority": Majority, "tfidf": TfidfLogistic, "nearest": Nearest}
     makers |= _rungs_on_base(base, seed, out) if llm is None else _rungs_on_model(llm, base)
-    needs_base = llm is None and any(name not in BASELINES for name in names)
-    return Plan(
-        rungs={name: makers[name] for name in names},
-        minutes={name: share * minutes for name, share in shares.items()},
-        base=base if needs_base else None,
-    )
+    return Plan({name: makers[name] for name in names}, shares, base if needs_base else None, speed)
+
+
+def share_time(
+    task: Task, stages: Sequence[str], seconds: float, costs: PromptCosts | None, *, model_given: bool
+) -> dict[str, Share]:
+    """Share the time of a climb among its stages.
+
+    First comes what must be done: every rung answers the test examples. The rest is for training and for choices
+    on dev.
+
+    Args:
+        task: to measure.
+        stages: requested rungs, and the base.
+        seconds: of the climb.
+        costs: of prompts to the given model; None: no model was given, or it is hosted.
+        model_given: whether the climb measures a given model.
+    """
+    weights = SHARES_WITH_MODEL if model_given else SHARES_WITHOUT_MODEL
+    answers = len(task.test) + LATENCIES
+    answering: dict[str, float] = {}
+    if costs is not None:
+        tokens = {
+            "zero-shot": costs.zero_shot,
+            "few-shot": costs.few_shot,
+            "lora": costs.plain,
+            "full": costs.plain,
+        }
+        answering = {name: answers * count / costs.speed for name, count in tokens.items() if name in stages}
+    fixed = sum(answering.values()) + LOAD_SECONDS * sum(name in TRAINED for name in stages)
+    fixed += sum(TYPICAL_SECONDS[name] for name in stages if name in BASELINES)
+    free = max(seconds - fixed, LEAST * seconds)
+    total = sum(weights[name] for name in stages if name in weights)
+    shares = {}
+    for name in stages:
+        own = free * weights[name] / total if name in weights else 0.0
+        if name in BASELINES:
+            shares[name] = Share(TYPICAL_SECONDS[name])
+        elif name in PROMPTED:
+            tokens_free = UNMEASURED_TOKENS if costs is None else int(own * costs.speed)
+            whole = own + answering[name] if name in answering else max(own, TYPICAL_SECONDS[name])
+            shares[name] = Share(whole, tokens=tokens_free, answering=answering.get(name, 0.0))
+        else:
+            load = LOAD_SECONDS if name in TRAINED and costs is not None else 0.0
+            shares[name] = Share(
+                own + load + answering.get(name, 0.0), own / 60, answering=answering.get(name, 0.0)
+            )
+    if model_given and BASE in shares and "scratch" in shares:
+        # Built inside the rung that is trained from it.
+        shares["scratch"] = _joined(shares["scratch"], shares[BASE])
+    return shares
+
+
+def _joined(rung: Share, base: Share) -> Share:
+    return Share(rung.seconds + base.seconds, rung.minutes, rung.tokens, rung.answering)
+
+
+def _stored(shares: Mapping[str, Share], speed: float | None) -> dict[str, Any]:
+    return {
+        "prompt_tokens_per_second": speed,
+        "shares": {name: asdict(share) for name, share in shares.items()},
+    }
 
 
 def _rungs_on_base(base: BaseModel, seed: int, out: Path) -> Makers:

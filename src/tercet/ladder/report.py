@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tercet.files import read_json, write_atomic, write_json
 from tercet.ladder.confusion import Confusion
@@ -92,7 +92,17 @@ def page(report: Report, predictions: Predictions, inputs: Mapping[str, str]) ->
         ],
         disagreements=disagreements(report, predictions, inputs),
         tests=list(dict.fromkeys(rung.difference.test for rung in done if rung.difference)),
+        is_table=_is_table,
         has_cost=any(rung.cost_per_thousand is not None for rung in done),
+    )
+
+
+def _is_table(value: Any) -> bool:
+    """Return whether a detail is a list of rows with the same columns."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) and list(row) == list(value[0]) for row in value)
     )
 
 

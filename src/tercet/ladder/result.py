@@ -135,6 +135,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     next_steps: list[Step] = field(default_factory=list)
+    outlook: list[str] = field(default_factory=list)  # what would change the verdict
     version: int = VERSION
 
     def rung(self, name: str) -> RungResult:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tercet.errors import UserError
-from tercet.files import read_json, write_json
+from tercet.files import directory_size, read_json, write_json
 from tercet.model.gguf_file import BLOCKS, GGUFFile, TensorInfo
 
 INDEX = "gguf.json"
@@ -74,6 +74,16 @@ def source_files(directory: str | Path) -> list[SourceFile]:
                 f"{source.path} has changed since {directory} was made of it; name the file itself again"
             )
     return sources
+
+
+def model_bytes(directory: Path) -> int:
+    """Return the bytes of the files in a model's directory, with those of the GGUF file that it stands for.
+
+    Raises:
+        UserError: the GGUF file is missing or has changed.
+    """
+    own = directory_size(directory)
+    return own + sum(source.size for source in source_files(directory)) if holds_gguf(directory) else own
 
 
 def read_tensors(directory: str | Path) -> dict[str, TensorInfo]:
