@@ -58,11 +58,10 @@ def test_time_and_labels_are_named_where_they_were_measured() -> None:
     results = [
         rung("tfidf", dev_accuracy=0.74, dev_accuracy_with_half=0.70),
         rung("lora", **{"with more time": "3 epochs need 34 minutes"}),
-        RungResult("full", "tune", "failed", reason="not enough memory"),
+        RungResult("full", "tune", "failed", reason="not enough memory"),  # listed with its reason elsewhere
     ]
-    more, labels, failed = outlook(results, "tfidf", 300, 2936)
+    more, labels = outlook(results, "tfidf", 300, 2936)
     assert more == "lora: 3 epochs need 34 minutes"
     assert labels.startswith("More labelled examples would help: tfidf gained 4.0 percentage points on dev")
-    assert failed == "full did not run to its end: not enough memory"
     [little] = outlook([rung("tfidf", dev_accuracy=0.74, dev_accuracy_with_half=0.738)], "tfidf", 300, 2936)
     assert little.startswith("More labelled examples promise little")

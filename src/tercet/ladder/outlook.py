@@ -33,7 +33,6 @@ def outlook(results: Sequence[RungResult], recommended: str | None, n_test: int,
                 lines.append(line)
     lines += [line for rung in done if (line := _more_training(rung)) is not None]
     lines += [line for rung in done if (line := _more_labels(rung, n_train)) is not None]
-    lines += [f"{rung.name} did not run to its end: {rung.reason}" for rung in results if not rung.ok]
     return lines
 
 

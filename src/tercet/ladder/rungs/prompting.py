@@ -113,7 +113,7 @@ class FewShot(ZeroShot):
         count = min(FIRST_COUNT, most) if llm.is_local else most
         methods = [
             contender(
-                f"{count} shots: {_described(method)}{' (another draw)' if seed else ''}",
+                f"{_shots(count)}: {_described(method)}{' (another draw)' if seed else ''}",
                 method,
                 count,
                 wording,
@@ -124,7 +124,7 @@ class FewShot(ZeroShot):
         winner, rows = self._race(methods, setting, 0.35)
         method, seed = METHODS[methods.index(winner)]
         fewer_and_more = [
-            contender(f"{other} shots: {_described(method)}", method, other, wording, seed)
+            contender(f"{_shots(other)}: {_described(method)}", method, other, wording, seed)
             for other in _counts(most)
             if other != count
         ]
@@ -153,6 +153,10 @@ class FewShot(ZeroShot):
                 f"at most {most} of the {task.few_shot} shots of the task fit the model's context"
             )
         self._finish(winner, _latest(rows), **details)
+
+
+def _shots(count: int) -> str:
+    return "1 shot" if count == 1 else f"{count} shots"
 
 
 def _described(method: Method) -> str:

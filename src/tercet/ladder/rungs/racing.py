@@ -138,8 +138,10 @@ def race(
     Args:
         contenders: at least one; the first is the default.
         dev: examples to choose on, in random order.
-        tokens: that the race may take.
+        tokens: that the race may take; with 0 the first contender is returned, and none runs.
     """
+    if tokens <= 0:
+        return contenders[0], []
     running = list(contenders)
     first = _first_round(running, tokens)
     while len(running) > 1 and first < min(FEWEST, len(dev)):
