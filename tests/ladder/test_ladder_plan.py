@@ -9,10 +9,12 @@ from tiny_model import write_model
 
 from tercet.evaluate.task import Task
 from tercet.files import read_json
-from tercet.ladder.plan import BASE, Plan, plan_climb, share_time
+from tercet.finetune.estimate import Estimate
+from tercet.ladder.plan import BASE, Plan, _shares, plan_climb, share_time
 from tercet.ladder.settings import LADDER
 from tercet.ladder.speed import PromptCosts
 from tercet.prompt.llm import LLM
+from tercet.train.calibrate import Speed
 
 ROWS = [{"text": f"{label} {number}", "label": label} for number in range(200) for label in ("yes", "no")]
 TASK = Task.from_rows("words", ROWS, prompt="{text}:", target="label", labels=["yes", "no"])
@@ -43,6 +45,21 @@ def test_training_keeps_a_part_of_the_time_where_answering_takes_too_long() -> N
     plan = Plan({}, shares)
     plan.rungs = dict.fromkeys(shares)  # type: ignore[misc, assignment]
     assert "Fewer rungs, or a smaller test_size of the task, take less" in plan.lines(1.0)[-1]
+
+
+def test_a_rung_that_cannot_train_in_its_share_is_refused_and_gives_its_time_to_the_others() -> None:
+    slow, fast = Speed(10.0, "float32", 2), Speed(2000.0, "float32", 2)
+    estimates = {"lora": Estimate(fast, 60, 300), "full": Estimate(slow, 60, 300)}
+    stages = ["few-shot", "lora", "full"]
+    shares = _shares(TASK, stages, 200, COSTS, estimates, model_given=True)
+    assert shares["full"].refused is not None and shares["full"].minutes is None
+    assert "are enough for" in shares["full"].refused and "8 take" in shares["full"].refused
+    alone = share_time(TASK, ["few-shot", "lora"], 200, COSTS, model_given=True)
+    assert shares["lora"].minutes == alone["lora"].minutes
+    assert "steps of 16 examples" in shares["lora"].training
+    plan = Plan(dict.fromkeys(stages), shares)  # type: ignore[misc]
+    assert any(line.startswith("    full: not run: ") for line in plan.lines(3.3))
+    assert plan.estimated_seconds(stages) == pytest.approx(200, rel=0.01)
 
 
 def test_without_a_given_model_the_base_gets_half() -> None:

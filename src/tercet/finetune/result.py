@@ -12,6 +12,7 @@ from tercet.model.loading import save_model
 from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.progress import duration
+from tercet.train.forecast import forecast_loss
 from tercet.train.loop import Trained
 from tercet.train.report import write_training_report
 
@@ -31,6 +32,36 @@ class Tuned:
     shortened: bool  # the time limit ended training early, so a rerun may give other numbers
     examples: int
     account: list[str] = field(default_factory=list)  # how many rows became examples, and why not the others
+    whole_steps: int = 0  # of all epochs; more than ``steps`` where the time limit allowed fewer
+    outlook: str = (
+        ""  # what training for longer would give, in words; "" where nothing says that it would help
+    )
+
+
+def training_outlook(trained: Trained, whole_steps: int, seconds_per_step: float, epochs: float) -> str:
+    """Return what training for longer would give, in words.
+
+    Args:
+        trained: The run.
+        whole_steps: Steps of all epochs.
+        seconds_per_step: The speed, as it was planned or as it was, with evaluations.
+        epochs: Number of epochs.
+    """
+    losses = [entry["loss"] for entry in trained.history]
+    falling = len(losses) > 1 and losses[-1] == min(losses)
+    if trained.steps >= whole_steps:
+        return "the held-out loss was still falling at the end: more epochs may help" if falling else ""
+    share = epochs * trained.steps / whole_steps
+    text = (
+        f"training reached {share:.2f} of {epochs:g} epochs; all of them take about "
+        f"{duration(whole_steps * seconds_per_step)} here"
+    )
+    if not falling:
+        return text
+    forecast = forecast_loss(trained.history, whole_steps)
+    if forecast.loss is None:
+        return f"{text} (no forecast: {forecast.reason})"
+    return f"{text}, and the held-out loss, {losses[-1]:.2f} now, would be about {forecast.loss:.2f} by a power law"
 
 
 def write_model(

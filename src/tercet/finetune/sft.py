@@ -11,7 +11,7 @@ import torch
 from tercet.data.examples import check_embedding, prepare
 from tercet.files import read_json, write_json
 from tercet.finetune.inputs import Inputs, read_inputs, token_limit
-from tercet.finetune.result import Tuned, write_model, write_report
+from tercet.finetune.result import Tuned, training_outlook, write_model, write_report
 from tercet.finetune.settings import TuneSettings
 from tercet.model.adapter import AdapterConfig, add_lora
 from tercet.model.checkpoint import read_generation_config
@@ -23,7 +23,7 @@ from tercet.progress import say
 from tercet.run_directory import open_run
 from tercet.settings import keyword_form
 from tercet.train.loop import STATE
-from tercet.train.supervised import Supervision, ending_with, fine_tune, full_rate, hold_out
+from tercet.train.supervised import PLAN, Supervision, ending_with, fine_tune, full_rate, hold_out
 
 DEFAULT_RANK = 16
 
@@ -118,6 +118,8 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
         key=key,
         title=f"tuning ({settings.method})",
     )
+    plan = read_json(out / PLAN)
+    pace = max(plan["seconds_per_step"], trained.seconds / max(trained.steps, 1))
     generation = ending_with(prepared.stops, tokenizer, read_generation_config(inputs.checkpoint))
     write_model(model, adapter, tokenizer, generation, out / "model", merge=settings.merge)
     tuned = Tuned(
@@ -132,7 +134,11 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
         shortened=trained.shortened,
         examples=len(examples),
         account=account,
+        whole_steps=plan["whole_steps"],
+        outlook=training_outlook(trained, plan["whole_steps"], pace, settings.epochs),
     )
+    if tuned.outlook:
+        say(tuned.outlook)
     write_report(out, tuned, trained, inputs.checkpoint, rate, parameters)
     write_json(out / "result.json", asdict(tuned))
     (out / STATE).unlink(missing_ok=True)  # a finished run has nothing to resume

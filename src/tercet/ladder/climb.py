@@ -117,6 +117,10 @@ def _climb_rungs(task: Task, plan: Plan, seed: int, out: Path) -> list[RungResul
             say(f"    already measured: {_score(results[name])}")
             continue
         share = plan.shares[name]
+        if share.refused is not None:
+            results[name] = RungResult(name, plan.rungs[name]().level, "failed", reason=share.refused)
+            say(f"    {_score(results[name])}")
+            continue
         setting = Setting(task, directory, seed, share.minutes, share.tokens)
         results[name] = _climb_rung(plan.rungs[name], name, setting, out)
         say(f"    {_score(results[name])}")

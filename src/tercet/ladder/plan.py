@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tercet.errors import UserError
 from tercet.evaluate.task import Task
 from tercet.files import read_json, write_json
+from tercet.finetune.estimate import SMALLEST_BATCH, Estimate, estimate
+from tercet.finetune.settings import Method
 from tercet.ladder.base_model import BaseModel
 from tercet.ladder.rungs.baselines import Majority, TfidfLogistic
 from tercet.ladder.rungs.nearest import Nearest
 from tercet.ladder.rungs.prompting import FewShot, ZeroShot
 from tercet.ladder.rungs.rung import Rung
-from tercet.ladder.rungs.tuning import Tuned, local_start, untrained
+from tercet.ladder.rungs.tuning import Tuned, local_start, training_rows, untrained
 from tercet.ladder.speed import PromptCosts
+from tercet.model.checkpoint import read_config
+from tercet.model.tokenizer import Tokenizer
 from tercet.progress import duration
 from tercet.prompt.llm import LLM
 
@@ -51,6 +56,8 @@ LATENCIES = 30  # single answers that are timed for each rung
 UNMEASURED_TOKENS = (
     60_000  # for choices on dev, where the speed is not known; a model built in minutes is small
 )
+MEASURED_EXAMPLES = 128  # training examples whose mean length is taken for the estimate of training
+FEWEST_STEPS = 8  # of training; a model barely changes in fewer
 EPOCHS = {"lora": 6.0, "full": 6.0, "scratch": 12.0}
 EPOCHS_OF_GIVEN_MODEL = 3  # a pre-trained model needs fewer than a base built in minutes
 
@@ -66,12 +73,16 @@ class Share:
         minutes: that training may take; None for a stage that trains nothing.
         tokens: that choices on dev may take.
         answering: seconds of answering the test examples; 0 where that is not measured.
+        training: what the minutes are enough for, in words; "" where that is not measured.
+        refused: why the rung is not even started; None where it is.
     """
 
     seconds: float
     minutes: float | None = None
     tokens: int = UNMEASURED_TOKENS
     answering: float = 0.0
+    training: str = ""
+    refused: str | None = None
 
 
 @dataclass
@@ -108,8 +119,12 @@ class Plan:
         for stage in self.stages:
             share = self.shares[stage]
             parts = []
+            if share.refused is not None:
+                lines.append(f"    {stage}: not run: {share.refused}")
+                continue
             if share.minutes is not None:
-                parts.append(f"training {duration(60 * share.minutes)}")
+                detail = f": {share.training}" if share.training else ""
+                parts.append(f"training {duration(60 * share.minutes)}{detail}")
             elif stage in PROMPTED and self.speed is not None:
                 parts.append(f"choices on dev {duration(share.tokens / self.speed)}")
             if share.answering:
@@ -148,7 +163,8 @@ def plan_climb(
         speed = stored["prompt_tokens_per_second"]
     else:
         costs = PromptCosts.measure(llm, task) if llm is not None and llm.is_local else None
-        shares = share_time(task, stages, 60 * minutes, costs, model_given=llm is not None)
+        estimates = {} if llm is None else _training_estimates(task, llm, names)
+        shares = _shares(task, stages, 60 * minutes, costs, estimates, model_given=llm is not None)
         speed = None if costs is None else costs.speed
         write_json(path, _stored(shares, speed))
     base_minutes = shares[BASE].minutes if BASE in shares else 0.0
@@ -206,6 +222,62 @@ def share_time(
         # Built inside the rung that is trained from it.
         shares["scratch"] = _joined(shares["scratch"], shares[BASE])
     return shares
+
+
+def _training_estimates(task: Task, llm: LLM, names: Sequence[str]) -> dict[str, Estimate]:
+    """Measure the training of the rungs that tune a given model. A model that can't be tuned fails in its rung."""
+    methods: list[Method] = [method for method in ("lora", "full") if method in names]
+    try:
+        start = local_start(llm)
+        tokenizer, limit = Tokenizer.load(start), read_config(start).max_positions
+        step = max(1, len(task.train) // MEASURED_EXAMPLES)
+        rows = training_rows(task, task.train[::step], tokenizer, limit)
+        return {method: estimate(start, rows, method, examples=len(task.train)) for method in methods}
+    except UserError:
+        return {}
+
+
+def _shares(
+    task: Task,
+    stages: Sequence[str],
+    seconds: float,
+    costs: PromptCosts | None,
+    estimates: Mapping[str, Estimate],
+    *,
+    model_given: bool,
+) -> dict[str, Share]:
+    """Share the time, without the rungs whose share is too short for training."""
+    shares = share_time(task, stages, seconds, costs, model_given=model_given)
+    refused: dict[str, Share] = {}
+    for name, measured in estimates.items():
+        minutes = shares[name].minutes or 0.0
+        steps = measured.steps(minutes, SMALLEST_BATCH)
+        if steps < FEWEST_STEPS:
+            more = FEWEST_STEPS / max(measured.steps(1000.0, SMALLEST_BATCH), 1) * 1000.0
+            reason = (
+                f"{duration(60 * minutes)} are enough for {steps} steps of {SMALLEST_BATCH} examples on this machine; "
+                f"{FEWEST_STEPS} take {duration(60 * more)}. Give more `minutes`, request fewer `rungs`, or take a "
+                "smaller model"
+            )
+            refused[name] = Share(0.0, refused=reason)
+    if refused:
+        others = [name for name in stages if name not in refused]
+        shares = share_time(task, others, seconds, costs, model_given=model_given) | refused
+    for name, measured in estimates.items():
+        if name not in refused:
+            shares[name] = replace(shares[name], training=_described(measured, shares[name].minutes or 0.0))
+    return shares
+
+
+def _described(measured: Estimate, minutes: float) -> str:
+    batch = measured.batch_size(minutes)
+    whole = measured.examples * EPOCHS_OF_GIVEN_MODEL / batch
+    steps = min(measured.steps(minutes, batch), round(whole))
+    epochs = steps * batch / measured.examples
+    text = f"{steps} steps of {batch} examples, {epochs:.2g} epochs"
+    if steps < round(whole):
+        text += f"; {EPOCHS_OF_GIVEN_MODEL} epochs take {duration(60 * measured.minutes(EPOCHS_OF_GIVEN_MODEL, batch))}"
+    return text
 
 
 def _joined(rung: Share, base: Share) -> Share:

@@ -16,15 +16,26 @@ from tercet.model.tokenizer import Tokenizer
 from tercet.model.transformer import Transformer
 from tercet.progress import duration, say
 from tercet.train.batch import Batch
-from tercet.train.calibrate import calibrate
+from tercet.train.calibrate import Speed, calibrate
 from tercet.train.loop import Recipe, Trained, train
 from tercet.train.loss import loss_sum
 from tercet.train.schedule import Schedule
 
 T = TypeVar("T")
 
-MARGIN = 1.5  # planned over measured time: for padding, held-out evaluations and other work of the machine
+_measured: dict[tuple[Any, ...], Speed] = {}  # of this process
+
+PLAN = "plan.json"
+MARGIN = 1.35  # planned over measured time: for padding, held-out evaluations and other work of the machine
 TOKEN_BUDGET = 4096  # tokens in one forward pass; larger steps are accumulated
+# Backpropagation of one micro-batch cannot be interrupted, so on a slow machine micro-batches are smaller.
+MICRO_SECONDS, LEAST_MICRO = 4.0, 256
+# Where there is a time limit, held-out evaluations take at most this share of it: examples beyond that are left out.
+# An evaluation is a forward pass, about a third of a training step.
+EVALUATION_SHARE, FORWARD_SHARE, FEWEST_HELD_OUT = 0.12, 1 / 3, 32
+MEASURED_ROWS = 16  # of the steps that are timed; the time of other batch sizes follows
+WIDTHS = 16  # tokens between the lengths of timed rows, so that a part of the examples gives the same length as all
+EVALUATIONS = 6  # in a run of less than an epoch
 HELDOUT_SHARE, HELDOUT_LIMIT = 0.05, 200  # of the examples, where there is no dev data
 
 
@@ -87,7 +98,7 @@ def fine_tune(
     """
     directory.mkdir(parents=True, exist_ok=True)
     batch_size = min(supervision.batch_size, len(examples))
-    plan = _plan(directory / "plan.json", model, supervision, examples, batch_size)
+    plan = _plan(directory / PLAN, model, supervision, examples, len(held_out), batch_size)
     torch.set_num_threads(plan["threads"])
     model.compute_dtype = getattr(torch, plan["compute_dtype"])
     parameters = sum(p.numel() for p in model.parameters())
@@ -99,7 +110,7 @@ def fine_tune(
 
     def batches_at(step: int) -> list[Batch]:
         chosen = [examples[index] for index in items_at(step, batch_size, len(examples), supervision.seed)]
-        return _batches(chosen)
+        return _batches(chosen, plan["micro_tokens"])
 
     recipe = Recipe(
         # Compared with 0.9 on builtin:docs-routing: a long plateau was better than a long cool-down.
@@ -107,7 +118,7 @@ def fine_tune(
         supervision.learning_rate,
         weight_decay=supervision.weight_decay,
         betas=(0.9, 0.98),
-        evaluate_every=max(1, min(math.ceil(len(examples) / batch_size), plan["steps"] // 4)),
+        evaluate_every=plan["evaluate_every"],
         deadline=plan["deadline"],
     )
     trained = train(
@@ -117,7 +128,9 @@ def fine_tune(
         directory,
         fingerprint=key,
         title=title,
-        evaluate=_heldout_loss(model, held_out),
+        evaluate=_heldout_loss(
+            model, _sample(held_out, plan["held_out"], supervision.seed), plan["micro_tokens"]
+        ),
         keep_best=True,
     )
     model.compute_dtype = None
@@ -135,46 +148,102 @@ def ending_with(stops: set[str], tokenizer: Tokenizer, generation: dict[str, Any
     return {**generation, "eos_token_id": ids if len(ids) != 1 else ids[0]}
 
 
-def _batches(examples: Sequence[Encoded]) -> list[Batch]:
+def _batches(examples: Sequence[Encoded], tokens: int) -> list[Batch]:
     return [
-        Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
-        for tokens, targets in micro_batches(examples, TOKEN_BUDGET)
+        Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+        for ids, targets in micro_batches(examples, tokens)
     ]
 
 
+def _sample(examples: Sequence[Encoded], count: int, seed: int) -> list[Encoded]:
+    """Return ``count`` of the examples, in their order, chosen by ``seed``."""
+    if count >= len(examples):
+        return list(examples)
+    return [examples[index] for index in sorted(items_at(0, count, len(examples), seed + 1))]
+
+
+def measure_speed(model: Transformer, examples: Sequence[Encoded]) -> Speed:
+    """Measure optimizer steps with rows of about the examples' mean length.
+
+    `Speed.step_seconds` gives the time of steps of any size. A process measures a network once: a climb plans with
+    the speed before it tunes.
+    """
+    mean = sum(len(example.ids) for example in examples) / len(examples)
+    rows, width = (
+        max(1, min(MEASURED_ROWS, round(TOKEN_BUDGET / mean))),
+        max(4, WIDTHS * round(mean / WIDTHS)),
+    )
+    width = min(width, model.config.max_positions)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    key = (model.config, str(model.device), trained, rows, width)
+    if key not in _measured:
+        _measured[key] = calibrate(model, rows, width)
+    return _measured[key]
+
+
+def affordable_steps(speed: Speed, tokens: float, minutes: float) -> int:
+    """Return how many steps of a number of tokens fit into a time, evaluations and padding included."""
+    return int(60 * minutes / (MARGIN * speed.step_seconds(tokens)))
+
+
 def _plan(
-    path: Path, model: Transformer, supervision: Supervision, examples: list[Encoded], batch_size: int
+    path: Path,
+    model: Transformer,
+    supervision: Supervision,
+    examples: list[Encoded],
+    held_out: int,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Return steps, deadline, type and threads; stored at ``path``, so that a resumed run repeats them."""
     if path.is_file():
         stored: dict[str, Any] = read_json(path)
         return stored
     mean = sum(len(example.ids) for example in examples) / len(examples)
-    # Measure steps of the real size: small steps take longer per token than large ones.
-    rows, width = min(batch_size, max(1, round(TOKEN_BUDGET / mean))), max(4, 4 * round(mean / 4))
-    speed = calibrate(model, rows, min(width, model.config.max_positions))
-    steps = max(1, round(supervision.epochs * len(examples) / batch_size))
-    deadline = None
+    speed = measure_speed(model, examples)
+    epoch = math.ceil(len(examples) / batch_size)
+    whole = max(1, round(supervision.epochs * len(examples) / batch_size))
+    steps, deadline = whole, None
     if supervision.minutes is not None:
         deadline = 60 * supervision.minutes
-        affordable = int(deadline / (MARGIN * mean * batch_size / speed.tokens_per_second))
-        steps = max(1, min(steps, affordable))
+        steps = max(1, min(whole, affordable_steps(speed, mean * batch_size, supervision.minutes)))
+    evaluate_every = max(1, min(epoch, steps // (EVALUATIONS if steps < epoch else 4)))
+    if deadline is not None:
+        evaluations = math.ceil(steps / evaluate_every)
+        forward = (
+            FORWARD_SHARE
+            * max(speed.step_seconds(mean * batch_size) - speed.fixed_seconds, 1e-9)
+            / batch_size
+        )
+        affordable = int(EVALUATION_SHARE * deadline / (evaluations * forward))
+        held_out = min(held_out, max(FEWEST_HELD_OUT, affordable))
+    micro_tokens = TOKEN_BUDGET
+    if model.device.type == "cpu":
+        micro_tokens = min(
+            TOKEN_BUDGET, max(LEAST_MICRO, 64 * round(MICRO_SECONDS * speed.tokens_per_second / 64))
+        )
     plan = {
         "steps": steps,
+        "whole_steps": whole,
         "deadline": deadline,
         "threads": speed.threads,
         "compute_dtype": speed.compute_dtype,
         "tokens_per_second": speed.tokens_per_second,
+        "seconds_per_step": round(speed.step_seconds(mean * batch_size), 4),
+        "evaluate_every": evaluate_every,
+        "held_out": held_out,
+        "micro_tokens": micro_tokens,
     }
     write_json(path, plan)
-    estimate = 1.2 * steps * mean * batch_size / speed.tokens_per_second
+    estimate = 1.2 * steps * speed.step_seconds(mean * batch_size)
     say(f"about {duration(estimate)} at {speed.tokens_per_second:,.0f} tokens/s")
     return plan
 
 
-def _heldout_loss(model: Transformer, held_out: Sequence[Encoded]) -> Callable[[], dict[str, float]]:
+def _heldout_loss(
+    model: Transformer, held_out: Sequence[Encoded], micro_tokens: int
+) -> Callable[[], dict[str, float]]:
     """Return a function that measures the mean loss over all supervised tokens of the held-out examples."""
-    batches = _batches(held_out)
+    batches = _batches(held_out, micro_tokens)
     tokens = sum(batch.supervised for batch in batches)
 
     def evaluate() -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,7 @@ class Tuned:
 
     def fit(self, setting: Setting) -> None:
         """Tune the model, and load the result."""
+        from tercet.finetune.estimate import estimate
         from tercet.finetune.sft import tune
         from tercet.model.checkpoint import read_config
         from tercet.model.tokenizer import Tokenizer
@@ -95,14 +97,19 @@ class Tuned:
         start = self._start()
         task = setting.task
         tokenizer, limit = Tokenizer.load(start), read_config(start).max_positions
+        rows = training_rows(task, task.train, tokenizer, limit)
+        batch = BATCH
+        if setting.minutes is not None:
+            batch = estimate(start, rows, self._method).batch_size(setting.minutes, BATCH)
         tuned = tune(
             start,
-            training_rows(task, task.train, tokenizer, limit),
+            rows,
             setting.directory / "run",
             dev=training_rows(task, task.dev, tokenizer, limit),
             method=self._method,
-            epochs=max(self._epochs, FEWEST_STEPS * BATCH / len(task.train)),
-            batch_size=BATCH,
+            epochs=max(self._epochs, FEWEST_STEPS * batch / len(task.train)),
+            batch_size=batch,
+            learning_rate=self._rate(start, batch),
             minutes=setting.minutes,
             over_length="truncate",
             seed=setting.seed,
@@ -112,13 +119,31 @@ class Tuned:
         self.details = {
             "weights trained": tuned.trainable_parameters,
             "steps": tuned.steps,
-            "epochs": round(tuned.steps * min(BATCH, tuned.examples) / tuned.examples, 1),
+            "batch": batch,
+            "epochs": round(tuned.steps * min(batch, tuned.examples) / tuned.examples, 2),
             "weights of step": tuned.best_step,
             "held-out loss": round(tuned.loss, 4),
             "training seconds": round(tuned.seconds, 1),
             "shortened by the time limit": tuned.shortened,
             "data": "; ".join(tuned.account),
         }
+        if tuned.outlook:
+            self.details["with more time"] = tuned.outlook
+
+    def _rate(self, start: Path, batch: int) -> float | None:
+        """Return the learning rate for a smaller batch; None for the default, which is for the usual batch.
+
+        AdamW's rate goes with the square root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+        """
+        if batch == BATCH:
+            return None
+        from tercet.finetune.sft import learning_rate_for
+        from tercet.model.checkpoint import read_config
+        from tercet.model.tensor_names import network_tensors
+
+        parameters = sum(math.prod(tensor.shape) for tensor in network_tensors(read_config(start)))
+        rate = learning_rate_for(parameters, self._method)
+        return float(f"{rate * (batch / BATCH) ** 0.5:.2g}")
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
         """Return one answer for each example."""
