@@ -206,6 +206,23 @@ def test_eval_agrees_with_the_climb(files: Path, climbed: Path) -> None:
     assert dev.details["examples"] == len(Task.load(files / "task.yaml").dev)
 
 
+@pytest.mark.parametrize("name", ["zero-shot", "few-shot"])
+def test_the_stored_choices_of_a_rung_give_its_answers_again(files: Path, climbed: Path, name: str) -> None:
+    stored = climbed / "rungs" / name / "choices.json"
+    llm = LLM(str(climbed / "base" / "model"))
+    result = evaluate(llm, files / "task.yaml", choices=stored)
+    rung = read_report(climbed).rung(name)
+    assert result.score == rung.score
+    assert result.details["calibration"] == rung.details["calibration"]
+    assert result.details["shots"] == rung.details.get("shots", 0)
+    with pytest.raises(UserError, match="leave out one of them"):
+        evaluate(llm, files / "task.yaml", shots=2, choices=stored)
+    rows = [{"q": f"{n}{label}", "a": label} for n in range(30) for label in "xy"]
+    other = Task.from_rows("other", rows, prompt="{q}", target="a", labels=["x", "y"])
+    with pytest.raises(UserError, match=r"for the labels of things \(fruit, tool, bird\); other has x, y"):
+        evaluate(llm, other, choices=stored)
+
+
 def test_an_open_task_is_answered_by_generating(tmp_path: Path, climbed: Path) -> None:
     rng = np.random.default_rng(1)
     rows = [{"q": sentence(rng, label), "a": {"kind": label}} for label in KINDS for _ in range(150)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
     from tercet.evaluate.result import Measurement
 
 EXAMPLE = "tercet eval runs/mine builtin:docs-routing --split dev"
+
+IsTuned = Annotated[
+    bool | None,
+    typer.Option(
+        "--tuned/--as-is",
+        help="Whether the model was tuned on this task; default: read from its run directory.",
+    ),
+]
+HarnessTasks = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASK,..",
+        help="Comma-separated tasks of lm-evaluation-harness, instead of TASK.",
+    ),
+]
 
 
 def eval(
@@ -29,24 +46,17 @@ def eval(
         int | None, typer.Option(metavar="N", help="Number of solved examples in the prompt; default 0.")
     ] = None,
     split: Annotated[str | None, typer.Option(metavar="S", help="test (the default) or dev.")] = None,
-    tuned: Annotated[
-        bool | None,
-        typer.Option(
-            "--tuned/--as-is",
-            help="Whether the model was tuned on this task; default: read from its run directory.",
-        ),
-    ] = None,
+    tuned: IsTuned = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of the choice of shots; default 0.")
     ] = None,
-    lm_eval: Annotated[
-        str | None,
+    choices: Annotated[
+        Path | None,
         typer.Option(
-            "--lm-eval",
-            metavar="TASK,..",
-            help="Comma-separated tasks of lm-evaluation-harness, instead of TASK.",
+            metavar="FILE", help="choices.json of a climb's rung: its wording, shots and calibration."
         ),
     ] = None,
+    lm_eval: HarnessTasks = None,
     include_path: Annotated[
         str | None,
         typer.Option("--include-path", metavar="DIR", help="Directory of your own tasks for --lm-eval."),
@@ -66,26 +76,29 @@ def eval(
     Reports the score with a 95% interval, latency, tokens and cost.
     """
     from tercet.errors import UserError
-    from tercet.evaluate.evaluate import evaluate, load_task, run_lm_eval
+    from tercet.evaluate.evaluate import evaluate, load_task
     from tercet.evaluate.minimal_pairs import PairTask, evaluate_pairs
 
-    of_task = {"--shots": shots, "--split": split, "--tuned": tuned, "--seed": seed, "--price": price}
+    of_task = {
+        "--shots": shots,
+        "--split": split,
+        "--tuned": tuned,
+        "--seed": seed,
+        "--choices": choices,
+        "--price": price,
+    }
     of_harness = {"--include-path": include_path, "--limit": limit, "--chat-template": chat_template or None}
     if lm_eval is not None:
         if task is not None:
             raise UserError(f"give TASK ({task}) or --lm-eval, not both")
         _refuse(of_task, "--lm-eval", but=("--shots",))
-        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
-        harness = run_lm_eval(
-            ref,
-            names,
-            include_path=include_path,
-            limit=limit,
-            shots=shots,
-            chat_template=chat_template,
-            quantize=quantize,
-        )
-        return _print(harness, _harness_lines(harness), json)
+        harness = {
+            "include_path": include_path,
+            "limit": limit,
+            "shots": shots,
+            "chat_template": chat_template,
+        }
+        return _run_harness(ref, lm_eval, quantize, harness, json)
     if task is None:
         raise UserError(
             "TASK is missing; give a YAML file, builtin:docs-routing, or --lm-eval with the names of its tasks"
@@ -103,8 +116,17 @@ def eval(
         split="test" if split is None else split,
         tuned=tuned,
         seed=seed or 0,
+        choices=choices,
     )
     return _print(result.to_json(), _lines(result), json)
+
+
+def _run_harness(ref: str, tasks: str, quantize: str | None, settings: dict[str, Any], json: bool) -> None:
+    from tercet.evaluate.evaluate import run_lm_eval
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    result = run_lm_eval(ref, names, quantize=quantize, **settings)
+    _print(result, _harness_lines(result), json)
 
 
 def _refuse(options: dict[str, Any], kind: str, but: tuple[str, ...] = ()) -> None:
@@ -129,6 +151,8 @@ def _lines(result: Measurement) -> list[str]:
         f"{result.score:.3f} (95% {result.low:.3f} to {result.high:.3f}) on {result.details['examples']} examples",
         f"latency p50 {duration(result.latency_p50 or 0)}, p95 {duration(result.latency_p95 or 0)}",
         f"{result.prompt_tokens:,} prompt and {result.completion_tokens:,} answer tokens",
+        f"prompt: {result.details['wording']}; {result.details['shots']} shots; "
+        f"calibration: {result.details['calibration']}",
     ]
     if result.cost_per_thousand is not None:
         lines.append(f"${result.cost_per_thousand:.4g} per thousand calls")

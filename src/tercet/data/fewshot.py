@@ -74,6 +74,7 @@ class ShotSelector:
         if method not in METHODS:
             raise UserError(f"few-shot method {method!r}; the methods are {', '.join(METHODS)}")
         self.train, self.k, self.method, self.order = list(train), k, method, order
+        self.seed = seed
         self._fixed: list[Example] = []
         if method == "balanced":
             self._fixed = _balanced(self.train, k, labels, seed)

@@ -9,6 +9,7 @@ from typing import Any
 from tercet.data.fewshot import ShotSelector
 from tercet.errors import UserError, check_seed
 from tercet.evaluate.answer import Answerer, as_shots
+from tercet.evaluate.choices import PromptChoices, tuned_choices
 from tercet.evaluate.language_model import LanguageModel
 from tercet.evaluate.measure import measure
 from tercet.evaluate.minimal_pairs import PairTask
@@ -56,6 +57,7 @@ def evaluate(
     split: str = "test",
     tuned: bool | None = None,
     seed: int = 0,
+    choices: str | Path | None = None,
 ) -> Measurement:
     """Measure a model on a split of a task.
 
@@ -67,9 +69,12 @@ def evaluate(
         tuned: whether the model learned to end its answers with a stop token, which is then scored
             with a label; None: true for the product of a ``tune`` run.
         seed: of the choice of shots, and of the bootstrap.
+        choices: the ``choices.json`` of a climb's rung, with its wording, shots and calibration; None: the default
+            prompt, and for a model that a climb has tuned on this task the choices beside it.
 
     Raises:
-        UserError: an unknown or empty split, or more shots than there are training examples.
+        UserError: an unknown or empty split, more shots than there are training examples, or choices that were made
+            for another task.
     """
     check_seed(seed)
     if not isinstance(task, Task):
@@ -80,8 +85,16 @@ def evaluate(
         raise UserError(f"`shots` is {shots}; it must be 0 or more")
     if tuned is None:
         tuned = llm.directory is not None and _is_tuned(llm.directory)
-    selector = ShotSelector(as_shots(task, task.train), shots, task.labels, seed) if shots else None
-    answerer = Answerer(llm, task, shots=selector, tuned=tuned)
+    stored = None if choices is None else PromptChoices.load(Path(choices))
+    if tuned and not shots and stored is None:
+        stored = tuned_choices(llm, task)
+    if stored is not None:
+        if shots:
+            raise UserError(f"`shots` is {shots}, but `choices` set the shots too; leave out one of them")
+        answerer, shots = stored.answerer(llm, task), stored.shots
+    else:
+        selector = ShotSelector(as_shots(task, task.train), shots, task.labels, seed) if shots else None
+        answerer = Answerer(llm, task, shots=selector, tuned=tuned)
     examples = task.test if split == "test" else task.dev
     if not examples:
         raise UserError(f"the {split} split of {task.name} is empty")
@@ -92,7 +105,9 @@ def evaluate(
         "split": split,
         "examples": len(examples),
         "shots": shots,
-        "tuned": tuned,
+        "tuned": answerer.tuned,
+        "wording": str(answerer.wording),
+        "calibration": "none" if stored is None else stored.calibration,
     }
     return measurement
 

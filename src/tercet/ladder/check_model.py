@@ -10,11 +10,12 @@ from tercet.data.fewshot import ShotSelector
 from tercet.data.prompt_tokens import PromptEnding, conversation_text, conversation_tokens
 from tercet.errors import UserError
 from tercet.evaluate.answer import Answerer, as_shots
+from tercet.evaluate.choices import SHOT_SHARE
 from tercet.evaluate.language_model import Prompt
 from tercet.evaluate.measure import BATCH
 from tercet.evaluate.task import Example, Task
 from tercet.ladder.check_labels import token_clashes
-from tercet.ladder.rungs.prompting import FIRST_COUNT, METHODS, SHOT_SHARE
+from tercet.ladder.rungs.prompting import FIRST_COUNT, METHODS
 from tercet.ladder.rungs.tuning import local_start, training_rows
 from tercet.model.tokenizer import Tokenizer
 from tercet.progress import say

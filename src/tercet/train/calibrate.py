@@ -37,7 +37,7 @@ AGREEMENT = 0.87
 TIMED_STEPS, ROUND_SECONDS, ROUNDS = 3, 1.0, 2
 # On a CPU a timed step takes at most about so many seconds, with at least so many rows: calibrating a LoRA of a model
 # with 135M weights, whose steps of 16 examples take seven seconds, took two minutes.
-LONGEST_STEP, FEWEST_ROWS = 1.5, 2
+LONGEST_STEP, FEWEST_ROWS = 1.5, 4
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,8 @@ def _measure(model: Transformer, rows: int, time_steps: int, kind: Kind) -> Spee
     )
     fixed = 0.0
     if rows > FEWEST_ROWS:
-        torch.set_num_threads(threads)
         model.compute_dtype = getattr(torch, dtype)
-        single = min(_pace(model, _random_batch(model, 1, time_steps), kind, threads, seconds))
-        slope = max(0.0, seconds - single) / (timed_rows - 1)
-        fixed = max(0.0, single - slope)
-        seconds += slope * (rows - timed_rows)
+        seconds, fixed = _whole_step(model, rows, timed_rows, seconds, time_steps, kind, threads)
     model.compute_dtype = before
     model.zero_grad(set_to_none=True)
     # The measurement is accurate to two digits, and rounding makes plans repeatable.
@@ -173,12 +169,37 @@ def _measure(model: Transformer, rows: int, time_steps: int, kind: Kind) -> Spee
 
 
 def _timed_rows(model: Transformer, rows: int, time_steps: int, kind: Kind) -> int:
-    """Return how many of the rows are timed: as many as a step of `LONGEST_STEP` takes, at least two."""
+    """Return how many of the rows are timed to choose type and threads: about as many as take `LONGEST_STEP`."""
     if rows <= FEWEST_ROWS:
         return rows
     threads = torch.get_num_threads()
-    single = min(_pace(model, _random_batch(model, 1, time_steps), kind, threads, 0.0))
-    return min(rows, max(FEWEST_ROWS, int(LONGEST_STEP / single)))
+    few = min(_pace(model, _random_batch(model, FEWEST_ROWS, time_steps), kind, threads, 0.0))
+    return min(rows, max(FEWEST_ROWS, int(FEWEST_ROWS * LONGEST_STEP / few)))
+
+
+def _whole_step(
+    model: Transformer, rows: int, timed_rows: int, seconds: float, time_steps: int, kind: Kind, threads: int
+) -> tuple[float, float]:
+    """Return the seconds of a step with ``rows`` rows, and the part of them that does not depend on the rows.
+
+    A step of few rows waits for memory, so its time says little about a large one: the rows are doubled until a step
+    takes `LONGEST_STEP`, and the line through the last two numbers of rows is followed from there.
+    """
+    torch.set_num_threads(threads)
+
+    def pace(count: int) -> float:
+        return min(_pace(model, _random_batch(model, count, time_steps), kind, threads, LONGEST_STEP))
+
+    points = [(timed_rows, seconds)]
+    while points[-1][0] < rows and points[-1][1] < LONGEST_STEP:
+        count = min(2 * points[-1][0], rows)
+        points.append((count, pace(count)))
+    if len(points) == 1:
+        half = timed_rows // 2
+        points.insert(0, (half, pace(half)))
+    (fewer, short), (more, long) = points[-2:]
+    slope = max(0.0, long - short) / (more - fewer)
+    return long + slope * (rows - more), max(0.0, long - slope * more)
 
 
 def device_name(device: torch.device) -> str:

@@ -6,17 +6,17 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tercet.data.fewshot import Example as Shot
-from tercet.data.fewshot import Method, Order, ShotSelector, separator
-from tercet.evaluate.answer import Answer, Answerer, as_shots
-from tercet.evaluate.task import Example, Task
+from tercet.data.fewshot import Method, Order, ShotSelector
+from tercet.evaluate.answer import Answer, Answerer
+from tercet.evaluate.calibration import Calibration
+from tercet.evaluate.choices import PromptChoices, ShotPool
+from tercet.evaluate.task import Example
 from tercet.evaluate.wording import Wording, default_wording, wordings
 from tercet.ladder.result import Level
 from tercet.ladder.rungs.racing import Contender, race
 from tercet.ladder.rungs.rung import Setting
 from tercet.prompt.llm import LLM
 
-SHOT_SHARE = 0.7  # of the tokens of a prompt that shots may use; the rest is for the input
 FIRST_COUNT = 4  # shots in the race of methods
 # The most promising first: with little time the last ones do not run. Two random choices, since the choice of
 # examples and their order have a large effect (Lu et al. 2022, arXiv:2104.08786).
@@ -45,7 +45,7 @@ class ZeroShot:
         contenders = [
             Contender(str(wording), Answerer(llm, task, wording=wording)) for wording in wordings(llm, task)
         ]
-        self._finish(*self._race(contenders, setting, 1.0))
+        self._finish(setting, *self._race(contenders, setting, 1.0))
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
         """Return one answer for each example."""
@@ -62,15 +62,19 @@ class ZeroShot:
         tokens = share * setting.tokens if contenders[0].answerer.llm.is_local else 0
         return race(contenders, _shuffled(setting.task.dev, setting.seed), tokens)
 
-    def _finish(self, winner: Contender, rows: list[dict[str, Any]], **details: Any) -> None:
-        """Answer in the winner's way from now on, and describe it."""
+    def _finish(
+        self, setting: Setting, winner: Contender, rows: list[dict[str, Any]], **details: Any
+    ) -> None:
+        """Answer in the winner's way from now on, describe it, and store it for `evaluate`."""
         answerer = winner.answerer
-        calibration, offsets = "none", None
+        calibration: Calibration = "none"
+        offsets = None
         if winner.seen:
             _, calibration, offsets = winner.calibrated()
         self.answerer = Answerer(
             answerer.llm, answerer.task, shots=answerer.shots, wording=answerer.wording, offsets=offsets
         )
+        PromptChoices.of(self.answerer, calibration).save(setting.directory / PromptChoices.FILE)
         method = "labels scored by log-probability" if answerer.scores_labels else "generation"
         self.details = {
             "model": answerer.llm.name, "answers by": method, "wording": str(answerer.wording), **details,
@@ -92,7 +96,7 @@ class FewShot(ZeroShot):
     def fit(self, setting: Setting) -> None:
         """Choose the shots and the wording with the best score on dev."""
         llm, task = self._model(), setting.task
-        pool = _ShotPool(llm, task)
+        pool = ShotPool(llm, task)
         most = pool.most(min(task.few_shot, len(task.train)))
 
         def contender(
@@ -152,7 +156,7 @@ class FewShot(ZeroShot):
             details["note"] = (
                 f"at most {most} of the {task.few_shot} shots of the task fit the model's context"
             )
-        self._finish(winner, _latest(rows), **details)
+        self._finish(setting, winner, _latest(rows), **details)
 
 
 def _shots(count: int) -> str:
@@ -184,42 +188,3 @@ def _latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows without repetition: a winner runs in the next race too, and its last row counts."""
     latest = {row["choice"]: row for row in rows}
     return list(latest.values())
-
-
-class _ShotPool:
-    """The training examples that are short enough to be shots.
-
-    Together the shots use up to `SHOT_SHARE` of the prompt's room. The input has the rest; a longer input is
-    shortened and counted.
-    """
-
-    def __init__(self, llm: LLM, task: Task) -> None:
-        self._shots = as_shots(task, task.train)
-        self._room = Answerer(llm, task).room
-        self._lengths: list[int] = []
-        if self._room is not None:
-            self._lengths = [
-                llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n")
-                for shot in self._shots
-            ]
-
-    def most(self, count: int) -> int:
-        """Return the largest number of shots, at most ``count``, with a quarter of the examples short enough."""
-        for number in range(count, 1, -1):
-            if len(self._fitting(number)) >= max(number, len(self._shots) / 4):
-                return number
-        return 1
-
-    def short(self, count: int) -> list[Shot]:
-        """Return the shots that are short enough to be among ``count``; the shortest quarter if none is."""
-        fitting = self._fitting(count)
-        if len(fitting) >= count:
-            return fitting
-        order = sorted(range(len(self._shots)), key=lambda index: (self._lengths[index], index))
-        return [self._shots[index] for index in order[: max(count, len(self._shots) // 4)]]
-
-    def _fitting(self, count: int) -> list[Shot]:
-        if self._room is None:
-            return self._shots
-        limit = SHOT_SHARE * self._room / count
-        return [shot for shot, length in zip(self._shots, self._lengths, strict=True) if length <= limit]

@@ -23,6 +23,7 @@ from tercet.evaluate.calibration import (
 from tercet.evaluate.task import Example, Task
 
 FEWEST = 12  # dev examples of the first round; with fewer the choice is luck
+MOST = 1_000_000  # dev examples of the first round, where tokens are not limited
 SAMPLE = 8  # dev examples whose prompts are counted to estimate a contender's cost
 
 
@@ -168,7 +169,7 @@ def _first_round(contenders: Sequence[Contender], tokens: float) -> int:
     rounds = max(1, math.ceil(math.log2(len(contenders))))
     # Each later round has half the contenders and as many new examples as there were before.
     work = sum(contender.tokens for contender in contenders) * (1 + (rounds - 1) / 2)
-    return int(tokens / max(work, 1))
+    return int(min(tokens / max(work, 1), MOST))
 
 
 def _row(contender: Contender) -> dict[str, Any]:

@@ -11,18 +11,22 @@ from tercet.data.fewshot import few_shot_text, separator
 from tercet.data.prompt_tokens import conversation_tokens
 from tercet.errors import UserError
 from tercet.evaluate.answer import Answer, Answerer
+from tercet.evaluate.choices import PromptChoices
 from tercet.evaluate.shorten import prompt_room, shorten_input
 from tercet.evaluate.task import Example, Task
 from tercet.files import directory_size
 from tercet.finetune.settings import Method
 from tercet.ladder.result import Level
+from tercet.ladder.rungs.racing import Contender, race
 from tercet.ladder.rungs.rung import Setting
+from tercet.model.gguf_index import model_bytes
 from tercet.prompt.llm import LLM
 
 if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
 
 BATCH = 16  # examples a step
+CALIBRATED_ON = 200  # dev examples
 FEWEST_STEPS = (
     200  # a small task is trained for more epochs: weights need some hundred updates to change much
 )
@@ -115,7 +119,7 @@ class Tuned:
             seed=setting.seed,
         )
         self._directory = Path(tuned.model)
-        self.answerer = Answerer(LLM(tuned.model), task, tuned=True)
+        self.answerer, calibration = self._calibrated(LLM(tuned.model), setting)
         self.details = {
             "weights trained": tuned.trainable_parameters,
             "steps": tuned.steps,
@@ -127,8 +131,26 @@ class Tuned:
             "shortened by the time limit": tuned.shortened,
             "data": "; ".join(tuned.account),
         }
+        if calibration is not None:
+            self.details["calibration"] = calibration
         if tuned.outlook:
             self.details["with more time"] = tuned.outlook
+
+    def _calibrated(self, llm: LLM, setting: Setting) -> tuple[Answerer, str | None]:
+        """Return what answers, with the correction of label scores that dev prefers.
+
+        A model that was tuned for few steps prefers some labels whatever the input is, as an untuned one does.
+        """
+        answerer = Answerer(llm, setting.task, tuned=True)
+        if not answerer.scores_labels:
+            return answerer, None
+        winner, rows = race([Contender("tuned", answerer)], setting.task.dev[:CALIBRATED_ON], math.inf)
+        if not rows:
+            return answerer, None
+        _, calibration, offsets = winner.calibrated()
+        answerer = Answerer(llm, setting.task, offsets=offsets, tuned=True)
+        PromptChoices.of(answerer, calibration).save(self._directory.parent / PromptChoices.FILE)
+        return answerer, calibration
 
     def _rate(self, start: Path, batch: int) -> float | None:
         """Return the learning rate for a smaller batch; None for the default, which is for the usual batch.
@@ -153,7 +175,7 @@ class Tuned:
         """Return the size of the tuned model's files, with those of an adapter's base."""
         size = directory_size(self._directory)
         if self._method == "lora":
-            size += directory_size(self._start())  # an adapter needs its base to answer
+            size += model_bytes(self._start())  # an adapter needs its base to answer
         return size
 
 
