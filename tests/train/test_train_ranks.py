@@ -152,10 +152,10 @@ def test_a_stopped_run_resumes_with_another_number_of_processes(
     parallel: str, kind: str, before: int, after: int, alone: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    # The signal reaches one process; all stop after the same step.
+    # The signal reaches one process; all stop after the same step. One process alone drops the step.
     assert all(code != 0 for code in launch(before, run, parallel, kind, stop_at=6))
     assert not (run / "weights.safetensors").exists()
-    assert len(losses(run)) == 7
+    assert len(losses(run)) == (7 if before > 1 else 6)
     launch(after, run, parallel, kind)
     assert losses(run) == pytest.approx(losses(alone[kind]), rel=2e-5)
     for name, value in weights(alone[kind]).items():

@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import torch
 from torch import Tensor
@@ -27,6 +24,7 @@ from tercet.model.transformer import Transformer
 from tercet.progress import Progress, say
 from tercet.train.batch import Batch
 from tercet.train.gradients import Gradients, gradients_of, repeatable
+from tercet.train.interrupts import StopSignals, stop_signals
 from tercet.train.optimizer import Optimizer, Rates, clip_gradients
 from tercet.train.ranks import Ranks, SummedGradients
 from tercet.train.schedule import Schedule
@@ -179,6 +177,7 @@ class _Run:
         self.bar: Progress
         self.best: dict[str, Tensor] | None = None
         self.skipped_in_a_row = 0
+        self.saved_step = -1  # of the state on disk, as far as this process has written it
         self.prefetched: dict[int, Sequence[Batch]] = {}  # the micro-batches of the next step
 
     # Resume and checkpoints
@@ -206,6 +205,7 @@ class _Run:
         self.progress.seconds = self._elapsed()
         self.state.save(self.progress, self.parameters, self.optimizer, self.best)
         self.saved_at = time.monotonic()
+        self.saved_step = self.progress.step
 
     def _elapsed(self) -> float:
         """Seconds of training so far, those of earlier processes included."""
@@ -226,7 +226,7 @@ class _Run:
         self.seconds_before = self.progress.seconds
         path = self.directory / METRICS if self.ranks.first else Path(os.devnull)
         with (
-            _stop_signals() as stop,
+            stop_signals(at_once=self.ranks.size == 1) as stop,
             repeatable(self.model.device),
             path.open("a", encoding="utf-8") as self.metrics,
             Progress(self.title, self.schedule.steps, "steps", done=self.progress.step) as self.bar,
@@ -234,7 +234,7 @@ class _Run:
             while not self.progress.done:
                 ended = self.progress.step >= self.schedule.steps
                 if evaluate is not None and self._evaluation_due(ended):
-                    self._evaluate(evaluate, ended, keep_best)
+                    self._evaluate(evaluate, ended, keep_best, stop)
                 if ended:
                     self.progress.done = True
                     self._save()
@@ -245,12 +245,19 @@ class _Run:
         step, every = self.progress.step, self.recipe.evaluate_every
         return step > self.progress.evaluated and (ended or (every > 0 and step % every == 0))
 
-    def _evaluate(self, evaluate: Callable[[], dict[str, Any]], ended: bool, keep_best: bool) -> None:
+    def _evaluate(
+        self, evaluate: Callable[[], dict[str, Any]], ended: bool, keep_best: bool, stop: StopSignals
+    ) -> None:
+        """Evaluate and record the result. An evaluation that is interrupted is repeated by the resumed run."""
         # Save first: an evaluation may fail or be killed, and must not cost the training before it.
         save_due = time.monotonic() - self.saved_at > self.recipe.save_seconds / 2
         if ended or self.ranks.agree(False, 0.0, save_due)[2]:
             self._save()
-        measured = evaluate()
+        try:
+            with stop.interruptible():
+                measured = evaluate()
+        except KeyboardInterrupt:
+            self._stop()
         self.model.train()
         progress = self.progress
         row = {"step": progress.step, **{f"heldout_{key}": value for key, value in measured.items()}}
@@ -262,14 +269,22 @@ class _Run:
             if keep_best:
                 self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def _step(self, stop: threading.Event) -> None:
+    def _step(self, stop: StopSignals) -> None:
         """Take one optimizer step and record it.
+
+        A signal while the gradients are computed ends the run before the step; the step is lost, and nothing else.
+        On a slow machine they take half a minute.
 
         Raises:
             KeyboardInterrupt: ``stop`` is set, in any of the processes.
         """
         progress = self.progress
-        loss, norm, tokens = self._compute_gradients(progress.step)
+        try:
+            with stop.interruptible():
+                loss, norm, tokens = self._compute_gradients(progress.step)
+        except KeyboardInterrupt:
+            self.optimizer.zero_grad()
+            self._stop()
         rate = self.schedule.rate(progress.step)
         fault = self._update(loss, norm, rate)
         self.optimizer.zero_grad()
@@ -280,11 +295,23 @@ class _Run:
         self._record(loss, norm, rate, fault)
         self._meet_deadline()
         # While steps are skipped the weights are in doubt, so the previous checkpoint stays.
-        if not self.skipped_in_a_row and (stopping or save_due):
-            self._save()
         if stopping:
-            say(f"stopped at step {progress.step}; saved in {self.directory}. Run the same command to resume")
-            raise KeyboardInterrupt
+            self._stop()
+        if not self.skipped_in_a_row and save_due:
+            self._save()
+
+    def _stop(self) -> NoReturn:
+        """Save the last step and end the run. While steps are skipped, the previous checkpoint stays.
+
+        Raises:
+            KeyboardInterrupt: always.
+        """
+        if not self.skipped_in_a_row and self.saved_step != self.progress.step:
+            self._save()
+        say(
+            f"stopped at step {self.progress.step}; saved in {self.directory}. Run the same command to resume"
+        )
+        raise KeyboardInterrupt
 
     def _compute_gradients(self, step: int) -> tuple[float, float, int]:
         """Compute and clip the gradients of ``step``; return the mean loss, gradient norm and token count."""
@@ -400,18 +427,3 @@ def _deadline_schedule(
         return None
     remaining = int((deadline - progress.seconds) / pace)
     return schedule.ending(progress.step, remaining, planned)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT and SIGTERM set instead of interrupting, so that a step always completes."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # Python lets only the main thread set handlers
-        return
-    previous = {sign: signal.signal(sign, lambda *_: stop.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for sign, handler in previous.items():
-            signal.signal(sign, handler)
