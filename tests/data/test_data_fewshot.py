@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tercet.data.fewshot import Example, Method, ShotSelector, few_shot_messages, few_shot_text, separator
@@ -91,6 +94,25 @@ def test_diverse_shots_are_near_and_unlike_each_other() -> None:
     diverse = {shot.target for shot in choose(train, 2, method="diverse", query="open the red door now")}
     assert near <= {"now", "now!", "now."}
     assert "window" in diverse
+
+
+def test_the_nearest_by_vectors_ignore_what_all_vectors_share() -> None:
+    directions = {
+        "cat": [5, 1, 0],
+        "lion": [5, 0.9, 0.1],
+        "car": [5, 0, 1],
+        "bus": [5, 0.1, 0.9],
+        "tiger": [5, 1, 0.2],
+    }
+
+    def embed(texts: Sequence[str]) -> Any:
+        return np.array([directions[text] for text in texts], np.float32)
+
+    train = [Example(f"{text}?", text, text) for text in ("car", "lion", "bus", "cat")]
+    shots = ShotSelector(train, 2, method="embedding", embed=embed).choose("tiger")
+    assert {shot.target for shot in shots} == {"lion", "cat"}
+    with pytest.raises(UserError, match="needs `embed`"):
+        ShotSelector(train, 2, method="embedding")
 
 
 def test_impossible_choices_are_refused() -> None:

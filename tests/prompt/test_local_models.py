@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -262,3 +263,14 @@ def test_the_setting_is_refused_where_it_does_nothing(base: LLM) -> None:
         LLM(base.name, control_tokens="text")
     with pytest.raises(UserError, match="`control_tokens` is 'ignore'"):
         LLM(base.name, control_tokens="ignore")  # type: ignore[arg-type]
+
+
+def test_vectors_have_length_one_and_are_those_of_the_engine(tmp_path: Path) -> None:
+    llm = LLM(str(write_model(tmp_path / "model", chat=True)))
+    vectors = llm.embed(["The quick fox", "Once upon a time"])
+    assert vectors.shape[0] == 2 and np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    assert llm.tokenizer is not None
+    alone = llm.embed(["Once upon a time"])
+    assert np.array_equal(alone[0], vectors[1])
+    with pytest.raises(UserError, match=r"texts\[1\]"):
+        llm.embed(["a", 3])  # type: ignore[list-item]

@@ -13,11 +13,11 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 from tercet.data.conversation import Message
+from tercet.data.retrieval import Embed, EmbeddingRetriever, Retriever
 from tercet.data.retrieval import Method as RetrievalMethod
-from tercet.data.retrieval import Retriever
 from tercet.errors import UserError
 
-Method = Literal["balanced", "characters", "bm25", "tfidf", "diverse"]
+Method = Literal["balanced", "characters", "bm25", "tfidf", "diverse", "embedding"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Order = Literal["nearest last", "nearest first"]
 
@@ -47,6 +47,7 @@ class ShotSelector:
     ``characters``, ``bm25`` and ``tfidf`` take the nearest neighbours of each query (see
     `tercet.data.retrieval`), which most tasks gain from (Liu et al. 2022, arXiv:2101.06804). ``diverse`` takes
     near ones that are unlike each other (maximal marginal relevance, Carbonell & Goldstein 1998) by characters.
+    ``embedding`` takes the nearest by vectors of the texts.
 
     Args:
         train: examples of the train split.
@@ -55,9 +56,11 @@ class ShotSelector:
         seed: of the random choice.
         method: how shots are chosen.
         order: where the nearest stands. Last, beside the query, it has most influence.
+        embed: returns vectors of texts, for ``embedding``.
 
     Raises:
-        UserError: ``k`` is below 1 or above the number of examples, or the method is unknown.
+        UserError: ``k`` is below 1 or above the number of examples, the method is unknown, or ``embedding`` is used
+            without ``embed``.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class ShotSelector:
         seed: int = 0,
         method: Method = "balanced",
         order: Order = "nearest last",
+        embed: Embed | None = None,
     ) -> None:
         if not 1 <= k <= len(train):
             raise UserError(f"{k} shots from {len(train)} train examples; take from 1 to {len(train)}")
@@ -79,10 +83,14 @@ class ShotSelector:
         if method == "balanced":
             self._fixed = _balanced(self.train, k, labels, seed)
             return
-        self._retriever = _retriever(
-            tuple(example.text or example.input for example in self.train),
-            "characters" if method == "diverse" else method,
-        )
+        texts = tuple(example.text or example.input for example in self.train)
+        self._retriever: Retriever | EmbeddingRetriever
+        if method == "embedding":
+            if embed is None:
+                raise UserError("few-shot method embedding needs `embed`, which returns vectors of texts")
+            self._retriever = EmbeddingRetriever(texts, embed)
+        else:
+            self._retriever = _retriever(texts, "characters" if method == "diverse" else method)
 
     @property
     def fixed(self) -> bool:

@@ -1,10 +1,10 @@
-"""Lexical retrieval: the nearest training texts of a query, for the nearest rung and for few-shot prompts."""
+"""Retrieval: the nearest training texts of a query, for the nearest rung and for few-shot prompts."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+Embed = Callable[[Sequence[str]], "NDArray[np.float32]"]
 Method = Literal["bm25", "tfidf", "characters"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -101,21 +102,73 @@ class Retriever:
         Raises:
             UserError: ``k`` is below 1.
         """
+        return _nearest(self.similarities, self.count, queries, k)
+
+
+class EmbeddingRetriever:
+    """An index of texts by the vectors that a model gives them; the nearest have the largest cosine.
+
+    The mean of all vectors is subtracted first: the vectors of a language model share one large direction, which
+    says nothing about a text (Mu & Viswanath 2018, arXiv:1702.01417).
+
+    Args:
+        texts: to search.
+        embed: returns a vector for each text, [N, H].
+
+    Raises:
+        UserError: there are no texts, or the model gives no vectors.
+    """
+
+    def __init__(self, texts: Sequence[str], embed: Embed) -> None:
+        if not texts:
+            raise UserError("there are no texts to retrieve from")
+        self.count, self._embed = len(texts), embed
+        vectors = embed([text or _NO_TEXT for text in texts])
+        self._mean = vectors.mean(axis=0)
+        self._rows = self._centred(vectors)
+
+    def similarities(self, queries: Sequence[str]) -> NDArray[np.float64]:
+        """Return the cosine of each query to each text, shape (queries, texts)."""
         import numpy as np
 
-        if k < 1:
-            raise UserError(f"{k} nearest texts; take 1 or more")
-        k = min(k, self.count)
-        indices = np.zeros((len(queries), k), dtype=np.int64)
-        similarities = np.zeros((len(queries), k))
-        block = max(1, _CELLS // self.count)
-        for start in range(0, len(queries), block):
-            for number, row in enumerate(self.similarities(queries[start : start + block]), start=start):
-                # Sort only the texts that may be among the nearest: a tie with the last of them counts.
-                candidates = np.flatnonzero(row >= np.partition(row, -k)[-k])
-                order = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
-                indices[number], similarities[number] = order, row[order]
-        return Neighbours(indices, similarities)
+        if not queries:
+            return np.zeros((0, self.count))
+        vectors = self._centred(self._embed([query or _NO_TEXT for query in queries]))
+        product: NDArray[np.float64] = (vectors @ self._rows.T).astype(np.float64)
+        return product
+
+    def nearest(self, queries: Sequence[str], k: int) -> Neighbours:
+        """Return the ``k`` nearest texts of each query, as `Retriever.nearest`."""
+        return _nearest(self.similarities, self.count, queries, k)
+
+    def _centred(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        import numpy as np
+
+        centred = vectors - self._mean
+        lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+        result: NDArray[np.float32] = centred / np.maximum(lengths, 1e-12)
+        return result
+
+
+def _nearest(
+    compare: Callable[[Sequence[str]], NDArray[np.float64]], count: int, queries: Sequence[str], k: int
+) -> Neighbours:
+    """Return the ``k`` of ``count`` texts with the largest similarities that ``compare`` returns for the queries."""
+    import numpy as np
+
+    if k < 1:
+        raise UserError(f"{k} nearest texts; take 1 or more")
+    k = min(k, count)
+    indices = np.zeros((len(queries), k), dtype=np.int64)
+    similarities = np.zeros((len(queries), k))
+    block = max(1, _CELLS // count)
+    for start in range(0, len(queries), block):
+        for number, row in enumerate(compare(queries[start : start + block]), start=start):
+            # Sort only the texts that may be among the nearest: a tie with the last of them counts.
+            candidates = np.flatnonzero(row >= np.partition(row, -k)[-k])
+            order = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+            indices[number], similarities[number] = order, row[order]
+    return Neighbours(indices, similarities)
 
 
 def words(text: str) -> list[str]:

@@ -84,7 +84,7 @@ class PromptChoices:
         shots = None
         if self.method is not None:
             pool = ShotPool(llm, task).short(self.shots)
-            shots = ShotSelector(pool, self.shots, task.labels, self.seed, self.method, self.order)
+            shots = ShotSelector(pool, self.shots, task.labels, self.seed, self.method, self.order, llm.embed)
         wording = Wording(self.form, self.list_of_labels)
         return Answerer(llm, task, shots=shots, wording=wording, offsets=self.offsets, tuned=self.tuned)
 
@@ -130,6 +130,11 @@ class ShotPool:
                 llm.count_tokens(shot.input + separator(shot.input) + shot.target + "\n\n")
                 for shot in self._shots
             ]
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all shots; 0 if the model's context is unknown."""
+        return sum(self._lengths)
 
     def most(self, count: int) -> int:
         """Return the largest number of shots, at most ``count``, with a quarter of the examples short enough."""

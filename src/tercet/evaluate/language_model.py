@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tercet.data.conversation import Message
 from tercet.engine.request import Completion
 from tercet.model.tokenizer import Tokenizer
@@ -67,3 +70,6 @@ class LanguageModel(Protocol):
         end: bool = False,
     ) -> list[int]:
         """Return the index of each prompt's likeliest choice; ``offsets`` are added to the log-probabilities."""
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return a vector for each text, [N, H]; UserError for a model that gives none."""

@@ -221,6 +221,10 @@ class HostedModel:
         """Return no steps: servers report the probabilities of the tokens that they wrote only."""
         return []
 
+    def embed(self, texts: Sequence[str]) -> NoReturn:
+        """Raise UserError: a hosted chat model gives no embeddings."""
+        raise UserError(f"{self.reference.text} gives no embeddings; use a local model")
+
     def count_tokens(self, prompt: CheckedPrompt) -> NoReturn:
         """Raise UserError: servers report token counts with the answer only."""
         raise UserError(

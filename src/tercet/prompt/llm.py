@@ -26,6 +26,9 @@ from tercet.prompt.settings import CallSettings, SamplingFields, call_settings
 from tercet.prompt.stream import Stream, finish_completion
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tercet.model.tokenizer import Tokenizer
     from tercet.prompt.explain import Explanation
     from tercet.prompt.output import Schema
@@ -151,6 +154,14 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of a local model; None for a hosted one."""
         return self._model.tokenizer
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return a vector of length 1 for each text, [N, H]: the mean input of the model's output head.
+
+        Raises:
+            UserError: a hosted model, a text that is empty or too long, or a model that runs through transformers.
+        """
+        return self._model.embed([check_text(text, f"texts[{number}]") for number, text in enumerate(texts)])
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return how many tokens a local model reads for a text or conversation, special tokens included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tercet.data.prompt_tokens import NEW_MESSAGE, PromptEnding, check_context, conversation_text
 from tercet.engine.engine import Engine
@@ -17,6 +17,10 @@ from tercet.model.source import directory_of
 from tercet.prompt.explain import Step, steps_read
 from tercet.prompt.model import CheckedPrompt
 from tercet.prompt.settings import CallSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -138,6 +142,10 @@ class LocalModel:
             return self.engine.best_choice(texts, own, added, end=end, special=special)
 
         return self._by_kind(prompts, choose)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return a vector of length 1 for each text, [N, H]: the mean input of the output head."""
+        return self.engine.embed([self.encode(text) for text in texts])
 
     def _by_kind(
         self, prompts: Sequence[CheckedPrompt], compute: Callable[[list[str], list[int], bool], list[T]]

@@ -13,6 +13,9 @@ from tercet.prompt.explain import Step
 from tercet.prompt.settings import CallSettings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tercet.engine.engine import Engine
     from tercet.model.tokenizer import Tokenizer
 
@@ -79,6 +82,9 @@ class Model(Protocol):
 
     def read(self, prompt: CheckedPrompt, top: int) -> list[Step]:
         """Return the probability of each token of a prompt and of the ``top`` likeliest; [] where unknown."""
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return a vector of length 1 for each text, [N, H]."""
 
     def count_tokens(self, prompt: CheckedPrompt) -> int:
         """Return how many tokens the model reads for a prompt, special tokens included."""

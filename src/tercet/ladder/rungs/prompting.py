@@ -6,7 +6,11 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tercet.data.fewshot import Method, Order, ShotSelector
+from tercet.errors import UserError
 from tercet.evaluate.answer import Answer, Answerer
 from tercet.evaluate.calibration import Calibration
 from tercet.evaluate.choices import PromptChoices, ShotPool
@@ -17,11 +21,12 @@ from tercet.ladder.rungs.racing import Contender, race
 from tercet.ladder.rungs.rung import Setting
 from tercet.prompt.llm import LLM
 
+EMBEDDED_SHARE = 0.2  # of a rung's tokens that vectors of the training examples may take
 FIRST_COUNT = 4  # shots in the race of methods
 # The most promising first: with little time the last ones do not run. Two random choices, since the choice of
 # examples and their order have a large effect (Lu et al. 2022, arXiv:2104.08786).
 METHODS: tuple[tuple[Method, int], ...] = (
-    ("characters", 0), ("bm25", 0), ("balanced", 0), ("diverse", 0), ("balanced", 1),
+    ("characters", 0), ("bm25", 0), ("embedding", 0), ("balanced", 0), ("diverse", 0), ("balanced", 1),
 )  # fmt: skip
 
 
@@ -98,6 +103,8 @@ class FewShot(ZeroShot):
         llm, task = self._model(), setting.task
         pool = ShotPool(llm, task)
         most = pool.most(min(task.few_shot, len(task.train)))
+        vectors = _Vectors(llm)
+        tried = [entry for entry in METHODS if entry[0] != "embedding" or _can_embed(llm, pool, setting)]
 
         def contender(
             choice: str,
@@ -109,7 +116,7 @@ class FewShot(ZeroShot):
         ) -> Contender:
             shots = pool.short(count)
             selector = ShotSelector(
-                shots, min(count, len(shots)), task.labels, setting.seed + seed, method, order
+                shots, min(count, len(shots)), task.labels, setting.seed + seed, method, order, vectors
             )
             return Contender(choice, Answerer(llm, task, shots=selector, wording=wording))
 
@@ -123,10 +130,10 @@ class FewShot(ZeroShot):
                 wording,
                 seed,
             )
-            for method, seed in METHODS
+            for method, seed in tried
         ]
         winner, rows = self._race(methods, setting, 0.35)
-        method, seed = METHODS[methods.index(winner)]
+        method, seed = tried[methods.index(winner)]
         fewer_and_more = [
             contender(f"{_shots(other)}: {_described(method)}", method, other, wording, seed)
             for other in _counts(most)
@@ -168,9 +175,34 @@ def _described(method: Method) -> str:
         "balanced": "drawn at random, balanced over the labels",
         "characters": "nearest by character n-grams",
         "bm25": "nearest by BM25",
+        "embedding": "nearest by the model's own vectors",
         "tfidf": "nearest by TF-IDF",
         "diverse": "near and unlike each other",
     }[method]
+
+
+class _Vectors:
+    """The vectors of texts, each computed once: every contender with the method searches the same examples."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        missing = [text for text in dict.fromkeys(texts) if text not in self._vectors]
+        self._vectors |= dict(zip(missing, self._llm.embed(missing), strict=True))
+        return np.array([self._vectors[text] for text in texts])
+
+
+def _can_embed(llm: LLM, pool: ShotPool, setting: Setting) -> bool:
+    """Return whether the training texts take a small part of the tokens and the model gives vectors at all."""
+    if not llm.is_local or pool.tokens > EMBEDDED_SHARE * setting.tokens:
+        return False
+    try:
+        llm.embed(["text"])
+    except UserError:  # through transformers
+        return False
+    return True
 
 
 def _counts(most: int) -> list[int]:
