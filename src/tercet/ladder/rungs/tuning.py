@@ -14,7 +14,7 @@ from tercet.evaluate.answer import Answer, Answerer
 from tercet.evaluate.choices import PromptChoices
 from tercet.evaluate.shorten import prompt_room, shorten_input
 from tercet.evaluate.task import Example, Task
-from tercet.files import directory_size
+from tercet.files import directory_size, read_json, write_json
 from tercet.finetune.settings import Method
 from tercet.ladder.result import Level
 from tercet.ladder.rungs.racing import Contender, race
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tercet.model.tokenizer import Tokenizer
 
 BATCH = 16  # examples a step
+SHORT_LORA = 2.0  # times the default rate, for a LoRA of less than an epoch
 CALIBRATED_ON = 200  # dev examples
 FEWEST_STEPS = (
     200  # a small task is trained for more epochs: weights need some hundred updates to change much
@@ -93,7 +94,6 @@ class Tuned:
 
     def fit(self, setting: Setting) -> None:
         """Tune the model, and load the result."""
-        from tercet.finetune.estimate import estimate
         from tercet.finetune.sft import tune
         from tercet.model.checkpoint import read_config
         from tercet.model.tokenizer import Tokenizer
@@ -102,9 +102,7 @@ class Tuned:
         task = setting.task
         tokenizer, limit = Tokenizer.load(start), read_config(start).max_positions
         rows = training_rows(task, task.train, tokenizer, limit)
-        batch = BATCH
-        if setting.minutes is not None:
-            batch = estimate(start, rows, self._method).batch_size(setting.minutes, BATCH)
+        batch, rate = self._training(start, rows, setting)
         tuned = tune(
             start,
             rows,
@@ -113,7 +111,7 @@ class Tuned:
             method=self._method,
             epochs=max(self._epochs, FEWEST_STEPS * batch / len(task.train)),
             batch_size=batch,
-            learning_rate=self._rate(start, batch),
+            learning_rate=rate,
             minutes=setting.minutes,
             over_length="truncate",
             seed=setting.seed,
@@ -124,6 +122,7 @@ class Tuned:
             "weights trained": tuned.trainable_parameters,
             "steps": tuned.steps,
             "batch": batch,
+            "learning rate": rate if rate is not None else "default",
             "epochs": round(tuned.steps * min(batch, tuned.examples) / tuned.examples, 2),
             "weights of step": tuned.best_step,
             "held-out loss": round(tuned.loss, 4),
@@ -152,20 +151,37 @@ class Tuned:
         PromptChoices.of(answerer, calibration).save(self._directory.parent / PromptChoices.FILE)
         return answerer, calibration
 
-    def _rate(self, start: Path, batch: int) -> float | None:
-        """Return the learning rate for a smaller batch; None for the default, which is for the usual batch.
+    def _training(
+        self, start: Path, rows: Sequence[dict[str, Any]], setting: Setting
+    ) -> tuple[int, float | None]:
+        """Return the batch size and the learning rate (None: the default) for the time, stored for a resumed run.
 
-        AdamW's rate goes with the square root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+        AdamW's rate goes with the square root of the batch (Malladi et al. 2022, arXiv:2205.10287). A LoRA that
+        sees less than an epoch takes a higher rate (docs/experiments.md).
         """
-        if batch == BATCH:
-            return None
+        from tercet.finetune.estimate import estimate
         from tercet.finetune.sft import learning_rate_for
         from tercet.model.checkpoint import read_config
         from tercet.model.tensor_names import network_tensors
 
-        parameters = sum(math.prod(tensor.shape) for tensor in network_tensors(read_config(start)))
-        rate = learning_rate_for(parameters, self._method)
-        return float(f"{rate * (batch / BATCH) ** 0.5:.2g}")
+        if setting.minutes is None:
+            return BATCH, None
+        path = setting.directory / "training.json"
+        if path.is_file():
+            stored = read_json(path)
+            return stored["batch"], stored["rate"]
+        measured = estimate(start, rows, self._method)
+        batch = measured.batch_size(setting.minutes, BATCH)
+        factor = (batch / BATCH) ** 0.5
+        if self._method == "lora" and measured.steps(setting.minutes, batch) * batch < len(rows):
+            factor *= SHORT_LORA
+        rate = None
+        if factor != 1:
+            parameters = sum(math.prod(tensor.shape) for tensor in network_tensors(read_config(start)))
+            rate = float(f"{learning_rate_for(parameters, self._method) * factor:.2g}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"batch": batch, "rate": rate})
+        return batch, rate
 
     def predict(self, examples: Sequence[Example]) -> list[Answer]:
         """Return one answer for each example."""
