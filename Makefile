@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo install test test-clients lint docs docs-generated release-check clean
 
 demo: install
-	$(BIN)/tercet climb builtin:docs-routing --out runs/demo
+	$(BIN)/tercet climb builtin:docs-routing --model builtin:smollm2 --minutes 11 --out runs/demo
 
 install: $(STAMP)
 

@@ -83,3 +83,8 @@ def test_a_longer_prompt_costs_more_tokens(tmp_path: Path) -> None:
     llm = LLM(str(write_model(tmp_path / "model", chat=True)))
     costs = PromptCosts.measure(llm, TASK)
     assert costs.plain <= costs.zero_shot < costs.few_shot
+
+
+def test_baselines_alone_do_not_load_the_model(tmp_path: Path) -> None:
+    llm = LLM(str(write_model(tmp_path / "model", chat=True)))
+    assert plan_climb(TASK, llm, ["majority", "nearest"], 1.0, 0, tmp_path / "run").speed is None

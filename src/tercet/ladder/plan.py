@@ -162,7 +162,8 @@ def plan_climb(
         shares = {name: Share(**values) for name, values in stored["shares"].items()}
         speed = stored["prompt_tokens_per_second"]
     else:
-        costs = PromptCosts.measure(llm, task) if llm is not None and llm.is_local else None
+        asked = any(name not in BASELINES for name in names)  # otherwise the model is not even loaded
+        costs = PromptCosts.measure(llm, task) if llm is not None and llm.is_local and asked else None
         estimates = {} if llm is None else _training_estimates(task, llm, names)
         shares = _shares(task, stages, 60 * minutes, costs, estimates, model_given=llm is not None)
         speed = None if costs is None else costs.speed
