@@ -16,8 +16,8 @@ def curve(steps: list[int], exponent: float, noise: float = 0.0) -> list[dict[st
 
 
 def test_a_power_law_is_continued() -> None:
-    forecast = forecast_loss(curve([10, 20, 30, 40], 0.4), 400)
-    assert forecast.loss == pytest.approx(4 * 400**-0.4) and forecast.reason is None
+    forecast = forecast_loss(curve([10, 20, 30, 40], 0.4), 300)
+    assert forecast.loss == pytest.approx(4 * 300**-0.4) and forecast.reason is None
 
 
 def test_noise_moves_the_forecast_little() -> None:

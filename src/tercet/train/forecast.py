@@ -11,7 +11,7 @@ import numpy as np
 
 FEWEST = 3  # evaluations after the first step; two points fit any power law
 WORST_FIT = 0.1  # largest mean deviation from the line in log loss; beyond it the losses follow no power law
-FARTHEST = 20  # times the steps taken; farther away the forecast means nothing
+FARTHEST = 10  # times the steps taken; farther away the forecast means nothing
 
 
 @dataclass(frozen=True)
