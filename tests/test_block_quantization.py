@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +132,30 @@ def test_error_is_at_most_llama_cpps(kind: str, weighted: bool) -> None:
     assert error(values, quantize(values, kind, importance), kind, weights) <= error(
         values, theirs, kind, weights
     )
+
+
+def test_two_compilations_and_any_number_of_threads_give_the_same_bytes(tmp_path: Path) -> None:
+    """Each process compiles the searches anew; a cached packed model must not depend on which one wrote it."""
+    program = (
+        "import hashlib, sys\n"
+        "import numpy as np\n"
+        "from tercet.model import block_quantization as blocks\n"
+        "blocks.allowed_cores = lambda: range(int(sys.argv[1]))\n"
+        "blocks.VALUES_AT_ONCE = 4096\n"
+        "rng = np.random.default_rng(0)\n"
+        "values = (rng.standard_normal((64, 256)) / 20).astype(np.float32)\n"
+        "importance = rng.gamma(0.5, 1, 256).astype(np.float32)\n"
+        "for type in ('Q8_0', 'Q5_1'):\n"
+        "    print(type, hashlib.sha256(blocks.quantize(values, type, importance)).hexdigest())\n"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", program, threads],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / threads)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "4")
+    ]
+    assert outputs[0] == outputs[1] and outputs[0].count("\n") == 2

@@ -57,7 +57,9 @@ def quantize(values: Floats, type: str, importance: Floats | None = None) -> Byt
             activations; None: all columns alike. Not negative.
 
     Returns:
-        uint8 [rows, bytes of a row], see `type_bytes`. The same values give the same bytes.
+        uint8 [rows, bytes of a row], see `type_bytes`. The same values give the same bytes on the same kind of
+        processor, whatever its number of cores; another kind may add up errors in another order and choose a scale
+        that is as good.
 
     Raises:
         ValueError: the type is unknown, its blocks do not divide the rows, ``importance`` has another length
