@@ -199,4 +199,5 @@ def test_costs_are_measured_and_training_tokens_counted(tmp_path: Path) -> None:
         assert cost.tokens_per_second is not None and cost.tokens_per_second > 0
     # <s>, 20 bytes, a space and the label's letter.
     assert check.tokens_per_epoch == 23 * len(task.train)
+    assert set(check.minutes_per_epoch) == {"lora", "full"} and min(check.minutes_per_epoch.values()) > 0
     assert check.same_but_last == [("a", "b")]  # each a space and a letter

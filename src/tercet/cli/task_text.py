@@ -109,13 +109,13 @@ def _costs(check: ModelCheck, task: TaskCheck) -> list[str]:
         (cost.rung, _answers(cost, shots if cost.rung == "few-shot" else "")) for cost in check.prompting
     ]
     if check.tokens_per_epoch is not None:
-        examples = task.splits["train"]
-        rows.append(
-            (
-                "lora, full",
-                f"{examples:,} examples, about {_rounded(check.tokens_per_epoch):,} tokens an epoch",
-            )
+        examples = (
+            f"{task.splits['train']:,} examples, about {_rounded(check.tokens_per_epoch):,} tokens an epoch"
         )
+        rows += [
+            (method, f"{examples}: {duration(60 * minutes)}")
+            for method, minutes in check.minutes_per_epoch.items()
+        ]
     elif check.not_tunable is not None:
         rows.append(("lora, full", f"not possible: {check.not_tunable}"))
     rows.append(("scratch", "the time left to it: the climb builds a small network of its own"))

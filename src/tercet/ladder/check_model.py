@@ -14,8 +14,11 @@ from tercet.evaluate.choices import SHOT_SHARE
 from tercet.evaluate.language_model import Prompt
 from tercet.evaluate.measure import BATCH
 from tercet.evaluate.task import Example, Task
+from tercet.finetune.estimate import estimate
+from tercet.finetune.settings import Method
 from tercet.ladder.check_labels import token_clashes
 from tercet.ladder.rungs.prompting import FIRST_COUNT, METHODS
+from tercet.ladder.rungs.tuning import BATCH as SIZE
 from tercet.ladder.rungs.tuning import local_start, training_rows
 from tercet.model.tokenizer import Tokenizer
 from tercet.progress import say
@@ -82,6 +85,7 @@ class ModelCheck:
         shots_shown: shots of the few-shot prompt that is shown and measured, the number that its rung begins with.
         prompting: the cost of the answers of each prompting rung.
         tokens_per_epoch: tokens of the training examples, about, as the tuning rungs read them.
+        minutes_per_epoch: of training, by method, at the speed of some measured steps, evaluations included.
         not_tunable: why the model cannot be tuned here; None if it can.
         same_but_last: pairs of labels that differ only in their last token.
         warnings: in sentences.
@@ -98,6 +102,7 @@ class ModelCheck:
     shots_shown: int = 0
     prompting: list[PromptingCost] = field(default_factory=list)
     tokens_per_epoch: int | None = None
+    minutes_per_epoch: dict[str, float] = field(default_factory=dict)
     not_tunable: str | None = None
     same_but_last: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -223,11 +228,11 @@ def _same_but_last(task: Task, llm: LLM) -> list[tuple[str, str]]:
 
 
 def _count_training(check: ModelCheck, task: Task, llm: LLM) -> None:
-    """Count the tokens of an epoch on a sample of the training examples."""
+    """Count the tokens of an epoch on a sample of the training examples, and time some steps of training."""
     tokenizer, context = llm.tokenizer, llm.context_length
     sample = _spread(task.train, TRAINING_SAMPLE)
     try:
-        local_start(llm)
+        start = local_start(llm)
         if tokenizer is None or context is None:
             return
         rows = training_rows(task, sample, tokenizer, context)
@@ -242,6 +247,10 @@ def _count_training(check: ModelCheck, task: Task, llm: LLM) -> None:
         for row in rows
     )
     check.tokens_per_epoch = round(count * len(task.train) / len(sample))
+    methods: tuple[Method, ...] = ("lora", "full")
+    for method in methods:
+        measured = estimate(start, rows, method, examples=len(task.train))
+        check.minutes_per_epoch[method] = round(measured.minutes(1, SIZE), 2)
 
 
 def _cost(rung: str, answerer: Answerer, task: Task) -> PromptingCost:
