@@ -86,6 +86,9 @@ def serve_models(models: Models, settings: Settings | None = None, store: Any = 
         for client in running.clients:
             client.close()
         server.should_exit = True
+        thread.join(timeout=2)
+        # A client of a fixture for the whole session may have left a stream open too; nobody reads it any more.
+        server.force_exit = True
         thread.join(timeout=20)
         models.close()
 
