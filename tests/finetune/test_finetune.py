@@ -261,7 +261,7 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
         "merge": {"merge": True}, "control_tokens": {"control_tokens": "control"},
         "device": {"device": "cuda:9"}, "seed": {"seed": 1},
     }  # fmt: skip
-    inputs = {"model", "data", "out", "dev", "chat_template"}
+    inputs = {"model", "data", "out", "dev", "chat_template", "patience"}  # patience: the test below
     assert set(changed) == set(options_of(TuneSettings)) - inputs, "add a line here for a new setting"
 
     def product(settings: dict[str, Any], name: str) -> bytes:
@@ -280,6 +280,16 @@ def test_every_setting_changes_the_result_or_is_refused(base: Path, tmp_path: Pa
     reference = product({}, "plain")
     for name, settings in changed.items():
         assert product(settings, name) != reference, f"{name} changed nothing"
+
+
+def test_patience_ends_a_run_that_learns_nothing(base: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 4, "batch_size": 8, "learning_rate": 1e-12}
+    whole = tune(base, ROWS, tmp_path / "whole", **settings)
+    ended = tune(base, ROWS, tmp_path / "ended", **settings, patience=1)
+    assert whole.steps == whole.whole_steps == ended.whole_steps
+    assert ended.steps < whole.steps and ended.outlook == "" and not ended.shortened
+    with pytest.raises(UserError, match="`patience` is 0"):
+        TuneSettings("m", "d", "o", patience=0)
 
 
 def test_learning_rates_by_size_are_the_usual_ones() -> None:

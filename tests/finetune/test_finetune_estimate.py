@@ -41,18 +41,19 @@ def run(losses: list[float], steps: int) -> Trained:
 
 
 def test_the_outlook_says_how_far_training_got_and_what_more_would_give() -> None:
-    text = training_outlook(run([2.0, 1.5, 1.25], 60), 600, 2.0, 3)
-    assert text.startswith("training reached 0.30 of 3 epochs; all of them take about 20 min 0 s here")
+    text = training_outlook(run([2.0, 1.5, 1.25], 60), 60, 600, 2.0, 3)
+    assert text.startswith("training reached 0.3 of 3 epochs; all of them take about 20 min 0 s here")
     assert "the held-out loss, 1.25 now, would be about 0." in text
-    assert training_outlook(run([1.5, 1.4, 1.45], 60), 600, 2.0, 3).endswith("20 min 0 s here")
-    assert "no forecast: 2 evaluations are too few" in training_outlook(run([2.0, 1.5], 60), 600, 2.0, 3)
+    assert training_outlook(run([1.5, 1.4, 1.45], 60), 60, 600, 2.0, 3).endswith("20 min 0 s here")
+    assert "no forecast: 2 evaluations are too few" in training_outlook(run([2.0, 1.5], 60), 60, 600, 2.0, 3)
 
 
 def test_a_forecast_far_ahead_is_not_made() -> None:
-    text = training_outlook(run([2.0, 1.5, 1.25], 60), 900, 2.0, 3)
+    text = training_outlook(run([2.0, 1.5, 1.25], 60), 60, 900, 2.0, 3)
     assert "no forecast: the run was too short" in text
 
 
 def test_a_complete_run_says_only_whether_the_loss_still_fell() -> None:
-    assert "more epochs may help" in training_outlook(run([2.0, 1.5, 1.25], 60), 60, 2.0, 3)
-    assert training_outlook(run([1.5, 1.2, 1.3], 60), 60, 2.0, 3) == ""
+    assert "more epochs may help" in training_outlook(run([2.0, 1.5, 1.25], 60), 60, 60, 2.0, 3)
+    assert training_outlook(run([1.5, 1.2, 1.3], 60), 60, 60, 2.0, 3) == ""
+    assert training_outlook(run([1.5, 1.2, 1.3], 60), 90, 600, 2.0, 3) == "", "its patience was used up"

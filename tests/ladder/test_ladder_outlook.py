@@ -61,7 +61,7 @@ def test_time_and_labels_are_named_where_they_were_measured() -> None:
         RungResult("full", "tune", "failed", reason="not enough memory"),  # listed with its reason elsewhere
     ]
     more, labels = outlook(results, "tfidf", 300, 2936)
-    assert more == "lora: 3 epochs need 34 minutes"
+    assert more == "lora: 3 epochs need 34 minutes."
     assert labels.startswith("More labelled examples would help: tfidf gained 4.0 percentage points on dev")
     [little] = outlook([rung("tfidf", dev_accuracy=0.74, dev_accuracy_with_half=0.738)], "tfidf", 300, 2936)
     assert little.startswith("More labelled examples promise little")

@@ -327,3 +327,30 @@ def test_python_handles_sigint_outside_a_run(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     train(make_model(), recipe(1), lambda step: [batch_of(step)], tmp_path, fingerprint="x", title="test")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_patience_ends_a_run_whose_loss_does_not_fall_and_keeps_the_best_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.0])
+    model, kept = make_model(), {}
+
+    def measure() -> dict[str, float]:
+        loss = next(losses)
+        if loss == 2.0:
+            kept.update(weights(model))
+        return {"loss": loss}
+
+    trained = train(
+        model, recipe(100, evaluate_every=3, patience=2), lambda step: [batch_of(step)], tmp_path,
+        fingerprint="x", title="test", evaluate=measure, keep_best=True,
+    )  # fmt: skip
+    assert (trained.steps, trained.best, trained.best_step) == (12, 2.0, 6)
+    assert not trained.shortened
+    assert "has not fallen in 2 evaluations; ending at step 12" in capsys.readouterr().err
+    assert all(torch.equal(value, kept[name]) for name, value in weights(model).items())
+    again = train(
+        make_model(), recipe(100, evaluate_every=3, patience=2), lambda step: [batch_of(step)], tmp_path,
+        fingerprint="x", title="test", evaluate=measure, keep_best=True,
+    )  # fmt: skip
+    assert again.steps == 12, "a finished run stays finished"

@@ -38,22 +38,27 @@ class Tuned:
     )
 
 
-def training_outlook(trained: Trained, whole_steps: int, seconds_per_step: float, epochs: float) -> str:
+def training_outlook(
+    trained: Trained, planned_steps: int, whole_steps: int, seconds_per_step: float, epochs: float
+) -> str:
     """Return what training for longer would give, in words.
 
     Args:
         trained: The run.
+        planned_steps: Steps that the time allows; the run took fewer where its patience was used up.
         whole_steps: Steps of all epochs.
         seconds_per_step: The speed, as it was planned or as it was, with evaluations.
         epochs: Number of epochs.
     """
     losses = [entry["loss"] for entry in trained.history]
     falling = len(losses) > 1 and losses[-1] == min(losses)
+    if trained.steps < planned_steps and not trained.shortened:
+        return ""
     if trained.steps >= whole_steps:
         return "the held-out loss was still falling at the end: more epochs may help" if falling else ""
     share = epochs * trained.steps / whole_steps
     text = (
-        f"training reached {share:.2f} of {epochs:g} epochs; all of them take about "
+        f"training reached {share:.2g} of {epochs:g} epochs; all of them take about "
         f"{duration(whole_steps * seconds_per_step)} here"
     )
     if not falling:

@@ -54,6 +54,12 @@ class TuneSettings:
         metavar="N",
         help="Time limit; if the epochs would take longer, the run takes fewer steps.",
     )
+    patience: int | None = setting(
+        default=None,
+        metavar="N",
+        help="End the run after N held-out evaluations in a row without a lower loss; default: never. The result has "
+        "the weights with the lowest loss in either case.",
+    )
     batch_size: int = setting(default=16, metavar="N", help="Examples in an optimizer step.")
     learning_rate: float | None = setting(
         default=None,
@@ -96,7 +102,15 @@ class TuneSettings:
         check_choice(self, "over_length", get_args(OverLength))
         check_choice(self, "control_tokens", CONTROL_TOKEN_MODES)
         check_positive(
-            self, "epochs", "batch_size", "learning_rate", "rank", "alpha", "max_tokens", "minutes"
+            self,
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "rank",
+            "alpha",
+            "max_tokens",
+            "minutes",
+            "patience",
         )
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise UserError(

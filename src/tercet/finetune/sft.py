@@ -114,6 +114,7 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
             settings.weight_decay,
             minutes=settings.minutes,
             seed=settings.seed,
+            patience=settings.patience or 0,
         ),
         key=key,
         title=f"tuning ({settings.method})",
@@ -135,7 +136,7 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
         examples=len(examples),
         account=account,
         whole_steps=plan["whole_steps"],
-        outlook=training_outlook(trained, plan["whole_steps"], pace, settings.epochs),
+        outlook=training_outlook(trained, plan["steps"], plan["whole_steps"], pace, settings.epochs),
     )
     if tuned.outlook:
         say(tuned.outlook)

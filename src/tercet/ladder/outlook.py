@@ -62,7 +62,7 @@ def _examples_needed(rung: RungResult, recommended: str | None, n_test: int) -> 
 
 def _more_training(rung: RungResult) -> str | None:
     prediction = rung.details.get("with more time")
-    return f"{rung.name}: {prediction}" if prediction else None
+    return f"{rung.name}: {prediction}." if prediction else None
 
 
 def _more_labels(rung: RungResult, n_train: int) -> str | None:

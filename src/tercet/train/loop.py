@@ -53,6 +53,7 @@ class Recipe:
     clip: float = 1.0  # largest gradient norm
     z_loss: float = 0.0  # weight of log(Z)^2, with Z the softmax normaliser
     evaluate_every: int = 0  # steps between held-out evaluations; 0: only at the end
+    patience: int = 0  # evaluations in a row without a lower loss that end the run; 0: none do
     save_seconds: float = 20.0  # time between checkpoints: the most training that a kill can cost
     deadline: float | None = None  # seconds of training; a slow machine cools down early to meet it
     threads: int = 0  # of the training step; 0: PyTorch's current setting
@@ -235,11 +236,23 @@ class _Run:
                 ended = self.progress.step >= self.schedule.steps
                 if evaluate is not None and self._evaluation_due(ended):
                     self._evaluate(evaluate, ended, keep_best, stop)
+                    ended = ended or self._without_progress()
                 if ended:
                     self.progress.done = True
                     self._save()
                 else:
                     self._step(stop)
+
+    def _without_progress(self) -> bool:
+        """Return whether the last evaluation used up the recipe's patience."""
+        progress, patience = self.progress, self.recipe.patience
+        since = len([entry for entry in progress.history if entry["step"] > progress.best_step])
+        used_up = 0 < patience <= since
+        if used_up:
+            say(
+                f"{self.title}: the held-out loss has not fallen in {since} evaluations; ending at step {progress.step}"
+            )
+        return used_up
 
     def _evaluation_due(self, ended: bool) -> bool:
         step, every = self.progress.step, self.recipe.evaluate_every

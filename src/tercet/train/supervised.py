@@ -49,6 +49,7 @@ class Supervision:
     weight_decay: float = 0.0
     minutes: float | None = None  # time limit: fewer steps where the epochs would take longer
     seed: int = 0
+    patience: int = 0  # held-out evaluations without a lower loss that end the run; 0: none do
 
 
 def full_rate(parameters: int) -> float:
@@ -119,6 +120,7 @@ def fine_tune(
         weight_decay=supervision.weight_decay,
         betas=(0.9, 0.98),
         evaluate_every=plan["evaluate_every"],
+        patience=supervision.patience,
         deadline=plan["deadline"],
     )
     trained = train(

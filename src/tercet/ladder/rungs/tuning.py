@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BATCH = 16  # examples a step
 SHORT_LORA = 2.0  # times the default rate, for a LoRA of less than an epoch
+PATIENCE = 2  # held-out evaluations without a lower loss
 CALIBRATED_ON = 200  # dev examples
 FEWEST_STEPS = (
     200  # a small task is trained for more epochs: weights need some hundred updates to change much
@@ -113,6 +114,7 @@ class Tuned:
             batch_size=batch,
             learning_rate=rate,
             minutes=setting.minutes,
+            patience=PATIENCE,
             over_length="truncate",
             seed=setting.seed,
         )
