@@ -47,7 +47,7 @@ def training_outlook(
         trained: The run.
         planned_steps: Steps that the time allows; the run took fewer where its patience was used up.
         whole_steps: Steps of all epochs.
-        seconds_per_step: The speed, as it was planned or as it was, with evaluations.
+        seconds_per_step: Of a longer run, evaluations included.
         epochs: Number of epochs.
     """
     losses = [entry["loss"] for entry in trained.history]

@@ -23,7 +23,7 @@ from tercet.progress import say
 from tercet.run_directory import open_run
 from tercet.settings import keyword_form
 from tercet.train.loop import STATE
-from tercet.train.supervised import PLAN, Supervision, ending_with, fine_tune, full_rate, hold_out
+from tercet.train.supervised import MARGIN, PLAN, Supervision, ending_with, fine_tune, full_rate, hold_out
 
 DEFAULT_RANK = 16
 
@@ -120,7 +120,9 @@ def _run(inputs: Inputs, settings: TuneSettings, out: Path, device: torch.device
         title=f"tuning ({settings.method})",
     )
     plan = read_json(out / PLAN)
-    pace = max(plan["seconds_per_step"], trained.seconds / max(trained.steps, 1))
+    pace = MARGIN * plan["seconds_per_step"]
+    if trained.shortened:  # the machine was slower than planned
+        pace = trained.seconds / max(trained.steps, 1)
     generation = ending_with(prepared.stops, tokenizer, read_generation_config(inputs.checkpoint))
     write_model(model, adapter, tokenizer, generation, out / "model", merge=settings.merge)
     tuned = Tuned(
