@@ -89,7 +89,7 @@ def serve_models(models: Models, settings: Settings | None = None, store: Any = 
         thread.join(timeout=2)
         # A client of a fixture for the whole session may have left a stream open too; nobody reads it any more.
         server.force_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=1)
         models.close()
 
 
