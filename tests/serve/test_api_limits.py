@@ -62,7 +62,9 @@ def test_an_answer_ends_within_a_token_when_its_client_disconnects(path: str, st
 
         asyncio.run(go_away() if stream else give_up())
         assert begun.is_set() == stream
-        time.sleep(0.1)  # a stream begins before its prompt is read: the client may have gone before the first feed
+        time.sleep(
+            0.1
+        )  # a stream begins before its prompt is read: the client may have gone before the first feed
         wait_until(lambda: model.worker.load.running == 0)
         fed = backend.feeds
         time.sleep(0.3)
